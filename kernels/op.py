@@ -1,0 +1,263 @@
+"""What a semantic op is, and how one is registered.
+
+A semantic op is declared once: its schema, a reference that autograd differentiates (the meaning), a forward that
+also returns the residuals which the backward wants, and a backward derived by hand.
+
+    rms_norm = op(
+        "rms_norm", family="norm",
+        schema="(Tensor x, Tensor? weight, float eps, ...) -> (Tensor y, Tensor rstd)", outputs=1,
+        reference=reference, forward=forward, backward=backward, saves=("x", "weight", "rstd"),
+    )
+
+`op` registers two opaque, functional `torch.library` operators, the forward and `<name>_backward`, and connects them by
+an autograd function of its own on the Autograd key. That is the one form which runs eagerly, under AOTAutograd and
+under Inductor alike, because nothing traces through it; and what the backward takes is exactly what is saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+Gradients = dict[str, Any]
+
+
+def _digest() -> str:
+    """A digest of the sources here: AOTAutograd's cache keys on operator names, and would serve a stale backward."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:10]
+
+
+NAMESPACE = f"fastlora_{_digest()}"
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument or result of a schema; `type` is its schema type, e.g. `Tensor?[]` or `float`."""
+
+    name: str
+    type: str
+
+    @property
+    def is_tensor(self) -> bool:
+        return self.type.startswith("Tensor")
+
+    @property
+    def is_list(self) -> bool:
+        return self.type.endswith("[]")
+
+    @property
+    def is_optional(self) -> bool:
+        return "?" in self.type
+
+
+def _parse(schema: str) -> tuple[tuple[Argument, ...], tuple[Argument, ...]]:
+    """Splits `(Tensor x, float eps) -> (Tensor y)` into arguments and results; no defaults, no mutation."""
+    if "=" in schema or "!" in schema:
+        raise ValueError(f"schema {schema!r}: an op takes every argument explicitly and mutates none")
+    sides = [side.strip().removeprefix("(").removesuffix(")") for side in schema.split("->")]
+    parsed = []
+    for side in sides:
+        pairs = [item.rsplit(" ", 1) for item in side.split(",")]
+        parsed.append(tuple(Argument(name.strip(), kind.strip()) for kind, name in pairs))
+    arguments, results = parsed
+    return arguments, results
+
+
+def _flatten(declared: Sequence[Argument], values: Sequence[Any]) -> Iterator[torch.Tensor | None]:
+    for argument, value in zip(declared, values, strict=True):
+        if argument.is_list:
+            yield from value
+        elif argument.is_tensor:
+            yield value
+
+
+def _unflatten(declared: Sequence[Argument], flat: Sequence[Any]) -> list[Any]:
+    """Groups flat leaves by argument again: all lists of one op have one length, as they run over the same members."""
+    lists = sum(a.is_list for a in declared)
+    length = (len(flat) - (len(declared) - lists)) // max(lists, 1)
+    leaves = iter(flat)
+    return [[next(leaves) for _ in range(length)] if a.is_list else next(leaves) for a in declared]
+
+
+def _leaves(argument: Argument, gradient: Any, wanted: Any) -> list[Any]:
+    if not argument.is_list:
+        return [gradient]
+    return list(gradient) if gradient is not None else [None] * len(wanted)
+
+
+def _without_autocast(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Ops state the dtype of every product, so an ambient autocast must not choose another one inside them."""
+    if torch.is_autocast_enabled(tensor.device.type):
+        return torch.autocast(tensor.device.type, enabled=False)
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class _SharedGradients:
+    """Gradients that are one tensor: an operator may not return a tensor twice, nor one of its inputs.
+
+    `tied` names arguments with one gradient (the operands of a sum), `passthrough` those whose gradient is the incoming
+    one of the first output.
+    """
+
+    names: list[str]
+    tied: tuple[str, ...]
+    passthrough: tuple[str, ...]
+
+    def ask(self, needs: Sequence[bool]) -> list[bool]:
+        """What the backward operator has to compute so that every needed gradient is there."""
+        asked = list(needs)
+        for name in (*self.tied, *self.passthrough):
+            asked[self.names.index(name)] = False
+        if self.tied:
+            asked[self.names.index(self.tied[0])] = any(needs[self.names.index(name)] for name in self.tied)
+        return asked
+
+    def spread(self, results: list[Any], needs: Sequence[bool], incoming: torch.Tensor | None) -> list[Any]:
+        """Hands the computed gradients to all that share them."""
+        one = results[self.names.index(self.tied[0])] if self.tied else None
+        for name in self.tied:
+            results[self.names.index(name)] = one if needs[self.names.index(name)] else None
+        for name in self.passthrough:
+            results[self.names.index(name)] = incoming if needs[self.names.index(name)] else None
+        return results
+
+
+class SemanticOp:
+    """A named computation with a reference, a forward that keeps residuals, and a hand-derived backward.
+
+    Attributes:
+        name, family: the op's name, and the family that reports count it under (`norm`, `lora`, ...).
+        arguments, outputs, residuals: the parsed schema; residuals come after the outputs and carry no gradient.
+        reference: plain PyTorch from the arguments to the outputs, differentiable by autograd, in any dtype.
+        target: the registered operator, which returns outputs and residuals.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        family: str,
+        schema: str,
+        outputs: int,
+        reference: Callable[..., Any],
+        forward: Callable[..., tuple[Any, ...]],
+        backward: Callable[..., Gradients],
+        saves: tuple[str, ...],
+        tied: tuple[str, ...] = (),
+        passthrough: tuple[str, ...] = (),
+    ) -> None:
+        self.name, self.family, self.schema = name, family, schema
+        self.reference, self._forward, self._backward = reference, forward, backward
+        self.arguments, results = _parse(schema)
+        self.outputs, self.residuals = results[:outputs], results[outputs:]
+        self.tensors = tuple(a for a in self.arguments if a.is_tensor)
+        self.constants = tuple(a for a in self.arguments if not a.is_tensor)
+        self.shared = _SharedGradients([a.name for a in self.tensors], tied, passthrough)
+        named = {a.name: a for a in (*self.tensors, *results)}
+        self.saved = tuple(named[s] for s in saves)
+        self._register(schema)
+
+    def __repr__(self) -> str:
+        return f"<op {self.name}>"
+
+    def __call__(self, **arguments: Any) -> Any:
+        """Runs the op on keyword arguments; returns its output, or a tuple of them, without the residuals."""
+        results = self.target(*self.order(arguments))
+        results = results if len(self.outputs) + len(self.residuals) > 1 else (results,)
+        return results[0] if len(self.outputs) == 1 else tuple(results[: len(self.outputs)])
+
+    def order(self, arguments: dict[str, Any]) -> list[Any]:
+        """The values of `arguments` in the schema's order; an optional tensor may be left out."""
+        unknown = arguments.keys() - {a.name for a in self.arguments}
+        missing = {a.name for a in self.arguments if not a.is_optional} - arguments.keys()
+        if unknown or missing:
+            raise TypeError(f"{self.name}{self.schema}: unknown {sorted(unknown)}, missing {sorted(missing)}")
+        return [arguments.get(a.name) for a in self.arguments]
+
+    def _register(self, schema: str) -> None:
+        saved = ", ".join(f"{a.type.replace('Tensor[]', 'Tensor?[]')} {a.name}" for a in self.saved)
+        constants = "".join(f", {a.type} {a.name}" for a in self.constants)
+        backward_schema = f"(Tensor?[] grads, bool[] needs, {saved}{constants}) -> Tensor[]"
+        for name, text in ((self.name, schema), (f"{self.name}_backward", backward_schema)):
+            _library.define(name + text)
+        self.target = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        self.backward_target = getattr(getattr(torch.ops, NAMESPACE), f"{self.name}_backward").default
+        for name, function in ((self.name, self._run_forward), (f"{self.name}_backward", self._run_backward)):
+            _library.impl(name, function, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"{NAMESPACE}::{name}", function, lib=_library)
+        _library.impl(self.name, self._run_autograd, "Autograd")
+
+    def _run_forward(self, *values: Any) -> Any:
+        anchor = next(t for t in _flatten(self.arguments, values) if t is not None)
+        with _without_autocast(anchor):
+            results = self._forward(**dict(zip((a.name for a in self.arguments), values, strict=True)))
+        return results if len(results) > 1 else results[0]
+
+    def _run_backward(self, grads: Sequence[torch.Tensor | None], needs: Sequence[bool], *values: Any) -> list[Any]:
+        named = dict(zip((a.name for a in (*self.saved, *self.constants)), values, strict=True))
+        wanted = dict(zip((a.name for a in self.tensors), _unflatten(self.tensors, needs), strict=True))
+        with _without_autocast(next(g for g in grads if g is not None)):
+            gradients = self._backward(wanted, _unflatten(self.outputs, grads), **named)
+        flat = [g for a in self.tensors for g in _leaves(a, gradients.get(a.name), wanted[a.name])]
+        return [g for g, need in zip(flat, needs, strict=True) if need]
+
+    def _run_autograd(self, *values: Any) -> Any:
+        tensors = list(_flatten(self.arguments, values))
+        if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
+            with torch._C._AutoDispatchBelowAutograd():
+                return self.target(*values)
+        flat = _Apply.apply(self, values, *tensors)
+        results = _unflatten((*self.outputs, *self.residuals), flat)
+        return tuple(results) if len(results) > 1 else results[0]
+
+
+class _Apply(torch.autograd.Function):
+    """Connects an op's forward and backward operators; the leaves of its tensor arguments come flat."""
+
+    @staticmethod
+    def forward(ctx: Any, op: SemanticOp, values: tuple[Any, ...], *tensors: torch.Tensor | None) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            results = op.target(*values)
+        declared = (*op.outputs, *op.residuals)
+        results = results if len(declared) > 1 else (results,)
+        outputs, residuals = results[: len(op.outputs)], results[len(op.outputs) :]
+        named = dict(zip((a.name for a in op.arguments), values, strict=True))
+        named.update(zip((r.name for r in declared), results, strict=True))
+        ctx.op, ctx.constants = op, [named[a.name] for a in op.constants]
+        ctx.lengths = [len(named[a.name]) if a.is_list else None for a in op.saved]
+        ctx.save_for_backward(*_flatten(op.saved, [named[a.name] for a in op.saved]))
+        flat_outputs, flat_residuals = list(_flatten(op.outputs, outputs)), list(_flatten(op.residuals, residuals))
+        ctx.outputs = len(flat_outputs)
+        ctx.mark_non_differentiable(*flat_residuals)
+        ctx.set_materialize_grads(False)
+        return (*flat_outputs, *flat_residuals)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        op: SemanticOp = ctx.op
+        needs = ctx.needs_input_grad[2:]
+        grads = grads[: ctx.outputs]
+        if all(g is None for g in grads):
+            return (None,) * (2 + len(needs))
+        asked = op.shared.ask(needs)
+        flat = iter(ctx.saved_tensors)
+        saved = [next(flat) if n is None else [next(flat) for _ in range(n)] for n in ctx.lengths]
+        computed = iter(op.backward_target(list(grads), asked, *saved, *ctx.constants) if any(asked) else ())
+        results = [next(computed) if ask else None for ask in asked]
+        return (None, None, *op.shared.spread(results, needs, grads[0]))
+
+
+def op(name: str, **declaration: Any) -> SemanticOp:
+    """Declares and registers a semantic op; see `SemanticOp` and this module's docstring for the parts."""
+    return SemanticOp(name, **declaration)

@@ -1,0 +1,163 @@
+"""RMSNorm, alone and with the residual addition before it.
+
+    h = x.to(compute)                     for add_rms_norm x is the sum, residual + x, rounded to its own dtype
+    r = rsqrt(mean(h^2) + eps)            over the last dimension, one number per row
+    n = (h * r).to(norm_dtype)            models differ in whether the weight meets n before or after this rounding
+    y = (n * (offset + w)).to(out_dtype)  offset is 0, or 1 for models that store the weight's distance from one
+
+Backward, with g = dy * (offset + w):
+
+    dh = r * (g - n * mean(g * n))        dw = sum over rows of dy * n
+
+because dr/dh = -r^3 h / H.  Saved: x and r (one number per row).  n is recomputed, which costs one multiplication and
+saves a tensor of x's size.  For the sum, both operands receive dh plus the gradient that the sum itself receives.
+
+Shapes: x (..., H), weight (H,) or None.  Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastlora.kernels.op import Gradients, op
+
+_ATTRIBUTES = (
+    "Tensor? weight, float eps, float offset, "
+    "ScalarType compute_dtype, ScalarType norm_dtype, ScalarType scale_dtype, ScalarType out_dtype"
+)
+
+
+def _scale(weight: torch.Tensor, offset: float, scale_dtype: torch.dtype) -> torch.Tensor:
+    weight = weight.to(scale_dtype)
+    return weight + offset if offset else weight
+
+
+def reference(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    compute_dtype: torch.dtype,
+    norm_dtype: torch.dtype,
+    scale_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """RMSNorm as the models write it. Returns y of x's shape in `out_dtype`."""
+    h = x.to(compute_dtype)
+    n = (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)).to(norm_dtype)
+    y = n if weight is None else n * _scale(weight, offset, scale_dtype)
+    return y.to(out_dtype)
+
+
+def forward(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    compute_dtype: torch.dtype,
+    norm_dtype: torch.dtype,
+    scale_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns y and the residual rstd, of shape (..., 1) in `compute_dtype`."""
+    h = x.to(compute_dtype)
+    rstd = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    n = (h * rstd).to(norm_dtype)
+    y = n if weight is None else n * _scale(weight, offset, scale_dtype)
+    return y.to(out_dtype), rstd
+
+
+def _backward(
+    wants_dh: bool,
+    wants_dw: bool,
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    rstd: torch.Tensor,
+    offset: float,
+    scale_dtype: torch.dtype,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The gradients of h and of the weight, computed in rstd's dtype."""
+    compute = rstd.dtype
+    n = x.to(compute) * rstd
+    g = dy.to(compute)
+    dw = (g * n).flatten(0, -2).sum(0).to(weight.dtype) if weight is not None and wants_dw else None
+    if not wants_dh:
+        return None, dw
+    if weight is not None:
+        g = g * _scale(weight, offset, scale_dtype).to(compute)
+    return rstd * (g - n * (g * n).mean(-1, keepdim=True)), dw
+
+
+def backward(
+    wanted: dict[str, bool],
+    grads: list[torch.Tensor],
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    rstd: torch.Tensor,
+    offset: float,
+    scale_dtype: torch.dtype,
+    **_: Any,
+) -> Gradients:
+    dx, dw = _backward(wanted["x"], wanted["weight"], grads[0], x, weight, rstd, offset, scale_dtype)
+    return {"x": dx if dx is None else dx.to(x.dtype), "weight": dw}
+
+
+rms_norm = op(
+    "rms_norm",
+    family="norm",
+    schema=f"(Tensor x, {_ATTRIBUTES}) -> (Tensor y, Tensor rstd)",
+    outputs=1,
+    reference=reference,
+    forward=forward,
+    backward=backward,
+    saves=("x", "weight", "rstd"),
+)
+
+
+def add_reference(residual: torch.Tensor, x: torch.Tensor, **attributes: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm of the sum, and the sum, which goes on as the residual stream."""
+    total = residual + x
+    return reference(total, **attributes), total
+
+
+def add_forward(residual: torch.Tensor, x: torch.Tensor, **attributes: Any) -> tuple[torch.Tensor, ...]:
+    total = residual + x
+    y, rstd = forward(total, **attributes)
+    return y, total, rstd
+
+
+def add_backward(
+    wanted: dict[str, bool],
+    grads: list[torch.Tensor | None],
+    total: torch.Tensor,
+    weight: torch.Tensor | None,
+    rstd: torch.Tensor,
+    offset: float,
+    scale_dtype: torch.dtype,
+    **_: Any,
+) -> Gradients:
+    dy, dtotal = grads
+    if dy is None:  # only the sum was used
+        assert dtotal is not None
+        dw = torch.zeros_like(weight) if weight is not None and wanted["weight"] else None
+        return {"residual": dtotal.clone(), "weight": dw}
+    dh, dw = _backward(wanted["residual"], wanted["weight"], dy, total, weight, rstd, offset, scale_dtype)
+    if dh is not None:
+        dh = (dh if dtotal is None else dh + dtotal).to(total.dtype)
+    return {"residual": dh, "weight": dw}
+
+
+add_rms_norm = op(
+    "add_rms_norm",
+    family="norm",
+    schema=f"(Tensor residual, Tensor x, {_ATTRIBUTES}) -> (Tensor y, Tensor total, Tensor rstd)",
+    outputs=2,
+    reference=add_reference,
+    forward=add_forward,
+    backward=add_backward,
+    saves=("total", "weight", "rstd"),
+    tied=("residual", "x"),
+)

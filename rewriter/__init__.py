@@ -1,0 +1,1 @@
+"""fastlora: a compiler pass that finds LoRA adapters, norms, rotary embeddings, MLPs and losses and fuses them."""
