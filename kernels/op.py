@@ -27,15 +27,18 @@ import torch
 from torch.autograd.function import once_differentiable
 
 Gradients = dict[str, Any]
+Wanted = dict[str, Any]
+"""Which gradients are wanted, by argument: a bool, or a list of them for a list of tensors."""
+SavedIf = Callable[[Wanted, dict[str, Any]], bool]
 
 
-def _digest() -> str:
-    """A digest of the sources here: AOTAutograd's cache keys on operator names, and would serve a stale backward."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+def _digest(folder: Path) -> str:
+    """A digest of a folder's sources: AOTAutograd's cache keys on operator names, and would serve a stale backward."""
+    sources = sorted(folder.glob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:10]
 
 
-NAMESPACE = f"fastlora_{_digest()}"
+NAMESPACE = f"fastlora_{_digest(Path(__file__).parent)}"
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -74,10 +77,8 @@ def _parse(schema: str) -> tuple[tuple[Argument, ...], tuple[Argument, ...]]:
 
 def _flatten(declared: Sequence[Argument], values: Sequence[Any]) -> Iterator[torch.Tensor | None]:
     for argument, value in zip(declared, values, strict=True):
-        if argument.is_list:
-            yield from value
-        elif argument.is_tensor:
-            yield value
+        if argument.is_tensor:
+            yield from value if argument.is_list else (value,)
 
 
 def _unflatten(declared: Sequence[Argument], flat: Sequence[Any]) -> list[Any]:
@@ -140,6 +141,10 @@ class SemanticOp:
         arguments, outputs, residuals: the parsed schema; residuals come after the outputs and carry no gradient.
         reference: plain PyTorch from the arguments to the outputs, differentiable by autograd, in any dtype.
         target: the registered operator, which returns outputs and residuals.
+
+    `saves` names what the backward takes, out of arguments, outputs and residuals. One that only some gradients read
+    has a condition in `saved_if`, which is asked with `wanted` and the arguments by name; where it fails the backward
+    gets None. As it may still have to know the dtype of that tensor, it gets `<name>_dtype` as well.
     """
 
     def __init__(
@@ -153,6 +158,7 @@ class SemanticOp:
         forward: Callable[..., tuple[Any, ...]],
         backward: Callable[..., Gradients],
         saves: tuple[str, ...],
+        saved_if: dict[str, SavedIf] | None = None,
         tied: tuple[str, ...] = (),
         passthrough: tuple[str, ...] = (),
     ) -> None:
@@ -165,6 +171,7 @@ class SemanticOp:
         self.shared = _SharedGradients([a.name for a in self.tensors], tied, passthrough)
         named = {a.name: a for a in (*self.tensors, *results)}
         self.saved = tuple(named[s] for s in saves)
+        self.saved_if = saved_if or {}
         self._register(schema)
 
     def __repr__(self) -> str:
@@ -182,12 +189,30 @@ class SemanticOp:
         missing = {a.name for a in self.arguments if not a.is_optional} - arguments.keys()
         if unknown or missing:
             raise TypeError(f"{self.name}{self.schema}: unknown {sorted(unknown)}, missing {sorted(missing)}")
-        return [arguments.get(a.name) for a in self.arguments]
+        length = next((len(arguments[a.name]) for a in self.arguments if a.is_list and arguments.get(a.name)), 0)
+        absent = {a.name: [None] * length if a.is_list else None for a in self.arguments}
+        return [absent[a.name] if arguments.get(a.name) is None else arguments[a.name] for a in self.arguments]
+
+    def wanted(self, needs: Sequence[bool]) -> Wanted:
+        """The flat `needs` of the tensor leaves, by argument."""
+        return dict(zip((a.name for a in self.tensors), _unflatten(self.tensors, needs), strict=True))
+
+    def reached(self, needs: Sequence[bool], grads: Sequence[torch.Tensor | None]) -> list[bool]:
+        """`needs` without the members of a group whose output received no gradient: outside the group they get none."""
+        lists = [g for a, g in zip(self.outputs, _unflatten(self.outputs, grads), strict=True) if a.is_list]
+        if not lists:
+            return list(needs)
+        alive = [any(g is not None for g in member) for member in zip(*lists, strict=True)]
+        reached = []
+        for argument, wanted in zip(self.tensors, _unflatten(self.tensors, needs), strict=True):
+            reached += [n and a for n, a in zip(wanted, alive, strict=True)] if argument.is_list else [wanted]
+        return reached
 
     def _register(self, schema: str) -> None:
-        saved = ", ".join(f"{a.type.replace('Tensor[]', 'Tensor?[]')} {a.name}" for a in self.saved)
+        saved = ", ".join(f"Tensor?{'[]' * a.is_list} {a.name}" for a in self.saved)
+        dtypes = "".join(f", ScalarType? {name}_dtype" for name in self.saved_if)
         constants = "".join(f", {a.type} {a.name}" for a in self.constants)
-        backward_schema = f"(Tensor?[] grads, bool[] needs, {saved}{constants}) -> Tensor[]"
+        backward_schema = f"(Tensor?[] grads, bool[] needs, {saved}{dtypes}{constants}) -> Tensor[]"
         for name, text in ((self.name, schema), (f"{self.name}_backward", backward_schema)):
             _library.define(name + text)
         self.target = getattr(getattr(torch.ops, NAMESPACE), self.name).default
@@ -204,8 +229,10 @@ class SemanticOp:
         return results if len(results) > 1 else results[0]
 
     def _run_backward(self, grads: Sequence[torch.Tensor | None], needs: Sequence[bool], *values: Any) -> list[Any]:
-        named = dict(zip((a.name for a in (*self.saved, *self.constants)), values, strict=True))
-        wanted = dict(zip((a.name for a in self.tensors), _unflatten(self.tensors, needs), strict=True))
+        dtypes = [f"{name}_dtype" for name in self.saved_if]
+        names = [*(a.name for a in self.saved), *dtypes, *(a.name for a in self.constants)]
+        named = dict(zip(names, values, strict=True))
+        wanted = self.wanted(needs)
         with _without_autocast(next(g for g in grads if g is not None)):
             gradients = self._backward(wanted, _unflatten(self.outputs, grads), **named)
         flat = [g for a in self.tensors for g in _leaves(a, gradients.get(a.name), wanted[a.name])]
@@ -233,7 +260,10 @@ class _Apply(torch.autograd.Function):
         outputs, residuals = results[: len(op.outputs)], results[len(op.outputs) :]
         named = dict(zip((a.name for a in op.arguments), values, strict=True))
         named.update(zip((r.name for r in declared), results, strict=True))
-        ctx.op, ctx.constants = op, [named[a.name] for a in op.constants]
+        wanted = op.wanted(ctx.needs_input_grad[2:])
+        dtypes = [None if named[name] is None else named[name].dtype for name in op.saved_if]
+        ctx.op, ctx.constants = op, [*dtypes, *(named[a.name] for a in op.constants)]
+        named.update({name: None for name, condition in op.saved_if.items() if not condition(wanted, named)})
         ctx.lengths = [len(named[a.name]) if a.is_list else None for a in op.saved]
         ctx.save_for_backward(*_flatten(op.saved, [named[a.name] for a in op.saved]))
         flat_outputs, flat_residuals = list(_flatten(op.outputs, outputs)), list(_flatten(op.residuals, residuals))
@@ -246,10 +276,10 @@ class _Apply(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         op: SemanticOp = ctx.op
-        needs = ctx.needs_input_grad[2:]
         grads = grads[: ctx.outputs]
         if all(g is None for g in grads):
-            return (None,) * (2 + len(needs))
+            return (None,) * len(ctx.needs_input_grad)
+        needs = op.reached(ctx.needs_input_grad[2:], grads)
         asked = op.shared.ask(needs)
         flat = iter(ctx.saved_tensors)
         saved = [next(flat) if n is None else [next(flat) for _ in range(n)] for n in ctx.lengths]

@@ -1,1 +1,5 @@
-"""The built-in rules."""
+"""The rules that come with fastlora. A new architecture is a change here and in the tests, and nowhere else."""
+
+from fastlora.patterns import lora, loss, mlp, norms, rotary
+
+RULES = [*norms.RULES, *rotary.RULES, *mlp.RULES, *lora.RULES, *loss.RULES]

@@ -1,1 +1,30 @@
-"""fastlora: a compiler pass that finds LoRA adapters, norms, rotary embeddings, MLPs and losses and fuses them."""
+"""fastlora: a compiler pass between a PyTorch model and its execution.
+
+It reads the graphs that TorchDynamo traces, finds LoRA adapters, norms, rotary embeddings, gated MLPs and losses, and
+replaces each by a fused op with a hand-derived backward; what it does not know stays bit-identical. The pass knows no
+model and changes nothing global: rules live in `fastlora.patterns`, ops in `fastlora.kernels`.
+"""
+
+from fastlora.api import compile, disable, explain, report
+from fastlora.errors import FastLoRAError, RuleError, StrictError
+from fastlora.report import Coverage, Miss, Report, Site
+from fastlora.rule import fuse, group, rule
+from fastlora.session import default_rules
+
+__all__ = [
+    "Coverage",
+    "FastLoRAError",
+    "Miss",
+    "Report",
+    "RuleError",
+    "Site",
+    "StrictError",
+    "compile",
+    "default_rules",
+    "disable",
+    "explain",
+    "fuse",
+    "group",
+    "report",
+    "rule",
+]

@@ -1,0 +1,104 @@
+"""Several adapted linear layers of one input, as q, k, v or gate, up:  y_i = base_i(x) + s_i low_i(x).
+
+Each member is `lora_linear` without dropout, with its roundings; `lora_linear.py` has the formulas.
+
+Backward.  The members' parameters have the gradients they have alone, and the input sums over the members:
+
+    dx = sum over i of (dy_i W_i + dxa_i A_i)
+
+as one chain of products that add onto each other, where eager makes 2n tensors of x's size and adds them up.
+A member whose output received no gradient is left out: it costs nothing, and its parameters get none.
+
+Saved: x once, if any W or A is trained; xa_i, one row of R_i per token.
+
+Shapes: x (..., K), W_i (N_i, K), A_i (R_i, K), B_i (N_i, R_i), y_i (..., N_i).  Members may differ in N and in R.
+Source: first principles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from fastlora.kernels import lora_linear as single
+from fastlora.kernels.op import Gradients, Wanted, op
+
+_LISTS = (*single.PARAMETERS, "scaling")
+
+
+def _members(lists: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    """One dict of a member's values from each position of the lists."""
+    for values in zip(*lists.values(), strict=True):
+        yield dict(zip(lists, values, strict=True))
+
+
+def reference(
+    x: torch.Tensor,
+    weight: list[torch.Tensor],
+    bias: list[torch.Tensor | None],
+    lora_a: list[torch.Tensor],
+    lora_b: list[torch.Tensor],
+    lora_bias: list[torch.Tensor | None],
+    scaling: list[float],
+    base_dtype: torch.dtype,
+    lora_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> list[torch.Tensor]:
+    """The adapted layers as PEFT writes them. Returns one y of shape (..., N) in `out_dtype` for each."""
+    return [
+        single.reference(x, None, *parameters, base_dtype, lora_dtype, out_dtype)
+        for parameters in zip(weight, bias, lora_a, lora_b, lora_bias, scaling, strict=True)
+    ]
+
+
+def forward(x: torch.Tensor, **arguments: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    lists = {name: arguments.pop(name) for name in _LISTS}
+    results = [single.forward(x, None, **member, **arguments) for member in _members(lists)]
+    return [y for y, _ in results], [xa for _, xa in results]
+
+
+def backward(
+    wanted: Wanted,
+    grads: list[list[torch.Tensor | None]],
+    x: torch.Tensor | None,
+    x_dtype: torch.dtype,
+    base_dtype: torch.dtype,
+    lora_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    **lists: list[Any],
+) -> Gradients:
+    wants = _members({name: wanted[name] for name in single.PARAMETERS})
+    gradients: dict[str, list[torch.Tensor | None]] = {name: [] for name in single.PARAMETERS}
+    addends: list[single.Addend] = []
+    for dy, want, member in zip(grads[0], wants, _members(lists), strict=True):
+        of_member: Gradients = {}
+        if dy is not None:
+            of_member, dx = single.projection_backward(
+                want, wanted["x"], dy, x, base_dtype=base_dtype, lora_dtype=lora_dtype, **member
+            )
+            addends += dx
+        for name, collected in gradients.items():
+            collected.append(of_member.get(name))
+    if not wanted["x"]:
+        return dict(gradients)
+    tokens = next(dy.shape[:-1] for dy in grads[0] if dy is not None)
+    return {**gradients, "x": single.sum_products(addends, x_dtype).reshape(*tokens, lists["weight"][0].shape[1])}
+
+
+lora_group = op(
+    "lora_group",
+    family="lora",
+    schema=(
+        "(Tensor x, Tensor[] weight, Tensor?[] bias, Tensor[] lora_a, Tensor[] lora_b, Tensor?[] lora_bias, "
+        "float[] scaling, ScalarType base_dtype, ScalarType lora_dtype, ScalarType out_dtype) "
+        "-> (Tensor[] y, Tensor[] xa)"
+    ),
+    outputs=1,
+    reference=reference,
+    forward=forward,
+    backward=backward,
+    saves=("x", *single.PARAMETERS, "xa"),
+    saved_if={"x": lambda wanted, _: any(wanted["weight"]) or any(wanted["lora_a"])},
+)

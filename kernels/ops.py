@@ -1,0 +1,24 @@
+"""Every semantic op of fastlora, by name."""
+
+from fastlora.kernels.glu import glu
+from fastlora.kernels.layer_norm import add_layer_norm, layer_norm
+from fastlora.kernels.linear_cross_entropy import linear_cross_entropy
+from fastlora.kernels.lora_group import lora_group
+from fastlora.kernels.lora_linear import lora_add, lora_linear
+from fastlora.kernels.lora_mlp import lora_mlp
+from fastlora.kernels.rms_norm import add_rms_norm, rms_norm
+from fastlora.kernels.rotary import rotary
+
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "glu",
+    "layer_norm",
+    "linear_cross_entropy",
+    "lora_add",
+    "lora_group",
+    "lora_linear",
+    "lora_mlp",
+    "rms_norm",
+    "rotary",
+]

@@ -1,0 +1,101 @@
+"""LoRA adapters: on a linear layer, on any other base value, and several on one input.
+
+PEFT casts the input to the adapter's dtype, drops out a copy of it, and adds the scaled low-rank product to the base
+layer's result; every dtype is taken from the trace, since autocast may have changed it. A dropout stays in the graph,
+so that its random numbers are those that the model would have drawn; the op then takes both x and its dropped-out copy.
+"""
+
+from torch import fx
+
+from fastlora.kernels import ops
+from fastlora.pattern import Opt, Param, Scalar, cast, dropout, either, kept, linear
+from fastlora.rule import Match, dtype_of, group, rule
+from fastlora.view import View, meta
+
+
+def low_rank(view: View, node: fx.Node) -> bool:
+    """The second of two linear layers in a row whose inner dimension is the smallest of the three."""
+    outer = view.term(node)
+    inner = view.term(outer.args["input"]) if outer is not None and outer.op == "linear" else None
+    if outer is None or inner is None or inner.op != "linear" or inner.args["bias"] is not None:
+        return False
+    a, b = meta(inner.args["weight"]), meta(outer.args["weight"])
+    if a is None or b is None or a.dim() != 2 or b.dim() != 2:
+        return False
+    return a.shape[0] < min(a.shape[1], b.shape[0])
+
+
+def _low_rank_path(x, lora_a, lora_b, lora_bias, scaling):
+    inner = linear(x, lora_a).named("inner")
+    low = either(biased=linear(inner, lora_b, lora_bias), plain=linear(inner, lora_b))
+    return either(scaled=low * scaling, plain=low)
+
+
+@rule(
+    ops.lora_linear,
+    anchor=low_rank,
+    attrs={"base_dtype": dtype_of("base"), "lora_dtype": dtype_of("inner"), "out_dtype": dtype_of()},
+)
+def lora_linear(
+    x,
+    weight: Param(2),
+    bias: Opt[Param(1)],
+    lora_a: Param(2),
+    lora_b: Param(2),
+    lora_bias: Opt[Param(1)],
+    _p: Scalar = 0.0,
+    scaling: Scalar = 1.0,
+):
+    base = linear(x, weight, bias).named("base")
+    adapted = either(dropped=kept("x_dropped", dropout(cast(x), _p)), plain=cast(x))
+    return cast(base + _low_rank_path(adapted, lora_a, lora_b, lora_bias, scaling))
+
+
+@rule(ops.lora_add, anchor=low_rank, attrs={"lora_dtype": dtype_of("inner"), "out_dtype": dtype_of()})
+def lora_add(base, x, lora_a: Param(2), lora_b: Param(2), lora_bias: Opt[Param(1)], scaling: Scalar = 1.0):
+    """An adapter on whatever its base layer is: a quantised product, a Conv1D, a layer that has adapters already."""
+    return cast(base + _low_rank_path(cast(x), lora_a, lora_b, lora_bias, scaling))
+
+
+@lora_linear.where
+@lora_add.where
+def _is_low_rank(match: Match):
+    a, b = match.tensor("lora_a"), match.tensor("lora_b")
+    return a.shape[0] < min(a.shape[1], b.shape[0]) or "the inner dimension is not the smallest"
+
+
+@lora_add.where
+def _base_reads_the_same_input(match: Match):
+    """An adapter runs beside its base layer; a sum of unrelated values is not one."""
+    target = match.view.producer(_undropped(match.view, match.value("x")))
+    frontier = [match.view.producer(match.value("base"))]
+    for _ in range(8):
+        if target in frontier:
+            return True
+        frontier = [match.view.producer(source) for node in frontier for source in node.all_input_nodes]
+    return "the low-rank path reads another input than the base"
+
+
+@lora_add.where
+def _same_result_shape(match: Match):
+    """The base's gradient is the result's, so the sum may not broadcast it."""
+    return match.tensor("base").shape == match.tensor().shape or "the base is broadcast"
+
+
+def _undropped(view: View, x: fx.Node) -> fx.Node:
+    """What the adapter's input was before casts and dropout."""
+    term = view.term(x)
+    while term is not None and term.op in ("cast", "dropout"):
+        x = term.args["input"]
+        term = view.term(x)
+    return x
+
+
+@group(ops.lora_linear, by="x", into=ops.lora_group)
+def shared_input(matches: list[Match]):
+    """q, k and v, or gate and up where the MLP did not fuse."""
+    ranks = {meta(match.arguments["lora_a"]).dtype for match in matches}
+    return len(ranks) == 1 or "the adapters differ in dtype"
+
+
+RULES = [lora_linear, lora_add, shared_input]

@@ -1,0 +1,65 @@
+"""Gated linear units, and the gated MLP whose three projections carry adapters."""
+
+from fastlora.kernels import ops
+from fastlora.pattern import cast, either, gelu, gelu_tanh, raised, silu
+from fastlora.rule import Match, dtype_of, fuse, rule
+from fastlora.view import View, same_shape
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+PROJECTIONS = ("gate", "up", "down")
+
+
+def gating(view: View, node) -> bool:
+    """An activation that multiplies another value."""
+    term = view.term(node)
+    if term is None or term.op not in ACTIVATIONS:
+        return False
+    users = [view.term(user) for user in view.users(node)]
+    return any(t is not None and t.op == "mul" and not isinstance(t.args["other"], (int, float)) for t in users)
+
+
+@rule(ops.glu, anchor=gating, attrs={"activation": lambda match: match.tag("activation"), "out_dtype": dtype_of()})
+def glu(gate, up):
+    g = cast(gate)
+    activated = either(silu=silu(g), gelu=gelu(g), gelu_tanh=gelu_tanh(g)).named("activation")
+    return cast(cast(activated) * cast(up))
+
+
+@glu.where
+def _operands_agree(match):
+    gate, up = match.tensor("gate"), match.tensor("up")
+    return (same_shape(gate, up) and gate.dtype == up.dtype) or "gate and up differ in shape or dtype"
+
+
+def _common(name: str):
+    """A dtype that all three projections share."""
+    return lambda match: match.value(f"gate_{name}")
+
+
+@fuse(
+    ops.lora_mlp,
+    benefit=3,
+    attrs={
+        "base_dtype": _common("base_dtype"),
+        "lora_dtype": _common("lora_dtype"),
+        "proj_dtype": _common("out_dtype"),
+        "hidden_dtype": lambda match: match.value("out_dtype"),
+        "out_dtype": lambda match: match.value("down_out_dtype"),
+    },
+)
+def lora_mlp(x):
+    """Without adapter dropout: a mask on the hidden product would have to be drawn between the projections."""
+    gate = raised(ops.lora_linear, "gate_", x=x, x_dropped=None)
+    up = raised(ops.lora_linear, "up_", x=x, x_dropped=None)
+    return raised(ops.lora_linear, "down_", x=raised(ops.glu, gate=gate, up=up), x_dropped=None)
+
+
+@lora_mlp.where
+def _dtypes_agree(match: Match):
+    for name in ("base_dtype", "lora_dtype"):
+        if len({match.value(f"{projection}_{name}") for projection in PROJECTIONS}) > 1:
+            return f"its projections differ in {name}"
+    return match.value("gate_out_dtype") == match.value("up_out_dtype") or "gate and up differ in dtype"
+
+
+RULES = [glu, lora_mlp]

@@ -1,0 +1,155 @@
+"""RMSNorm and LayerNorm, alone and after a residual addition.
+
+Models differ in four ways, all arguments of the op: whether the weight is stored as its distance from one (`offset`),
+whether the normalised value is rounded before it meets the weight (`norm_dtype`), in which dtype the weight is read
+(`scale_dtype`), and what comes out (`out_dtype`).
+"""
+
+import torch
+
+from fastlora.kernels import ops
+from fastlora.pattern import (
+    Constant,
+    Op,
+    Opt,
+    Param,
+    Pattern,
+    Scalar,
+    cast,
+    either,
+    mean,
+    raised,
+    rsqrt,
+    sqrt,
+    variance,
+)
+from fastlora.rule import Match, dtype_of, fuse, rule
+from fastlora.view import same_shape
+
+
+def _offset(match: Match) -> float:
+    return 1.0 if match.tag("scale") == "distance" else 0.0
+
+
+def _scale(weight: Pattern) -> Pattern:
+    return either(distance=cast(1.0 + cast(weight)), plain=cast(weight)).named("scale")
+
+
+def _last_dimension(match: Match) -> bool | str:
+    """A weight has one entry for each normalised element."""
+    weight = match.value("weight")
+    return weight is None or match.tensor("weight").shape[-1:] == match.tensor("x").shape[-1:] or "weight and x differ"
+
+
+@rule(
+    ops.rms_norm,
+    anchor="rsqrt",
+    attrs={
+        "offset": _offset,
+        "compute_dtype": dtype_of("h"),
+        "norm_dtype": dtype_of("n"),
+        "scale_dtype": dtype_of("scale", torch.float32),
+        "out_dtype": dtype_of(),
+    },
+)
+def rms_norm(x, weight: Opt[Param(1)], eps: Scalar):
+    h = cast(x).named("h")
+    power = mean(h**2) + eps
+    root = either(reciprocal=1.0 / sqrt(power), rsqrt=cast(rsqrt(power)))
+    n = cast(either(widened=either(h=h, x=x) * root, divided=either(h=h, x=x) / sqrt(power))).named("n")
+    return cast(either(weighted=n * _scale(weight), bare=n))
+
+
+@rms_norm.where
+def _weight_fits(match):
+    return _last_dimension(match)
+
+
+@rms_norm.where
+def _statistics_are_wide(match):
+    """The bound root may be rounded only if x is too, else the op would be more than a rounding away."""
+    return match.dtype("h").itemsize >= match.dtype("x").itemsize or "its statistics are narrower than x"
+
+
+def _torch_eps(match: Match) -> float:
+    eps = match.value("_eps")
+    return torch.finfo(match.dtype("x")).eps if eps is None else eps
+
+
+def _wide(match: Match) -> torch.dtype:
+    return torch.promote_types(match.dtype("x"), torch.float32)
+
+
+@rule(
+    ops.rms_norm,
+    anchor="torch_rms_norm",
+    attrs={
+        "eps": _torch_eps,
+        "offset": 0.0,
+        "compute_dtype": _wide,
+        "norm_dtype": _wide,
+        "scale_dtype": _wide,
+        "out_dtype": dtype_of(),
+    },
+)
+def torch_rms_norm(x, weight: Opt, _shape: Constant, _eps: Constant):
+    return Op("torch_rms_norm", input=x, normalized_shape=_shape, weight=weight, eps=_eps)
+
+
+@torch_rms_norm.where
+def _one_dimension(match):
+    return len(match.value("_shape")) == 1 or "it normalises several dimensions"
+
+
+@rule(ops.layer_norm, anchor="layer_norm", attrs={"out_dtype": dtype_of()})
+def layer_norm(x, weight: Opt, bias: Opt, eps: Scalar, _shape: Constant):
+    return Op("layer_norm", input=x, normalized_shape=_shape, weight=weight, bias=bias, eps=eps)
+
+
+@layer_norm.where
+def _last_dimension_only(match):
+    return len(match.value("_shape")) == 1 or "it normalises several dimensions"
+
+
+@rule(ops.layer_norm, anchor="rsqrt", attrs={"out_dtype": dtype_of()})
+def written_layer_norm(x, weight: Opt[Param(1)], eps: Scalar):
+    """LayerNorm spelled out, with a weight and no bias."""
+    h = cast(x).named("h")
+    centred = h - mean(h)
+    deviation = either(squares=mean((h - mean(h)) ** 2), var=variance(h))
+    n = (centred * rsqrt(deviation + eps)).named("n")
+    return cast(either(weighted=n * cast(weight), bare=n))
+
+
+@written_layer_norm.where
+def _computes_wide(match):
+    wide = torch.promote_types(match.dtype("x"), torch.float32)
+    return match.dtype("h") == wide or f"its statistics are in {match.dtype('h')}"
+
+
+@written_layer_norm.where
+def _written_weight_fits(match):
+    return _last_dimension(match)
+
+
+@fuse(ops.add_rms_norm)
+def add_rms_norm(residual, x):
+    total = residual + x
+    return raised(ops.rms_norm, x=total), total
+
+
+@fuse(ops.add_layer_norm)
+def add_layer_norm(residual, x):
+    total = residual + x
+    return raised(ops.layer_norm, x=total), total
+
+
+@add_rms_norm.where
+@add_layer_norm.where
+def _same_operands(match):
+    """The op adds without broadcasting or promotion, as its gradient is one tensor for both."""
+    residual, x = match.tensor("residual"), match.tensor("x")
+    return (same_shape(residual, x) and residual.dtype == x.dtype) or "the operands of the sum differ in shape or dtype"
+
+
+RULES = [rms_norm, torch_rms_norm, layer_norm, written_layer_norm, add_rms_norm, add_layer_norm]

@@ -1,0 +1,95 @@
+"""Rotary position embeddings: x * cos + rotate(x) * sin, in the layouts that models use."""
+
+from fastlora.kernels import ops
+from fastlora.pattern import (
+    Pattern,
+    cast,
+    cat,
+    either,
+    evens,
+    first_half,
+    flatten_pairs,
+    odds,
+    piece,
+    raised,
+    second_half,
+)
+from fastlora.rule import Match, dtype_of, fuse, rule
+from fastlora.view import View, known_equal
+
+
+def turned(view: View, node) -> bool:
+    """A concatenation or stack of a value's parts, one of them negated: somebody rotates."""
+    term = view.term(node)
+    if term is None or term.op not in ("cat", "stack") or len(term.args["tensors"]) != 2:
+        return False
+    inner = [view.term(part) for part in term.args["tensors"]]
+    negated = [
+        t.args["input"] if t is not None and t.op == "neg" else part
+        for t, part in zip(inner, term.args["tensors"], strict=True)
+    ]
+    sources = [view.term(part) for part in negated]
+    sliced = all(t is not None and t.op == "slice" for t in sources)
+    return sliced and sum(t is not None and t.op == "neg" for t in inner) == 1
+
+
+def _rotate(x: Pattern) -> Pattern:
+    return either(
+        half=cat(-second_half(x), first_half(x)),
+        flipped=cat(second_half(x), -first_half(x)),
+        pairs=flatten_pairs(-odds(x), evens(x)),
+    ).named("layout")
+
+
+def _width(match: Match) -> int:
+    return match.tensor("x").shape[-1]
+
+
+@rule(
+    ops.rotary,
+    anchor=turned,
+    attrs={
+        "layout": lambda match: match.tag("layout"),
+        "rotary_dim": _width,
+        "compute_dtype": dtype_of("q"),
+        "out_dtype": dtype_of(),
+    },
+)
+def rotary(x, cos, sin):
+    q = cast(x).named("q")
+    turn = either(wide=_rotate(q), narrow=cast(_rotate(x)))
+    return cast(q * cos + turn * sin)
+
+
+@rotary.where
+def _tables_are_as_wide(match):
+    width = match.tensor("x").shape[-1]
+    fits = all(known_equal(match.tensor(name).shape[-1], width) for name in ("cos", "sin"))
+    return fits or "cos and sin are not as wide as x"
+
+
+@rotary.where
+def _tables_broadcast_into_x(match):
+    return match.tensor().shape == match.tensor("x").shape or "cos and sin make the result larger than x"
+
+
+def _turned_width(match: Match) -> int:
+    return match.view.term(match.value("turning")).args["stop"]
+
+
+@fuse(ops.rotary, attrs={"rotary_dim": _turned_width, "out_dtype": dtype_of()})
+def partial_rotary(x):
+    """Only the first entries of each head turn; the others pass through."""
+    return cast(cat(raised(ops.rotary, x=piece(x, "turning")), piece(x, "passing")))
+
+
+@partial_rotary.where
+def _pieces_meet(match):
+    turning, passing = (match.view.term(match.value(name)).args for name in ("turning", "passing"))
+    whole = turning["start"] == 0 and turning["stop"] == passing["start"]
+    return (
+        whole and passing["stop"] == match.tensor("x").shape[-1]
+    ) or "the parts that turn and pass are not the whole"
+
+
+RULES = [rotary, partial_rotary]

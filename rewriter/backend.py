@@ -1,0 +1,36 @@
+"""`torch.compile(model, backend="fastlora")`, found through the entry-point group `torch_dynamo_backends`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+from torch import fx
+
+from fastlora.errors import FastLoRAError
+from fastlora.session import Options, Session
+
+
+@cache
+def default_session() -> Session:
+    """The session that collects what the backend of this process compiles, for `fastlora.report()`."""
+    return Session(Options())
+
+
+def fastlora_backend(
+    gm: fx.GraphModule, inputs: Sequence[Any], *, options: dict[str, Any] | None = None, mode: str | None = None
+) -> Callable[..., Any]:
+    """A TorchDynamo backend.
+
+    Args:
+        gm, inputs: what TorchDynamo gives.
+        options: `lower`, `strict` and `verify`, as for `fastlora.compile`.
+        mode: Inductor's mode.
+    """
+    session = default_session()
+    known = {"lower", "strict", "verify"}
+    if unknown := (options or {}).keys() - known:
+        raise FastLoRAError(f"options {sorted(unknown)} are none of {sorted(known)}")
+    session.options = Options(mode=mode or "default", **(options or {}))
+    return session.compile_graph(gm, inputs)

@@ -1,0 +1,68 @@
+"""Puts the chosen matches into the graph; the only code that changes one."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from fastlora.rule import Match
+from fastlora.view import View
+
+_TRACED = ("nn_module_stack", "stack_trace", "source_fn_stack")
+
+
+def commit(gm: fx.GraphModule, view: View, matches: Sequence[Match]) -> None:
+    """Replaces disjoint, legal matches by their ops, then removes the nodes that this left without users."""
+    forward: dict[fx.Node, fx.Node] = {}
+    for match in sorted(matches, key=lambda m: view.order[m.root]):
+        _replace(gm.graph, view, match, forward)
+    _erase(gm.graph, matches)
+    gm.graph.lint()
+    gm.recompile()
+
+
+def _replace(graph: fx.Graph, view: View, match: Match, forward: dict[fx.Node, fx.Node]) -> None:
+    values = fx.node.map_arg(match.op.order(match.arguments), lambda node: forward.get(node, node))
+    place = _place(view, match)
+    with graph.inserting_before(place):
+        call = graph.call_function(match.op.target, tuple(values))
+        results = _unpack(graph, call, match)
+    for node in (call, *results):
+        view.order[node] = view.order[place] - 0.5
+        node.meta.update({key: match.root.meta[key] for key in _TRACED if key in match.root.meta})
+    for old, new in zip(match.outputs, results, strict=True):
+        new.meta["example_value"] = old.meta["example_value"]
+        old.replace_all_uses_with(new)
+        forward[old] = new
+
+
+def _place(view: View, match: Match) -> fx.Node:
+    """The node to insert before: what follows the last output, or an earlier user of another one."""
+    last = max(match.outputs, key=view.order.__getitem__)
+    return min([last.next, *match.outside_users()], key=view.order.__getitem__)
+
+
+def _unpack(graph: fx.Graph, call: fx.Node, match: Match) -> list[fx.Node]:
+    """A node for each output. An op returns outputs and residuals as a tuple, unless there is just one result."""
+    op = match.op
+
+    def item(source: fx.Node, index: int) -> fx.Node:
+        return graph.call_function(operator.getitem, (source, index))
+
+    single = len(op.outputs) + len(op.residuals) == 1
+    results: list[Any] = [call] if single else [item(call, i) for i in range(len(op.outputs))]
+    if op.outputs[0].is_list:
+        return [item(results[0], i) for i in range(len(match.outputs))]
+    return results
+
+
+def _erase(graph: fx.Graph, matches: Sequence[Match]) -> None:
+    """Only what was replaced goes: the graph may hold in-place operations without users, which a general dead-code
+    elimination would drop."""
+    replaced = {node for match in matches for node in match.inside()}
+    for node in reversed(list(graph.nodes)):
+        if node in replaced and not node.users:
+            graph.erase_node(node)

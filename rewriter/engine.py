@@ -1,0 +1,157 @@
+"""One pass over a traced graph: raise, fuse, group, check, choose, commit.
+
+Raising fills an overlay of semantic ops and leaves the graph alone; fusing and grouping work on that overlay; what is
+legal competes by benefit and size; the winners, disjoint by construction, are committed. There is no fixpoint: raising
+is monotone and committing only shrinks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from fastlora.commit import commit
+from fastlora.legality import Legality
+from fastlora.rule import GroupRule, Match, Rule
+from fastlora.verify import disagreement
+from fastlora.view import View
+
+AnyRule = Rule | GroupRule
+
+_BODIES = {"tag_activation_checkpoint", "wrap"}
+"""Higher-order ops whose bodies are ordinary code. Others (an autograd function, a flex-attention mask) are opaque."""
+
+
+@dataclass
+class Rewrite:
+    """What the pass did to one graph."""
+
+    graph: fx.Graph
+    view: View
+    chosen: list[Match] = field(default_factory=list)
+    refused: list[tuple[Match, str]] = field(default_factory=list)
+    anchors: dict[str, list[fx.Node]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def claimed(self) -> set[fx.Node]:
+        return {member for match in self.chosen for member in match.members}
+
+
+def rewrite(gm: fx.GraphModule, rules: Sequence[AnyRule], verify: bool = False) -> list[Rewrite]:
+    """Rewrites a traced module in place, the bodies of its checkpointed regions included.
+
+    Args:
+        gm: a graph as TorchDynamo hands it to a backend, with `meta["example_value"]` on its nodes.
+        rules: the rules to apply; their order does not matter.
+        verify: replay every distinct match in fp64 against the op's reference, and decline it if they differ.
+
+    Returns:
+        One `Rewrite` a graph. Nothing in a graph changes but what its `chosen` matches replaced.
+    """
+    done = []
+    for body in bodies(gm):
+        start = time.perf_counter()
+        result = _analyse(body.graph, rules, verify)
+        if result.chosen:
+            commit(body, result.view, result.chosen)
+        result.seconds = time.perf_counter() - start
+        done.append(result)
+    return done
+
+
+def bodies(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """The module and the bodies that it runs as ordinary code, innermost last."""
+    yield gm
+    for node in gm.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() in _BODIES:
+            for source in node.all_input_nodes:
+                if source.op == "get_attr" and isinstance(
+                    body := getattr(gm, str(source.target), None), fx.GraphModule
+                ):
+                    yield from bodies(body)
+
+
+def _analyse(graph: fx.Graph, rules: Sequence[AnyRule], verify: bool) -> Rewrite:
+    view = View(graph)
+    result = Rewrite(graph, view, anchors=find_anchors(view, rules))
+    found = list(_raise(view, [r for r in rules if isinstance(r, Rule) and not r.fuses]))
+    found += list(_fuse(view, [r for r in rules if isinstance(r, Rule) and r.fuses]))
+    legality = Legality(view)
+    legal = list(_legal(result, found, legality, verify))
+    for rule in rules:
+        if isinstance(rule, GroupRule):
+            legal += _legal(result, list(rule.find(view, legal)), legality, verify)
+    result.chosen = _choose(legal, view)
+    return result
+
+
+def find_anchors(view: View, rules: Sequence[AnyRule]) -> dict[str, list[fx.Node]]:
+    """The candidates of each op family: nodes that a rule is about, whether or not it matches."""
+    found: dict[str, dict[fx.Node, None]] = {}
+    for rule in rules:
+        if isinstance(rule, Rule) and rule.anchor is not None:
+            nodes = found.setdefault(rule.op.family, {})
+            nodes.update(dict.fromkeys(n for n in view.producers() if is_anchor(rule, view, n)))
+    return {family: list(nodes) for family, nodes in found.items()}
+
+
+def is_anchor(rule: Rule, view: View, node: fx.Node) -> bool:
+    if rule.anchor is None:
+        return False
+    if isinstance(rule.anchor, str):
+        term = view.term(node)
+        return term is not None and term.op == rule.anchor
+    return rule.anchor(view, node)
+
+
+def _raise(view: View, rules: list[Rule]) -> Iterator[Match]:
+    by_root: dict[str, list[Rule]] = {}
+    for rule in rules:
+        for op in rule.outputs[0].roots():
+            by_root.setdefault(op, []).append(rule)
+    for node in view.producers():
+        term = view.term(node)
+        for rule in by_root.get(term.op, ()) if term is not None else ():
+            match = rule.find(view, node)
+            if match is not None:
+                view.raised.setdefault(node, []).append(match)
+                yield match
+
+
+def _fuse(view: View, rules: list[Rule]) -> Iterator[Match]:
+    for rule in rules:
+        roots = rule.outputs[0].roots()
+        for node in view.producers():
+            term = view.term(node)
+            names = {f"raised.{m.op.name}" for m in view.raised.get(node, ())} | ({term.op} if term else set())
+            if names & roots:
+                match = rule.find(view, node)
+                if match is not None:
+                    yield match
+
+
+def _legal(result: Rewrite, found: list[Match], legality: Legality, verify: bool) -> Iterator[Match]:
+    for match in found:
+        reason = match.rule.refusal(match) or legality.refusal(match)
+        if reason is None and verify:
+            reason = disagreement(match)
+        if reason is None:
+            yield match
+        else:
+            result.refused.append((match, reason))
+
+
+def _choose(legal: list[Match], view: View) -> list[Match]:
+    """Greedy by benefit, then by the nodes covered, then by place; no node is claimed twice."""
+    taken: set[fx.Node] = set()
+    chosen = []
+    for match in sorted(legal, key=lambda m: (-m.rule.benefit, -len(m.members), view.order[m.root])):
+        owned = set(match.members) - set(match.shared)
+        if owned.isdisjoint(taken):
+            taken |= owned
+            chosen.append(match)
+    return chosen

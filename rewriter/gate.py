@@ -1,0 +1,70 @@
+"""Gates: what sits in a module's compiled-call slot and decides, call by call, whether the compiled path may run.
+
+The slot is the one that `nn.Module.compile` uses. It is no part of the state dict, and pickling and copying drop it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora.regions import Region, is_torch_class
+from fastlora.session import Session
+
+_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
+_GRAPHS_PER_BLOCK = 64
+"""One block may need a graph for each of its kinds (sliding or full attention, say), gradient modes and shape classes;
+TorchDynamo's default of 8 would make the ninth fall back to eager, and with it all layers that share the code."""
+
+
+class Gate:
+    """Runs a region compiled while gradients are on and there is no KV cache, and as it was otherwise.
+
+    Generation and evaluation thereby neither recompile nor use up the recompile limit that training needs.
+    """
+
+    def __init__(self, region: Region, session: Session) -> None:
+        module = region.module
+        self._region, self._session, self._module = region.name, session, module
+        self._is_torch_class = is_torch_class(module)
+        target = module.forward if self._is_torch_class else module._call_impl
+        self._compiled = torch.compile(target, backend=session.compile_graph)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        reason = self._bypass(kwargs)
+        if reason is not None:
+            if reason:
+                self._session.bypassed[reason] += 1
+            return self._module._call_impl(*args, **kwargs)
+        self._session.enter(self._region)
+        with torch._dynamo.config.patch(recompile_limit=_GRAPHS_PER_BLOCK):
+            return self._compiled(*args, **kwargs)
+
+    def _bypass(self, kwargs: dict[str, Any]) -> str | None:
+        """Why not to run compiled; empty where that is as it should be, None to run compiled."""
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return ""
+        if any(kwargs.get(name) is not None for name in _CACHES):
+            return "a KV cache was passed; use_cache=False avoids that in training"
+        if self._is_torch_class and (self._module._forward_hooks or self._module._forward_pre_hooks):
+            return f"{type(self._module).__name__} is a class of PyTorch's own and has hooks"
+        return None
+
+
+class ModelGate:
+    """Sits on the whole model: a training step that computes its loss needs no KV cache, so none is built for it."""
+
+    def __init__(self, model: nn.Module, session: Session, inner: Gate | None) -> None:
+        self._model, self.session, self._inner = model, session, inner
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        parameters = inspect.signature(base.forward).parameters
+        self._caches = "use_cache" in parameters and "labels" in parameters
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        asked = kwargs.get("use_cache") is not None or kwargs.get("past_key_values") is not None
+        if self._caches and not asked and kwargs.get("labels") is not None and torch.is_grad_enabled():
+            kwargs["use_cache"] = False
+        return self._inner(*args, **kwargs) if self._inner is not None else self._model._call_impl(*args, **kwargs)

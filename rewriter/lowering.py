@@ -1,0 +1,73 @@
+"""From a rewritten graph to something that runs: the graph itself, or Inductor's compilation of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.checkpoint import checkpoint
+
+from fastlora.effects import hint
+from fastlora.engine import bodies
+
+Runnable = Callable[..., Any]
+
+
+def lower(gm: fx.GraphModule, inputs: Sequence[Any], how: str, mode: str) -> Runnable:
+    """Makes a rewritten graph runnable.
+
+    Args:
+        gm, inputs: the graph and the example inputs that TorchDynamo gave with it.
+        how: `eager` runs the graph as it is; `inductor` compiles what no pattern covered.
+        mode: Inductor's mode, e.g. `max-autotune`; without meaning for `eager`.
+    """
+    if how == "inductor":
+        from torch._inductor.compile_fx import compile_fx
+
+        patches = None if mode == "default" else torch._inductor.list_mode_options(mode)
+        return compile_fx(gm, list(inputs), config_patches=patches)
+    keep_random_state(gm)
+    return gm.forward
+
+
+def keep_random_state(gm: fx.GraphModule) -> None:
+    """Makes checkpointed regions draw the same random numbers again when they are recomputed.
+
+    Run eagerly, `tag_activation_checkpoint` calls `checkpoint(..., preserve_rng_state=False)`, which leaves that to
+    AOTAutograd: a recomputed dropout would have another mask, and the gradients would be wrong without any error.
+    """
+    for body in bodies(gm):
+        for node in body.graph.nodes:
+            if node.target is torch.ops.higher_order.tag_activation_checkpoint:
+                node.target = run_checkpointed
+                context = node.meta.get("_checkpoint_context_fn")
+                node.kwargs = {"context_fn": context} if context is not None else {}
+        body.recompile()
+
+
+def run_checkpointed(body: Runnable, *args: Any, **kwargs: Any) -> Any:
+    """A checkpointed region of a graph that runs eagerly."""
+    return checkpoint(body, *args, use_reentrant=False, preserve_rng_state=True, **kwargs)
+
+
+def pretend(gm: fx.GraphModule) -> Runnable:
+    """A stand-in that computes nothing: zeros of the right shapes, so that tracing can go on past the graph."""
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    outputs = next(iter(reversed(gm.graph.nodes))).args[0]
+
+    def run(*args: Any) -> Any:
+        given = dict(zip(placeholders, args, strict=True))
+        return fx.node.map_arg(outputs, lambda node: given[node] if node in given else _zeros(node))
+
+    return run
+
+
+def _zeros(node: fx.Node) -> Any:
+    example = node.meta.get("example_value")
+    if not isinstance(example, torch.Tensor):
+        return hint(example)
+    shape = [hint(size) for size in example.shape]
+    zeros = torch.zeros(shape, dtype=example.dtype, device=example.device)
+    return zeros.requires_grad_(example.requires_grad)

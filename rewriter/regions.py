@@ -1,0 +1,71 @@
+"""Which parts of a model are compiled on their own: each repeated block once, then what is left over around them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Region:
+    """A module that is compiled by itself, and its path in the model."""
+
+    name: str
+    module: nn.Module
+
+
+def find_regions(model: nn.Module) -> list[Region]:
+    """The blocks of a model, and the modules outside of them that may hold something to fuse.
+
+    A block is an entry of a `ModuleList` or `Sequential` that holds several modules of its class, e.g. a decoder layer.
+    A model without blocks is one region.
+    """
+    found = list(_regions(model, "", set()))
+    return found if any(_is_repeated(region.module, model) for region in found) else [Region("", model)]
+
+
+def _regions(module: nn.Module, name: str, done: set[nn.Module]) -> Iterator[Region]:
+    for child_name, child in module.named_children():
+        path = f"{name}.{child_name}" if name else child_name
+        if child in done:
+            continue
+        done.add(child)
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and _is_block(child, module):
+            yield Region(path, child)
+        elif _holds_blocks(child):
+            yield from _regions(child, path, done)
+        elif _is_worthwhile(child):
+            yield Region(path, child)
+
+
+def _is_block(child: nn.Module, container: nn.Module) -> bool:
+    alike = sum(type(sibling) is type(child) for sibling in container.children())
+    return alike > 1 and any(True for _ in child.children()) and any(True for _ in child.parameters())
+
+
+def _holds_blocks(module: nn.Module) -> bool:
+    return any(
+        isinstance(container, (nn.ModuleList, nn.Sequential)) and _is_block(child, container)
+        for container in module.modules()
+        for child in container.children()
+    )
+
+
+def _is_repeated(module: nn.Module, model: nn.Module) -> bool:
+    return any(
+        module in set(container.children()) and _is_block(module, container)
+        for container in model.modules()
+        if isinstance(container, (nn.ModuleList, nn.Sequential))
+    )
+
+
+def _is_worthwhile(module: nn.Module) -> bool:
+    """Whether a module outside of the blocks can hold a pattern: PyTorch's own leaves (an embedding) cannot."""
+    return not is_torch_class(module) and any(True for _ in module.parameters())
+
+
+def is_torch_class(module: nn.Module) -> bool:
+    """Whether the module's class comes with PyTorch, whose frames TorchDynamo does not trace by themselves."""
+    return type(module).__module__.startswith("torch.nn.")

@@ -1,0 +1,323 @@
+"""Rules: what a subgraph looks like, what must also hold, and the semantic op that it is.
+
+    @rule(ops.glu, anchor=activation, attrs={"out_dtype": dtype_of()})
+    def glu(gate, up):
+        return silu(gate) * up
+
+A rule is a function that is called once, with patterns. Its parameter names are the captures and the op's argument
+names; annotations are predicates; `attrs` gives the arguments that are computed from the match. `@rule` raises a
+subgraph to an op, `@fuse` joins ops that were raised, `@group` joins several that share an input. A rule that cannot be
+right (an unknown name, an argument that nothing provides, growing alternatives) raises `RuleError` where it is defined.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import fx
+
+from fastlora.errors import RuleError
+from fastlora.kernels.op import SemanticOp
+from fastlora.pattern import ANYTHING, Constant, Either, Kept, Opt, Param, Pattern, Raised, Scalar, State, Trace, Var
+from fastlora.view import View, meta
+
+Anchor = str | Callable[[View, fx.Node], bool]
+Verdict = bool | str
+
+
+@dataclass(eq=False)
+class Match:
+    """A subgraph that a rule claims: the nodes it replaces, the op's arguments, and the values it stands for."""
+
+    rule: Rule | GroupRule
+    view: View
+    outputs: tuple[fx.Node, ...]
+    members: tuple[fx.Node, ...]
+    shared: tuple[fx.Node, ...]
+    arguments: dict[str, Any]
+    state: State = field(default_factory=State)
+    parts: tuple[Match, ...] = ()
+
+    @property
+    def op(self) -> SemanticOp:
+        return self.rule.op
+
+    @property
+    def root(self) -> fx.Node:
+        return self.outputs[0]
+
+    def inside(self) -> set[fx.Node]:
+        """The nodes that the match covers: its members, and the identities of those that are no outputs."""
+        inner = (self.view.value_class(member) for member in self.members if member not in self.outputs)
+        return {*self.members, *(same for nodes in inner for same in nodes)}
+
+    def outside_users(self) -> list[fx.Node]:
+        """The nodes that will read the replacement's outputs."""
+        inside = self.inside() - set(self.shared)
+        return [user for output in self.outputs for user in output.users if user not in inside]
+
+    def tag(self, name: str) -> str | None:
+        """The alternative that the `either` of this name took, or None if it was not reached."""
+        return self.state.tags.get(name)
+
+    def value(self, name: str | None = None) -> Any:
+        """What was captured or named; the root without a name."""
+        if name is None:
+            return self.root
+        return self.state.values.get(name, self.state.values.get(f".{name}"))
+
+    def tensor(self, name: str | None = None) -> torch.Tensor:
+        """The fake tensor of a captured or named value."""
+        tensor = meta(self.value(name))
+        assert tensor is not None, f"{self.rule}: {name} holds no tensor"
+        return tensor
+
+    def dtype(self, name: str | None = None) -> torch.dtype:
+        return self.tensor(name).dtype
+
+
+def dtype_of(name: str | None = None, default: torch.dtype | None = None) -> Callable[[Match], torch.dtype]:
+    """For `attrs`: the dtype of a named value (of the root without a name); `default` if it is not in the match."""
+
+    def attribute(match: Match) -> torch.dtype:
+        if default is not None and name is not None and match.value(name) is None:
+            return default
+        return match.dtype(name)
+
+    return attribute
+
+
+@dataclass(eq=False)
+class Rule:
+    """One pattern and the op that it is; made by `@rule` and `@fuse`."""
+
+    name: str
+    source: str
+    op: SemanticOp
+    outputs: tuple[Pattern, ...]
+    variables: dict[str, Any]
+    anchor: Anchor | None
+    attrs: dict[str, Any]
+    benefit: int
+    fuses: bool
+    conditions: list[Callable[[Match], Verdict]] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"{self.name} ({self.source})"
+
+    def where(self, condition: Callable[[Match], Verdict]) -> Callable[[Match], Verdict]:
+        """Decorates a condition on the match that answers True, or a sentence that says why not."""
+        self.conditions.append(condition)
+        return condition
+
+    def find(self, view: View, root: fx.Node, trace: Trace | None = None) -> Match | None:
+        """The first way in which the pattern fits with `root` at its top."""
+        for state in self.outputs[0].match(view, root, State(), trace):
+            return self._match(view, root, state)
+        return None
+
+    def _match(self, view: View, root: fx.Node, state: State) -> Match:
+        outputs = (view.producer(root), *(state.seen[id(output)] for output in self.outputs[1:]))
+        values = {**self.variables, **state.values}
+        state = State(values, state.members, state.shared, state.seen, state.tags)
+        match = Match(self, view, outputs, _unique(state.members), _unique(state.shared), {}, state)
+        wanted = {a.name for a in self.op.arguments}
+        match.arguments = {name: value for name, value in values.items() if name in wanted}
+        match.arguments |= {name: value(match) if callable(value) else value for name, value in self.attrs.items()}
+        return match
+
+    def refusal(self, match: Match) -> str | None:
+        """Why a `where` condition turns the match down, or None."""
+        for condition in self.conditions:
+            verdict = condition(match)
+            if verdict is not True:
+                return verdict if isinstance(verdict, str) else f"a condition of {self.name} does not hold"
+        return None
+
+
+@dataclass(eq=False)
+class GroupRule:
+    """Several matches of one op that agree on an argument become one op whose other tensors are lists."""
+
+    name: str
+    source: str
+    member: SemanticOp
+    op: SemanticOp
+    by: str
+    benefit: int
+    condition: Callable[[list[Match]], Verdict]
+
+    def __repr__(self) -> str:
+        return f"{self.name} ({self.source})"
+
+    def find(self, view: View, candidates: list[Match]) -> Iterator[Match]:
+        """The groups among the candidates, one for each value that several of them share."""
+        shared: dict[Any, list[Match]] = {}
+        single = {a.name for a in self.op.arguments if not a.is_list}
+        absent = {a.name for a in self.member.arguments} - {a.name for a in self.op.arguments}
+        for match in candidates:
+            if match.op is self.member and all(match.arguments.get(name) is None for name in absent):
+                common = tuple(view.producer(v) for n, v in sorted(match.arguments.items()) if n in single)
+                shared.setdefault(common, []).append(match)
+        for matches in shared.values():
+            if len(matches) > 1 and self.condition(matches) is True:
+                yield self._match(view, matches)
+
+    def _match(self, view: View, matches: list[Match]) -> Match:
+        first = matches[0].arguments
+        arguments = {
+            a.name: [m.arguments.get(a.name) for m in matches] if a.is_list else first[a.name]
+            for a in self.op.arguments
+        }
+        outputs = tuple(match.root for match in matches)
+        members = _unique(tuple(n for m in matches for n in m.members))
+        shared = _unique(tuple(n for m in matches for n in m.shared))
+        return Match(self, view, outputs, members, shared, arguments, parts=tuple(matches))
+
+    def refusal(self, match: Match) -> str | None:
+        return None
+
+
+def rule(
+    op: SemanticOp, *, anchor: Anchor | None = None, attrs: dict[str, Any] | None = None, benefit: int = 0
+) -> Callable[[Callable[..., Any]], Rule]:
+    """Declares that a subgraph is `op`.
+
+    Args:
+        op: the semantic op. Captures and `attrs` together have to provide all its arguments.
+        anchor: the operation (or a predicate on view and node) that marks a candidate: each one in a graph is either
+            claimed by a match or explained in the report.
+        attrs: arguments computed from the match, as constants or functions of the `Match`.
+        benefit: preference among overlapping matches; at equal benefit the larger match wins.
+
+    Raises:
+        RuleError: where the rule is defined, if it cannot be right.
+    """
+    return lambda function: _build(function, op, anchor, attrs or {}, benefit, fuses=False)
+
+
+def fuse(
+    op: SemanticOp, *, attrs: dict[str, Any] | None = None, benefit: int = 1
+) -> Callable[[Callable[..., Any]], Rule]:
+    """Declares that raised ops together are `op`; the function may return several values, the op's outputs."""
+    return lambda function: _build(function, op, None, attrs or {}, benefit, fuses=True)
+
+
+def group(
+    member: SemanticOp, *, by: str, into: SemanticOp, benefit: int = 1
+) -> Callable[[Callable[[list[Match]], Verdict]], GroupRule]:
+    """Declares that matches of `member` which share the argument `by` become one `into`; the function decides which."""
+
+    def build(condition: Callable[[list[Match]], Verdict]) -> GroupRule:
+        source = _source(condition)
+        names = {a.name for a in member.arguments}
+        unknown = [a.name for a in into.arguments if a.name not in names]
+        if unknown or by not in names:
+            raise RuleError(f"{source}: {into.name} takes {unknown or [by]}, which {member.name} does not have")
+        if len([a for a in into.outputs if a.is_list]) != len(into.outputs):
+            raise RuleError(f"{source}: the outputs of {into.name} have to be lists, one entry a member")
+        return GroupRule(condition.__name__, source, member, into, by, benefit, condition)
+
+    return build
+
+
+def _build(
+    function: Callable[..., Any],
+    op: SemanticOp,
+    anchor: Anchor | None,
+    attrs: dict[str, Any],
+    benefit: int,
+    fuses: bool,
+) -> Rule:
+    source = _source(function)
+    variables: dict[str, Var] = {}
+    defaults: dict[str, Any] = {}
+    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+        annotation = parameter.annotation
+        optional = annotation is Opt or isinstance(annotation, Opt)
+        predicate = annotation.predicate if isinstance(annotation, Opt) else annotation
+        if predicate in (inspect.Parameter.empty, Opt):
+            predicate = None
+        variables[name] = Var(name, predicate, optional)
+        if parameter.default is not inspect.Parameter.empty:
+            defaults[name] = parameter.default
+        elif optional:
+            defaults[name] = None
+    outputs = function(**variables)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    made = Rule(function.__name__, source, op, outputs, defaults, anchor, attrs, benefit, fuses)
+    _lint(made, variables)
+    return made
+
+
+def _lint(made: Rule, variables: dict[str, Var]) -> None:
+    """Raises RuleError for whatever can be seen to be wrong without a graph."""
+
+    def wrong(text: str) -> RuleError:
+        return RuleError(f"{made.source}: rule {made.name}: {text}")
+
+    if not all(isinstance(output, Pattern) for output in made.outputs):
+        raise wrong("has to return a pattern, or a tuple of patterns")
+    patterns = list(_walk(made.outputs[0]))
+    if len(made.outputs) != len(made.op.outputs):
+        raise wrong(f"returns {len(made.outputs)} values, but {made.op.name} has {len(made.op.outputs)} outputs")
+    if any(output not in patterns for output in made.outputs):
+        raise wrong("every further output has to be a part of the first")
+    if ANYTHING in made.outputs[0].roots():
+        raise wrong("the pattern has no operation at its top")
+    used = {p.name for p in patterns if isinstance(p, (Var, Kept))}
+    if unused := variables.keys() - used:
+        raise wrong(f"the parameters {sorted(unused)} do not appear in the pattern")
+    for pattern in patterns:
+        if isinstance(pattern, Either):
+            for (tag, first), (other, later) in combinations(pattern.alternatives.items(), 2):
+                reaches = ANYTHING in first.roots() or first.roots() & later.roots()
+                if reaches and first.size() < later.size():
+                    raise wrong(f"the alternative {tag} is smaller than {other} after it, and would hide it")
+    _lint_arguments(made, variables, patterns, wrong)
+
+
+def _lint_arguments(
+    made: Rule, variables: dict[str, Var], patterns: list[Pattern], wrong: Callable[[str], RuleError]
+) -> None:
+    arguments = {a.name: a for a in made.op.arguments}
+    bundles = [p for p in patterns if isinstance(p, Raised)]
+    bundled = {name for p in bundles for name in p.captures()}
+    tensors = {p.prefix + a.name for p in bundles for a in p.op.tensors if a.name not in p.overrides}
+    captured = {p.name for p in patterns if isinstance(p, (Var, Kept))}
+    if unknown := {n for n in captured if n not in arguments and not n.startswith("_")} | (tensors - arguments.keys()):
+        raise wrong(f"{sorted(unknown)} are no arguments of {made.op.name}{made.op.schema}")
+    if unknown := made.attrs.keys() - arguments.keys():
+        raise wrong(f"attrs {sorted(unknown)} are no arguments of {made.op.name}{made.op.schema}")
+    provided = captured | bundled | made.attrs.keys()
+    if missing := [n for n, a in arguments.items() if n not in provided and not a.is_optional]:
+        raise wrong(f"nothing provides {missing} of {made.op.name}{made.op.schema}")
+    for name, variable in variables.items():
+        if name in arguments and arguments[name].is_tensor == (variable.predicate in (Scalar, Constant)):
+            raise wrong(f"{name} is {arguments[name].type} in {made.op.name}{made.op.schema}")
+        if variable.optional and name in arguments and not arguments[name].is_optional:
+            raise wrong(f"{name} is optional in the pattern, but not in {made.op.name}{made.op.schema}")
+
+
+def _walk(pattern: Pattern) -> Iterator[Pattern]:
+    yield pattern
+    inner = (pattern.shape,) if isinstance(pattern, Kept) else pattern.children()
+    for child in inner:
+        yield from _walk(child)
+
+
+def _source(function: Callable[..., Any]) -> str:
+    code = function.__code__
+    return f"{code.co_filename}:{code.co_firstlineno}"
+
+
+def _unique(nodes: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+    return tuple(dict.fromkeys(nodes))
+
+
+__all__ = ["Anchor", "GroupRule", "Match", "Opt", "Param", "Rule", "Scalar", "dtype_of", "fuse", "group", "rule"]

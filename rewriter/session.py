@@ -1,0 +1,179 @@
+"""What one compiled model is made of: options, rules, the graphs that were rewritten, and the report on them."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any
+
+import torch
+from torch import fx
+
+from fastlora.deferred import Tally
+from fastlora.engine import AnyRule, Rewrite, rewrite
+from fastlora.errors import FastLoRAError, StrictError
+from fastlora.findings import misses, sites
+from fastlora.lowering import lower, pretend
+from fastlora.report import Coverage, Miss, Report, Seconds, Site
+
+LOWERINGS = ("auto", "eager", "inductor")
+MODES = ("default", "reduce-overhead", "max-autotune")
+
+
+def default_rules() -> list[AnyRule]:
+    """The rules that come with fastlora, then those of installed packages.
+
+    A package adds rules by the entry-point group `fastlora.patterns`; each entry point is a list of rules, or a module
+    with such a list under the name `RULES`.
+    """
+    from fastlora.patterns import RULES
+
+    found = list(RULES)
+    for entry in entry_points(group="fastlora.patterns"):
+        loaded = entry.load()
+        found += loaded if isinstance(loaded, (list, tuple)) else loaded.RULES
+    return found
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to compile; see `fastlora.compile`."""
+
+    lower: str = "auto"
+    mode: str = "default"
+    strict: bool = False
+    verify: bool = False
+    dry: bool = False
+
+    def __post_init__(self) -> None:
+        if self.lower not in LOWERINGS:
+            raise FastLoRAError(f"lower={self.lower!r} is none of {', '.join(LOWERINGS)}")
+        if self.mode not in MODES:
+            raise FastLoRAError(f"mode={self.mode!r} is none of {', '.join(MODES)}")
+        if self.mode != "default" and self.lower == "eager":
+            raise FastLoRAError(f"mode={self.mode!r} is Inductor's: use lower='inductor', or mode='default'")
+
+    @property
+    def lowering(self) -> str:
+        """`auto` runs the rewritten graph, in which fused ops carry the weight, unless a mode asks for Inductor."""
+        if self.lower == "auto":
+            return "eager" if self.mode == "default" else "inductor"
+        return self.lower
+
+
+@dataclass
+class TracedGraph:
+    """A graph that TorchDynamo handed over: its rewrites, the region it was traced in, and the code frame it is of."""
+
+    gm: fx.GraphModule
+    rewrites: list[Rewrite]
+    name: str
+    frame: int
+
+
+class Session:
+    """Compiles the graphs of one model and remembers what it did."""
+
+    def __init__(self, options: Options, rules: Sequence[AnyRule] | None = None) -> None:
+        self.options = options
+        self.rules = list(rules) if rules is not None else default_rules()
+        self.graphs: list[TracedGraph] = []
+        self.tally = Tally(dry=options.dry)
+        self.bypassed: Counter[str] = Counter()
+        self.notes: list[str] = []
+        self.seconds = Seconds()
+        self.head: str | None = None
+        self.region = ""
+        self._serving: dict[tuple[str, int], TracedGraph] = {}
+        self._breaks_before = _graph_breaks()
+        self._entered = time.perf_counter()
+
+    def enter(self, region: str) -> None:
+        """Tells that a region of the model is about to run."""
+        self.region = region
+        self._entered = time.perf_counter()
+
+    def compile_graph(self, gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        """A TorchDynamo backend: rewrites the graph and lowers it."""
+        start = time.perf_counter()
+        self.seconds.trace += start - self._entered
+        frame = torch._guards.CompileContext.current_compile_id()
+        frame_id = len(self.graphs) if frame is None or frame.frame_id is None else frame.frame_id
+        traced = TracedGraph(gm, rewrite(gm, self.rules, self.options.verify), self.region, frame_id)
+        self.seconds.match += time.perf_counter() - start
+        self.graphs.append(traced)
+        if self.options.strict:
+            self._insist(traced)
+        start = time.perf_counter()
+        options = self.options
+        run = pretend(gm) if options.dry else lower(gm, inputs, options.lowering, options.mode)
+        self._entered = time.perf_counter()
+        self.seconds.lower += self._entered - start
+
+        def served(*args: Any) -> Any:
+            self._serving[self.region, frame_id] = traced
+            return run(*args)
+
+        return served
+
+    def _insist(self, traced: TracedGraph) -> None:
+        left = [miss for r in traced.rewrites for miss in misses(r, self.rules, traced.name, 1)]
+        if left:
+            listed = "\n".join(f"  {miss.op} {miss.where}: {miss.reason}" for miss in left)
+            raise StrictError(f"strict=True, and these candidates stay as they are:\n{listed}")
+
+    def report(self) -> Report:
+        """Everything known so far."""
+        report = Report(graphs=len(self.graphs), seconds=self.seconds, notes=list(self.notes))
+        regions: dict[int, list[str]] = {}
+        for (region, _), traced in self._serving.items():  # a region that was traced again counts by its last graph
+            regions.setdefault(id(traced), []).append(region)
+        for traced in self.graphs:
+            if id(traced) not in regions:
+                continue
+            count, name = len(regions[id(traced)]), _common_name(regions[id(traced)])
+            for made in traced.rewrites:
+                claimed = made.claimed()
+                for family, anchors in made.anchors.items():
+                    coverage = report.coverage.setdefault(family, Coverage())
+                    coverage.seen += count * len(anchors)
+                    coverage.fused += count * sum(anchor in claimed for anchor in anchors)
+                report.fused += sites(made, name, count)
+                report.missed += misses(made, self.rules, name, count)
+            key = name if name not in report.code else f"{name} ({len(report.code)})"
+            report.code[key] = traced.gm.print_readable(print_output=False)
+        self._report_loss(report)
+        report.breaks = [reason for reason, n in (_graph_breaks() - self._breaks_before).items() if n > 0]
+        report.notes += [f"{count} calls ran uncompiled: {reason}" for reason, count in self.bypassed.items()]
+        return report
+
+    def _report_loss(self, report: Report) -> None:
+        if self.head is None:
+            return
+        coverage = report.coverage.setdefault("loss", Coverage())
+        coverage.seen += 1
+        if self.tally.fused:
+            coverage.fused += 1
+            report.fused.append(Site("linear_cross_entropy", "deferred logits", self.head, 2, 0))
+        elif self.tally.materialised:
+            lines = ", ".join(self.tally.materialised)
+            report.missed.append(
+                Miss("loss", "deferred logits", self.head, f"the logits themselves were used by {lines}")
+            )
+        for line, count in self.tally.materialised.items():
+            report.notes.append(f"logits were multiplied out {count} times, by {line}")
+
+
+def _common_name(names: list[str]) -> str:
+    """`model.layers.*` for a graph that serves several layers."""
+    if len(names) == 1:
+        return names[0]
+    columns = zip(*(name.split(".") for name in names), strict=False)
+    return ".".join(parts[0] if len(set(parts)) == 1 else "*" for parts in columns)
+
+
+def _graph_breaks() -> Counter[str]:
+    return Counter(torch._dynamo.utils.counters["graph_break"])

@@ -1,0 +1,116 @@
+"""How PyTorch spells the operations that patterns speak of: one line per operation.
+
+`spell("add", "input other alpha=1", operator.add, torch.add, "add")` says that those two functions and that method are
+the same canonical operation, and what their arguments are called. Strings are method names. A call that does not fit
+the signature (say, `out=`) is left opaque, and patterns never see it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """A canonical operation and the names and defaults of its arguments."""
+
+    op: str
+    names: tuple[str, ...]
+    defaults: dict[str, Any]
+
+    def bind(self, node: fx.Node) -> dict[str, Any] | None:
+        """The node's arguments by name, or None if the call does not fit the signature."""
+        if len(node.args) > len(self.names):
+            return None
+        bound = dict(self.defaults)
+        bound.update(zip(self.names, node.args, strict=False))
+        for name, value in node.kwargs.items():
+            if name not in self.names:
+                return None
+            bound[name] = value
+        return bound if len(bound) == len(self.names) else None
+
+
+_FUNCTIONS: dict[Any, Spelling] = {}
+_METHODS: dict[str, Spelling] = {}
+_LITERALS = {"None": None, "True": True, "False": False, "0": 0, "1": 1, "-1": -1, "0.5": 0.5, "0.0": 0.0, "-100": -100}
+
+
+def spell(op: str, signature: str, *spellings: Callable[..., Any] | str) -> None:
+    """Registers spellings (callables, or method names as strings) of the canonical operation `op`.
+
+    The signature lists argument names; `name=value` gives a default, a literal of Python or a bare word.
+    """
+    names, defaults = [], {}
+    for item in signature.split():
+        name, equals, value = item.partition("=")
+        names.append(name)
+        if equals:
+            defaults[name] = _LITERALS.get(value, value)
+    spelling = Spelling(op, tuple(names), defaults)
+    for target in spellings:
+        if isinstance(target, str):
+            _METHODS[target] = spelling
+        else:
+            _FUNCTIONS[target] = spelling
+
+
+def spelling_of(node: fx.Node) -> Spelling | None:
+    """The spelling of a call node, or None if the table does not know its target."""
+    if node.op == "call_function":
+        try:
+            return _FUNCTIONS.get(node.target)
+        except TypeError:  # an unhashable callable
+            return None
+    return _METHODS.get(str(node.target)) if node.op == "call_method" else None
+
+
+spell("add", "input other alpha=1", torch.add, "add")
+spell("add", "input other", operator.add)
+spell("sub", "input other alpha=1", torch.sub, "sub")
+spell("sub", "input other", operator.sub)
+spell("mul", "input other", operator.mul, torch.mul, torch.multiply, "mul", "multiply")
+spell("div", "input other rounding_mode=None", torch.div, "div", torch.true_divide)
+spell("div", "input other", operator.truediv)
+spell("neg", "input", operator.neg, torch.neg, torch.negative, "neg")
+spell("pow", "input exponent", operator.pow, torch.pow, "pow")
+spell("square", "input", torch.square, "square")
+spell("sqrt", "input", torch.sqrt, "sqrt")
+spell("rsqrt", "input", torch.rsqrt, "rsqrt")
+spell("reciprocal", "input", torch.reciprocal, "reciprocal")
+spell("mean", "input dim keepdim=False dtype=None", torch.mean, "mean")
+spell("var", "input dim unbiased=True keepdim=False", torch.var, "var")
+spell("tanh", "input", torch.tanh, F.tanh, "tanh")
+spell("sigmoid", "input", torch.sigmoid, F.sigmoid, "sigmoid")
+spell("silu", "input inplace=False", F.silu)
+spell("gelu", "input approximate=none", F.gelu)
+spell("linear", "input weight bias=None", F.linear)
+spell("matmul", "input other", operator.matmul, torch.matmul, "matmul")
+spell("cat", "tensors dim=0", torch.cat, torch.concat, torch.concatenate)
+spell("stack", "tensors dim=0", torch.stack)
+spell("flatten", "input start_dim=0 end_dim=-1", torch.flatten, "flatten")
+spell("chunk", "input chunks dim=0", torch.chunk, "chunk")
+spell("split", "tensor split_size_or_sections dim=0", torch.split, "split")
+spell("getitem", "input index", operator.getitem)
+spell("transpose", "input dim0 dim1", torch.transpose, "transpose")
+spell("t", "input", torch.t, "t")
+spell("attribute", "input name", getattr)
+spell("dropout", "input p=0.5 training=True inplace=False", F.dropout)
+spell("dropout", "input p train", torch.dropout)
+spell("layer_norm", "input normalized_shape weight=None bias=None eps=None", F.layer_norm)
+spell("layer_norm", "input normalized_shape weight=None bias=None eps=None cudnn_enable=True", torch.layer_norm)
+spell("torch_rms_norm", "input normalized_shape weight=None eps=None", F.rms_norm, torch.rms_norm)
+spell(
+    "cross_entropy",
+    "input target weight=None size_average=None ignore_index=-100 reduce=None reduction=mean label_smoothing=0.0",
+    F.cross_entropy,
+)
+spell("contiguous", "input memory_format=None", "contiguous")
+spell("clone", "input memory_format=None", torch.clone, "clone")

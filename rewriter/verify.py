@@ -1,0 +1,148 @@
+"""Replays a match and compares it with the op that would replace it.
+
+Algebra: the matched nodes, with casts erased, on random fp64 values against the op's reference in fp64, outputs and all
+gradients to 1e-10. Rounding: both in the traced dtypes against that truth; the replacement may be at most 1.25 times as
+far away as the original, plus the rounding of the dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import fx
+
+from fastlora.effects import hint, modes
+from fastlora.legality import argument_nodes
+from fastlora.rule import Match
+from fastlora.view import meta
+
+_ALGEBRA = 1e-10
+_SLACK = 1.25
+_SEEN: dict[Any, str | None] = {}
+
+
+def disagreement(match: Match) -> str | None:
+    """Why the op would not be the same computation as the matched nodes, or None. Each structure is replayed once."""
+    key = (match.rule.source, tuple(str(n.target) for n in match.members), tuple(map(_kind, argument_nodes(match))))
+    if key not in _SEEN:
+        with torch.random.fork_rng(), torch.enable_grad():
+            torch.manual_seed(0)
+            _SEEN[key] = _compare(match)
+    return _SEEN[key]
+
+
+def _kind(node: fx.Node) -> Any:
+    tensor = meta(node)
+    return None if tensor is None else (tensor.dtype, tuple(map(hint, tensor.shape)))
+
+
+def _compare(match: Match) -> str | None:
+    inputs = {node: _random(meta(node)) for node in dict.fromkeys(argument_nodes(match)) if meta(node) is not None}
+    exact = {node: tensor.double() if tensor.is_floating_point() else tensor for node, tensor in inputs.items()}
+    device = next(iter(inputs.values())).device.type
+    with _autocast_of(match):
+        original, native = _replay(match, inputs, False), _reference(match, inputs, False)
+    with torch.autocast(device, enabled=False):
+        truth, algebra = _replay(match, exact, True), _reference(match, exact, True)
+    for name, true, mine in zip(_names(match, exact), truth, algebra, strict=True):
+        if _distance(mine, true) > _ALGEBRA:
+            return f"verify: {name} differs from the op's in fp64 by {_distance(mine, true):.1e}"
+    for name, true, before, after in zip(_names(match, exact), truth, original, native, strict=True):
+        floor = 4 * torch.finfo(after.dtype).eps
+        if _distance(after, true) > _SLACK * _distance(before, true) + floor:
+            return f"verify: {name} would be less exact, {_distance(after, true):.1e} for {_distance(before, true):.1e}"
+    return None
+
+
+def _autocast_of(match: Match) -> AbstractContextManager[Any]:
+    """The autocast region of the graph that the match is in; an ambient one is in force already."""
+    regions = modes(match.view.graph)[match.root][1]
+    return torch.autocast(*regions[-1].args) if regions else nullcontext()
+
+
+def _names(match: Match, inputs: dict[fx.Node, torch.Tensor]) -> list[str]:
+    outputs = [output.name for output in match.outputs]
+    return outputs + [f"the gradient of {node.name}" for node, t in inputs.items() if t.is_floating_point()]
+
+
+def _random(example: torch.Tensor | None) -> torch.Tensor:
+    assert example is not None
+    shape = [hint(size) for size in example.shape]
+    if example.is_floating_point():
+        return torch.randn(shape, device=example.device).to(example.dtype)
+    return torch.randint(0, 2, shape, device=example.device).to(example.dtype)
+
+
+def _with_gradients(
+    run: Callable[[dict[fx.Node, torch.Tensor]], list[torch.Tensor]], inputs: dict[fx.Node, torch.Tensor]
+) -> list[torch.Tensor]:
+    leaves = {node: t.clone().requires_grad_(t.is_floating_point()) for node, t in inputs.items()}
+    outputs = run(leaves)
+    generator = torch.Generator().manual_seed(1)
+    incoming = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]
+    wanted = [t for t in leaves.values() if t.requires_grad]
+    gradients = torch.autograd.grad(outputs, wanted, incoming, allow_unused=True)
+    return [*outputs, *(torch.zeros_like(t) if g is None else g for g, t in zip(gradients, wanted, strict=True))]
+
+
+def _replay(match: Match, inputs: dict[fx.Node, torch.Tensor], exact: bool) -> list[torch.Tensor]:
+    """Runs just the matched nodes, and the identities between them; `exact` erases their casts."""
+    view = match.view
+    inside = {same for member in match.members for same in view.value_class(member)} - set(inputs)
+
+    def run(leaves: dict[fx.Node, torch.Tensor]) -> list[torch.Tensor]:
+        values: dict[fx.Node, Any] = dict(leaves)
+
+        def value(node: fx.Node) -> Any:
+            if node not in values:
+                term = view.term(node)
+                if exact and (node is not view.producer(node) or (term is not None and term.op == "cast")):
+                    values[node] = value(node.all_input_nodes[0])
+                else:
+                    values[node] = _call(node, value, exact)
+            return values[node]
+
+        for node in sorted(inside, key=view.order.__getitem__):
+            value(node)
+        return [value(output) for output in match.outputs]
+
+    return _with_gradients(run, inputs)
+
+
+def _call(node: fx.Node, value: Callable[[fx.Node], Any], exact: bool) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _reference(match: Match, inputs: dict[fx.Node, torch.Tensor], exact: bool) -> list[torch.Tensor]:
+    """Runs the op: its reference in fp64, the op itself with its own backward in the traced dtypes."""
+
+    def run(leaves: dict[fx.Node, torch.Tensor]) -> list[torch.Tensor]:
+        def argument(value: Any) -> Any:
+            if isinstance(value, list):
+                return [argument(item) for item in value]
+            if isinstance(value, fx.Node):
+                return leaves.get(value, hint(value.meta.get("example_value")))
+            return torch.float64 if exact and isinstance(value, torch.dtype) else value
+
+        arguments = {name: argument(value) for name, value in match.arguments.items()}
+        if exact:
+            full = {a.name: arguments.get(a.name) for a in match.op.arguments}
+            results = match.op.reference(**full)
+        else:
+            results = match.op(**arguments)
+        results = results if isinstance(results, (tuple, list)) else (results,)
+        return [t for result in results for t in (result if isinstance(result, (tuple, list)) else [result])]
+
+    return _with_gradients(run, inputs)
+
+
+def _distance(mine: torch.Tensor, truth: torch.Tensor) -> float:
+    """Relative distance in the norm of the whole tensor."""
+    scale = truth.double().norm().clamp_min(1e-30)
+    return float((mine.double() - truth.double()).norm() / scale)

@@ -1,0 +1,97 @@
+"""The output folder appears whole or not at all, and never at the cost of other files."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastlora.tools.output import ADAPTER, COMMAND, SUMMARY, check_output, workplace
+from fastlora.tools.problems import RunError, UsageError
+
+
+def earlier_run(folder: Path) -> Path:
+    (folder / ADAPTER).mkdir(parents=True)
+    (folder / SUMMARY).write_text(json.dumps({"command": COMMAND, "run": "earlier"}))
+    return folder
+
+
+def run_name(folder: Path) -> str:
+    return json.loads((folder / SUMMARY).read_text())["run"]
+
+
+def write_run(output: Path, name: str, stop: type[BaseException] | None = None) -> None:
+    with workplace(output) as place:
+        (place.results / SUMMARY).write_text(json.dumps({"command": COMMAND, "run": name}))
+        if stop is not None:
+            raise stop
+
+
+def test_results_appear_under_the_name_asked_for_and_nothing_else_is_left(tmp_path: Path) -> None:
+    with workplace(tmp_path / "out") as place:
+        place.scratch.mkdir()
+        (place.scratch / "checkpoint").write_text("x")
+        (place.results / SUMMARY).write_text("{}")
+        assert not (tmp_path / "out").exists()
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == ["out", f"out/{SUMMARY}"]
+
+
+def test_an_earlier_run_and_an_empty_folder_are_replaced(tmp_path: Path) -> None:
+    write_run(earlier_run(tmp_path / "out"), "new")
+    assert run_name(tmp_path / "out") == "new"
+    assert not (tmp_path / "out" / ADAPTER).exists()
+    (tmp_path / "empty").mkdir()
+    write_run(tmp_path / "empty", "new")
+    assert run_name(tmp_path / "empty") == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "out"]
+
+
+@pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt])
+def test_a_run_that_stops_leaves_everything_as_it_was(tmp_path: Path, stop: type[BaseException]) -> None:
+    output = earlier_run(tmp_path / "out")
+    with pytest.raises(stop):
+        write_run(output, "new", stop)
+    assert run_name(output) == "earlier"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_earlier_results_survive_a_failure_to_move_the_new_ones(tmp_path: Path) -> None:
+    output = earlier_run(tmp_path / "out")
+    with pytest.raises(RunError, match="could not be written"), workplace(output) as place:
+        place.results.rmdir()  # so that there is nothing to move
+    assert run_name(output) == "earlier"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_files_that_appear_during_the_run_are_not_deleted(tmp_path: Path) -> None:
+    output = earlier_run(tmp_path / "out")
+    with pytest.raises(UsageError, match="not from a fastlora run"), workplace(output):
+        (output / "thesis.txt").write_text("precious")
+    assert (output / "thesis.txt").read_text() == "precious"
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
+    output = earlier_run(tmp_path / "out")
+    check_output(output)
+    (output / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="not from a fastlora run"):
+        check_output(output)
+
+
+@pytest.mark.parametrize("summary", ["", "[]", '{"command": "other"}'])
+def test_a_summary_of_something_else_is_no_earlier_run(tmp_path: Path, summary: str) -> None:
+    (tmp_path / SUMMARY).write_text(summary)
+    with pytest.raises(UsageError, match="not from a fastlora run"):
+        check_output(tmp_path)
+
+
+def test_a_file_the_current_folder_and_a_missing_parent_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match="is a file"):
+        check_output(tmp_path / "file")
+    with pytest.raises(UsageError, match="does not exist; create it first"):
+        check_output(tmp_path / "missing" / "out")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="is the current folder"):
+        check_output(Path("."))
