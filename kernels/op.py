@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 Gradients = dict[str, Any]
 Wanted = dict[str, Any]
@@ -273,8 +272,11 @@ class _Apply(torch.autograd.Function):
         return (*flat_outputs, *flat_residuals)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        if torch.is_grad_enabled():  # once_differentiable would say nothing where only saved tensors carry it
+            raise RuntimeError(
+                f"{ctx.op.name} has no second derivative: its backward cannot run under create_graph=True"
+            )
         op: SemanticOp = ctx.op
         grads = grads[: ctx.outputs]
         if all(g is None for g in grads):

@@ -83,7 +83,7 @@ def _backward(
     compute = rstd.dtype
     n = x.to(compute) * rstd
     g = dy.to(compute)
-    dw = (g * n).flatten(0, -2).sum(0).to(weight.dtype) if weight is not None and wants_dw else None
+    dw = (g * n).reshape(-1, n.shape[-1]).sum(0).to(weight.dtype) if weight is not None and wants_dw else None
     if not wants_dh:
         return None, dw
     if weight is not None:

@@ -34,6 +34,7 @@ def _low_rank_path(x, lora_a, lora_b, lora_bias, scaling):
 @rule(
     ops.lora_linear,
     anchor=low_rank,
+    benefit=2,
     attrs={"base_dtype": dtype_of("base"), "lora_dtype": dtype_of("inner"), "out_dtype": dtype_of()},
 )
 def lora_linear(
@@ -51,7 +52,7 @@ def lora_linear(
     return cast(base + _low_rank_path(adapted, lora_a, lora_b, lora_bias, scaling))
 
 
-@rule(ops.lora_add, anchor=low_rank, attrs={"lora_dtype": dtype_of("inner"), "out_dtype": dtype_of()})
+@rule(ops.lora_add, anchor=low_rank, benefit=2, attrs={"lora_dtype": dtype_of("inner"), "out_dtype": dtype_of()})
 def lora_add(base, x, lora_a: Param(2), lora_b: Param(2), lora_bias: Opt[Param(1)], scaling: Scalar = 1.0):
     """An adapter on whatever its base layer is: a quantised product, a Conv1D, a layer that has adapters already."""
     return cast(base + _low_rank_path(cast(x), lora_a, lora_b, lora_bias, scaling))
@@ -91,7 +92,7 @@ def _undropped(view: View, x: fx.Node) -> fx.Node:
     return x
 
 
-@group(ops.lora_linear, by="x", into=ops.lora_group)
+@group(ops.lora_linear, by="x", into=ops.lora_group, benefit=2)
 def shared_input(matches: list[Match]):
     """q, k and v, or gate and up where the MLP did not fuse."""
     ranks = {meta(match.arguments["lora_a"]).dtype for match in matches}

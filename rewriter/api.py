@@ -114,14 +114,15 @@ def report(model: nn.Module | None = None) -> Report:
 
 def _install(model: nn.Module, session: Session, defer_logits: bool) -> None:
     inner = None
-    for region in find_regions(model):
+    name, head = _output_head(model)
+    defers = defer_logits and head is not None and can_defer(head)
+    for region in find_regions(model, head if defers else None):
         gate = Gate(region, session)
         if region.module is model:
             inner = gate
         else:
             region.module._compiled_call_impl = gate
-    name, head = _output_head(model)
-    if defer_logits and inner is None and head is not None and can_defer(head):
+    if defers and inner is None:
         session.head = name
         head._compiled_call_impl = DeferringHead(head, session.tally)  # type: ignore[arg-type]
     model._compiled_call_impl = ModelGate(model, session, inner)  # type: ignore[assignment]

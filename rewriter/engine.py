@@ -85,7 +85,7 @@ def _analyse(graph: fx.Graph, rules: Sequence[AnyRule], verify: bool) -> Rewrite
     for rule in rules:
         if isinstance(rule, GroupRule):
             legal += _legal(result, list(rule.find(view, legal)), legality, verify)
-    result.chosen = _choose(legal, view)
+    _choose(result, legal)
     return result
 
 
@@ -145,13 +145,14 @@ def _legal(result: Rewrite, found: list[Match], legality: Legality, verify: bool
             result.refused.append((match, reason))
 
 
-def _choose(legal: list[Match], view: View) -> list[Match]:
+def _choose(result: Rewrite, legal: list[Match]) -> None:
     """Greedy by benefit, then by the nodes covered, then by place; no node is claimed twice."""
-    taken: set[fx.Node] = set()
-    chosen = []
-    for match in sorted(legal, key=lambda m: (-m.rule.benefit, -len(m.members), view.order[m.root])):
-        owned = set(match.members) - set(match.shared)
-        if owned.isdisjoint(taken):
-            taken |= owned
-            chosen.append(match)
-    return chosen
+    taken: dict[fx.Node, Match] = {}
+    for match in sorted(legal, key=lambda m: (-m.rule.benefit, -len(m.members), result.view.order[m.root])):
+        owned = [member for member in match.members if member not in match.shared]
+        winner = next((taken[member] for member in owned if member in taken), None)
+        if winner is not None:
+            result.refused.append((match, f"its nodes are part of {winner.rule}"))
+        else:
+            taken.update(dict.fromkeys(owned, match))
+            result.chosen.append(match)

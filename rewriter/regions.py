@@ -16,26 +16,25 @@ class Region:
     module: nn.Module
 
 
-def find_regions(model: nn.Module) -> list[Region]:
+def find_regions(model: nn.Module, head: nn.Module | None = None) -> list[Region]:
     """The blocks of a model, and the modules outside of them that may hold something to fuse.
 
     A block is an entry of a `ModuleList` or `Sequential` that holds several modules of its class, e.g. a decoder layer.
-    A model without blocks is one region.
+    A model without blocks is one region. `head` is to stay outside of every region, so that it can defer its product.
     """
-    found = list(_regions(model, "", set()))
+    found = list(_regions(model, "", {head} if head is not None else set()))
     return found if any(_is_repeated(region.module, model) for region in found) else [Region("", model)]
 
 
-def _regions(module: nn.Module, name: str, done: set[nn.Module]) -> Iterator[Region]:
+def _regions(module: nn.Module, name: str, kept: set[nn.Module]) -> Iterator[Region]:
     for child_name, child in module.named_children():
         path = f"{name}.{child_name}" if name else child_name
-        if child in done:
+        if child in kept:
             continue
-        done.add(child)
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and _is_block(child, module):
             yield Region(path, child)
-        elif _holds_blocks(child):
-            yield from _regions(child, path, done)
+        elif _holds_blocks(child) or any(inner in kept for inner in child.modules()):
+            yield from _regions(child, path, kept)
         elif _is_worthwhile(child):
             yield Region(path, child)
 
@@ -62,8 +61,9 @@ def _is_repeated(module: nn.Module, model: nn.Module) -> bool:
 
 
 def _is_worthwhile(module: nn.Module) -> bool:
-    """Whether a module outside of the blocks can hold a pattern: PyTorch's own leaves (an embedding) cannot."""
-    return not is_torch_class(module) and any(True for _ in module.parameters())
+    """Whether a module outside of the blocks can hold a pattern: an embedding or a layer of PyTorch's own cannot."""
+    known = is_torch_class(module) or isinstance(module, nn.Embedding)
+    return not known and any(True for _ in module.parameters())
 
 
 def is_torch_class(module: nn.Module) -> bool:

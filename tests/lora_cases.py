@@ -1,0 +1,68 @@
+"""Adapted linear layers to test the LoRA ops with: their parameters, in the mixtures of dtypes that PEFT meets."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from hypothesis import strategies as st
+from op_checks import bf16, f16, f32, f64
+from op_precision import tensors
+
+
+class Scheme(NamedTuple):
+    """The dtypes in which things are stored, and in which they meet."""
+
+    x: torch.dtype
+    weight: torch.dtype
+    adapter: torch.dtype
+    base: torch.dtype
+    lora: torch.dtype
+    out: torch.dtype
+
+    def attributes(self) -> dict[str, torch.dtype]:
+        return {"base_dtype": self.base, "lora_dtype": self.lora, "out_dtype": self.out}
+
+
+SCHEMES = {
+    "float32": Scheme(f32, f32, f32, f32, f32, f32),
+    "bfloat16": Scheme(bf16, bf16, bf16, bf16, bf16, bf16),
+    "float16": Scheme(f16, f16, f16, f16, f16, f16),
+    "float32 adapters on bfloat16": Scheme(bf16, bf16, f32, bf16, f32, bf16),
+    "autocast": Scheme(f32, f32, f32, bf16, bf16, bf16),
+    "autocast to float16": Scheme(f32, f32, f32, f16, f16, f16),
+    "autocast of a bfloat16 model": Scheme(bf16, bf16, f32, bf16, bf16, bf16),
+}
+
+
+def uniform(dtype: torch.dtype) -> Scheme:
+    return Scheme(*[dtype] * 6)
+
+
+def layer(scheme: Scheme, n: int, k: int, rank: int, biases: bool = True) -> dict[str, Any]:
+    """Parameters of an adapted layer, B not zero, each scaled so that products keep the size of their inputs."""
+
+    def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return (torch.randn(shape, dtype=f64) * shape[-1] ** -0.5).to(dtype)
+
+    return {
+        "weight": randn(n, k, dtype=scheme.weight),
+        "bias": randn(n, dtype=scheme.weight) if biases else None,
+        "lora_a": randn(rank, k, dtype=scheme.adapter),
+        "lora_b": randn(n, rank, dtype=scheme.adapter),
+        "lora_bias": randn(n, dtype=scheme.adapter) if biases else None,
+        "scaling": 2.83,
+    }
+
+
+@st.composite
+def layers(draw: st.DrawFn, scheme: Scheme, n: int, k: int, rank: int) -> dict[str, Any]:
+    """The same with other layouts and values; either bias may be missing."""
+    return {
+        "weight": draw(tensors((n, k), scheme.weight)),
+        "bias": draw(tensors((n,), scheme.weight)) if draw(st.booleans()) else None,
+        "lora_a": draw(tensors((rank, k), scheme.adapter)),
+        "lora_b": draw(tensors((n, rank), scheme.adapter)),
+        "lora_bias": draw(tensors((n,), scheme.adapter)) if draw(st.booleans()) else None,
+        "scaling": draw(st.sampled_from([1.0, 0.5, 2.83, 16.0])),
+    }

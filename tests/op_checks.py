@@ -1,0 +1,251 @@
+"""What every semantic op promises, as checks that take an op and its arguments.
+
+`CONTRACT` lists the checks of the op contract (gradients, what is asked of the backward, no hidden writes, autocast,
+opcheck), which every op's test runs on its `Case`s. Rounding errors are `op_precision`'s business.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from fastlora.kernels.op import SemanticOp
+
+Arguments = dict[str, Any]
+f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op with a way to make arguments for it in some dtype."""
+
+    name: str
+    op: SemanticOp
+    build: Callable[[torch.dtype], Arguments]
+
+    def arguments(self, dtype: torch.dtype = f64) -> Arguments:
+        torch.manual_seed(0)
+        return complete(self.op, self.build(dtype))
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def complete(op: SemanticOp, arguments: Arguments) -> Arguments:
+    """The arguments with those spelled out that were left out."""
+    return dict(zip((a.name for a in op.arguments), op.order(arguments), strict=True))
+
+
+def flat(value: Any) -> list[torch.Tensor]:
+    return [value] if isinstance(value, torch.Tensor) else [t for v in value for t in flat(v)]
+
+
+def leaves(arguments: Arguments) -> dict[str, torch.Tensor]:
+    """The floating-point tensors by name; members of a list as `name[0]`, `name[1]`, ..."""
+    named: dict[str, Any] = {}
+    for name, value in arguments.items():
+        named |= {f"{name}[{i}]": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
+    return {n: t for n, t in named.items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
+
+
+def replaced(arguments: Arguments, new: dict[str, torch.Tensor]) -> Arguments:
+    """The arguments with other tensors for some of their leaves."""
+    result = {n: list(v) if isinstance(v, list) else v for n, v in arguments.items()}
+    for label, tensor in new.items():
+        name, _, index = label.removesuffix("]").partition("[")
+        if index:
+            result[name][int(index)] = tensor
+        else:
+            result[name] = tensor
+    return result
+
+
+# ---- running an op, or its reference
+
+
+@dataclass
+class Result:
+    outputs: list[torch.Tensor]
+    gradients: dict[str, torch.Tensor | None]
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """Outputs and gradients by name, for comparisons."""
+        outputs = {f"output {i}": t for i, t in enumerate(self.outputs)}
+        return outputs | {f"gradient of {n}": g for n, g in self.gradients.items() if g is not None}
+
+
+def cotangents(outputs: Sequence[torch.Tensor], seed: int = 1) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(t.shape, dtype=f64, generator=generator).to(t.dtype) for t in outputs]
+
+
+def evaluate(
+    function: Callable[..., Any],
+    arguments: Arguments,
+    wanted: Collection[str] | None = None,
+    grads: list[torch.Tensor] | None = None,
+) -> Result:
+    """Outputs, and the gradients of the wanted leaves (of all, unless told) for the given or random cotangents."""
+    fresh = {n: t.detach().requires_grad_(wanted is None or n in wanted) for n, t in leaves(arguments).items()}
+    outputs = flat(function(**replaced(arguments, fresh)))
+    grads = cotangents(outputs) if grads is None else grads
+    inputs = {n: t for n, t in fresh.items() if t.requires_grad}
+    gradients: dict[str, torch.Tensor | None] = dict.fromkeys(fresh)
+    reached = [(t, g) for t, g in zip(outputs, grads, strict=True) if t.requires_grad]
+    if inputs:
+        tensors, incoming = zip(*reached, strict=True)
+        found = torch.autograd.grad(tensors, tuple(inputs.values()), incoming, allow_unused=True)
+        gradients |= dict(zip(inputs, found, strict=True))
+    return Result([t.detach() for t in outputs], gradients)
+
+
+def in_float64(arguments: Arguments) -> Arguments:
+    """The same numbers and the same computation, with every dtype in it float64."""
+    wide = {n: f64 if isinstance(v, torch.dtype) else v for n, v in arguments.items()}
+    return replaced(wide, {n: t.double() for n, t in leaves(arguments).items()})
+
+
+@contextmanager
+def backward_calls(op: SemanticOp) -> Iterator[list[tuple[Any, ...]]]:
+    """The arguments of each call of the op's backward operator."""
+    calls: list[tuple[Any, ...]] = []
+    target = op.backward_target
+
+    def spy(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return target(*arguments)
+
+    op.backward_target = spy
+    try:
+        yield calls
+    finally:
+        op.backward_target = target
+
+
+# ---- the contract
+
+
+def check_gradcheck(case: Case) -> None:
+    arguments = case.arguments()
+    named = leaves(arguments)
+
+    def function(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(flat(case.op(**replaced(arguments, dict(zip(named, tensors, strict=True))))))
+
+    assert torch.autograd.gradcheck(function, tuple(t.detach().requires_grad_() for t in named.values()))
+
+
+def _subsets(names: list[str]) -> list[tuple[str, ...]]:
+    """All subsets where they are few; otherwise the one-element ones, their complements, all, and some others."""
+    if len(names) <= 7:
+        return list(itertools.chain.from_iterable(itertools.combinations(names, n) for n in range(len(names) + 1)))
+    rng = random.Random(0)
+    others = [tuple(n for n in names if rng.random() < 0.5) for _ in range(24)]
+    return [(), *((n,) for n in names), *(tuple(m for m in names if m != n) for n in names), tuple(names), *others]
+
+
+def check_every_subset_of_gradients(case: Case) -> None:
+    """Wanted gradients are autograd's, others None, and the backward operator is asked for no other."""
+    op, arguments = case.op, case.arguments()
+    full = evaluate(op.reference, arguments)
+    for wanted in _subsets(list(leaves(arguments))):
+        with backward_calls(op) as calls:
+            result = evaluate(op, arguments, wanted)
+        for name, gradient in result.gradients.items():
+            if name in wanted:
+                torch.testing.assert_close(gradient, full.gradients[name], rtol=1e-10, atol=1e-12)
+            else:
+                assert gradient is None, f"{name} got a gradient when only {wanted} wanted one"
+        asked = [_asked(op, arguments, needs) for _, needs, *_ in calls]
+        assert asked == [expected for expected in [_computed(op, wanted)] if expected]
+
+
+def _asked(op: SemanticOp, arguments: Arguments, needs: Sequence[bool]) -> set[str]:
+    labels: list[str] = []
+    for a in op.tensors:
+        labels += [f"{a.name}[{i}]" for i in range(len(arguments[a.name]))] if a.is_list else [a.name]
+    return {label for label, need in zip(labels, needs, strict=True) if need}
+
+
+def _computed(op: SemanticOp, wanted: Collection[str]) -> set[str]:
+    """What has to be computed for `wanted`: tied arguments share the first's gradient, a passed-through one is free."""
+    tied, passthrough = op.shared.tied, op.shared.passthrough
+    return {tied[0] if name in tied else name for name in wanted if name not in passthrough}
+
+
+def check_nothing_is_written(case: Case) -> None:
+    """Inputs, saved tensors and incoming gradients keep their bits; a second backward finds the same gradients."""
+    op, arguments = case.op, case.arguments(f32)
+    inputs = {n: t.detach().requires_grad_() for n, t in leaves(arguments).items()}
+    before = [t.detach().clone() for t in inputs.values()]
+    outputs = flat(op(**replaced(arguments, inputs)))
+    values = [t.detach().clone() for t in outputs]
+    grads = cotangents(outputs)
+    incoming = [g.clone() for g in grads]
+    with backward_calls(op) as calls:
+        first, second = (
+            torch.autograd.grad(outputs, tuple(inputs.values()), grads, retain_graph=True) for _ in range(2)
+        )
+    for one, other in ((before, inputs.values()), (values, outputs), (incoming, grads), (first, second)):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    saved = [[t for a in call[2:] for t in (a if isinstance(a, list) else [a])] for call in calls]
+    kept = [t for t in saved[0] if isinstance(t, torch.Tensor)]
+    copies = [t.clone() for t in kept]
+    op.backward_target(*calls[0])
+    assert all(torch.equal(a, b) for a, b in zip(kept, copies, strict=True))
+
+
+def check_expanded_gradient(case: Case) -> None:
+    """The gradient of a sum has stride 0 everywhere."""
+    arguments = case.arguments()
+    outputs = flat(case.op(**arguments))
+    expanded = [torch.full((), 0.7, dtype=t.dtype).expand(t.shape) for t in outputs]
+    result = evaluate(case.op, arguments, grads=expanded)
+    expected = evaluate(case.op, arguments, grads=[g.contiguous() for g in expanded])
+    torch.testing.assert_close(result.gradients, expected.gradients, rtol=1e-12, atol=1e-12)
+
+
+def check_double_backward_raises(case: Case) -> None:
+    """At once, so that a second derivative which only the saved tensors would carry is not silently zero."""
+    inputs = {n: t.detach().requires_grad_() for n, t in leaves(case.arguments()).items()}
+    outputs = flat(case.op(**replaced(case.arguments(), inputs)))
+    with pytest.raises(RuntimeError, match=f"{case.op.name} has no second derivative"):
+        torch.autograd.grad(outputs, tuple(inputs.values()), cotangents(outputs), create_graph=True)
+
+
+def check_autocast_is_inert(case: Case) -> None:
+    arguments = case.arguments(f32)
+    expected = evaluate(case.op, arguments).values()
+    with torch.autocast("cpu", torch.bfloat16):
+        result = evaluate(case.op, arguments).values()
+    for name, value in expected.items():
+        assert torch.equal(value, result[name]), name
+
+
+def check_opcheck(case: Case) -> None:
+    """Schema, autograd registration, fake and AOT dispatch with static and dynamic shapes; of the backward too."""
+    arguments = case.arguments(f32)
+    inputs = {n: t.detach().requires_grad_() for n, t in leaves(arguments).items()}
+    torch.library.opcheck(case.op.target, tuple(case.op.order(replaced(arguments, inputs))))
+    with backward_calls(case.op) as calls:
+        evaluate(case.op, arguments)
+    detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in calls[0]]
+    torch.library.opcheck(case.op.backward_target, tuple(detached), test_utils=("test_schema", "test_faketensor"))
+
+
+CONTRACT = [
+    check_gradcheck,
+    check_every_subset_of_gradients,
+    check_nothing_is_written,
+    check_expanded_gradient,
+    check_double_backward_raises,
+    check_autocast_is_inert,
+    check_opcheck,
+]

@@ -1,0 +1,184 @@
+"""How close an op comes to the truth: its rounding errors against eager's, infs and nans, and sympy's derivatives.
+
+The rule, for every output and every gradient, with the truth being the reference in float64:
+
+    err(op) <= 1.25 * err(eager) + floor          err: the largest error of an element
+    floor = 2 eps * max |truth|                   eps of the coarsest dtype in play
+
+err(eager) is its largest error at the given inputs and at a few neighbours, which are the inputs moved by an ulp or
+two: with a handful of elements eager can be exact by luck, and that is no promise it keeps. The floor is one rounding
+of the result (eps / 2), and three more for sums in another order. Below the smallest normal number, where the spacing
+of floats no longer shrinks, it stays that of the smallest normal.
+
+The maximum over few elements is blunt, so `assert_precise_on_average` asks for the same ratio of root mean squares on
+tensors large enough that luck averages out, with a floor of one ulp of each result's own dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import hypothesis
+import mpmath
+import sympy
+import torch
+from hypothesis import strategies as st
+from op_checks import Arguments, cotangents, evaluate, f64, in_float64, leaves, replaced
+
+from fastlora.kernels.op import SemanticOp
+
+hypothesis.settings.register_profile("ops", max_examples=25, deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("ops")
+
+RATIO = 1.25
+_NEIGHBOURS = 4
+
+
+# ---- drawing arguments
+
+sizes = st.sampled_from([1, 2, 3, 5, 8, 13, 16, 31])
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+_layouts = st.sampled_from(["contiguous", "sliced", "transposed", "expanded"])
+_magnitudes = st.sampled_from([1.0, 1.0, 30.0, 1e-3])
+
+
+@st.composite
+def tensors(draw: st.DrawFn, shape: Sequence[int], dtype: torch.dtype, magnitude: float | None = None) -> torch.Tensor:
+    """A tensor of some memory layout and magnitude; sometimes all its elements are equal."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    layout = draw(_layouts)
+    scale = draw(_magnitudes) if magnitude is None else magnitude
+
+    def randn(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, dtype=f64, generator=generator) * scale).to(dtype)
+
+    if draw(st.integers(0, 9)) == 9:
+        return torch.full(tuple(shape), scale, dtype=dtype)
+    if layout == "sliced":
+        return randn(*(2 * n + 1 for n in shape))[tuple(slice(1, None, 2) for _ in shape)]
+    if layout == "transposed" and len(shape) > 1:
+        *rest, m, n = shape
+        return randn(*rest, n, m).transpose(-1, -2)
+    if layout == "expanded":
+        return randn(1, *shape[1:]).expand(*shape)
+    return randn(*shape)
+
+
+# ---- errors
+
+
+def _error(value: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Elementwise |value - truth|: infinite where only the value is not finite, 0 where the truth is not."""
+    error = (value.double() - truth).abs().nan_to_num(nan=math.inf)
+    return error.where(truth.isfinite(), 0)
+
+
+def _largest(error: torch.Tensor) -> float:
+    return error.max().item() if error.numel() else 0.0
+
+
+def _root_mean_square(error: torch.Tensor) -> float:
+    return error.square().mean().sqrt().item()
+
+
+def _errors(function: Any, op: SemanticOp, arguments: Arguments, norm: Any) -> tuple[dict[str, float], dict[str, Any]]:
+    """The norm of each value's error, and the truth about it."""
+    result = evaluate(function, arguments)
+    grads = [g.double() for g in cotangents(result.outputs)]
+    truth = evaluate(op.reference, in_float64(arguments), grads=grads).values()
+    values = result.values()
+    assert values.keys() == truth.keys()
+    for name, value in values.items():
+        assert value.shape == truth[name].shape, name
+    return {n: norm(_error(v, truth[n])) for n, v in values.items()}, truth
+
+
+def _neighbour(arguments: Arguments, seed: int) -> Arguments:
+    """The arguments, each element moved by up to two ulps."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def move(t: torch.Tensor) -> torch.Tensor:
+        steps = torch.randint(-2, 3, t.shape, generator=generator)
+        return (t.double() * (1 + steps * torch.finfo(t.dtype).eps)).to(t.dtype)
+
+    return replaced(arguments, {n: move(t) for n, t in leaves(arguments).items()})
+
+
+def _coarsest(arguments: Arguments) -> torch.finfo:
+    found = [v for v in arguments.values() if isinstance(v, torch.dtype)] + [
+        t.dtype for t in leaves(arguments).values()
+    ]
+    return max((torch.finfo(dtype) for dtype in found), key=lambda info: info.eps)
+
+
+def assert_as_precise(op: SemanticOp, arguments: Arguments) -> None:
+    """The rule above."""
+    errors, truth = _errors(op, op, arguments, _largest)
+    eager, _ = _errors(op.reference, op, arguments, _largest)
+    for seed in range(_NEIGHBOURS):
+        nearby, _ = _errors(op.reference, op, _neighbour(arguments, seed), _largest)
+        eager = {n: max(e, nearby[n]) for n, e in eager.items()}
+    info = _coarsest(arguments)
+    for name, error in errors.items():
+        magnitude = _largest(truth[name].abs().where(truth[name].isfinite(), 0))
+        floor = 2 * info.eps * max(magnitude, info.smallest_normal)
+        assert error <= RATIO * eager[name] + floor, f"{name}: error {error:.3g}, eager {eager[name]:.3g} + {floor:.3g}"
+
+
+def assert_precise_on_average(op: SemanticOp, arguments: Arguments) -> None:
+    """Root mean square errors, for arguments of a few hundred elements and more."""
+    errors, truth = _errors(op, op, arguments, _root_mean_square)
+    eager, _ = _errors(op.reference, op, arguments, _root_mean_square)
+    values = evaluate(op, arguments).values()
+    for name, error in errors.items():
+        floor = torch.finfo(values[name].dtype).eps * _root_mean_square(truth[name])
+        assert error <= RATIO * eager[name] + floor, f"{name}: error {error:.3g}, eager {eager[name]:.3g} + {floor:.3g}"
+
+
+def assert_propagates(op: SemanticOp, arguments: Arguments) -> None:
+    """One inf, -inf or nan in any argument: outputs and gradients are finite exactly where the reference's are."""
+    for name, tensor in leaves(arguments).items():
+        for bad in (math.inf, -math.inf, math.nan):
+            spoiled = tensor.clone()
+            spoiled.view(-1)[spoiled.numel() // 2] = bad
+            given = replaced(arguments, {name: spoiled})
+            expected = evaluate(op.reference, given).values()
+            for what, value in evaluate(op, given).values().items():
+                same = torch.equal(value.isfinite(), expected[what].isfinite())
+                assert same, f"{what} with {bad} in {name}:\n{value}\nreference:\n{expected[what]}"
+
+
+# ---- sympy
+
+
+def symbols(name: str, count: int) -> list[sympy.Symbol]:
+    return list(sympy.symbols(f"{name}:{count}", real=True))
+
+
+def random_point(*groups: Sequence[sympy.Symbol], seed: int = 0) -> dict[sympy.Symbol, float]:
+    """A number for each symbol."""
+    names = [s for group in groups for s in group]
+    generator = torch.Generator().manual_seed(seed)
+    return dict(zip(names, torch.randn(len(names), dtype=f64, generator=generator).tolist(), strict=True))
+
+
+def at(point: dict[sympy.Symbol, float], group: Sequence[sympy.Symbol]) -> torch.Tensor:
+    return torch.tensor([point[s] for s in group], dtype=f64)
+
+
+def value(expression: sympy.Expr, point: dict[sympy.Symbol, float]) -> float:
+    """The expression at the point, computed with 30 digits."""
+    with mpmath.workdps(30):
+        return float(sympy.lambdify(list(point), expression, "mpmath")(*map(mpmath.mpf, point.values())))
+
+
+def gradient(expression: sympy.Expr, group: Sequence[sympy.Symbol], point: dict[sympy.Symbol, float]) -> torch.Tensor:
+    """sympy's derivative of the expression by each symbol of the group, at the point."""
+    return torch.tensor([value(sympy.diff(expression, s), point) for s in group], dtype=f64)
+
+
+def assert_derived(code: torch.Tensor, derived: torch.Tensor) -> None:
+    """The code's expression and sympy's agree in all but the last digits of float64."""
+    torch.testing.assert_close(code, derived, rtol=1e-12, atol=1e-12)
