@@ -55,9 +55,9 @@ def compile(
         raise FastLoRAError(f"memory_budget={memory_budget!r}: planning for a budget does not exist yet; leave it None")
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise FastLoRAError("model comes from torch.compile: pass the model itself, fastlora.compile(model._orig_mod)")
-    session = Session(Options(lower, mode, strict, verify), rules)
+    session = Session(Options(lower, mode, strict, verify, defer_logits), rules)
     disable(model)
-    _install(model, session, defer_logits)
+    _install(model, session)
     return model
 
 
@@ -83,7 +83,7 @@ def explain(model: nn.Module, rules: Sequence[AnyRule] | None = None, **batch: A
     slots = {module: module._compiled_call_impl for module in model.modules()}
     try:
         disable(model)
-        _install(model, session, defer_logits=True)
+        _install(model, session)
         with torch.enable_grad(), torch.random.fork_rng(devices=_devices(model)):
             model(**batch)
     finally:
@@ -103,19 +103,21 @@ def report(model: nn.Module | None = None) -> Report:
         FastLoRAError: if the model is not compiled.
     """
     if model is None:
-        from fastlora.backend import default_session
+        from fastlora.backend import default_session, traced_seconds
 
-        return default_session().report()
+        collected = default_session().report()
+        collected.seconds.trace = traced_seconds()
+        return collected
     gate = model._compiled_call_impl
     if not isinstance(gate, ModelGate):
         raise FastLoRAError("model is not compiled by fastlora; call fastlora.compile(model) first")
     return gate.session.report()
 
 
-def _install(model: nn.Module, session: Session, defer_logits: bool) -> None:
+def _install(model: nn.Module, session: Session) -> None:
     inner = None
     name, head = _output_head(model)
-    defers = defer_logits and head is not None and can_defer(head)
+    defers = session.options.defer_logits and head is not None and can_defer(head)
     for region in find_regions(model, head if defers else None):
         gate = Gate(region, session)
         if region.module is model:

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 from torch import fx
+from torch._dynamo.utils import calculate_time_spent
 
 from fastlora.errors import FastLoRAError
 from fastlora.session import Options, Session
@@ -18,6 +19,12 @@ def default_session() -> Session:
     return Session(Options())
 
 
+def traced_seconds() -> float:
+    """What TorchDynamo says that it spent in this process, backends aside."""
+    spent = calculate_time_spent()
+    return max(0.0, spent.get("entire_frame_compile", 0.0) - spent.get("backend_compile", 0.0))
+
+
 def fastlora_backend(
     gm: fx.GraphModule, inputs: Sequence[Any], *, options: dict[str, Any] | None = None, mode: str | None = None
 ) -> Callable[..., Any]:
@@ -25,11 +32,11 @@ def fastlora_backend(
 
     Args:
         gm, inputs: what TorchDynamo gives.
-        options: `lower`, `strict` and `verify`, as for `fastlora.compile`.
+        options: `lower`, `strict`, `verify` and `defer_logits`, as for `fastlora.compile`.
         mode: Inductor's mode.
     """
     session = default_session()
-    known = {"lower", "strict", "verify"}
+    known = {"lower", "strict", "verify", "defer_logits"}
     if unknown := (options or {}).keys() - known:
         raise FastLoRAError(f"options {sorted(unknown)} are none of {sorted(known)}")
     session.options = Options(mode=mode or "default", **(options or {}))

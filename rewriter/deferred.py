@@ -10,6 +10,7 @@ connected.
 from __future__ import annotations
 
 import traceback
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from fastlora.errors import FastLoRAError
 from fastlora.kernels.ops import linear_cross_entropy
 
 
@@ -45,6 +47,15 @@ class Recipe:
     scale: float = 1.0
     squashed: bool = False
     gain: float = 1.0
+    versions: tuple[int, int] = (0, 0)
+
+    def check(self) -> None:
+        """Raises if what the logits are made of has been written to since: they can no longer be computed."""
+        if (self.hidden._version, self.weight._version) != self.versions:
+            raise FastLoRAError(
+                "the hidden states or the weight behind deferred logits were modified in place (by an optimizer step, "
+                "say) before the logits were used; read them earlier, or use fastlora.compile(..., defer_logits=False)"
+            )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,12 +63,14 @@ class Recipe:
 
     def multiply(self) -> torch.Tensor:
         """The plain product, before anything was done to it."""
+        self.check()
         with torch.autocast(self.hidden.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.to(self.base_dtype)
             return F.linear(self.hidden.to(self.base_dtype), self.weight.to(self.base_dtype), bias)
 
     def cross_entropy(self, labels: torch.Tensor, **options: Any) -> torch.Tensor:
         """The loss, without the logits."""
+        self.check()
         scale = self.scale * self.gain if self.squashed else self.scale
         return linear_cross_entropy(
             x=self.hidden, weight=self.weight, bias=self.bias, labels=labels, scale=scale,
@@ -72,11 +85,20 @@ class DeferredLogits(torch.Tensor):
     tally: Tally
     origin: Callable[[], torch.Tensor]
     product: torch.Tensor | None
+    family: list[weakref.ref[DeferredLogits]]
 
     @staticmethod
-    def __new__(cls, recipe: Recipe, tally: Tally, origin: Callable[[], torch.Tensor]) -> DeferredLogits:
+    def __new__(
+        cls,
+        recipe: Recipe,
+        tally: Tally,
+        origin: Callable[[], torch.Tensor],
+        family: list[weakref.ref[DeferredLogits]],
+    ) -> DeferredLogits:
         made = torch.Tensor._make_wrapper_subclass(cls, recipe.shape, dtype=recipe.dtype, device=recipe.hidden.device)
         made.recipe, made.tally, made.origin, made.product = recipe, tally, origin, None
+        made.family = family
+        family.append(weakref.ref(made))
         return made
 
     def __init__(self, *_: Any) -> None:
@@ -84,7 +106,7 @@ class DeferredLogits(torch.Tensor):
 
     def then(self, recipe: Recipe, operation: Callable[[torch.Tensor], torch.Tensor]) -> DeferredLogits:
         """The logits after one more operation; if they are ever needed, that very operation is replayed."""
-        return DeferredLogits(recipe, self.tally, lambda: operation(self.materialise(counted=False)))
+        return DeferredLogits(recipe, self.tally, lambda: operation(self.materialise(counted=False)), self.family)
 
     def materialise(self, counted: bool = True) -> torch.Tensor:
         """The logits as an ordinary tensor, computed once."""
@@ -105,6 +127,10 @@ class DeferredLogits(torch.Tensor):
                 result = _HANDLERS[func](*args, **kwargs)
                 if result is not None:
                     return result
+            if isinstance(subject, DeferredLogits) and _writes(func):
+                for relative in subject.family:  # views among them have to see the change, copies must not
+                    if (member := relative()) is not None:
+                        member.materialise()
             args, kwargs = tree_map_only(DeferredLogits, DeferredLogits.materialise, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -145,8 +171,14 @@ def defer(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     """Deferred `F.linear(hidden, weight, bias)`, in the dtype that autocast would give it."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    recipe = Recipe(hidden, weight, bias, dtype, dtype)
-    return DeferredLogits(recipe, tally, recipe.multiply)
+    recipe = Recipe(hidden, weight, bias, dtype, dtype, versions=(hidden._version, weight._version))
+    return DeferredLogits(recipe, tally, recipe.multiply, [])
+
+
+def _writes(func: Any) -> bool:
+    """Whether a tensor function works in place, by PyTorch's naming."""
+    name = getattr(func, "__name__", "")
+    return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
 
 def _caller() -> str:
@@ -182,7 +214,12 @@ def _view(logits: DeferredLogits, *shape: Any) -> DeferredLogits | None:
         return None
     hidden = logits.recipe.hidden
     moved = hidden.reshape(*sizes[:-1], hidden.shape[-1])
-    return logits.then(replace(logits.recipe, hidden=moved), lambda real: real.reshape(sizes))
+    return logits.then(_with_hidden(logits.recipe, moved), lambda real: real.reshape(sizes))
+
+
+def _with_hidden(recipe: Recipe, hidden: torch.Tensor) -> Recipe:
+    recipe.check()
+    return replace(recipe, hidden=hidden, versions=(hidden._version, recipe.versions[1]))
 
 
 def _same(logits: DeferredLogits, *_: Any, **__: Any) -> DeferredLogits:
@@ -192,7 +229,7 @@ def _same(logits: DeferredLogits, *_: Any, **__: Any) -> DeferredLogits:
 def _detach(logits: DeferredLogits) -> DeferredLogits:
     recipe = logits.recipe
     bias = None if recipe.bias is None else recipe.bias.detach()
-    cut = replace(recipe, hidden=recipe.hidden.detach(), weight=recipe.weight.detach(), bias=bias)
+    cut = replace(_with_hidden(recipe, recipe.hidden.detach()), weight=recipe.weight.detach(), bias=bias)
     return logits.then(cut, lambda real: real.detach())
 
 
@@ -205,7 +242,7 @@ def _getitem(logits: DeferredLogits, index: Any) -> DeferredLogits | None:
     reaches_last = Ellipsis in parts or len(parts) == logits.dim()
     if reaches_last and parts[-1] is not Ellipsis and parts[-1] != full:
         return None
-    return logits.then(replace(logits.recipe, hidden=logits.recipe.hidden[index]), lambda real: real[index])
+    return logits.then(_with_hidden(logits.recipe, logits.recipe.hidden[index]), lambda real: real[index])
 
 
 def _scaled(factor: Callable[[Any], Any], operation: Callable[..., Any]) -> Callable[..., DeferredLogits | None]:

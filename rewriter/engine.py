@@ -35,10 +35,12 @@ class Rewrite:
     chosen: list[Match] = field(default_factory=list)
     refused: list[tuple[Match, str]] = field(default_factory=list)
     anchors: dict[str, list[fx.Node]] = field(default_factory=dict)
+    deferred: list[fx.Node] = field(default_factory=list)
     seconds: float = 0.0
 
     def claimed(self) -> set[fx.Node]:
-        return {member for match in self.chosen for member in match.members}
+        """The nodes that a chosen match replaced, and the losses whose logits are deferred."""
+        return {*(member for match in self.chosen for member in match.members), *self.deferred}
 
 
 def rewrite(gm: fx.GraphModule, rules: Sequence[AnyRule], verify: bool = False) -> list[Rewrite]:

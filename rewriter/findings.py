@@ -21,9 +21,14 @@ _REACH = 12
 def sites(rewrite: Rewrite, region: str, count: int) -> list[Site]:
     """The fused ops of one graph."""
     chosen = sorted(rewrite.chosen, key=lambda match: rewrite.view.order[match.root])
-    return [
+    fused = [
         Site(m.op.name, repr(m.rule), where(m.root, region), len(m.members), _bytes_saved(m), count) for m in chosen
     ]
+    deferred = [
+        Site("linear_cross_entropy", "deferred logits", where(anchor, region), 2, 0, count)
+        for anchor in rewrite.deferred
+    ]
+    return fused + deferred
 
 
 def misses(rewrite: Rewrite, rules: Sequence[AnyRule], region: str, count: int) -> list[Miss]:

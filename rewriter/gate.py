@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 
+from fastlora.errors import FastLoRAError
 from fastlora.regions import Region, is_torch_class
 from fastlora.session import Session
 
@@ -40,8 +42,13 @@ class Gate:
                 self._session.bypassed[reason] += 1
             return self._module._call_impl(*args, **kwargs)
         self._session.enter(self._region)
-        with torch._dynamo.config.patch(recompile_limit=_GRAPHS_PER_BLOCK):
-            return self._compiled(*args, **kwargs)
+        try:
+            with torch._dynamo.config.patch(recompile_limit=_GRAPHS_PER_BLOCK):
+                return self._compiled(*args, **kwargs)
+        except BackendCompilerFailed as failure:
+            if isinstance(failure.inner_exception, FastLoRAError):  # ours, with a message for the user
+                raise failure.inner_exception from None
+            raise
 
     def _bypass(self, kwargs: dict[str, Any]) -> str | None:
         """Why not to run compiled; empty where that is as it should be, None to run compiled."""

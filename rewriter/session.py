@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fastlora.boundary import defer_escaping_logits
 from fastlora.deferred import Tally
 from fastlora.engine import AnyRule, Rewrite, rewrite
 from fastlora.errors import FastLoRAError, StrictError
@@ -46,6 +47,7 @@ class Options:
     mode: str = "default"
     strict: bool = False
     verify: bool = False
+    defer_logits: bool = True
     dry: bool = False
 
     def __post_init__(self) -> None:
@@ -103,6 +105,8 @@ class Session:
         frame = torch._guards.CompileContext.current_compile_id()
         frame_id = len(self.graphs) if frame is None or frame.frame_id is None else frame.frame_id
         traced = TracedGraph(gm, rewrite(gm, self.rules, self.options.verify), self.region, frame_id)
+        if self.options.lowering == "eager" and self.options.defer_logits:
+            defer_escaping_logits(gm, traced.rewrites[0], self.tally)
         self.seconds.match += time.perf_counter() - start
         self.graphs.append(traced)
         if self.options.strict:

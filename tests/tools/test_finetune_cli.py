@@ -2,6 +2,7 @@
 
 import json
 import os
+import weakref
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import fastlora
 from fastlora.tools.builtin_model import build_model, build_tokenizer
 from fastlora.tools.cli import main
+from fastlora.tools.models import load_model
+from fastlora.tools.settings import Settings
 
 SMALL = ["finetune", "--steps", "4", "--batch-size", "4", "--max-length", "128", "--lower", "eager"]
 GOOD_LINE = '{"prompt": "Say hello.", "completion": "Hello."}\n'
@@ -66,7 +70,7 @@ def test_a_run_leaves_adapter_picture_and_summary_and_nothing_else(
     _check_summary(json.loads((output / "summary.json").read_text()))
     _check_adapter(output / "adapter")
     printed = capsys.readouterr()
-    assert "tokens/s leaves out padding and the first step" in " ".join(printed.out.split())
+    assert "without the first step" in " ".join(printed.out.split())
     assert printed.err == ""
 
 
@@ -82,6 +86,7 @@ def _check_summary(summary: dict) -> None:
         assert run["tokens_per_second_after_first_step"] > 0
         assert 4 * 4 < run["tokens"] <= 4 * 4 * 128
     assert any(item["fused"] > 0 for item in summary["coverage"].values())
+    assert sum(summary["fused"].values()) > 0
     assert summary["peak_process_bytes"] > 2**20
     assert summary["versions"]["torch"] == torch.__version__
     assert summary["settings"]["rank"] == 16
@@ -171,7 +176,7 @@ def test_a_model_without_a_linear_layer_is_named(
         LlamaConfig(vocab_size=259, hidden_size=16, intermediate_size=16, num_hidden_layers=0, num_attention_heads=1)
     ).save_pretrained(bare)
     build_tokenizer().save_pretrained(bare)
-    assert "no linear layer that PEFT can put an adapter on" in refused(capsys, folder, "--model", str(bare))
+    assert "has no linear layers, or none that PEFT can adapt" in refused(capsys, folder, "--model", str(bare))
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_named(
@@ -198,6 +203,42 @@ def test_ctrl_c_leaves_nothing_behind(
     assert main(SMALL) == 130
     assert os.listdir(folder) == []
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_what_fastlora_refuses_is_one_line_and_exit_code_1(
+    folder: Path, own_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise fastlora.FastLoRAError("strict=True, and these stay as they are:\n  norm")
+
+    monkeypatch.setattr(fastlora, "compile", refuse)
+    assert main([*SMALL, "--model", str(own_model), "--no-compare"]) == 1
+    error = capsys.readouterr().err
+    assert error == "error: fastlora stopped: strict=True, and these stay as they are: norm\n"
+    assert os.listdir(folder) == []
+
+
+def test_the_eager_model_is_freed_before_the_next_one_is_loaded(
+    folder: Path, own_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref] = []
+
+    def load(settings: Settings) -> PeftModel:
+        assert all(model() is None for model in loaded)
+        model = load_model(settings)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr("fastlora.tools.finetune.load_model", load)
+    assert main([*SMALL, "--model", str(own_model), "--steps", "1"]) == 0
+    assert len(loaded) == 2
+
+
+def test_own_text_trains_the_builtin_model(folder: Path) -> None:
+    (folder / "text.jsonl").write_text('{"text": "abcdefgh"}\n')
+    assert main([*SMALL, "--data", "text.jsonl", "--no-compare", "--steps", "3"]) == 0
+    losses = json.loads((folder / "fastlora-run" / "summary.json").read_text())["fastlora"]["losses"]
+    assert losses[2] < losses[0]
 
 
 def test_a_changed_loss_is_said_and_recorded_but_is_no_failure(

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import sympy
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from op_checks import CONTRACT, Arguments, Case, bf16, complete, evaluate, f16, f32, f64, leaves
+from op_precision import (
+    assert_as_precise,
+    assert_derived,
+    assert_precise_on_average,
+    assert_propagates,
+    at,
+    dtypes,
+    gradient,
+    random_point,
+    sizes,
+    symbols,
+    tensors,
+)
+
+from fastlora.kernels.op import SemanticOp
+from fastlora.kernels.ops import add_layer_norm, layer_norm
+
+
+def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape, dtype=f64).to(dtype)
+
+
+def arguments(op: SemanticOp, dtype: torch.dtype, *shape: int, parameters: tuple[str, ...] = ()) -> Arguments:
+    summands = ["residual", "x"] if op is add_layer_norm else ["x"]
+    return {
+        **{name: randn(*shape, dtype=dtype) for name in summands},
+        **{name: randn(shape[-1], dtype=dtype) for name in parameters},
+        "eps": 1e-3,
+        "out_dtype": dtype,
+    }
+
+
+CASES = [
+    case
+    for op in (layer_norm, add_layer_norm)
+    for case in (
+        Case(op.name, op, lambda d, op=op: arguments(op, d, 2, 3, 5, parameters=("weight", "bias"))),
+        Case(f"{op.name}, no bias", op, lambda d, op=op: arguments(op, d, 4, 5, parameters=("weight",))),
+        Case(f"{op.name}, no weight", op, lambda d, op=op: arguments(op, d, 4, 5, parameters=("bias",))),
+        Case(f"{op.name}, bare", op, lambda d, op=op: arguments(op, d, 5)),
+    )
+]
+
+
+@pytest.mark.parametrize("check", CONTRACT)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_contract(case: Case, check: Any) -> None:
+    check(case)
+
+
+@given(st.data())
+def test_errors_are_no_larger_than_eager_ones(data: st.DataObject) -> None:
+    op, dtype = data.draw(st.sampled_from([layer_norm, add_layer_norm])), data.draw(dtypes)
+    shape = data.draw(st.lists(sizes, min_size=1, max_size=3))
+    drawn: Arguments = {"eps": 1e-3, "out_dtype": dtype}
+    for name in ("x", "residual") if op is add_layer_norm else ("x",):
+        drawn[name] = data.draw(tensors(shape, dtype))
+    for name in ("weight", "bias"):
+        if data.draw(st.booleans()):
+            drawn[name] = data.draw(tensors(shape[-1:], dtype))
+    assert_as_precise(op, complete(op, drawn))
+
+
+@pytest.mark.parametrize("dtype", [f32, bf16, f16])
+@pytest.mark.parametrize("op", [layer_norm, add_layer_norm], ids=repr)
+def test_errors_on_average(op: SemanticOp, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    drawn = arguments(op, dtype, 64, 96, parameters=("weight", "bias"))
+    drawn["x"] += 5  # a mean that a one-pass variance would stumble over
+    assert_precise_on_average(op, complete(op, drawn))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_infs_and_nans_propagate(case: Case) -> None:
+    assert_propagates(case.op, case.arguments(f32))
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_one_of_the_sums_two_outputs_is_used(used: int) -> None:
+    """The norm may go unused, or the residual stream may end at it."""
+    given_ = leaves(CASES[4].arguments())
+    inputs = {n: t.requires_grad_() for n, t in given_.items()}
+    mine, expected = (
+        torch.autograd.grad(
+            f(**inputs, eps=1e-3, out_dtype=f64)[used].square().sum(), tuple(inputs.values()), allow_unused=True
+        )
+        for f in (add_layer_norm, add_layer_norm.reference)
+    )
+    for gradient_, reference in zip(mine, expected, strict=True):
+        torch.testing.assert_close(gradient_, torch.zeros_like(gradient_) if reference is None else reference)
+
+
+def test_summands_may_differ_in_dtype() -> None:
+    """A float32 residual stream and a bfloat16 branch: each summand gets its gradient in its own dtype."""
+    drawn = complete(add_layer_norm, arguments(add_layer_norm, bf16, 4, 8, parameters=("weight", "bias")))
+    drawn["residual"] = drawn["residual"].float()
+    result = evaluate(add_layer_norm, drawn)
+    assert result.outputs[1].dtype == f32
+    assert [result.gradients[n].dtype for n in ("residual", "x")] == [f32, bf16]  # type: ignore[union-attr]
+    assert_as_precise(add_layer_norm, drawn)
+
+
+def test_backward_is_sympys() -> None:
+    x, w, b, dy = symbols("x", 3), symbols("w", 3), symbols("b", 3), symbols("dy", 3)
+    eps = 0.25
+    mean = sum(x) / 3
+    rstd = 1 / sympy.sqrt(sum((s - mean) ** 2 for s in x) / 3 + sympy.Rational(eps))
+    loss = sum(g * ((s - mean) * rstd * v + c) for g, s, v, c in zip(dy, x, w, b, strict=True))
+    point = random_point(x, w, b, dy)
+    inputs = [at(point, group).requires_grad_() for group in (x, w, b)]
+    layer_norm(x=inputs[0], weight=inputs[1], bias=inputs[2], eps=eps, out_dtype=f64).backward(at(point, dy))
+    for group, tensor in zip((x, w, b), inputs, strict=True):
+        assert tensor.grad is not None
+        assert_derived(tensor.grad, gradient(loss, group, point))

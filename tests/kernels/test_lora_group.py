@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lora_cases import SCHEMES, Scheme, layer, layers, uniform
+from op_checks import CONTRACT, Arguments, Case, backward_calls, evaluate, f32, f64, flat, leaves, replaced
+from op_precision import assert_as_precise, assert_precise_on_average, assert_propagates, sizes, tensors
+
+from fastlora.kernels.ops import lora_group, lora_linear
+
+
+def together(members: list[dict[str, Any]]) -> Arguments:
+    return {name: [member[name] for member in members] for name in members[0]}
+
+
+def arguments(scheme: Scheme, *x: int, shapes: tuple[tuple[int, int], ...], biases: bool = True) -> Arguments:
+    """Members of the given (N, rank) over one x."""
+    return {
+        "x": torch.randn(x, dtype=f64).to(scheme.x),
+        **together([layer(scheme, n, x[-1], rank, biases) for n, rank in shapes]),
+        **scheme.attributes(),
+    }
+
+
+CASES = [
+    Case(
+        "q, k, v", lora_group, lambda d: arguments(uniform(d), 2, 3, 4, shapes=((4, 2), (2, 1), (2, 1)), biases=False)
+    ),
+    Case("gate, up with biases", lora_group, lambda d: arguments(uniform(d), 3, 4, shapes=((3, 2), (3, 2)))),
+    Case("one member", lora_group, lambda d: arguments(uniform(d), 3, 4, shapes=((3, 2),))),
+]
+
+
+@pytest.mark.parametrize("check", CONTRACT)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_contract(case: Case, check: Any) -> None:
+    check(case)
+
+
+@given(st.data())
+def test_errors_are_no_larger_than_eager_ones(data: st.DataObject) -> None:
+    scheme = data.draw(st.sampled_from(list(SCHEMES.values())))
+    k, tokens = data.draw(sizes), data.draw(sizes)
+    members = [
+        data.draw(layers(scheme, data.draw(sizes), k, data.draw(sizes))) for _ in range(data.draw(st.integers(1, 3)))
+    ]
+    x = data.draw(tensors((tokens, k), scheme.x))
+    assert_as_precise(lora_group, {"x": x, **together(members), **scheme.attributes()})
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_errors_on_average(scheme: Scheme) -> None:
+    torch.manual_seed(0)
+    assert_precise_on_average(lora_group, arguments(scheme, 96, 64, shapes=((64, 8), (32, 8), (32, 4))))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_infs_and_nans_propagate(case: Case) -> None:
+    assert_propagates(lora_group, case.arguments(f32))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_members_are_lora_linears(scheme: Scheme) -> None:
+    torch.manual_seed(0)
+    group = arguments(scheme, 5, 8, shapes=((6, 2), (4, 3)))
+    for i, y in enumerate(lora_group(**group)):
+        member = {name: value[i] if isinstance(value, list) else value for name, value in group.items()}
+        assert torch.equal(y, lora_linear(**member))
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 2), (1, 2)])
+def test_members_without_a_gradient_cost_nothing(used: tuple[int, ...]) -> None:
+    """As in eager, their parameters get no gradient, and the backward is not asked for one."""
+    given_ = CASES[0].arguments()
+    gradients = []
+    for function in (lora_group, lora_group.reference):
+        inputs = {n: t.detach().requires_grad_() for n, t in leaves(given_).items()}
+        with backward_calls(lora_group) as calls:
+            outputs = flat(function(**replaced(given_, inputs)))
+            loss = sum(outputs[i].square().sum() for i in used)
+            found = torch.autograd.grad(loss, tuple(inputs.values()), allow_unused=True)
+        gradients.append(dict(zip(inputs, found, strict=True)))
+        for grads, needs, *_ in calls:
+            assert [g is not None for g in grads] == [i in used for i in range(3)]
+            assert sum(needs) == sum(g is not None for g in found)
+    mine, expected = gradients
+    assert {n for n, g in mine.items() if g is None} == {n for n, g in expected.items() if g is None}
+    torch.testing.assert_close(mine, expected)
+
+
+def test_a_list_of_biases_may_be_left_out() -> None:
+    given_ = CASES[0].arguments()
+    short = {n: v for n, v in given_.items() if n not in ("bias", "lora_bias")}
+    for y, expected in zip(lora_group(**short), lora_group(**given_), strict=True):
+        assert torch.equal(y, expected)
+
+
+def test_a_frozen_member_gets_no_gradients() -> None:
+    """Requiring gradients is per tensor, so one member may be trained and another frozen."""
+    given_ = CASES[0].arguments()
+    wanted = [n for n in leaves(given_) if n.endswith("[1]")]
+    result = evaluate(lora_group, given_, wanted)
+    assert {n for n, g in result.gradients.items() if g is not None} == set(wanted)

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lora_cases import SCHEMES, Scheme, layer, layers, uniform
+from op_checks import CONTRACT, Arguments, Case, bf16, complete, cotangents, evaluate, f32, f64, leaves
+from op_precision import assert_as_precise, assert_precise_on_average, assert_propagates, sizes, tensors
+from torch.autograd.graph import saved_tensors_hooks
+
+from fastlora.kernels.ops import lora_add, lora_linear
+
+
+def linear_arguments(scheme: Scheme, *x: int, n: int, rank: int, dropped: bool, biases: bool = True) -> Arguments:
+    return {
+        **layer(scheme, n, x[-1], rank, biases),
+        "x": torch.randn(x, dtype=f64).to(scheme.x),
+        "x_dropped": torch.randn(x, dtype=f64).to(scheme.x) if dropped else None,
+        **scheme.attributes(),
+    }
+
+
+def add_arguments(scheme: Scheme, *x: int, n: int, rank: int, biases: bool = True) -> Arguments:
+    adapter = layer(scheme, n, x[-1], rank, biases)
+    return {
+        **{name: adapter[name] for name in ("lora_a", "lora_b", "lora_bias", "scaling")},
+        "base": torch.randn(*x[:-1], n, dtype=f64).to(scheme.base),
+        "x": torch.randn(x, dtype=f64).to(scheme.x),
+        "lora_dtype": scheme.lora,
+        "out_dtype": scheme.out,
+    }
+
+
+CASES = [
+    *(
+        Case(
+            f"lora_linear{', dropout' * dropped}{', biases' * biases}",
+            lora_linear,
+            lambda d, kw={"dropped": dropped, "biases": biases}: linear_arguments(
+                uniform(d), 2, 3, 5, n=4, rank=2, **kw
+            ),
+        )
+        for dropped in (False, True)
+        for biases in (False, True)
+    ),
+    Case("lora_linear, one token", lora_linear, lambda d: linear_arguments(uniform(d), 5, n=4, rank=1, dropped=False)),
+    Case("lora_add", lora_add, lambda d: add_arguments(uniform(d), 2, 3, 5, n=4, rank=2)),
+    Case("lora_add, no bias", lora_add, lambda d: add_arguments(uniform(d), 3, 5, n=4, rank=2, biases=False)),
+]
+
+
+@pytest.mark.parametrize("check", CONTRACT)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_contract(case: Case, check: Any) -> None:
+    check(case)
+
+
+@given(st.data())
+def test_errors_are_no_larger_than_eager_ones(data: st.DataObject) -> None:
+    scheme = data.draw(st.sampled_from(list(SCHEMES.values())))
+    n, k, rank = (data.draw(sizes) for _ in range(3))
+    tokens = data.draw(st.lists(sizes, min_size=0, max_size=2))
+    drawn = data.draw(layers(scheme, n, k, rank)) | {"x": data.draw(tensors((*tokens, k), scheme.x))}
+    if data.draw(st.booleans()):
+        drawn["x_dropped"] = data.draw(tensors((*tokens, k), scheme.x))
+    assert_as_precise(lora_linear, complete(lora_linear, drawn | scheme.attributes()))
+
+
+@given(st.data())
+def test_errors_of_the_adapter_alone(data: st.DataObject) -> None:
+    scheme = data.draw(st.sampled_from(list(SCHEMES.values())))
+    n, k, rank, tokens = (data.draw(sizes) for _ in range(4))
+    adapter = data.draw(layers(scheme, n, k, rank))
+    drawn = {
+        **{name: adapter[name] for name in ("lora_a", "lora_b", "lora_bias", "scaling")},
+        "base": data.draw(tensors((tokens, n), scheme.base)),
+        "x": data.draw(tensors((tokens, k), scheme.x)),
+        "lora_dtype": scheme.lora,
+        "out_dtype": scheme.out,
+    }
+    assert_as_precise(lora_add, drawn)
+
+
+@pytest.mark.parametrize("dropped", [False, True], ids=["", "dropout"])
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_errors_on_average(scheme: Scheme, dropped: bool) -> None:
+    torch.manual_seed(0)
+    assert_precise_on_average(lora_linear, linear_arguments(scheme, 96, 64, n=80, rank=8, dropped=dropped))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_errors_of_the_adapter_alone_on_average(scheme: Scheme) -> None:
+    torch.manual_seed(0)
+    assert_precise_on_average(lora_add, add_arguments(scheme, 96, 64, n=80, rank=8))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_infs_and_nans_propagate(case: Case) -> None:
+    assert_propagates(case.op, case.arguments(f32))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_gradients_have_their_arguments_dtypes(scheme: Scheme) -> None:
+    """Also the one that passes through to a base of another dtype, which the autograd engine casts."""
+    given_ = add_arguments(scheme, 3, 5, n=4, rank=2) | {"out_dtype": f32}
+    result = evaluate(lora_add, given_)
+    expected = evaluate(lora_add.reference, given_)
+    assert result.gradients["base"] is not None
+    assert torch.equal(result.gradients["base"], expected.gradients["base"])
+    for name, gradient in result.gradients.items():
+        assert gradient is not None
+        assert gradient.dtype == given_[name].dtype
+    given_ = linear_arguments(scheme, 3, 5, n=4, rank=2, dropped=True)
+    for name, gradient in evaluate(lora_linear, given_).gradients.items():
+        assert gradient is not None
+        assert gradient.dtype == given_[name].dtype
+
+
+@pytest.mark.parametrize("scheme", ["bfloat16", "float32 adapters on bfloat16", "autocast", "float32"])
+def test_the_reference_is_peft_bit_for_bit(scheme: str) -> None:
+    """Output and gradients, so "eager" in these tests is what users run; the op's output has the same bits."""
+    from peft.tuners.lora import LoraConfig
+    from peft.tuners.lora.layer import Linear
+
+    dtypes = SCHEMES[scheme]
+    torch.manual_seed(0)
+    given_ = linear_arguments(dtypes, 6, 5, 24, n=40, rank=8, dropped=False) | {"lora_bias": None, "scaling": 1.5}
+    config = LoraConfig(r=8, lora_alpha=12, init_lora_weights=False)
+    module = Linear(torch.nn.Linear(24, 40), adapter_name="default", config=config, r=8, lora_alpha=12)
+    adapter = {"lora_a": module.lora_A["default"].weight, "lora_b": module.lora_B["default"].weight}
+    named = adapter | dict(module.base_layer.named_parameters())
+    for name, parameter in named.items():
+        parameter.data = given_[name].clone()
+        parameter.requires_grad_()
+    named["x"] = given_["x"].clone().requires_grad_()
+    with torch.autocast("cpu", bf16) if scheme == "autocast" else nullcontext():
+        output = module(named["x"] * 1)  # autocast would cast a leaf once for both paths, and round their sum
+    gradients = dict(zip(named, torch.autograd.grad(output, tuple(named.values()), cotangents([output])), strict=True))
+    reference = evaluate(lora_linear.reference, given_)
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, reference.gradients[name]), name  # type: ignore[arg-type]
+    for result in (reference.outputs[0], lora_linear(**given_)):
+        assert result.dtype == output.dtype
+        assert torch.equal(result, output)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "dropped", "saved"),
+    [
+        ({"x", "lora_a", "lora_b"}, False, {"x"}),
+        ({"x", "lora_a", "lora_b"}, True, {"x_dropped"}),
+        ({"x", "lora_b"}, False, set()),
+        ({"x", "lora_b"}, True, set()),
+        ({"weight"}, True, {"x"}),
+        ({"lora_a", "weight"}, True, {"x", "x_dropped"}),
+    ],
+)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_activations_are_saved_only_where_a_gradient_reads_them(
+    wanted: set[str], dropped: bool, saved: set[str], compiled: bool
+) -> None:
+    given_ = complete(lora_linear, linear_arguments(uniform(f32), 7, 5, n=4, rank=2, dropped=dropped))
+    for name, tensor in leaves(given_).items():
+        tensor.requires_grad_(name in wanted)
+    activations = {n: given_[n] * 2 for n in ("x", "x_dropped") if given_[n] is not None}
+    run = torch.compile(lora_linear, backend="aot_eager", fullgraph=True) if compiled else lora_linear
+    pointers: set[int] = set()
+    with saved_tensors_hooks(lambda t: (pointers.add(t.data_ptr()), t)[1], lambda t: t):
+        run(**given_ | activations)
+    assert {n for n, t in activations.items() if t.data_ptr() in pointers} == saved

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lora_cases import SCHEMES, Scheme, layer, layers, uniform
+from op_checks import CONTRACT, Arguments, Case, complete, evaluate, f32, f64, leaves
+from op_precision import assert_as_precise, assert_precise_on_average, assert_propagates, sizes, tensors
+from torch.autograd.graph import saved_tensors_hooks
+
+from fastlora.kernels.ops import lora_mlp
+
+ACTIVATIONS = ["silu", "gelu", "gelu_tanh"]
+
+
+def dtypes(scheme: Scheme) -> Arguments:
+    return scheme.attributes() | {"proj_dtype": scheme.out, "hidden_dtype": scheme.out}
+
+
+def prefixed(projection: str, parameters: dict[str, Any]) -> Arguments:
+    return {f"{projection}_{name}": value for name, value in parameters.items()}
+
+
+def arguments(
+    scheme: Scheme, *x: int, inner: int, rank: int, activation: str = "silu", biases: bool = False
+) -> Arguments:
+    width = x[-1]
+    shapes = {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}
+    parameters = [prefixed(p, layer(scheme, n, k, rank, biases)) for p, (n, k) in shapes.items()]
+    merged = {name: value for group in parameters for name, value in group.items()}
+    return {"x": torch.randn(x, dtype=f64).to(scheme.x), **merged, "activation": activation, **dtypes(scheme)}
+
+
+CASES = [
+    *(
+        Case(a, lora_mlp, lambda d, a=a: arguments(uniform(d), 2, 3, 4, inner=5, rank=2, activation=a))
+        for a in ACTIVATIONS
+    ),
+    Case("biases", lora_mlp, lambda d: arguments(uniform(d), 3, 4, inner=5, rank=1, biases=True)),
+]
+
+
+@pytest.mark.parametrize("check", CONTRACT)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_contract(case: Case, check: Any) -> None:
+    check(case)
+
+
+@given(st.data())
+def test_errors_are_no_larger_than_eager_ones(data: st.DataObject) -> None:
+    scheme = data.draw(st.sampled_from(list(SCHEMES.values())))
+    tokens, width, inner, rank = (data.draw(sizes) for _ in range(4))
+    drawn: Arguments = {
+        "x": data.draw(tensors((tokens, width), scheme.x)),
+        "activation": data.draw(st.sampled_from(ACTIVATIONS)),
+        **dtypes(scheme),
+    }
+    for projection, (n, k) in {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}.items():
+        drawn |= prefixed(projection, data.draw(layers(scheme, n, k, rank)))
+    assert_as_precise(lora_mlp, complete(lora_mlp, drawn))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_errors_on_average(scheme: Scheme, activation: str) -> None:
+    torch.manual_seed(0)
+    given_ = arguments(scheme, 96, 64, inner=80, rank=8, activation=activation, biases=True)
+    assert_precise_on_average(lora_mlp, given_)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_infs_and_nans_propagate(case: Case) -> None:
+    assert_propagates(lora_mlp, case.arguments(f32))
+
+
+def test_the_hidden_product_is_not_saved() -> None:
+    """Of the tensors as wide as the hidden layer only gate and up are, and x is not if every A is frozen."""
+    given_ = arguments(uniform(f32), 7, 4, inner=11, rank=2)
+    saved: list[torch.Size] = []
+    for names, expected in ((("lora_a", "lora_b"), [(7, 4), (7, 11), (7, 11)]), (("lora_b",), [(7, 11), (7, 11)])):
+        saved.clear()
+        with saved_tensors_hooks(lambda t: (saved.append(t.shape), t)[1], lambda t: t):
+            evaluate(lora_mlp, given_, ["x", *(n for n in leaves(given_) if n.endswith(names))])
+        assert sorted(tuple(s) for s in saved if s in {(7, 4), (7, 11)}) == expected

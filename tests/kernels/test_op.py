@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastlora.kernels import op as contract
+from fastlora.kernels import ops
+from fastlora.kernels.op import SemanticOp
+
+OPS = [getattr(ops, name) for name in ops.__all__]
+
+
+@pytest.mark.parametrize("op", OPS, ids=repr)
+def test_no_schema_mutates_or_aliases(op: SemanticOp) -> None:
+    for target in (op.target, op.backward_target):
+        assert not target._schema.is_mutable
+        for value in (*target._schema.arguments, *target._schema.returns):
+            assert value.alias_info is None
+
+
+def test_a_schema_that_mutates_is_refused() -> None:
+    with pytest.raises(ValueError, match="mutates none"):
+        contract.op("writes", family="x", schema="(Tensor(a!) x) -> (Tensor y)", outputs=1, **dict.fromkeys(_PARTS))
+
+
+_PARTS = ("reference", "forward", "backward", "saves")
+
+
+@pytest.mark.parametrize("op", OPS, ids=repr)
+def test_arguments_are_checked_by_name(op: SemanticOp) -> None:
+    given: dict[str, Any] = {a.name: None for a in op.arguments if not a.is_optional}
+    missing = given.popitem()[0]
+    with pytest.raises(TypeError, match=rf"{op.name}.*unknown \['nonsense'\], missing \['{missing}'\]"):
+        op(**given, nonsense=1)
+
+
+def test_an_edit_changes_the_namespace(tmp_path: Path) -> None:
+    for name, text in (("one.py", "a = 1\n"), ("two.py", "b = 1\n"), ("notes.txt", "kept\n")):
+        (tmp_path / name).write_text(text)
+    before = contract._digest(tmp_path)
+    (tmp_path / "notes.txt").write_text("changed\n")
+    assert contract._digest(tmp_path) == before
+    (tmp_path / "two.py").write_text("b = 2\n")
+    assert contract._digest(tmp_path) != before
+
+
+def test_the_namespace_is_that_of_the_sources() -> None:
+    assert contract.__file__ is not None
+    assert f"fastlora_{contract._digest(Path(contract.__file__).parent)}" == contract.NAMESPACE
+    assert all(op.target.namespace == contract.NAMESPACE for op in OPS)
+
+
+def test_without_gradients_nothing_is_saved() -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    arguments = {"gate": x, "up": x, "activation": "silu", "out_dtype": torch.float32}
+    assert ops.glu(**arguments).grad_fn is not None
+    with torch.no_grad():
+        assert ops.glu(**arguments).grad_fn is None
+    assert ops.glu(**arguments | {"gate": x.detach(), "up": x.detach()}).grad_fn is None
+
+
+def test_one_tensor_for_two_arguments() -> None:
+    """Gradients of both uses add up."""
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    arguments = {"gate": x, "up": x, "activation": "silu", "out_dtype": torch.float64}
+    mine, expected = (torch.autograd.grad(f(**arguments).sum(), x)[0] for f in (ops.glu, ops.glu.reference))
+    torch.testing.assert_close(mine, expected)

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import sympy
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from op_checks import CONTRACT, Arguments, Case, bf16, complete, f16, f32, f64
+from op_precision import (
+    assert_as_precise,
+    assert_derived,
+    assert_precise_on_average,
+    assert_propagates,
+    at,
+    dtypes,
+    gradient,
+    random_point,
+    sizes,
+    symbols,
+    tensors,
+)
+
+from fastlora.kernels.op import SemanticOp
+from fastlora.kernels.ops import add_rms_norm, rms_norm
+
+
+def attributes(dtype: torch.dtype, **others: Any) -> Arguments:
+    """The dtypes of Llama's norm: computes in float32 or wider, rounds before the weight."""
+    wide = torch.promote_types(dtype, f32)
+    return {
+        "eps": 1e-3,
+        "offset": 0.0,
+        "compute_dtype": wide,
+        "norm_dtype": dtype,
+        "scale_dtype": dtype,
+        "out_dtype": dtype,
+        **others,
+    }
+
+
+def gemma(dtype: torch.dtype) -> Arguments:
+    """The dtypes of Gemma's norm: all in float32, the weight as its distance from one, rounded at the end."""
+    wide = torch.promote_types(dtype, f32)
+    return attributes(dtype, offset=1.0, norm_dtype=wide, scale_dtype=wide)
+
+
+def operands(op: SemanticOp, *shape: int, dtype: torch.dtype) -> Arguments:
+    names = ["residual", "x"] if op is add_rms_norm else ["x"]
+    return {name: torch.randn(shape, dtype=f64).to(dtype) for name in names}
+
+
+def weight(dtype: torch.dtype, size: int) -> torch.Tensor:
+    return torch.randn(size, dtype=f64).to(dtype)
+
+
+CASES = [
+    case
+    for op in (rms_norm, add_rms_norm)
+    for case in (
+        Case(
+            f"{op.name}", op, lambda d, op=op: operands(op, 2, 3, 5, dtype=d) | {"weight": weight(d, 5)} | attributes(d)
+        ),
+        Case(f"{op.name}, bare", op, lambda d, op=op: operands(op, 4, 5, dtype=d) | attributes(d)),
+        Case(
+            f"{op.name}, offset", op, lambda d, op=op: operands(op, 4, 5, dtype=d) | {"weight": weight(d, 5)} | gemma(d)
+        ),
+    )
+]
+
+
+@pytest.mark.parametrize("check", CONTRACT)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_contract(case: Case, check: Any) -> None:
+    check(case)
+
+
+@given(st.data())
+def test_errors_are_no_larger_than_eager_ones(data: st.DataObject) -> None:
+    op, dtype = data.draw(st.sampled_from([rms_norm, add_rms_norm])), data.draw(dtypes)
+    shape = data.draw(st.lists(sizes, min_size=1, max_size=3))
+    arguments = data.draw(st.sampled_from([attributes, gemma]))(dtype)
+    for name in ("x", "residual") if op is add_rms_norm else ("x",):
+        arguments[name] = data.draw(tensors(shape, dtype))
+    if data.draw(st.booleans()):
+        arguments["weight"] = data.draw(tensors(shape[-1:], dtype))
+    assert_as_precise(op, complete(op, arguments))
+
+
+@pytest.mark.parametrize("dtype", [f32, bf16, f16])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_errors_on_average(case: Case, dtype: torch.dtype) -> None:
+    arguments = case.arguments(dtype) | operands(case.op, 64, 96, dtype=dtype)
+    if arguments["weight"] is not None:
+        arguments["weight"] = weight(dtype, 96)
+    assert_precise_on_average(case.op, arguments)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_infs_and_nans_propagate(case: Case) -> None:
+    assert_propagates(case.op, case.arguments(f32))
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_one_of_the_sums_two_outputs_is_used(used: int) -> None:
+    """The norm may go unused, or the residual stream may end at it."""
+    arguments = CASES[3].arguments()
+    inputs = {n: arguments[n].requires_grad_() for n in ("residual", "x", "weight")}
+    op_grads, reference_grads = (
+        torch.autograd.grad(f(**arguments)[used].square().sum(), tuple(inputs.values()), allow_unused=True)
+        for f in (add_rms_norm, add_rms_norm.reference)
+    )
+    for mine, expected in zip(op_grads, reference_grads, strict=True):
+        torch.testing.assert_close(mine, torch.zeros_like(mine) if expected is None else expected)
+
+
+def test_backward_is_sympys() -> None:
+    x, w, dy = symbols("x", 3), symbols("w", 3), symbols("dy", 3)
+    eps, offset = 0.25, 1.0
+    rstd = 1 / sympy.sqrt(sum(s**2 for s in x) / 3 + sympy.Rational(eps))
+    loss = sum(g * s * rstd * (1 + v) for g, s, v in zip(dy, x, w, strict=True))
+    point = random_point(x, w, dy)
+    given_x, given_w = at(point, x).requires_grad_(), at(point, w).requires_grad_()
+    rms_norm(x=given_x, weight=given_w, **attributes(f64, eps=eps, offset=offset)).backward(at(point, dy))
+    assert given_x.grad is not None
+    assert given_w.grad is not None
+    assert_derived(given_x.grad, gradient(loss, x, point))
+    assert_derived(given_w.grad, gradient(loss, w, point))

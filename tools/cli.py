@@ -1,0 +1,139 @@
+"""The command line. Heavy libraries are imported inside the commands, so that `--help` is quick."""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fastlora.tools.problems import RunError, UsageError
+from fastlora.tools.settings import Lower, Settings
+
+DEFAULTS = Settings()
+INTERRUPTED = 130
+# The base of all complaints of the argument parser, which typer keeps in a private module.
+ARGUMENT_ERROR: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
+NEEDED = ("accelerate", "datasets", "matplotlib")
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fast LoRA fine-tuning: a compiler pass for PyTorch transformers.",
+)
+
+Model = Annotated[
+    str | None, typer.Option(metavar="PATH_OR_HUB_ID", help="A causal language model; default: a small built-in Llama.")
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.jsonl",
+        help="One JSON object per line with prompt and completion, or messages, or text; default: built-in data.",
+    ),
+]
+MaxLength = Annotated[int, typer.Option(help="Cut examples to this many tokens.")]
+BatchSize = Annotated[int, typer.Option(help="Examples per step.")]
+
+
+@app.command()
+def finetune(
+    model: Model = None,
+    data: Data = None,
+    output: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where the results go; those of an earlier run are replaced.")
+    ] = DEFAULTS.output,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = DEFAULTS.steps,
+    batch_size: BatchSize = DEFAULTS.batch_size,
+    max_length: MaxLength = DEFAULTS.max_length,
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA adapters.")] = DEFAULTS.rank,
+    alpha: Annotated[int, typer.Option(help="The adapters are scaled by alpha / rank.")] = DEFAULTS.alpha,
+    dropout: Annotated[float, typer.Option(help="Dropout in front of the adapters.")] = DEFAULTS.dropout,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate.", show_default="2e-4; 1e-2 for the built-in model")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the adapters and of the order of the data.")] = DEFAULTS.seed,
+    lower: Annotated[Lower, typer.Option(help="How the rewritten graph is turned into code.")] = DEFAULTS.lower,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Recompute activations to save memory.")
+    ] = False,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Frozen weights and arithmetic in bfloat16, not float32.")
+    ] = False,
+    compare: Annotated[bool, typer.Option(help="Train eagerly first, and compare the losses.")] = True,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop with an error if a candidate for fusion is left as it was.")
+    ] = False,
+) -> None:
+    """Fine-tune a model with LoRA through fastlora; without options, a small built-in one."""
+    _check_installed()
+    from fastlora.tools.finetune import finetune as run
+
+    settings = Settings(
+        model=model,
+        data=data,
+        output=output,
+        steps=steps,
+        batch_size=batch_size,
+        max_length=max_length,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        learning_rate=learning_rate,
+        seed=seed,
+        lower=lower,
+        gradient_checkpointing=gradient_checkpointing,
+        bf16=bf16,
+        compare=compare,
+        strict=strict,
+    )
+    run(settings, Console())
+
+
+@app.command()
+def explain(
+    model: Model = None,
+    data: Data = None,
+    batch_size: BatchSize = DEFAULTS.batch_size,
+    max_length: MaxLength = DEFAULTS.max_length,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the report as JSON.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the report as HTML.")] = None,
+) -> None:
+    """Show what fastlora would fuse in a model with LoRA adapters, and what not and why."""
+    _check_installed()
+    from fastlora.tools.explain import explain as run
+
+    settings = Settings(model=model, data=data, batch_size=batch_size, max_length=max_length)
+    run(settings, Console(), json=json, html=html)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command and return its exit code: 2 for wrong arguments, 1 for a failed run, 130 after Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        result = app(args=arguments or ["--help"], standalone_mode=False)
+    except (UsageError, RunError) as problem:
+        return _fail(str(problem), problem.exit_code)
+    except ARGUMENT_ERROR as problem:
+        return _fail(problem.format_message(), problem.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        result = INTERRUPTED  # some versions of typer return this, others raise
+    if result == INTERRUPTED:
+        return _fail("interrupted; nothing was written", INTERRUPTED)
+    return result if isinstance(result, int) else 0
+
+
+def _fail(message: str, code: int) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+def _check_installed() -> None:
+    missing = [package for package in NEEDED if find_spec(package) is None]
+    if missing:
+        raise UsageError(f"{', '.join(missing)} not installed; run: pip install 'fastlora-fx[train]'")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""How far the losses of two runs over the same steps are apart."""
+
+import math
+from dataclasses import dataclass
+
+FLOAT32_BOUND, BFLOAT16_BOUND = 1e-3, 2e-2
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Relative differences of the losses, step by step; infinite where only one loss is finite."""
+
+    eager: list[float]
+    fused: list[float]
+    bound: float
+
+    @property
+    def differences(self) -> list[float]:
+        return [_relative(a, b) for a, b in zip(self.eager, self.fused, strict=True)]
+
+    @property
+    def largest(self) -> float:
+        return max(self.differences)
+
+    @property
+    def largest_step(self) -> int:
+        """Counted from 1, as the steps are shown."""
+        return self.differences.index(self.largest) + 1
+
+    @property
+    def within_bound(self) -> bool:
+        return self.largest <= self.bound
+
+
+def _relative(reference: float, value: float) -> float:
+    if math.isfinite(reference) and math.isfinite(value):
+        return abs(value - reference) / abs(reference) if reference else abs(value)
+    same = reference == value or (math.isnan(reference) and math.isnan(value))
+    return 0.0 if same else math.inf

@@ -1,0 +1,77 @@
+"""Getting a tokenizer and a model with LoRA adapters, the built-in ones or the user's own."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from fastlora.tools.builtin_model import build_model, build_tokenizer
+from fastlora.tools.problems import UsageError, one_line
+from fastlora.tools.settings import Settings
+
+
+def load_tokenizer(settings: Settings) -> Any:
+    """A tokenizer that pads on the right, with the end of text as padding if it has no token for that."""
+    if settings.model is None:
+        return build_tokenizer()
+    _check_path(settings.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    except Exception as problem:  # what a broken folder raises depends on the file that is broken
+        raise UsageError(f"--model {settings.model}: its tokenizer cannot be loaded ({one_line(problem)})") from problem
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise UsageError(f"--model {settings.model}: its tokenizer has neither a padding nor an end-of-text token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(settings: Settings) -> PeftModel:
+    """The model with fresh adapters; the same settings give the same weights every time."""
+    base = _base_model(settings)
+    limit = getattr(base.config, "max_position_embeddings", None)
+    if limit is not None and settings.max_length > limit:
+        raise UsageError(f"--max-length {settings.max_length}: {settings.model_name} reads at most {limit} tokens")
+    if settings.gradient_checkpointing and not base.supports_gradient_checkpointing:
+        raise UsageError(f"--gradient-checkpointing: {settings.model_name} does not support it; leave it out")
+    lora = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    set_seed(settings.seed)
+    try:
+        return get_peft_model(base, lora)
+    except ValueError as problem:
+        reason = one_line(problem)
+        raise UsageError(
+            f"--model {settings.model_name}: has no linear layers, or none that PEFT can adapt ({reason})"
+        ) from problem
+
+
+def _base_model(settings: Settings) -> Any:
+    if settings.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise UsageError("--bf16: this GPU does not compute in bfloat16; leave it out")
+    dtype = torch.bfloat16 if settings.bf16 else torch.float32
+    if settings.model is None:
+        return build_model(settings.seed).to(dtype)
+    _check_path(settings.model)
+    try:
+        return AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
+    except Exception as problem:  # missing, damaged or foreign files each raise something else
+        raise UsageError(f"--model {settings.model}: cannot be loaded ({one_line(problem)})") from problem
+
+
+def _check_path(model: str) -> None:
+    """A clear word on a mistyped path, which would otherwise be looked up on the hub."""
+    path = Path(model)
+    looks_local = path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
+    if path.is_file() or (looks_local and not path.is_dir()):
+        raise UsageError(
+            f"--model {model}: no such folder; give the folder of a saved model or the name of a hub model"
+        )
