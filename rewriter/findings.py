@@ -46,7 +46,7 @@ def misses(rewrite: Rewrite, rules: Sequence[AnyRule], region: str, count: int) 
 def where(node: fx.Node, region: str = "") -> str:
     """The module path and the source line that a node comes from, e.g. `model.layers.0.mlp (modeling.py:62)`."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
-    inner = re.sub(r"^L\['\w+'\]\.?|\['|'\]", "", stack[-1][0]) if stack else ""
+    inner = re.sub(r"^L\['\w+'\]\.?|\['|'\]|__self__\.?", "", stack[-1][0]) if stack else ""
     path = ".".join(part for part in (region, inner) if part) or "model"
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     return f"{path} ({Path(frames[-1][0]).name}:{frames[-1][1]})" if frames else path

@@ -84,7 +84,7 @@ class Report:
             f"fastlora: {self.graphs} graphs, {len(self.breaks)} graph breaks, "
             f"traced in {spent.trace:.2f} s, matched in {spent.match:.3f} s, lowered in {spent.lower:.2f} s",
             f"  {'family':<10}{'seen':>6}{'fused':>7}",
-            *(f"  {name:<10}{c.seen:>6}{c.fused:>7}" for name, c in sorted(self.coverage.items())),
+            *(f"  {name:<10}{c.seen:>6}{c.fused:>7}" for name, c in sorted(self.coverage.items()) if c.seen),
         ]
         if self.fused:
             lines.append("fused")

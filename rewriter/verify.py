@@ -91,10 +91,9 @@ def _with_gradients(
 def _replay(match: Match, inputs: dict[fx.Node, torch.Tensor], exact: bool) -> list[torch.Tensor]:
     """Runs just the matched nodes, and the identities between them; `exact` erases their casts."""
     view = match.view
-    inside = {same for member in match.members for same in view.value_class(member)} - set(inputs)
 
     def run(leaves: dict[fx.Node, torch.Tensor]) -> list[torch.Tensor]:
-        values: dict[fx.Node, Any] = dict(leaves)
+        values: dict[fx.Node, Any] = {same: leaf for n, leaf in leaves.items() for same in view.value_class(n)}
 
         def value(node: fx.Node) -> Any:
             if node not in values:
@@ -105,8 +104,6 @@ def _replay(match: Match, inputs: dict[fx.Node, torch.Tensor], exact: bool) -> l
                     values[node] = _call(node, value, exact)
             return values[node]
 
-        for node in sorted(inside, key=view.order.__getitem__):
-            value(node)
         return [value(output) for output in match.outputs]
 
     return _with_gradients(run, inputs)

@@ -100,7 +100,8 @@ def step(model: nn.Module, inputs: dict[str, torch.Tensor], autocast: torch.dtyp
 
 def relative(mine: torch.Tensor, truth: torch.Tensor) -> float:
     """The distance of two tensors in the norm of the second."""
-    return float((mine.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-30))
+    mine, truth = mine.detach().double(), truth.detach().double()
+    return float((mine - truth).norm() / truth.norm().clamp_min(1e-30))
 
 
 def double(model: nn.Module) -> nn.Module:

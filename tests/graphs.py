@@ -1,0 +1,203 @@
+"""Runs a function eagerly and rewritten, and says what the rewriting did: the graph before and after, the matches that
+were chosen and refused, and outputs and gradients of both runs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_leaves
+
+from fastlora.engine import AnyRule, Rewrite, bodies, rewrite
+from fastlora.findings import misses
+from fastlora.kernels.op import NAMESPACE
+from fastlora.lowering import lower
+from fastlora.report import Miss
+from fastlora.rule import Match
+from fastlora.session import default_rules
+from fastlora.view import View
+
+Function = Callable[..., Any]
+f32, bf16, f64 = torch.float32, torch.bfloat16, torch.float64
+
+
+@dataclass
+class Run:
+    """What one run gave: its output tensors, and the gradients of the inputs that require one."""
+
+    outputs: list[torch.Tensor]
+    gradients: list[torch.Tensor | None]
+
+    def tensors(self) -> list[torch.Tensor | None]:
+        return [*self.outputs, *self.gradients]
+
+
+@dataclass
+class Outcome:
+    """A function, eager and rewritten."""
+
+    before: list[str]
+    modules: list[fx.GraphModule]
+    rewrites: list[Rewrite]
+    rules: Sequence[AnyRule]
+    eager: Run
+    rewritten: Run
+    misses: list[Miss] = field(default_factory=list)
+
+    @property
+    def ops(self) -> list[str]:
+        """The fused ops in the rewritten graphs, checkpointed bodies included, sorted by name."""
+        return sorted(str(node.target).split(".")[1] for node in self.fused_nodes())
+
+    def fused_nodes(self) -> Iterator[fx.Node]:
+        for module in self.modules:
+            for body in bodies(module):
+                yield from (node for node in body.graph.nodes if str(node.target).startswith(NAMESPACE))
+
+    def targets(self) -> list[str]:
+        """What the rewritten graphs call, in order."""
+        graphs = [body.graph for module in self.modules for body in bodies(module)]
+        return [str(getattr(n.target, "__name__", n.target)) for g in graphs for n in g.nodes if n.op.startswith("call")]
+
+    @property
+    def chosen(self) -> list[Match]:
+        return [match for made in self.rewrites for match in made.chosen]
+
+    @property
+    def refused(self) -> list[tuple[Match, str]]:
+        return [pair for made in self.rewrites for pair in made.refused]
+
+    def reasons(self) -> str:
+        """Why candidates stayed as they were, as one text."""
+        return "\n".join(f"{miss.op}: {miss.reason}" for miss in self.misses)
+
+    def assert_identical(self) -> None:
+        """The rewritten run gave eager's very bits."""
+        for position, (mine, its) in enumerate(self._pairs()):
+            assert (mine is None) == (its is None), f"result {position}: one run has no gradient"
+            if mine is not None and its is not None:
+                assert mine.dtype == its.dtype
+                assert torch.equal(mine, its), f"result {position} differs by {(mine - its).abs().max()}"
+
+    def assert_close(self, tolerance: float = 1e-6) -> None:
+        """The rewritten run is eager's up to rounding, relative to the norm of each result."""
+        for position, (mine, its) in enumerate(self._pairs()):
+            assert (mine is None) == (its is None), f"result {position}: one run has no gradient"
+            if mine is not None and its is not None:
+                assert (mine.dtype, mine.shape, mine.stride()) == (its.dtype, its.shape, its.stride())
+                error = distance(mine, its)
+                assert error <= tolerance, f"result {position} is off by {error:.1e}"
+
+    def assert_tidy(self) -> None:
+        """Nothing is computed twice: every fused op is used, and what it replaced is gone."""
+        for node in self.fused_nodes():
+            assert node.users, f"{node.name} is never used"
+        for match in self.chosen:
+            left = [n.name for n in match.members if n in set(match.view.graph.nodes) and n not in match.shared]
+            assert not left, f"{match.rule.name} left {left} behind"
+
+    def _pairs(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]]:
+        for mine, its in zip(self.rewritten.outputs, self.eager.outputs, strict=True):
+            assert mine.requires_grad == its.requires_grad, "requires_grad of an output changed"
+        yield from zip(self.rewritten.tensors(), self.eager.tensors(), strict=True)
+
+
+def distance(mine: torch.Tensor, truth: torch.Tensor) -> float:
+    """Relative distance in the norm of the whole tensor."""
+    return float((mine.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-30))
+
+
+def randn(*shape: int, dtype: torch.dtype = f32, grad: bool = True, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    """A random leaf, the same for the same shape and seed."""
+    generator = torch.Generator().manual_seed(1000 * seed + sum(shape))
+    values = torch.randn(shape, generator=generator, dtype=f64) * scale
+    return values.to(dtype).requires_grad_(grad)
+
+
+def fresh(inputs: Sequence[Any]) -> list[Any]:
+    """Copies of the inputs, leaves again; an input that occurs twice stays one tensor."""
+    copies: dict[int, Any] = {}
+    for value in inputs:
+        if isinstance(value, torch.Tensor) and id(value) not in copies:
+            copies[id(value)] = value.detach().clone().requires_grad_(value.requires_grad)
+    return [copies.get(id(value), value) for value in inputs]
+
+
+def evaluate(function: Function, inputs: Sequence[Any]) -> Run:
+    """Runs forward and backward on copies of the inputs, from a fixed random state."""
+    own = fresh(inputs)
+    torch.manual_seed(0)
+    outputs = [t for t in tree_leaves(function(*own)) if isinstance(t, torch.Tensor)]
+    generator = torch.Generator().manual_seed(1)
+    incoming = [torch.randn(t.shape, generator=generator, dtype=f64).to(t.dtype) for t in outputs]
+    ends = [(t, g) for t, g in zip(outputs, incoming, strict=True) if t.requires_grad]
+    wanted = [t for t in dict.fromkeys(own) if isinstance(t, torch.Tensor) and t.requires_grad]
+    gradients: list[torch.Tensor | None] = [None] * len(wanted)
+    if ends and wanted:
+        tensors, cotangents = zip(*ends, strict=True)
+        gradients = list(torch.autograd.grad(tensors, wanted, cotangents, allow_unused=True))
+    return Run(outputs, gradients)
+
+
+def trace(function: Function, inputs: Sequence[Any], dynamic: bool = False) -> tuple[fx.GraphModule, list[Any]]:
+    """The one graph that TorchDynamo makes of a function, and the inputs that it gives to it."""
+    captured: list[tuple[fx.GraphModule, list[Any]]] = []
+
+    def backend(gm: fx.GraphModule, given: list[Any]) -> Callable[..., Any]:
+        captured.append((gm, list(given)))
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)(*fresh(inputs))
+    assert len(captured) == 1
+    return captured[0]
+
+
+def view_of(function: Function, *inputs: Any) -> View:
+    """The canonical view of a function's graph."""
+    return View(trace(function, inputs)[0].graph)
+
+
+def analyse(
+    function: Function,
+    *inputs: Any,
+    rules: Sequence[AnyRule] | None = None,
+    verify: bool = False,
+    dynamic: bool | None = False,
+    fullgraph: bool = True,
+) -> Outcome:
+    """Runs a function eagerly and, with the default rules unless others are given, rewritten."""
+    rules = default_rules() if rules is None else rules
+    before: list[str] = []
+    modules: list[fx.GraphModule] = []
+    rewrites: list[Rewrite] = []
+
+    def backend(gm: fx.GraphModule, given: Sequence[Any]) -> Callable[..., Any]:
+        before.append(gm.print_readable(print_output=False))
+        rewrites.extend(rewrite(gm, rules, verify))
+        modules.append(gm)
+        return lower(gm, given, "eager", "default")
+
+    torch._dynamo.reset()
+    eager = evaluate(function, inputs)
+    rewritten = evaluate(torch.compile(function, backend=backend, fullgraph=fullgraph, dynamic=dynamic), inputs)
+    missed = [miss for made in rewrites for miss in misses(made, rules, "", 1)]
+    return Outcome(before, modules, rewrites, rules, eager, rewritten, missed)
+
+
+def in_double(inputs: Sequence[Any]) -> list[Any]:
+    """The inputs with all floating-point tensors in float64."""
+    copies = {id(v): v.detach().double().requires_grad_(v.requires_grad) for v in inputs if _is_float(v)}
+    return [copies.get(id(value), value) for value in inputs]
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def duplicate(gm: fx.GraphModule) -> fx.GraphModule:
+    return copy.deepcopy(gm)

@@ -1,0 +1,108 @@
+"""Loss and every adapter gradient equal eager's, on every family in every mode of training."""
+
+import pytest
+import torch
+from tiny_models import FAMILIES, LLAMA_LIKE, batch, build, double, relative, step
+
+import fastlora
+
+FLOAT32 = 1e-6
+SLACK = 1.25
+SEEDS = 24
+
+
+def assert_equal_in_float32(model, found, eager, inputs) -> None:
+    """1e-6 relative, or eager's own distance from fp64 where rounding alone already exceeds that."""
+    assert found.gradients.keys() == eager.gradients.keys()
+    assert relative(found.loss, eager.loss) <= FLOAT32
+    distances = {name: relative(found.gradients[name], eager.gradients[name]) for name in eager.gradients}
+    far = [name for name, distance in distances.items() if distance > FLOAT32]
+    if far:
+        truth = step(double(fastlora.disable(model)), inputs)
+        for name in far:
+            assert distances[name] <= relative(eager.gradients[name], truth.gradients[name]), name
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "padded", "checkpointing", "dropout", "verified"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32_step_equals_eager(family, mode):
+    model = build(family, dropout=0.1 if mode == "dropout" else 0.0)
+    if mode == "eval":
+        model.eval()
+    if mode == "checkpointing":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    inputs = batch(padded=mode == "padded")
+    eager = step(model, inputs)
+    fastlora.compile(model, verify=mode == "verified")
+    found = step(model, inputs)
+    report = fastlora.report(model)
+    assert report.coverage["lora"].fused == report.coverage["lora"].seen > 0
+    assert not [miss for miss in report.missed if miss.reason.startswith("verify")]
+    assert_equal_in_float32(model, found, eager, inputs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointed_dropout_draws_the_same_masks_again(family):
+    model = build(family, dropout=0.1)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    eager = step(model, batch())
+    found = step(fastlora.compile(model), batch())
+    assert all(relative(found.gradients[name], eager.gradients[name]) < 5e-6 for name in eager.gradients)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_changing_lengths_compile_no_more_after_the_second(family):
+    model = build(family)
+    lengths = [batch(16), batch(24), batch(20), batch(13)]
+    eager = [step(model, inputs) for inputs in lengths]
+    fastlora.compile(model)
+    graphs = []
+    for inputs, expected in zip(lengths, eager, strict=True):
+        found = step(model, inputs)
+        graphs.append(fastlora.report(model).graphs)
+        assert relative(found.loss, expected.loss) <= FLOAT32
+        assert max(relative(found.gradients[n], expected.gradients[n]) for n in expected.gradients) < 3 * FLOAT32
+    assert graphs[1] == graphs[2] == graphs[3]
+
+
+@pytest.mark.parametrize("mode", ["bf16 base, fp32 adapters", "autocast, fp32 adapters"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_is_no_further_from_fp64_than_eager(family, mode):
+    """Root mean square over seeds: of a single batch, which of two roundings is luckier is chance."""
+    autocast = torch.bfloat16 if mode.startswith("autocast") else None
+    model = build(family, torch.float32 if autocast else torch.bfloat16)
+    inputs = [batch(seed=seed) for seed in range(SEEDS)]
+    truth = [step(double(model), each) for each in inputs]
+    eager = [step(model, each, autocast) for each in inputs]
+    fastlora.compile(model)
+    found = [step(model, each, autocast) for each in inputs]
+
+    def error(steps, pick) -> float:
+        return (sum(relative(pick(mine), pick(true)) ** 2 for mine, true in zip(steps, truth, strict=True)) / SEEDS) ** 0.5
+
+    floor = torch.finfo(torch.bfloat16).eps / 4
+    assert error(found, lambda s: s.loss) <= SLACK * error(eager, lambda s: s.loss) + floor
+    for name in truth[0].gradients:
+        assert error(found, lambda s: s.gradients[name]) <= SLACK * error(eager, lambda s: s.gradients[name]), name
+
+
+@pytest.mark.parametrize("family", LLAMA_LIKE)
+def test_every_site_of_a_llama_like_model_is_claimed(family):
+    model = fastlora.compile(build(family))
+    step(model, batch())
+    report = fastlora.report(model)
+    assert report.missed == []
+    for name in ("lora", "norm", "rotary", "glu", "loss"):
+        coverage = report.coverage[name]
+        assert coverage.seen == coverage.fused > 0, name
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "bert"])
+def test_adapters_norms_and_loss_of_the_others_are_claimed(family):
+    model = fastlora.compile(build(family))
+    step(model, batch())
+    report = fastlora.report(model)
+    assert report.missed == []
+    assert all(report.coverage[name].fused == report.coverage[name].seen > 0 for name in ("lora", "norm", "loss"))

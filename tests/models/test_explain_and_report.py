@@ -1,0 +1,105 @@
+"""What the report says, and that explaining a model leaves it alone."""
+
+import json
+import re
+import time
+
+import pytest
+import tiny_models
+import torch
+from tiny_models import COMMON, batch, build, step
+
+import fastlora
+from fastlora.engine import rewrite
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "bert"])
+def test_explain_sees_what_compile_does(family):
+    model = build(family)
+    explained = fastlora.explain(model, **batch())
+    step(fastlora.compile(model), batch())
+    compiled = fastlora.report(model)
+    assert explained.coverage == compiled.coverage
+    assert [(s.op, s.where, s.count) for s in explained.fused] == [(s.op, s.where, s.count) for s in compiled.fused]
+
+
+def test_explain_leaves_model_gradients_and_random_state_alone():
+    model = build("llama", dropout=0.1)
+    before = torch.get_rng_state()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    fastlora.explain(model, **batch())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(module._compiled_call_impl is None for module in model.modules())
+
+
+def test_explaining_a_compiled_model_keeps_it_compiled():
+    model = fastlora.compile(build("llama"))
+    step(model, batch())
+    graphs = fastlora.report(model).graphs
+    fastlora.explain(model, **batch())
+    assert fastlora.report(model).graphs == graphs
+
+
+def test_sites_name_the_module_and_the_line_of_the_models_source():
+    report = fastlora.explain(build("llama"), **batch())
+    norms = [site for site in report.fused if site.op == "rms_norm"]
+    assert any(re.fullmatch(r".*layers\.\*\.input_layernorm \(modeling_llama\.py:\d+\)", site.where) for site in norms)
+    assert all(re.search(r"norms\.py:\d+", site.rule) for site in norms)
+    assert sum(site.count for site in report.fused if site.op == "lora_mlp") == COMMON["num_hidden_layers"]
+
+
+def test_a_site_that_is_left_says_why_and_where():
+    model = build("llama")
+    attention = model.base_model.model.model.layers[0].self_attn
+    attention.o_proj.lora_dropout["default"] = torch.nn.Identity()
+
+    class Doubled(torch.nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.silu(x) * x.sum(-1, keepdim=True)
+
+    for layer in model.base_model.model.model.layers:
+        layer.mlp.act_fn = Doubled()
+    missed = fastlora.explain(model, **batch()).missed
+    assert {miss.op for miss in missed} == {"glu"}
+    assert all("shape" in miss.reason and "test_explain_and_report.py:" in miss.where for miss in missed)
+    assert sum(miss.count for miss in missed) == COMMON["num_hidden_layers"]
+
+
+def test_the_printed_report_tells_coverage_and_time_in_the_pass():
+    text = str(fastlora.explain(build("llama"), **batch()))
+    assert re.search(r"matched in \d+\.\d+ s", text)
+    assert re.search(r"lora\s+21\s+21", text)
+
+
+def test_json_and_html_hold_the_whole_report(tmp_path):
+    report = fastlora.explain(build("llama"), **batch())
+    data = json.loads(report.to_json())
+    assert data["coverage"]["lora"] == {"seen": 21, "fused": 21}
+    assert len(data["fused"]) == len(report.fused)
+    report.to_html(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "lora_mlp" in page
+    assert "torch.ops.fastlora" in page
+
+
+def test_reporting_on_a_model_that_is_not_compiled_says_what_to_do():
+    with pytest.raises(fastlora.FastLoRAError, match=r"fastlora\.compile\(model\)"):
+        fastlora.report(build("llama"))
+
+
+def test_thirty_two_layers_match_in_half_a_second(monkeypatch):
+    monkeypatch.setitem(tiny_models.COMMON, "num_hidden_layers", 32)
+    graphs = []
+
+    def capture(gm, inputs):
+        graphs.append(gm)
+        return gm.forward
+
+    torch.compile(build("llama"), backend=capture)(**batch(), use_cache=False)
+    rules = fastlora.default_rules()
+    start = time.process_time()
+    (result,) = rewrite(graphs[0], rules)
+    assert time.process_time() - start < 0.5
+    assert len(result.anchors["lora"]) == 32 * 7
