@@ -47,10 +47,9 @@ def reference(
     out_dtype: torch.dtype,
 ) -> list[torch.Tensor]:
     """The adapted layers as PEFT writes them. Returns one y of shape (..., N) in `out_dtype` for each."""
-    return [
-        single.reference(x, None, *parameters, base_dtype, lora_dtype, out_dtype)
-        for parameters in zip(weight, bias, lora_a, lora_b, lora_bias, scaling, strict=True)
-    ]
+    members = zip(weight, bias, lora_a, lora_b, lora_bias, scaling, strict=True)
+    dtypes = (base_dtype, lora_dtype, out_dtype)
+    return [single.reference(x, None, w, b, low_a, low_b, lb, s, *dtypes) for w, b, low_a, low_b, lb, s in members]
 
 
 def forward(x: torch.Tensor, **arguments: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -9,7 +9,7 @@ from torch import fx
 
 from fastlora.kernels import ops
 from fastlora.pattern import Opt, Param, Scalar, cast, dropout, either, kept, linear
-from fastlora.rule import Match, dtype_of, group, rule
+from fastlora.rule import GroupRule, Match, Rule, dtype_of, group, rule
 from fastlora.view import View, meta
 
 
@@ -95,8 +95,7 @@ def _undropped(view: View, x: fx.Node) -> fx.Node:
 @group(ops.lora_linear, by="x", into=ops.lora_group, benefit=2)
 def shared_input(matches: list[Match]):
     """q, k and v, or gate and up where the MLP did not fuse."""
-    ranks = {meta(match.arguments["lora_a"]).dtype for match in matches}
-    return len(ranks) == 1 or "the adapters differ in dtype"
+    return len({match.dtype("lora_a") for match in matches}) == 1 or "the adapters differ in dtype"
 
 
-RULES = [lora_linear, lora_add, shared_input]
+RULES: list[Rule | GroupRule] = [lora_linear, lora_add, shared_input]

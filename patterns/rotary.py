@@ -74,7 +74,7 @@ def _tables_broadcast_into_x(match):
 
 
 def _turned_width(match: Match) -> int:
-    return match.view.term(match.value("turning")).args["stop"]
+    return match.slice_of("turning")["stop"]
 
 
 @fuse(ops.rotary, attrs={"rotary_dim": _turned_width, "out_dtype": dtype_of()})
@@ -85,7 +85,7 @@ def partial_rotary(x):
 
 @partial_rotary.where
 def _pieces_meet(match):
-    turning, passing = (match.view.term(match.value(name)).args for name in ("turning", "passing"))
+    turning, passing = match.slice_of("turning"), match.slice_of("passing")
     whole = turning["start"] == 0 and turning["stop"] == passing["start"]
     return (
         whole and passing["stop"] == match.tensor("x").shape[-1]

@@ -124,7 +124,7 @@ def _install(model: nn.Module, session: Session) -> None:
             inner = gate
         else:
             region.module._compiled_call_impl = gate
-    if defers and inner is None:
+    if head is not None and defers and inner is None:
         session.head = name
         head._compiled_call_impl = DeferringHead(head, session.tally)  # type: ignore[arg-type]
     model._compiled_call_impl = ModelGate(model, session, inner)  # type: ignore[assignment]

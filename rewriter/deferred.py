@@ -135,7 +135,7 @@ class DeferredLogits(torch.Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise RuntimeError(
             f"{func} reached deferred logits past PyTorch's function overrides, where their gradient would be lost; "
             "use fastlora.compile(model, defer_logits=False)"
@@ -149,10 +149,9 @@ class DeferringHead:
         self._head, self._tally = head, tally
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if len(args) == 1 and not kwargs else None
-        if not self._defers(hidden):
-            return self._head._call_impl(*args, **kwargs)
-        return defer(hidden, self._head.weight, self._head.bias, self._tally)
+        if len(args) == 1 and not kwargs and self._defers(args[0]):
+            return defer(args[0], self._head.weight, self._head.bias, self._tally)
+        return self._head._call_impl(*args, **kwargs)
 
     def _defers(self, hidden: Any) -> bool:
         head = self._head

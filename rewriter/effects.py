@@ -28,7 +28,9 @@ _ALIASING = {"slice", "reshape", "transposed", "chunk", "split", "getitem", "cas
 
 def modes(graph: fx.Graph) -> dict[fx.Node, Mode]:
     """The modes in force at each node."""
-    grad, autocast, inference = torch.is_grad_enabled(), (), ()
+    grad = torch.is_grad_enabled()
+    autocast: tuple[fx.Node, ...] = ()
+    inference: tuple[fx.Node, ...] = ()
     found: dict[fx.Node, Mode] = {}
     for node in graph.nodes:
         target = node.target

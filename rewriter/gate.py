@@ -29,10 +29,10 @@ class Gate:
     """
 
     def __init__(self, region: Region, session: Session) -> None:
-        module = region.module
+        module: Any = region.module
         self._region, self._session, self._module = region.name, session, module
         self._is_torch_class = is_torch_class(module)
-        target = module.forward if self._is_torch_class else module._call_impl
+        target: Any = module.forward if self._is_torch_class else module._call_impl
         self._compiled = torch.compile(target, backend=session.compile_graph)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

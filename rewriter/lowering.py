@@ -27,7 +27,8 @@ def lower(gm: fx.GraphModule, inputs: Sequence[Any], how: str, mode: str) -> Run
         from torch._inductor.compile_fx import compile_fx
 
         patches = None if mode == "default" else torch._inductor.list_mode_options(mode)
-        return compile_fx(gm, list(inputs), config_patches=patches)
+        compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
+        return compiled
     keep_random_state(gm)
     return gm.forward
 

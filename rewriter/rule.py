@@ -77,6 +77,12 @@ class Match:
         assert tensor is not None, f"{self.rule}: {name} holds no tensor"
         return tensor
 
+    def slice_of(self, name: str) -> dict[str, Any]:
+        """The bounds (`start`, `stop`, `step`) of a named slice."""
+        term = self.view.term(self.value(name))
+        assert term is not None, f"{self.rule}: {name} is no slice"
+        return term.args
+
     def dtype(self, name: str | None = None) -> torch.dtype:
         return self.tensor(name).dtype
 

@@ -32,7 +32,7 @@ def default_rules() -> list[AnyRule]:
     """
     from fastlora.patterns import RULES
 
-    found = list(RULES)
+    found: list[AnyRule] = list(RULES)
     for entry in entry_points(group="fastlora.patterns"):
         loaded = entry.load()
         found += loaded if isinstance(loaded, (list, tuple)) else loaded.RULES

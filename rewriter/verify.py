@@ -60,7 +60,8 @@ def _compare(match: Match) -> str | None:
 def _autocast_of(match: Match) -> AbstractContextManager[Any]:
     """The autocast region of the graph that the match is in; an ambient one is in force already."""
     regions = modes(match.view.graph)[match.root][1]
-    return torch.autocast(*regions[-1].args) if regions else nullcontext()
+    arguments: Any = regions[-1].args if regions else ()
+    return torch.autocast(*arguments) if regions else nullcontext()
 
 
 def _names(match: Match, inputs: dict[fx.Node, torch.Tensor]) -> list[str]:

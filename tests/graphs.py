@@ -3,16 +3,16 @@ were chosen and refused, and outputs and gradients of both runs."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
-from fastlora.engine import AnyRule, Rewrite, bodies, rewrite
+from fastlora.engine import AnyRule, Rewrite, rewrite
 from fastlora.findings import misses
 from fastlora.kernels.op import NAMESPACE
 from fastlora.lowering import lower
@@ -43,10 +43,9 @@ class Outcome:
     before: list[str]
     modules: list[fx.GraphModule]
     rewrites: list[Rewrite]
-    rules: Sequence[AnyRule]
+    misses: list[Miss]
     eager: Run
     rewritten: Run
-    misses: list[Miss] = field(default_factory=list)
 
     @property
     def ops(self) -> list[str]:
@@ -54,14 +53,13 @@ class Outcome:
         return sorted(str(node.target).split(".")[1] for node in self.fused_nodes())
 
     def fused_nodes(self) -> Iterator[fx.Node]:
-        for module in self.modules:
-            for body in bodies(module):
-                yield from (node for node in body.graph.nodes if str(node.target).startswith(NAMESPACE))
+        for made in self.rewrites:
+            yield from (node for node in made.graph.nodes if str(node.target).startswith(NAMESPACE))
 
     def targets(self) -> list[str]:
         """What the rewritten graphs call, in order."""
-        graphs = [body.graph for module in self.modules for body in bodies(module)]
-        return [str(getattr(n.target, "__name__", n.target)) for g in graphs for n in g.nodes if n.op.startswith("call")]
+        calls = [node for made in self.rewrites for node in made.graph.nodes if node.op.startswith("call")]
+        return [str(getattr(node.target, "__name__", node.target)) for node in calls]
 
     @property
     def chosen(self) -> list[Match]:
@@ -71,17 +69,20 @@ class Outcome:
     def refused(self) -> list[tuple[Match, str]]:
         return [pair for made in self.rewrites for pair in made.refused]
 
-    def reasons(self) -> str:
+    def missed(self) -> str:
         """Why candidates stayed as they were, as one text."""
         return "\n".join(f"{miss.op}: {miss.reason}" for miss in self.misses)
+
+    def turned_down(self) -> str:
+        """Why matches were not taken, as one text."""
+        return "\n".join(f"{match.op.name}: {reason}" for match, reason in self.refused)
 
     def assert_identical(self) -> None:
         """The rewritten run gave eager's very bits."""
         for position, (mine, its) in enumerate(self._pairs()):
             assert (mine is None) == (its is None), f"result {position}: one run has no gradient"
             if mine is not None and its is not None:
-                assert mine.dtype == its.dtype
-                assert torch.equal(mine, its), f"result {position} differs by {(mine - its).abs().max()}"
+                torch.testing.assert_close(mine, its, rtol=0, atol=0, equal_nan=True)
 
     def assert_close(self, tolerance: float = 1e-6) -> None:
         """The rewritten run is eager's up to rounding, relative to the norm of each result."""
@@ -186,7 +187,7 @@ def analyse(
     eager = evaluate(function, inputs)
     rewritten = evaluate(torch.compile(function, backend=backend, fullgraph=fullgraph, dynamic=dynamic), inputs)
     missed = [miss for made in rewrites for miss in misses(made, rules, "", 1)]
-    return Outcome(before, modules, rewrites, rules, eager, rewritten, missed)
+    return Outcome(before, modules, rewrites, missed, eager, rewritten)
 
 
 def in_double(inputs: Sequence[Any]) -> list[Any]:
@@ -199,5 +200,111 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-def duplicate(gm: fx.GraphModule) -> fx.GraphModule:
-    return copy.deepcopy(gm)
+# ---- what models write
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6) -> torch.Tensor:
+    """RMSNorm as in Llama: it rounds before it meets the weight."""
+    h = x.float()
+    n = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return n if weight is None else weight * n
+
+
+def lora(
+    x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float = 2.0, p: float = 0.0
+) -> torch.Tensor:
+    """An adapted linear layer as in PEFT: the adapter computes in its own dtype."""
+    result = F.linear(x, weight)
+    dtype = result.dtype
+    z = F.dropout(x.to(a.dtype), p, training=p > 0)
+    return (result + F.linear(F.linear(z, a), b) * scaling).to(dtype)
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding as in Llama."""
+    return x * cos + rotate_half(x) * sin
+
+
+# ---- graphs that only look like a fusible one
+
+
+@dataclass(frozen=True)
+class Lookalike:
+    """A graph in which a family's op would be wrong.
+
+    Attributes:
+        function, inputs: what to trace, and on what.
+        ops: the smaller pieces that are legal all the same; without any, nothing may change by a bit.
+        missed: what a `Miss` of the report says, for a candidate that stays as it is.
+        refused: what the refusal of the larger match says, where a smaller piece is claimed.
+    """
+
+    name: str
+    function: Function
+    inputs: Sequence[Any]
+    ops: tuple[str, ...] = ()
+    missed: str = ""
+    refused: str = ""
+    dynamic: bool = False
+    fullgraph: bool = True
+
+    def __str__(self) -> str:
+        return self.name
+
+    def check(self) -> None:
+        outcome = analyse(self.function, *self.inputs, dynamic=self.dynamic, fullgraph=self.fullgraph)
+        assert outcome.ops == sorted(self.ops), f"fused {outcome.ops}, turned down {outcome.turned_down()!r}"
+        if self.ops:
+            outcome.assert_close(2e-6)
+        else:
+            outcome.assert_identical()
+        outcome.assert_tidy()
+        assert self.missed in outcome.missed(), f"missed {outcome.missed()!r}"
+        assert self.refused in outcome.turned_down(), f"turned down {outcome.turned_down()!r}"
+
+
+# ---- ways to write to a tensor in place, itself or through a view
+
+
+def _setitem(x: torch.Tensor) -> None:
+    x[:, 0] = 0.5
+
+
+def _augment_slice(x: torch.Tensor) -> None:
+    x[:, :2] += 1
+
+
+WRITES: dict[str, Callable[[torch.Tensor], object]] = {
+    "add_": lambda x: x.add_(1),
+    "iadd": lambda x: x.__iadd__(1),
+    "setitem": _setitem,
+    "slice +=": _augment_slice,
+    "copy_": lambda x: x.copy_(x.flip(0)),
+    "relu_": lambda x: F.relu(x, inplace=True),
+    "dropout in place": lambda x: F.dropout(x, 0.5, True, inplace=True),
+    "out=": lambda x: torch.mul(x.detach(), 3, out=x.detach()),
+    "detach": lambda x: x.detach().mul_(2),
+    "data": lambda x: x.data.mul_(2),
+    "row": lambda x: x[0].add_(1),
+    "slice of the first dimension": lambda x: x[:1].mul_(2),
+    "slice of the last dimension": lambda x: x[..., :4].mul_(2),
+    "transpose": lambda x: x.transpose(0, 1).mul_(2),
+    "matrix transpose": lambda x: x.mT.mul_(2),
+    "flatten": lambda x: x.flatten(0, 1).mul_(2),
+    "view": lambda x: x.view(6, 16).mul_(2),
+    "view of a view": lambda x: x.view(6, 16)[1:].mul_(2),
+    "view as integers": lambda x: x.detach().view(torch.int32).bitwise_and_(0),
+    "unsqueeze": lambda x: x.unsqueeze(0).mul_(2),
+    "permute": lambda x: x.permute(2, 0, 1).mul_(2),
+    "expand_as": lambda x: x.expand_as(x).mul_(2),
+    "chunk": lambda x: x.detach().chunk(2, 0)[0].mul_(2),
+    "split": lambda x: x.detach().split([1, 2], 1)[1].mul_(2),
+    "unbind": lambda x: x.detach().unbind(0)[0].mul_(2),
+    "select": lambda x: x.select(1, 2).fill_(3.0),
+    "masked_fill_": lambda x: x.masked_fill_(x > 0, 0.0),
+}

@@ -3,12 +3,15 @@
 The rule, for every output and every gradient, with the truth being the reference in float64:
 
     err(op) <= 1.25 * err(eager) + floor          err: the largest error of an element
-    floor = 2 eps * max |truth|                   eps of the coarsest dtype in play
+    floor = (2 eps + sqrt(n) eps32) * max |truth|
 
 err(eager) is its largest error at the given inputs, and if need be nearby, with some of its inputs and intermediate
 results moved by an ulp: with a handful of elements eager can be exact by luck, and where terms cancel all that is left
-is luck. The floor is one rounding of the result (eps / 2), and three more for sums in another order. Below the smallest
-normal number, where the spacing of floats no longer shrinks, it stays that of the smallest normal.
+is luck. In the floor, eps is that of the coarsest dtype in play: one rounding of the result (eps / 2) and three more on
+the way. eps32 is float32's: a sum of n terms, where n
+is the longest dimension of an argument, ends sqrt(n) roundings away if its order changes, and sums are made in float32
+at least. Below the smallest normal number, where the spacing of floats no longer shrinks, it stays that of the
+smallest normal.
 
 The maximum over few elements is blunt, so `assert_precise_on_average` asks for the same ratio of root mean squares on
 tensors large enough that luck averages out, with a floor of one ulp of each result's own dtype.
@@ -86,9 +89,10 @@ def _root_mean_square(error: torch.Tensor) -> float:
 
 
 def _move(t: torch.Tensor, eps: float, generator: torch.Generator) -> torch.Tensor:
-    """One element in eight moved up or down by eps."""
+    """One element in eight moved up or down by an ulp, given as eps."""
     steps = torch.randint(-8, 9, t.shape, generator=generator).div(8, rounding_mode="trunc")
-    return (t.double() * (1 + steps * eps)).to(t.dtype)
+    ulps = eps * t.double().abs().clamp(min=torch.finfo(t.dtype).smallest_normal)
+    return (t.double() + steps * ulps).to(t.dtype)
 
 
 class _OtherRoundings(TorchDispatchMode):
@@ -145,7 +149,9 @@ def assert_as_precise(op: SemanticOp, arguments: Arguments) -> None:
     eager = _errors(evaluate(op.reference, arguments), truth, _largest)
     info = _coarsest(arguments)
     magnitudes = {n: _largest(t.abs().where(t.isfinite(), 0)) for n, t in truth.items()}
-    floors = {n: 2 * info.eps * max(m, info.smallest_normal) for n, m in magnitudes.items()}
+    longest = max(max(t.shape, default=1) for t in leaves(arguments).values())
+    relative = 2 * info.eps + math.sqrt(longest) * torch.finfo(torch.float32).eps
+    floors = {n: relative * max(m, info.smallest_normal) for n, m in magnitudes.items()}
     for seed in range(_TRIES):
         if all(error <= RATIO * eager[n] + floors[n] for n, error in errors.items()):
             return

@@ -30,7 +30,9 @@ def test_compile_returns_the_same_object_with_the_same_class_and_keys(model):
     step(model, batch())
     assert type(model) is kind
     assert list(model.state_dict()) == keys
-    assert [name for name, _ in model.named_parameters()] == [key for key in keys if key in dict(model.named_parameters())]
+    assert [name for name, _ in model.named_parameters()] == [
+        key for key in keys if key in dict(model.named_parameters())
+    ]
 
 
 def test_disable_gives_back_the_eager_model_bit_for_bit(model):

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-PROGRAM = '''
+PROGRAM = """
 import importlib, inspect, os, pickle, sys, types
 sys.path.insert(0, {tests!r})
 import torch, transformers, peft, accelerate
@@ -51,7 +51,7 @@ assert set(os.listdir(".")) == folder
 assert dict(os.environ) == environment
 if config is not None:
     assert torch._dynamo.config.save_config_portable() == config
-'''
+"""
 
 
 def test_importing_and_compiling_changes_nothing_around(tmp_path):

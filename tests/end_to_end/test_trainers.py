@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny_models import batch, build
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import fastlora
 from fastlora.tools.builtin_model import build_tokenizer
@@ -107,11 +107,13 @@ def test_trl_supervised_losses_equal_eager_ones(tmp_path):
             report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", bf16=False, max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True}, gradient_checkpointing=False,
         )  # fmt: skip
-        data = rows()
         trainer = SFTTrainer(
-            model=model, args=arguments, train_dataset=data, callbacks=[losses], processing_class=build_tokenizer(),
-            data_collator=default_data_collator,
-        )  # fmt: skip
+            model=model,
+            args=arguments,
+            train_dataset=rows().select_columns(["input_ids"]),
+            callbacks=[losses],
+            processing_class=build_tokenizer(),
+        )
         trainer.train()
         found[name] = losses.values
         if name == "fused":

@@ -78,7 +78,8 @@ def test_contract(case: Case, check: Any) -> None:
 @given(st.data())
 def test_errors_are_no_larger_than_eager_ones(data: st.DataObject) -> None:
     """Any reduction, soft-cap, scale, smoothing and share of ignored labels, autocast or not, in chunks of any size."""
-    tokens, hidden, vocabulary = (data.draw(sizes) for _ in range(3))
+    tokens, hidden = data.draw(sizes), data.draw(sizes)
+    vocabulary = data.draw(sizes.filter(lambda size: size > 1))  # one word has a constant loss
     dtype, base, logits = data.draw(
         st.sampled_from([(f32, f32, f32), (bf16, bf16, f32), (f16, f16, f32), (f32, bf16, f32), (bf16, bf16, bf16)])
     )
