@@ -1,0 +1,226 @@
+"""Deferred logits are never wrong: what can be fused is, and everything else sees the ordinary tensor."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import relative
+from torch import nn
+
+import fastlora
+from fastlora.deferred import DeferredLogits, DeferringHead, Tally, can_defer
+
+VOCABULARY, WIDTH = 40, 8
+LABELS = torch.randint(0, VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(0))
+
+
+class Heads:
+    """One hidden state and head, run as they are and deferred."""
+
+    def __init__(self, bias: bool = False, dtype: torch.dtype = torch.float32, frozen: bool = False) -> None:
+        torch.manual_seed(0)
+        self.hidden = torch.randn(2, 5, WIDTH, dtype=dtype, requires_grad=True)
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=bias, dtype=dtype).requires_grad_(not frozen)
+        self.tally = Tally()
+        self.deferring = DeferringHead(self.head, self.tally)
+
+    def both(self, use, **autocast):
+        """What `use` makes of ordinary and of deferred logits, with the gradients of all that it came from."""
+        results = []
+        for head in (self.head, self.deferring):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast.get("autocast", False)):
+                value = use(head(self.hidden))
+            wanted = [t for t in (self.hidden, *self.head.parameters()) if t.requires_grad]
+            gradients = torch.autograd.grad(value.float().sum(), wanted, allow_unused=True)
+            results.append((value.detach(), gradients))
+        return results
+
+
+def assert_same(results, bound: float = 1e-6) -> None:
+    (expected, wanted), (found, gradients) = results
+    assert relative(found, expected) < bound
+    for mine, its in zip(gradients, wanted, strict=True):
+        assert (mine is None) == (its is None)
+        assert mine is None or relative(mine, its) < bound
+
+
+def shifted(logits, labels=LABELS, **options):
+    return F.cross_entropy(
+        logits[..., :-1, :].contiguous().view(-1, VOCABULARY), labels[..., 1:].reshape(-1), **options
+    )
+
+
+FUSED = {
+    "plain": lambda z: F.cross_entropy(z.view(-1, VOCABULARY), LABELS.view(-1)),
+    "reshaped": lambda z: F.cross_entropy(z.reshape((-1, VOCABULARY)), LABELS.view(-1)),
+    "shifted": shifted,
+    "upcast": lambda z: shifted(z.float()),
+    "cast by keyword": lambda z: shifted(z.to(dtype=torch.float32)),
+    "summed": lambda z: shifted(z, reduction="sum") / 7,
+    "each": lambda z: shifted(z, reduction="none"),
+    "ignoring": lambda z: shifted(z, ignore_index=int(LABELS[0, 1])),
+    "smoothed": lambda z: shifted(z, label_smoothing=0.2),
+    "scaled": lambda z: shifted(z * 0.5),
+    "scaled from the left": lambda z: shifted(0.5 * z),
+    "divided": lambda z: shifted(z / 3.0),
+    "capped": lambda z: shifted(torch.tanh(z / 5.0) * 5.0),
+    "capped after scaling": lambda z: shifted((z * 2.0 / 5.0).tanh() * 5.0),
+    "one sequence": lambda z: F.cross_entropy(z[0:1, 2:].view(-1, VOCABULARY), LABELS[0, 2:]),
+    "module": lambda z: nn.CrossEntropyLoss()(z.view(-1, VOCABULARY), LABELS.view(-1)),
+}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", FUSED)
+def test_a_cross_entropy_is_fused_and_equals_the_ordinary_one(name, bias):
+    heads = Heads(bias)
+    assert_same(heads.both(FUSED[name]))
+    assert heads.tally.fused == 1
+    assert not heads.tally.materialised
+
+
+OTHER = {
+    "class weights": lambda z: shifted(z, weight=torch.linspace(0.5, 1.5, VOCABULARY)),
+    "classes second": lambda z: F.cross_entropy(z.transpose(1, 2), LABELS),
+    "probabilities": lambda z: F.cross_entropy(z.view(-1, VOCABULARY), torch.full((10, VOCABULARY), 1 / VOCABULARY)),
+    "log softmax": lambda z: F.log_softmax(z, -1).gather(-1, LABELS[..., None]),
+    "arithmetic": lambda z: (z * z + 1).mean(),
+    "negative scale": lambda z: shifted(z * -1.0),
+    "tensor scale": lambda z: shifted(z * torch.tensor(2.0)),
+    "part of the vocabulary": lambda z: z[..., :7].square().sum(),
+    "one position": lambda z: z[:, -1].square().sum(),
+    "concatenation": lambda z: torch.cat([z, z], -1).square().sum(),
+    "narrowing": lambda z: shifted(z.to(torch.bfloat16)).float(),
+    "two tanh": lambda z: shifted(torch.tanh(torch.tanh(z))),
+    "in place": lambda z: shifted(z.clone().mul_(2.0)),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_anything_else_sees_ordinary_logits_with_gradients(name):
+    heads = Heads(bias=True)
+    assert_same(heads.both(OTHER[name]))
+    assert sum(heads.tally.materialised.values()) == 1
+    assert next(iter(heads.tally.materialised)).startswith("test_deferred.py:")
+
+
+def test_writing_to_logits_reaches_their_views_and_not_their_copies():
+    def use(z):
+        view, copied = z.view(-1, VOCABULARY), z.double()
+        z[..., 3] = 9.0
+        z.mul_(2.0)
+        return shifted(z).double() + F.cross_entropy(view, LABELS.view(-1)).double() + copied.square().mean()
+
+    assert_same(Heads().both(use))
+
+
+def test_a_detached_copy_carries_no_gradient():
+    heads = Heads()
+    logits = heads.deferring(heads.hidden)
+    cut = logits.detach()
+    assert not cut.requires_grad
+    assert logits.requires_grad
+    assert not F.cross_entropy(cut.view(-1, VOCABULARY), LABELS.view(-1)).requires_grad
+
+
+def test_a_frozen_head_gets_no_gradient_and_passes_one_on():
+    heads = Heads(frozen=True)
+    assert_same(heads.both(shifted))
+    assert heads.head.weight.grad is None
+
+
+def test_under_autocast_the_product_is_in_its_dtype():
+    heads = Heads()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert heads.deferring(heads.hidden).dtype == torch.bfloat16
+    assert_same(heads.both(lambda z: shifted(z.float()), autocast=True), bound=1e-2)
+
+
+def test_metadata_does_not_multiply():
+    heads = Heads()
+    logits = heads.deferring(heads.hidden)
+    assert isinstance(logits, torch.Tensor)
+    assert (logits.shape, logits.ndim, logits.size(-1), logits.numel()) == ((2, 5, VOCABULARY), 3, VOCABULARY, 400)
+    assert (logits.dtype, logits.device.type, len(logits)) == (torch.float32, "cpu", 2)
+    assert not heads.tally.materialised
+
+
+def test_logits_that_were_multiplied_once_are_not_fused_afterwards():
+    heads = Heads()
+    logits = heads.deferring(heads.hidden)
+    assert logits.argmax(-1).shape == (2, 5)
+    shifted(logits)
+    assert heads.tally.fused == 0
+    assert sum(heads.tally.materialised.values()) == 1
+
+
+def test_saving_copying_and_converting_work():
+    heads = Heads()
+    expected = heads.head(heads.hidden).detach()
+    buffer = io.BytesIO()
+    torch.save(heads.deferring(heads.hidden).detach(), buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer), expected)
+    assert torch.equal(torch.from_numpy(heads.deferring(heads.hidden).detach().numpy()), expected)
+    assert torch.equal(copy.deepcopy(heads.deferring(heads.hidden).detach()), expected)
+    assert heads.deferring(heads.hidden).tolist() == expected.tolist()
+    assert heads.deferring(heads.hidden).topk(3).indices.equal(expected.topk(3).indices)
+
+
+def test_a_hook_on_logits_sees_their_gradient():
+    heads, seen = Heads(), []
+    logits = heads.deferring(heads.hidden)
+    logits.register_hook(lambda gradient: seen.append(gradient.shape))
+    shifted(logits).backward()
+    assert seen == [(2, 5, VOCABULARY)]
+
+
+def test_logits_read_after_their_weight_changed_raise_and_say_what_to_do():
+    heads = Heads()
+    logits = heads.deferring(heads.hidden)
+    with torch.no_grad():
+        heads.head.weight.add_(1.0)
+    with pytest.raises(fastlora.FastLoRAError, match="defer_logits=False"):
+        logits.sum()
+    with pytest.raises(fastlora.FastLoRAError, match="modified in place"):
+        shifted(logits)
+
+
+def test_without_gradients_or_with_hooks_the_head_is_called_as_it_is():
+    heads = Heads()
+    with torch.no_grad():
+        assert type(heads.deferring(heads.hidden)) is torch.Tensor
+    heads.head.register_forward_hook(lambda module, inputs, output: output * 2)
+    assert torch.equal(heads.deferring(heads.hidden), heads.head(heads.hidden))
+
+
+def test_only_plain_linear_heads_on_a_vocabulary_defer():
+    class Special(nn.Linear):
+        pass
+
+    assert can_defer(nn.Linear(8, 40))
+    assert not can_defer(nn.Linear(40, 8))
+    assert not can_defer(Special(8, 40))
+    assert not can_defer(None)
+
+
+def test_a_second_backward_through_the_loss_gives_the_same_gradients():
+    heads = Heads()
+    loss = shifted(heads.deferring(heads.hidden))
+    first = torch.autograd.grad(loss, heads.hidden, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(loss, heads.hidden)[0])
+
+
+def test_compiled_consumers_get_ordinary_logits():
+    heads = Heads()
+    assert_same(heads.both(torch.compile(shifted, backend="eager")))
+
+
+def test_reaching_past_the_overrides_raises_instead_of_losing_gradients():
+    heads = Heads()
+    logits = heads.deferring(heads.hidden)
+    assert isinstance(logits, DeferredLogits)
+    with torch._C.DisableTorchFunctionSubclass(), pytest.raises(RuntimeError, match="defer_logits=False"):
+        torch.add(logits, 1)
