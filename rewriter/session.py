@@ -180,4 +180,7 @@ def _common_name(names: list[str]) -> str:
 
 
 def _graph_breaks() -> Counter[str]:
-    return Counter(torch._dynamo.utils.counters["graph_break"])
+    counted: Counter[str] = Counter()
+    for reason, count in torch._dynamo.utils.counters["graph_break"].items():
+        counted[reason.partition("\n")[0]] += count
+    return counted
