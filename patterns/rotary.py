@@ -47,6 +47,7 @@ def _width(match: Match) -> int:
 
 @rule(
     ops.rotary,
+    benefit=2,
     anchor=turned,
     attrs={
         "layout": lambda match: match.tag("layout"),
@@ -68,7 +69,27 @@ def _tables_are_as_wide(match):
     return fits or "cos and sin are not as wide as x"
 
 
+@rule(
+    ops.rotary,
+    benefit=2,
+    attrs={"layout": "interleaved", "rotary_dim": _width, "compute_dtype": dtype_of("q"), "out_dtype": dtype_of()},
+)
+def interleaved_rotary(x, cos, sin):
+    """Pairs go in and halves come out; the tables hold each angle once."""
+    q = cast(x).named("q")
+    even, odd = evens(q), odds(q)
+    return cast(cat(even * cos - odd * sin, odd * cos + even * sin))
+
+
+@interleaved_rotary.where
+def _tables_are_half_as_wide(match):
+    width = match.tensor("x").shape[-1]
+    fits = all(known_equal(2 * match.tensor(name).shape[-1], width) for name in ("cos", "sin"))
+    return fits or "cos and sin are not half as wide as x"
+
+
 @rotary.where
+@interleaved_rotary.where
 def _tables_broadcast_into_x(match):
     return match.tensor().shape == match.tensor("x").shape or "cos and sin make the result larger than x"
 
@@ -77,7 +98,7 @@ def _turned_width(match: Match) -> int:
     return match.slice_of("turning")["stop"]
 
 
-@fuse(ops.rotary, attrs={"rotary_dim": _turned_width, "out_dtype": dtype_of()})
+@fuse(ops.rotary, benefit=2, attrs={"rotary_dim": _turned_width, "out_dtype": dtype_of()})
 def partial_rotary(x):
     """Only the first entries of each head turn; the others pass through."""
     return cast(cat(raised(ops.rotary, x=piece(x, "turning")), piece(x, "passing")))
@@ -92,4 +113,4 @@ def _pieces_meet(match):
     ) or "the parts that turn and pass are not the whole"
 
 
-RULES = [rotary, partial_rotary]
+RULES = [rotary, interleaved_rotary, partial_rotary]

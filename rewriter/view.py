@@ -207,11 +207,16 @@ class View:
         return self._read_attribute(node, {"input": bound["input"], "name": "T"}) if matrix else None
 
     def _read_cat(self, node: fx.Node, bound: dict[str, Any]) -> Term | None:
-        result = meta(node)
-        last = result is not None and bound["dim"] in (-1, result.dim() - 1)
-        return Term("cat", {"tensors": tuple(bound["tensors"])}) if last else None
+        return self._joined("cat", node, bound)
 
-    _read_stack = _read_cat
+    def _read_stack(self, node: fx.Node, bound: dict[str, Any]) -> Term | None:
+        return self._joined("stack", node, bound)
+
+    def _joined(self, op: str, node: fx.Node, bound: dict[str, Any]) -> Term | None:
+        """Only what joins along the last dimension."""
+        result, tensors = meta(node), bound["tensors"]
+        last = result is not None and bound["dim"] in (-1, result.dim() - 1) and isinstance(tensors, (tuple, list))
+        return Term(op, {"tensors": tuple(tensors)}) if last else None
 
     def _read_flatten(self, node: fx.Node, bound: dict[str, Any]) -> Term | None:
         """Only the flattening of the last two dimensions, which undoes a stack on the last."""
