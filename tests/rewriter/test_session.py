@@ -1,0 +1,39 @@
+"""Where rules come from, and what regions a model is cut into."""
+
+from importlib.metadata import EntryPoint
+
+import pytest
+from tiny_models import FAMILIES, build
+from torch import nn
+
+import fastlora
+from fastlora.regions import find_regions
+
+
+def test_packages_add_rules_by_entry_point(monkeypatch):
+    """Either a list of rules, or a module that has one under the name RULES."""
+    entries = [
+        EntryPoint("a", "fastlora.patterns.norms", "fastlora.patterns"),
+        EntryPoint("b", "fastlora.patterns.rotary:RULES", "fastlora.patterns"),
+    ]
+    builtin = fastlora.default_rules()
+    monkeypatch.setattr("fastlora.session.entry_points", lambda group: entries if group == "fastlora.patterns" else [])
+    from fastlora.patterns import norms, rotary
+
+    assert fastlora.default_rules() == [*builtin, *norms.RULES, *rotary.RULES]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layer_is_a_region_and_the_head_is_in_none(family):
+    model = build(family)
+    head = model.get_output_embeddings()
+    regions = find_regions(model, head)
+    blocks = [region for region in regions if region.name.rsplit(".", 1)[-1].isdigit()]
+    assert len(blocks) == model.config.num_hidden_layers
+    assert all(head not in set(region.module.modules()) for region in regions)
+    inside = [module for region in regions for module in region.module.modules()]
+    assert len(inside) == len(set(inside))
+
+
+def test_leaves_in_a_sequence_are_no_blocks():
+    assert [region.name for region in find_regions(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))] == [""]
