@@ -27,8 +27,10 @@ from fastlora.kernels.ops import linear_cross_entropy
 
 @dataclass
 class Tally:
-    """How often deferred logits met a loss, and which lines made them ordinary tensors; `dry` computes no loss."""
+    """How often a head deferred, how often its logits met a loss, and which lines made them ordinary tensors. `dry`
+    computes no loss."""
 
+    deferred: int = 0
     fused: int = 0
     materialised: Counter[str] = field(default_factory=Counter)
     dry: bool = False
@@ -168,6 +170,7 @@ def can_defer(head: nn.Module | None) -> bool:
 
 def defer(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tally: Tally) -> DeferredLogits:
     """Deferred `F.linear(hidden, weight, bias)`, in the dtype that autocast would give it."""
+    tally.deferred += 1
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     recipe = Recipe(hidden, weight, bias, dtype, dtype, versions=(hidden._version, weight._version))

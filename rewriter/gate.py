@@ -62,16 +62,17 @@ class Gate:
 
 
 class ModelGate:
-    """Sits on the whole model: a training step that computes its loss needs no KV cache, so none is built for it."""
+    """Sits on the whole model: a training step needs no KV cache, so none is built for it unless it is asked for."""
 
     def __init__(self, model: nn.Module, session: Session, inner: Gate | None) -> None:
         self._model, self.session, self._inner = model, session, inner
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         parameters = inspect.signature(base.forward).parameters
-        self._caches = "use_cache" in parameters and "labels" in parameters
+        self._caches = "use_cache" in parameters
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         asked = kwargs.get("use_cache") is not None or kwargs.get("past_key_values") is not None
-        if self._caches and not asked and kwargs.get("labels") is not None and torch.is_grad_enabled():
+        training = self._model.training or kwargs.get("labels") is not None
+        if self._caches and training and not asked and torch.is_grad_enabled():
             kwargs["use_cache"] = False
         return self._inner(*args, **kwargs) if self._inner is not None else self._model._call_impl(*args, **kwargs)

@@ -155,7 +155,7 @@ class Session:
         return report
 
     def _report_loss(self, report: Report) -> None:
-        if self.head is None:
+        if self.head is None or not self.tally.deferred:
             return
         coverage = report.coverage.setdefault("loss", Coverage())
         coverage.seen += 1

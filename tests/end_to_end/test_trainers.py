@@ -142,3 +142,15 @@ def test_gradients_survive_a_step_under_autocast_inside_the_graph():
         if name in wanted:
             difference = (parameter.grad - wanted[name]).norm() / wanted[name].norm()
             assert difference < 0.06, name
+
+
+def test_a_head_that_the_trainer_bypasses_is_no_missed_loss(tmp_path):
+    """TRL's trainers read the head's weight and fuse the loss themselves."""
+    model = fastlora.compile(build("llama"))
+    model(**batch()).loss.backward()
+    assert fastlora.report(model).coverage["loss"].seen == 1
+    fastlora.compile(model)
+    model.base_model.model.model(
+        **{k: v for k, v in batch().items() if k != "labels"}
+    ).last_hidden_state.sum().backward()
+    assert fastlora.report(model).coverage.get("loss", fastlora.Coverage()).seen == 0
