@@ -35,8 +35,9 @@ SCHEMES = {
 }
 
 
-def uniform(dtype: torch.dtype) -> Scheme:
-    return Scheme(*[dtype] * 6)
+def scheme_of(dtype: Scheme | torch.dtype) -> Scheme:
+    """A dtype alone means that dtype for everything."""
+    return dtype if isinstance(dtype, Scheme) else Scheme(*[dtype] * 6)
 
 
 def layer(scheme: Scheme, n: int, k: int, rank: int, biases: bool = True) -> dict[str, Any]:

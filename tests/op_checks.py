@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from fastlora.kernels.op import SemanticOp
 
@@ -22,17 +23,16 @@ Arguments = dict[str, Any]
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 
-@dataclass(frozen=True)
 class Case:
-    """An op with a way to make arguments for it in some dtype."""
+    """An op with a way to make arguments for it in some dtype: `build(dtype, *args, **kwargs)`."""
 
-    name: str
-    op: SemanticOp
-    build: Callable[[torch.dtype], Arguments]
+    def __init__(self, name: str, op: SemanticOp, build: Callable[..., Arguments], *args: Any, **kwargs: Any) -> None:
+        self.name, self.op = name, op
+        self._build = lambda dtype: build(dtype, *args, **kwargs)
 
     def arguments(self, dtype: torch.dtype = f64) -> Arguments:
         torch.manual_seed(0)
-        return complete(self.op, self.build(dtype))
+        return complete(self.op, self._build(dtype))
 
     def __str__(self) -> str:
         return self.name
@@ -47,12 +47,17 @@ def flat(value: Any) -> list[torch.Tensor]:
     return [value] if isinstance(value, torch.Tensor) else [t for v in value for t in flat(v)]
 
 
-def leaves(arguments: Arguments) -> dict[str, torch.Tensor]:
-    """The floating-point tensors by name; members of a list as `name[0]`, `name[1]`, ..."""
+def labelled(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with every list's members by themselves, as `name[0]`, `name[1]`, ..."""
     named: dict[str, Any] = {}
-    for name, value in arguments.items():
+    for name, value in values.items():
         named |= {f"{name}[{i}]": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
-    return {n: t for n, t in named.items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
+    return named
+
+
+def leaves(arguments: Arguments) -> dict[str, torch.Tensor]:
+    """The floating-point tensors by name."""
+    return {n: t for n, t in labelled(arguments).items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
 
 
 def replaced(arguments: Arguments, new: dict[str, torch.Tensor]) -> Arguments:
@@ -74,6 +79,11 @@ def replaced(arguments: Arguments, new: dict[str, torch.Tensor]) -> Arguments:
 class Result:
     outputs: list[torch.Tensor]
     gradients: dict[str, torch.Tensor | None]
+
+    def gradient(self, name: str) -> torch.Tensor:
+        found = self.gradients[name]
+        assert found is not None, f"no gradient of {name}"
+        return found
 
     def values(self) -> dict[str, torch.Tensor]:
         """Outputs and gradients by name, for comparisons."""
@@ -129,6 +139,37 @@ def backward_calls(op: SemanticOp) -> Iterator[list[tuple[Any, ...]]]:
         op.backward_target = target
 
 
+@contextmanager
+def gradients_made(op: SemanticOp) -> Iterator[list[set[str]]]:
+    """The names of the gradients that the op's backward function makes in each call, asked for or not."""
+    made: list[set[str]] = []
+    function = op._backward
+
+    def spy(*arguments: Any, **named: Any) -> dict[str, Any]:
+        gradients = function(*arguments, **named)
+        made.append({name for name, gradient in labelled(gradients).items() if gradient is not None})
+        return gradients
+
+    op._backward = spy
+    try:
+        yield made
+    finally:
+        op._backward = function
+
+
+@contextmanager
+def saved_for_backward() -> Iterator[list[torch.Tensor]]:
+    """The tensors that autograd saves."""
+    saved: list[torch.Tensor] = []
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        saved.append(t)
+        return t
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        yield saved
+
+
 # ---- the contract
 
 
@@ -152,26 +193,19 @@ def _subsets(names: list[str]) -> list[tuple[str, ...]]:
 
 
 def check_every_subset_of_gradients(case: Case) -> None:
-    """Wanted gradients are autograd's, others None, and the backward operator is asked for no other."""
+    """Wanted gradients are autograd's, others None, and the backward is asked for no other and makes no other."""
     op, arguments = case.op, case.arguments()
     full = evaluate(op.reference, arguments)
     for wanted in _subsets(list(leaves(arguments))):
-        with backward_calls(op) as calls:
+        with backward_calls(op) as calls, gradients_made(op) as made:
             result = evaluate(op, arguments, wanted)
         for name, gradient in result.gradients.items():
             if name in wanted:
                 torch.testing.assert_close(gradient, full.gradients[name], rtol=1e-10, atol=1e-12)
             else:
                 assert gradient is None, f"{name} got a gradient when only {wanted} wanted one"
-        asked = [_asked(op, arguments, needs) for _, needs, *_ in calls]
-        assert asked == [expected for expected in [_computed(op, wanted)] if expected]
-
-
-def _asked(op: SemanticOp, arguments: Arguments, needs: Sequence[bool]) -> set[str]:
-    labels: list[str] = []
-    for a in op.tensors:
-        labels += [f"{a.name}[{i}]" for i in range(len(arguments[a.name]))] if a.is_list else [a.name]
-    return {label for label, need in zip(labels, needs, strict=True) if need}
+        asked = [{n for n, need in labelled(op.wanted(needs)).items() if need} for _, needs, *_ in calls]
+        assert made == asked == [expected for expected in [_computed(op, wanted)] if expected]
 
 
 def _computed(op: SemanticOp, wanted: Collection[str]) -> set[str]:

@@ -13,6 +13,7 @@ from op_precision import (
     assert_derived,
     assert_precise_on_average,
     assert_propagates,
+    assert_rounded_once,
     dtypes,
     sizes,
     tensors,
@@ -35,7 +36,7 @@ def arguments(dtype: torch.dtype, activation: str, *shape: int) -> Arguments:
     return {"gate": gate, "up": up, "activation": activation, "out_dtype": dtype}
 
 
-CASES = [Case(name, glu, lambda d, name=name: arguments(d, name, 2, 3, 5)) for name in FORMULAS]
+CASES = [Case(name, glu, arguments, name, 2, 3, 5) for name in FORMULAS]
 
 
 @pytest.mark.parametrize("check", CONTRACT)
@@ -62,6 +63,13 @@ def test_errors_are_no_larger_than_eager_ones(data: st.DataObject) -> None:
 def test_errors_on_average(activation: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     assert_precise_on_average(glu, arguments(dtype, activation, 64, 96))
+
+
+@pytest.mark.parametrize("dtype", [bf16, f16])
+@pytest.mark.parametrize("activation", FORMULAS)
+def test_half_precision_is_rounded_once(activation: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    assert_rounded_once(glu, arguments(dtype, activation, 64, 96))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

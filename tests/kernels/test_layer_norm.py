@@ -30,7 +30,7 @@ def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(shape, dtype=f64).to(dtype)
 
 
-def arguments(op: SemanticOp, dtype: torch.dtype, *shape: int, parameters: tuple[str, ...] = ()) -> Arguments:
+def arguments(dtype: torch.dtype, op: SemanticOp, *shape: int, parameters: tuple[str, ...] = ()) -> Arguments:
     summands = ["residual", "x"] if op is add_layer_norm else ["x"]
     return {
         **{name: randn(*shape, dtype=dtype) for name in summands},
@@ -44,10 +44,10 @@ CASES = [
     case
     for op in (layer_norm, add_layer_norm)
     for case in (
-        Case(op.name, op, lambda d, op=op: arguments(op, d, 2, 3, 5, parameters=("weight", "bias"))),
-        Case(f"{op.name}, no bias", op, lambda d, op=op: arguments(op, d, 4, 5, parameters=("weight",))),
-        Case(f"{op.name}, no weight", op, lambda d, op=op: arguments(op, d, 4, 5, parameters=("bias",))),
-        Case(f"{op.name}, bare", op, lambda d, op=op: arguments(op, d, 5)),
+        Case(op.name, op, arguments, op, 2, 3, 5, parameters=("weight", "bias")),
+        Case(f"{op.name}, no bias", op, arguments, op, 4, 5, parameters=("weight",)),
+        Case(f"{op.name}, no weight", op, arguments, op, 4, 5, parameters=("bias",)),
+        Case(f"{op.name}, bare", op, arguments, op, 5),
     )
 ]
 
@@ -75,7 +75,7 @@ def test_errors_are_no_larger_than_eager_ones(data: st.DataObject) -> None:
 @pytest.mark.parametrize("op", [layer_norm, add_layer_norm], ids=repr)
 def test_errors_on_average(op: SemanticOp, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    drawn = arguments(op, dtype, 64, 96, parameters=("weight", "bias"))
+    drawn = arguments(dtype, op, 64, 96, parameters=("weight", "bias"))
     drawn["x"] += 5  # a mean that a one-pass variance would stumble over
     assert_precise_on_average(op, complete(op, drawn))
 
@@ -102,11 +102,11 @@ def test_one_of_the_sums_two_outputs_is_used(used: int) -> None:
 
 def test_summands_may_differ_in_dtype() -> None:
     """A float32 residual stream and a bfloat16 branch: each summand gets its gradient in its own dtype."""
-    drawn = complete(add_layer_norm, arguments(add_layer_norm, bf16, 4, 8, parameters=("weight", "bias")))
+    drawn = complete(add_layer_norm, arguments(bf16, add_layer_norm, 4, 8, parameters=("weight", "bias")))
     drawn["residual"] = drawn["residual"].float()
     result = evaluate(add_layer_norm, drawn)
     assert result.outputs[1].dtype == f32
-    assert [result.gradients[n].dtype for n in ("residual", "x")] == [f32, bf16]  # type: ignore[union-attr]
+    assert [result.gradient(n).dtype for n in ("residual", "x")] == [f32, bf16]
     assert_as_precise(add_layer_norm, drawn)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lora_cases import SCHEMES, Scheme, layer, layers, uniform
+from lora_cases import SCHEMES, Scheme, layer, layers, scheme_of
 from op_checks import CONTRACT, Arguments, Case, backward_calls, evaluate, f32, f64, flat, leaves, replaced
 from op_precision import assert_as_precise, assert_precise_on_average, assert_propagates, sizes, tensors
 
@@ -17,8 +17,11 @@ def together(members: list[dict[str, Any]]) -> Arguments:
     return {name: [member[name] for member in members] for name in members[0]}
 
 
-def arguments(scheme: Scheme, *x: int, shapes: tuple[tuple[int, int], ...], biases: bool = True) -> Arguments:
+def arguments(
+    dtype: Scheme | torch.dtype, *x: int, shapes: tuple[tuple[int, int], ...], biases: bool = True
+) -> Arguments:
     """Members of the given (N, rank) over one x."""
+    scheme = scheme_of(dtype)
     return {
         "x": torch.randn(x, dtype=f64).to(scheme.x),
         **together([layer(scheme, n, x[-1], rank, biases) for n, rank in shapes]),
@@ -27,11 +30,9 @@ def arguments(scheme: Scheme, *x: int, shapes: tuple[tuple[int, int], ...], bias
 
 
 CASES = [
-    Case(
-        "q, k, v", lora_group, lambda d: arguments(uniform(d), 2, 3, 4, shapes=((4, 2), (2, 1), (2, 1)), biases=False)
-    ),
-    Case("gate, up with biases", lora_group, lambda d: arguments(uniform(d), 3, 4, shapes=((3, 2), (3, 2)))),
-    Case("one member", lora_group, lambda d: arguments(uniform(d), 3, 4, shapes=((3, 2),))),
+    Case("q, k, v", lora_group, arguments, 2, 3, 4, shapes=((4, 2), (2, 1), (2, 1)), biases=False),
+    Case("gate, up with biases", lora_group, arguments, 3, 4, shapes=((3, 2), (3, 2))),
+    Case("one member", lora_group, arguments, 3, 4, shapes=((3, 2),)),
 ]
 
 
@@ -81,7 +82,7 @@ def test_members_without_a_gradient_cost_nothing(used: tuple[int, ...]) -> None:
         inputs = {n: t.detach().requires_grad_() for n, t in leaves(given_).items()}
         with backward_calls(lora_group) as calls:
             outputs = flat(function(**replaced(given_, inputs)))
-            loss = sum(outputs[i].square().sum() for i in used)
+            loss = torch.stack([outputs[i].square().sum() for i in used]).sum()
             found = torch.autograd.grad(loss, tuple(inputs.values()), allow_unused=True)
         gradients.append(dict(zip(inputs, found, strict=True)))
         for grads, needs, *_ in calls:

@@ -6,10 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lora_cases import SCHEMES, Scheme, layer, layers, uniform
-from op_checks import CONTRACT, Arguments, Case, complete, evaluate, f32, f64, leaves
+from lora_cases import SCHEMES, Scheme, layer, layers, scheme_of
+from op_checks import CONTRACT, Arguments, Case, complete, evaluate, f32, f64, leaves, saved_for_backward
 from op_precision import assert_as_precise, assert_precise_on_average, assert_propagates, sizes, tensors
-from torch.autograd.graph import saved_tensors_hooks
 
 from fastlora.kernels.ops import lora_mlp
 
@@ -25,8 +24,9 @@ def prefixed(projection: str, parameters: dict[str, Any]) -> Arguments:
 
 
 def arguments(
-    scheme: Scheme, *x: int, inner: int, rank: int, activation: str = "silu", biases: bool = False
+    dtype: Scheme | torch.dtype, *x: int, inner: int, rank: int, activation: str = "silu", biases: bool = False
 ) -> Arguments:
+    scheme = scheme_of(dtype)
     width = x[-1]
     shapes = {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}
     parameters = [prefixed(p, layer(scheme, n, k, rank, biases)) for p, (n, k) in shapes.items()]
@@ -35,11 +35,8 @@ def arguments(
 
 
 CASES = [
-    *(
-        Case(a, lora_mlp, lambda d, a=a: arguments(uniform(d), 2, 3, 4, inner=5, rank=2, activation=a))
-        for a in ACTIVATIONS
-    ),
-    Case("biases", lora_mlp, lambda d: arguments(uniform(d), 3, 4, inner=5, rank=1, biases=True)),
+    *(Case(a, lora_mlp, arguments, 2, 3, 4, inner=5, rank=2, activation=a) for a in ACTIVATIONS),
+    Case("biases", lora_mlp, arguments, 3, 4, inner=5, rank=1, biases=True),
 ]
 
 
@@ -78,10 +75,8 @@ def test_infs_and_nans_propagate(case: Case) -> None:
 
 def test_the_hidden_product_is_not_saved() -> None:
     """Of the tensors as wide as the hidden layer only gate and up are, and x is not if every A is frozen."""
-    given_ = arguments(uniform(f32), 7, 4, inner=11, rank=2)
-    saved: list[torch.Size] = []
+    given_ = arguments(f32, 7, 4, inner=11, rank=2)
     for names, expected in ((("lora_a", "lora_b"), [(7, 4), (7, 11), (7, 11)]), (("lora_b",), [(7, 11), (7, 11)])):
-        saved.clear()
-        with saved_tensors_hooks(lambda t: (saved.append(t.shape), t)[1], lambda t: t):
+        with saved_for_backward() as saved:
             evaluate(lora_mlp, given_, ["x", *(n for n in leaves(given_) if n.endswith(names))])
-        assert sorted(tuple(s) for s in saved if s in {(7, 4), (7, 11)}) == expected
+        assert sorted(tuple(t.shape) for t in saved if t.shape in {(7, 4), (7, 11)}) == expected

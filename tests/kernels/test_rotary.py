@@ -7,12 +7,13 @@ import sympy
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from op_checks import CONTRACT, Arguments, Case, bf16, evaluate, f16, f32, f64
+from op_checks import CONTRACT, Arguments, Case, bf16, evaluate, f16, f32, f64, saved_for_backward
 from op_precision import (
     assert_as_precise,
     assert_derived,
     assert_precise_on_average,
     assert_propagates,
+    assert_rounded_once,
     at,
     gradient,
     random_point,
@@ -20,7 +21,6 @@ from op_precision import (
     symbols,
     tensors,
 )
-from torch.autograd.graph import saved_tensors_hooks
 
 from fastlora.kernels.ops import rotary
 
@@ -41,7 +41,7 @@ def arguments(dtype: torch.dtype, layout: str, rotary_dim: int, *shape: int) -> 
 
 
 CASES = [
-    Case(f"{layout} {rotary_dim} of 6", rotary, lambda d, a=(layout, rotary_dim): arguments(d, *a, 2, 3, 4, 6))
+    Case(f"{layout} {rotary_dim} of 6", rotary, arguments, layout, rotary_dim, 2, 3, 4, 6)
     for layout in LAYOUTS
     for rotary_dim in (6, 4)
 ]
@@ -78,6 +78,13 @@ def test_errors_are_no_larger_than_eager_ones(data: st.DataObject) -> None:
 def test_errors_on_average(layout: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     assert_precise_on_average(rotary, arguments(dtype, layout, 12, 2, 8, 16, 16))
+
+
+@pytest.mark.parametrize("dtype", [bf16, f16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_half_precision_is_rounded_once(layout: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    assert_rounded_once(rotary, arguments(dtype, layout, 12, 2, 8, 16, 16))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -129,10 +136,9 @@ def test_x_is_saved_only_for_the_gradients_of_cos_and_sin() -> None:
     given_ = CASES[0].arguments()
 
     def saved_shapes(*wanted: str) -> list[torch.Size]:
-        shapes: list[torch.Size] = []
-        with saved_tensors_hooks(lambda t: (shapes.append(t.shape), t)[1], lambda t: t):
+        with saved_for_backward() as saved:
             evaluate(rotary, given_, wanted)
-        return shapes
+        return [t.shape for t in saved]
 
     shape = given_["x"].shape
     assert shape not in saved_shapes("x")
@@ -142,9 +148,7 @@ def test_x_is_saved_only_for_the_gradients_of_cos_and_sin() -> None:
 
 def test_gradient_of_x_has_its_dtype_though_x_is_not_saved() -> None:
     given_ = arguments(f32, "half", 4, 1, 2, 3, 4) | {"compute_dtype": bf16, "out_dtype": bf16}
-    gradient_of_x = evaluate(rotary, given_, ("x",)).gradients["x"]
-    assert gradient_of_x is not None
-    assert gradient_of_x.dtype == f32
+    assert evaluate(rotary, given_, ("x",)).gradient("x").dtype == f32
 
 
 def test_unknown_layout() -> None:
