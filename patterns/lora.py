@@ -8,9 +8,10 @@ so that its random numbers are those that the model would have drawn; the op the
 from torch import fx
 
 from fastlora.kernels import ops
+from fastlora.metadata import known_less, meta, same_shape
 from fastlora.pattern import Opt, Param, Scalar, cast, dropout, either, kept, linear
 from fastlora.rule import GroupRule, Match, Rule, dtype_of, group, rule
-from fastlora.view import View, meta
+from fastlora.view import View
 
 
 def low_rank(view: View, node: fx.Node) -> bool:
@@ -22,7 +23,7 @@ def low_rank(view: View, node: fx.Node) -> bool:
     a, b = meta(inner.args["weight"]), meta(outer.args["weight"])
     if a is None or b is None or a.dim() != 2 or b.dim() != 2:
         return False
-    return a.shape[0] < min(a.shape[1], b.shape[0])
+    return known_less(a.shape[0], a.shape[1]) and known_less(a.shape[0], b.shape[0])
 
 
 def _low_rank_path(x, lora_a, lora_b, lora_bias, scaling):
@@ -62,7 +63,8 @@ def lora_add(base, x, lora_a: Param(2), lora_b: Param(2), lora_bias: Opt[Param(1
 @lora_add.where
 def _is_low_rank(match: Match):
     a, b = match.tensor("lora_a"), match.tensor("lora_b")
-    return a.shape[0] < min(a.shape[1], b.shape[0]) or "the inner dimension is not the smallest"
+    low = known_less(a.shape[0], a.shape[1]) and known_less(a.shape[0], b.shape[0])
+    return low or "the inner dimension is not the smallest"
 
 
 @lora_add.where
@@ -80,7 +82,7 @@ def _base_reads_the_same_input(match: Match):
 @lora_add.where
 def _same_result_shape(match: Match):
     """The base's gradient is the result's, so the sum may not broadcast it."""
-    return match.tensor("base").shape == match.tensor().shape or "the base is broadcast"
+    return same_shape(match.tensor("base"), match.tensor()) or "the base is broadcast"
 
 
 def _undropped(view: View, x: fx.Node) -> fx.Node:

@@ -3,9 +3,10 @@
 from torch import fx
 
 from fastlora.kernels import ops
+from fastlora.metadata import known_equal, known_less, meta
 from fastlora.pattern import Constant, Op, Opt, Param, Scalar, cast, either, linear, tanh
 from fastlora.rule import Match, dtype_of, rule
-from fastlora.view import View, known_equal, meta
+from fastlora.view import View
 
 
 def on_a_vocabulary(view: View, node: fx.Node) -> bool:
@@ -16,7 +17,7 @@ def on_a_vocabulary(view: View, node: fx.Node) -> bool:
     while term is not None and term.op != "linear":
         term = view.term(term.args.get("input"))
     weight = meta(term.args["weight"]) if term is not None else None
-    return weight is not None and weight.dim() == 2 and weight.shape[0] > weight.shape[1]
+    return weight is not None and weight.dim() == 2 and known_less(weight.shape[1], weight.shape[0])
 
 
 def _scale(match: Match) -> float:
@@ -75,7 +76,7 @@ def _labels_are_indices(match):
 @linear_cross_entropy.where
 def _head_is_a_vocabulary(match):
     classes, width = match.tensor("weight").shape
-    return classes > width or f"{classes} logits are no more than the {width} values that they come from"
+    return known_less(width, classes) or f"{classes} logits are no more than the {width} values that they come from"
 
 
 RULES = [linear_cross_entropy]

@@ -1,9 +1,10 @@
 """Gated linear units, and the gated MLP whose three projections carry adapters."""
 
 from fastlora.kernels import ops
+from fastlora.metadata import same_shape
 from fastlora.pattern import cast, either, gelu, gelu_tanh, raised, silu
 from fastlora.rule import Match, dtype_of, fuse, rule
-from fastlora.view import View, same_shape
+from fastlora.view import View
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 PROJECTIONS = ("gate", "up", "down")

@@ -8,6 +8,7 @@ whether the normalised value is rounded before it meets the weight (`norm_dtype`
 import torch
 
 from fastlora.kernels import ops
+from fastlora.metadata import known_equal, same_shape
 from fastlora.pattern import (
     Constant,
     Op,
@@ -24,7 +25,6 @@ from fastlora.pattern import (
     variance,
 )
 from fastlora.rule import Match, dtype_of, fuse, rule
-from fastlora.view import same_shape
 
 
 def _offset(match: Match) -> float:
@@ -37,8 +37,10 @@ def _scale(weight: Pattern) -> Pattern:
 
 def _last_dimension(match: Match) -> bool | str:
     """A weight has one entry for each normalised element."""
-    weight = match.value("weight")
-    return weight is None or match.tensor("weight").shape[-1:] == match.tensor("x").shape[-1:] or "weight and x differ"
+    if match.value("weight") is None:
+        return True
+    fits = known_equal(match.tensor("weight").shape[-1], match.tensor("x").shape[-1])
+    return fits or "weight and x differ"
 
 
 @rule(

@@ -1,6 +1,7 @@
 """Rotary position embeddings: x * cos + rotate(x) * sin, in the layouts that models use."""
 
 from fastlora.kernels import ops
+from fastlora.metadata import known_equal, same_shape
 from fastlora.pattern import (
     Pattern,
     cast,
@@ -15,7 +16,7 @@ from fastlora.pattern import (
     second_half,
 )
 from fastlora.rule import Match, dtype_of, fuse, rule
-from fastlora.view import View, known_equal
+from fastlora.view import View
 
 
 def turned(view: View, node) -> bool:
@@ -91,7 +92,7 @@ def _tables_are_half_as_wide(match):
 @rotary.where
 @interleaved_rotary.where
 def _tables_broadcast_into_x(match):
-    return match.tensor().shape == match.tensor("x").shape or "cos and sin make the result larger than x"
+    return same_shape(match.tensor(), match.tensor("x")) or "cos and sin make the result larger than x"
 
 
 def _turned_width(match: Match) -> int:

@@ -26,7 +26,7 @@ def commit(gm: fx.GraphModule, view: View, matches: Sequence[Match]) -> None:
 
 def _replace(graph: fx.Graph, view: View, match: Match, forward: dict[fx.Node, fx.Node]) -> None:
     values = fx.node.map_arg(match.op.order(match.arguments), lambda node: forward.get(node, node))
-    place = _place(view, match)
+    place = match.place()
     with graph.inserting_before(place):
         call = graph.call_function(match.op.target, tuple(values))
         results = _unpack(graph, call, match)
@@ -37,12 +37,6 @@ def _replace(graph: fx.Graph, view: View, match: Match, forward: dict[fx.Node, f
         new.meta["example_value"] = old.meta["example_value"]
         old.replace_all_uses_with(new)
         forward[old] = new
-
-
-def _place(view: View, match: Match) -> fx.Node:
-    """The node to insert before: what follows the last output, or an earlier user of another one."""
-    last = max(match.outputs, key=view.order.__getitem__)
-    return min([last.next, *match.outside_users()], key=view.order.__getitem__)
 
 
 def _unpack(graph: fx.Graph, call: fx.Node, match: Match) -> list[fx.Node]:

@@ -1,7 +1,8 @@
-"""What a graph does besides computing values: mutation, randomness, and the modes that hold at each node.
+"""What a graph does besides computing values: writing in place, and the modes that hold at each node.
 
-Effects are probed, not looked up: an unknown node runs once on fresh fake tensors, and a bumped version counter or a
-shared storage tells what it did. `operator.iadd`, `setitem`, `relu_` and `out=` need no table that way.
+Effects are probed, not looked up: a node that is not known to make a new tensor runs once on fresh fake tensors, and a
+bumped version counter or a shared storage tells what it did. `operator.iadd`, `setitem`, `relu_` and `out=` need no
+table that way, and neither does any view.
 """
 
 from __future__ import annotations
@@ -14,25 +15,32 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_leaves
 
+from fastlora.metadata import hint, meta
 from fastlora.spelling import spelling_of
-from fastlora.view import CASTS, RESHAPES, View, meta
 
 Mode = tuple[bool, tuple[fx.Node, ...], tuple[fx.Node, ...]]
 """Whether gradients are on, and the autocast and inference-mode regions around a node, by the nodes that enter them."""
 
-Probe = tuple[list[fx.Node], list[fx.Node]]
-"""The inputs that a node writes to, and those whose memory its result shares."""
+Probe = tuple[list[int], list[int]]
+"""Which of its input nodes a node writes to, and whose memory its result shares, by position."""
 
-_ALIASING = {"slice", "reshape", "transposed", "chunk", "split", "getitem", "cast", "flatten", "transpose"}
+BODIES = ("tag_activation_checkpoint", "wrap")
+"""Higher-order ops whose bodies are ordinary code."""
+
+_PURE = ("autograd_function_apply", "flex_attention")
+_FRESH = {"add", "sub", "mul", "div", "neg", "pow", "square", "sqrt", "rsqrt", "reciprocal", "mean", "var"}
+_FRESH |= {"tanh", "sigmoid", "silu", "gelu", "linear", "matmul", "cat", "stack"}
+_FRESH |= {"layer_norm", "torch_rms_norm", "cross_entropy"}
 
 
 def modes(graph: fx.Graph) -> dict[fx.Node, Mode]:
-    """The modes in force at each node."""
+    """The modes in force when each node is reached."""
     grad = torch.is_grad_enabled()
     autocast: tuple[fx.Node, ...] = ()
     inference: tuple[fx.Node, ...] = ()
     found: dict[fx.Node, Mode] = {}
     for node in graph.nodes:
+        found[node] = (grad, autocast, inference)
         target = node.target
         if target is torch._C._set_grad_enabled:
             grad = bool(node.args[0])
@@ -44,31 +52,29 @@ def modes(graph: fx.Graph) -> dict[fx.Node, Mode]:
             inference = (*inference, node)
         elif target is torch.autograd.grad_mode._exit_inference_mode:
             inference = tuple(region for region in inference if region is not node.args[0])
-        found[node] = (grad, autocast, inference)
     return found
 
 
 class Mutations:
-    """Where tensors are written in place, and which values share memory with them."""
+    """Where tensors are written in place, and which values may share memory with them."""
 
-    def __init__(self, view: View) -> None:
-        self._view = view
+    def __init__(self, graph: fx.Graph) -> None:
         self._alias: dict[fx.Node, fx.Node] = {}
         self._writes: dict[fx.Node, list[fx.Node]] = {}
-        probes = {node: _probe(node) for node in view.graph.nodes if _may_write(node)}
-        writers = {node: probe[0] for node, probe in probes.items() if probe[0]}
-        if not writers:
+        probes = {node: _probe(node) for node in graph.nodes if node.op.startswith("call") and not _is_fresh(node)}
+        if not any(written for written, _ in probes.values()):
             return
-        for node in view.graph.nodes:
-            for source in self._shares_memory(node, probes):
-                self._alias[self.storage(node)] = self.storage(source)
-        for node, written in writers.items():
-            for tensor in written:
-                self._writes.setdefault(self.storage(tensor), []).append(node)
+        for node, (_, shared) in probes.items():
+            for position in shared:
+                self._join(node, node.all_input_nodes[position])
+        self._join_inputs(graph)
+        for node, probe in probes.items():
+            for position in probe[0]:
+                self._writes.setdefault(self.storage(node.all_input_nodes[position]), []).append(node)
 
     def storage(self, node: fx.Node) -> fx.Node:
         """A representative of everything that may share memory with `node`."""
-        while node in self._alias and self._alias[node] is not node:
+        while node in self._alias:
             node = self._alias[node]
         return node
 
@@ -76,44 +82,64 @@ class Mutations:
         """The nodes that write, in place, to memory which `node` may share."""
         return self._writes.get(self.storage(node), []) if self._writes else []
 
-    def _shares_memory(self, node: fx.Node, probes: dict[fx.Node, Probe]) -> list[fx.Node]:
-        if node in probes:
-            return probes[node][1]
-        producer, term = self._view.producer(node), self._view.term(node)
-        if producer is not node:
-            return [node.all_input_nodes[0]]
-        return node.all_input_nodes[:1] if term is not None and term.op in _ALIASING else []
+    def _join(self, left: fx.Node, right: fx.Node) -> None:
+        if self.storage(left) is not self.storage(right):
+            self._alias[self.storage(left)] = self.storage(right)
+
+    def _join_inputs(self, graph: fx.Graph) -> None:
+        """Inputs that were views of one tensor when they were traced share its memory."""
+        owners: dict[int, fx.Node] = {}
+        for node in graph.nodes:
+            if node.op == "placeholder" and (tensor := meta(node)) is not None:
+                self._join(node, owners.setdefault(tensor.untyped_storage()._cdata, node))
 
 
-def _may_write(node: fx.Node) -> bool:
-    if node.op not in ("call_function", "call_method") or isinstance(node.target, torch._ops.HigherOrderOperator):
-        return False
+def _is_fresh(node: fx.Node) -> bool:
+    """Whether a node is known to make a new tensor and do nothing else."""
     if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
+        return not node.target._schema.is_mutable and all(r.alias_info is None for r in node.target._schema.returns)
     spelling = spelling_of(node)
     bound = spelling.bind(node) if spelling is not None else None
-    return (bound is None or bool(bound.get("inplace"))) and str(node.target) not in CASTS | RESHAPES
+    return spelling is not None and bound is not None and spelling.op in _FRESH and not bound.get("inplace")
 
 
-_PROBED: dict[Any, tuple[list[int], list[int]]] = {}
+_PROBED: dict[Any, Probe] = {}
 
 
 def _probe(node: fx.Node) -> Probe:
     inputs = node.all_input_nodes
-    signature = tuple((str(t.dtype), t.dim()) if (t := meta(n)) is not None else None for n in inputs)
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return _probe_higher_order(node, inputs)
+    examples = [source.meta.get("example_value") for source in inputs]
+    signature = tuple(str((e.dtype, e.dim())) if isinstance(e, torch.Tensor) else str(type(e)) for e in examples)
     key = (node.target, str(fx.node.map_arg((node.args, node.kwargs), lambda _: "node")), signature)
     if key not in _PROBED:
         _PROBED[key] = _run_probe(node, inputs)
-    written, shared = _PROBED[key]
-    return [inputs[i] for i in written], [inputs[i] for i in shared]
+    return _PROBED[key]
 
 
-def _run_probe(node: fx.Node, inputs: list[fx.Node]) -> tuple[list[int], list[int]]:
+def _probe_higher_order(node: fx.Node, inputs: list[fx.Node]) -> Probe:
+    """A body of ordinary code writes to what it writes to; of other higher-order ops, few are known to be pure."""
+    everything = list(range(len(inputs)))
+    name = node.target.name()  # type: ignore[union-attr]
+    if name in _PURE:
+        return [], everything
+    body = getattr(node.graph.owning_module, str(inputs[0].target), None) if name in BODIES else None
+    if not isinstance(body, fx.GraphModule):
+        return everything, everything
+    inner = Mutations(body.graph)
+    placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
+    operands = [arg for arg in node.args if isinstance(arg, fx.Node) and arg is not inputs[0]]
+    written = {operand for operand, p in zip(operands, placeholders, strict=False) if inner.writers(p)}
+    return [position for position, source in enumerate(inputs) if source in written], everything
+
+
+def _run_probe(node: fx.Node, inputs: list[fx.Node]) -> Probe:
     everything = list(range(len(inputs)))
     with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True), torch.no_grad():
         fresh = {source: _fresh(source.meta.get("example_value")) for source in inputs}
+        before = {source: [t._version for t in _tensors(value)] for source, value in fresh.items()}
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), fresh.__getitem__)
-        before = {source: tensor._version for source, tensor in fresh.items() if isinstance(tensor, torch.Tensor)}
         try:
             if node.op == "call_method":
                 result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -121,10 +147,14 @@ def _run_probe(node: fx.Node, inputs: list[fx.Node]) -> tuple[list[int], list[in
                 result = node.target(*args, **kwargs)  # type: ignore[operator]
         except Exception:  # what cannot be run cannot be trusted: assume that it writes to all it is given
             return everything, everything
-    written = [i for i, source in enumerate(inputs) if source in before and fresh[source]._version != before[source]]
-    results = {leaf.untyped_storage()._cdata for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)}
-    shared = [i for i, s in enumerate(inputs) if s in before and fresh[s].untyped_storage()._cdata in results]
+    results = {tensor.untyped_storage()._cdata for tensor in _tensors(result)}
+    written = [i for i, source in enumerate(inputs) if [t._version for t in _tensors(fresh[source])] != before[source]]
+    shared = [i for i, s in enumerate(inputs) if any(t.untyped_storage()._cdata in results for t in _tensors(fresh[s]))]
     return written, shared
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def _fresh(example: Any) -> Any:
@@ -132,10 +162,6 @@ def _fresh(example: Any) -> Any:
     if isinstance(example, torch.Tensor):
         return torch.empty([hint(size) for size in example.shape], dtype=example.dtype, device=example.device)
     if isinstance(example, (list, tuple)):
-        return type(example)(_fresh(item) for item in example)
+        items = [_fresh(item) for item in example]
+        return type(example)(*items) if hasattr(example, "_fields") else type(example)(items)
     return hint(example)
-
-
-def hint(size: Any) -> Any:
-    """The number that tracing saw for a symbolic one."""
-    return size.node.hint if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) else size

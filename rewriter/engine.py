@@ -15,15 +15,13 @@ import torch
 from torch import fx
 
 from fastlora.commit import commit
+from fastlora.effects import BODIES
 from fastlora.legality import Legality
 from fastlora.rule import GroupRule, Match, Rule
 from fastlora.verify import disagreement
 from fastlora.view import View
 
 AnyRule = Rule | GroupRule
-
-_BODIES = {"tag_activation_checkpoint", "wrap"}
-"""Higher-order ops whose bodies are ordinary code. Others (an autograd function, a flex-attention mask) are opaque."""
 
 
 @dataclass
@@ -69,7 +67,7 @@ def bodies(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
     """The module and the bodies that it runs as ordinary code, innermost last."""
     yield gm
     for node in gm.graph.nodes:
-        if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() in _BODIES:
+        if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() in BODIES:
             for source in node.all_input_nodes:
                 if source.op == "get_attr" and isinstance(
                     body := getattr(gm, str(source.target), None), fx.GraphModule

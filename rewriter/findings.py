@@ -8,12 +8,12 @@ from pathlib import Path
 
 from torch import fx
 
-from fastlora.effects import hint
 from fastlora.engine import AnyRule, Rewrite, is_anchor
+from fastlora.metadata import hint, meta
 from fastlora.pattern import State, Trace
 from fastlora.report import Miss, Site
 from fastlora.rule import Match, Rule
-from fastlora.view import View, meta
+from fastlora.view import View
 
 _REACH = 12
 

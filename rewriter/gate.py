@@ -65,7 +65,8 @@ class ModelGate:
     """Sits on the whole model: a training step needs no KV cache, so none is built for it unless it is asked for."""
 
     def __init__(self, model: nn.Module, session: Session, inner: Gate | None) -> None:
-        self._model, self.session, self._inner = model, session, inner
+        self._model: Any = model
+        self.session, self._inner = session, inner
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         parameters = inspect.signature(base.forward).parameters
         self._caches = "use_cache" in parameters

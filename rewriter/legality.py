@@ -20,9 +20,10 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fastlora.effects import Mutations, modes
+from fastlora.effects import modes
+from fastlora.metadata import known_equal, meta
 from fastlora.rule import Match
-from fastlora.view import View, known_equal, meta
+from fastlora.view import View
 
 
 def argument_nodes(match: Match) -> list[fx.Node]:
@@ -38,7 +39,7 @@ class Legality:
 
     def __init__(self, view: View) -> None:
         self._view = view
-        self._mutations = Mutations(view)
+        self._mutations = view.mutations
         self._modes = modes(view.graph)
         self._metas: dict[Any, Any] = {}
 
@@ -83,11 +84,12 @@ class Legality:
         return None
 
     def _one_mode(self, match: Match) -> str | None:
-        at = {self._modes[member] for member in match.members if member not in match.shared}
-        at.add(self._modes[match.root])
-        if len(at) == 1:
-            return None
-        return "L4: it spans regions with different gradient or autocast modes"
+        at = {self._modes[member] for member in match.members}
+        if len(at) > 1:
+            return "L4: it spans regions with different gradient or autocast modes"
+        if self._modes[match.place()] not in at:
+            return "L4: the only place for it is in a region with other gradient or autocast modes"
+        return None
 
     def _autograd(self, match: Match) -> str | None:
         grad_enabled = self._modes[match.root][0]
@@ -95,7 +97,7 @@ class Legality:
         expected = grad_enabled and any(t is not None and t.requires_grad for t in tensors)
         for output in match.outputs:
             found = meta(output)
-            if found is not None and found.requires_grad != expected and len(match.outputs) == 1:
+            if found is not None and found.requires_grad != expected:
                 return f"L5: {output.name} {'requires' if found.requires_grad else 'takes'} no gradient as the op would"
         return None
 

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import checkpoint
 
-from fastlora.effects import hint
 from fastlora.engine import bodies
+from fastlora.metadata import hint
 
 Runnable = Callable[..., Any]
 

@@ -17,7 +17,8 @@ from typing import Any
 from torch import fx
 
 from fastlora.kernels.op import SemanticOp
-from fastlora.view import View, known_equal, meta
+from fastlora.metadata import known_equal, meta
+from fastlora.view import View
 
 COMMUTATIVE = {"add", "mul"}
 ANYTHING = "*"

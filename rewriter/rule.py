@@ -23,8 +23,9 @@ from torch import fx
 
 from fastlora.errors import RuleError
 from fastlora.kernels.op import SemanticOp
+from fastlora.metadata import meta
 from fastlora.pattern import ANYTHING, Constant, Either, Kept, Opt, Param, Pattern, Raised, Scalar, State, Trace, Var
-from fastlora.view import View, meta
+from fastlora.view import View
 
 Anchor = str | Callable[[View, fx.Node], bool]
 Verdict = bool | str
@@ -60,6 +61,12 @@ class Match:
         """The nodes that will read the replacement's outputs."""
         inside = self.inside() - set(self.shared)
         return [user for output in self.outputs for user in output.users if user not in inside]
+
+    def place(self) -> fx.Node:
+        """The node to insert the replacement before: what follows the last output, or an earlier user of another."""
+        order = self.view.order
+        last = max(self.outputs, key=order.__getitem__)
+        return min([last.next, *self.outside_users()], key=order.__getitem__)
 
     def tag(self, name: str) -> str | None:
         """The alternative that the `either` of this name took, or None if it was not reached."""
@@ -169,6 +176,7 @@ class GroupRule:
         for match in candidates:
             if match.op is self.member and all(match.arguments.get(name) is None for name in absent):
                 common = tuple(view.producer(v) for n, v in sorted(match.arguments.items()) if n in single)
+                common = (*common, match.tensor().requires_grad)
                 shared.setdefault(common, []).append(match)
         for matches in shared.values():
             if len(matches) > 1 and self.condition(matches) is True:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from fastlora.effects import hint, modes
+from fastlora.effects import modes
 from fastlora.legality import argument_nodes
+from fastlora.metadata import hint, meta
 from fastlora.rule import Match
-from fastlora.view import meta
 
 _ALGEBRA = 1e-10
 _SLACK = 1.25

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fastlora.effects import Mutations
+from fastlora.metadata import meta, same_shape
 from fastlora.spelling import spelling_of
 
 if TYPE_CHECKING:
@@ -33,23 +34,6 @@ class Term:
     args: dict[str, Any]
 
 
-def meta(value: Any) -> torch.Tensor | None:
-    """The fake tensor that tracing recorded for a node, or None if it holds no tensor."""
-    example = value.meta.get("example_value") if isinstance(value, fx.Node) else None
-    return example if isinstance(example, torch.Tensor) else None
-
-
-def known_equal(left: Any, right: Any) -> bool:
-    """Whether two sizes are equal for every input the graph admits; never adds a guard."""
-    if isinstance(left, int) and isinstance(right, int):
-        return left == right
-    return bool(statically_known_true(left == right))
-
-
-def same_shape(left: torch.Tensor, right: torch.Tensor) -> bool:
-    return left.dim() == right.dim() and all(map(known_equal, left.shape, right.shape))
-
-
 @dataclass
 class View:
     """The canonical view of one graph (one body; sub-graphs of higher-order ops have views of their own)."""
@@ -63,14 +47,23 @@ class View:
         self._same_as: dict[fx.Node, fx.Node] = {}
         self._classes: dict[fx.Node, list[fx.Node]] = {}
         self._terms: dict[fx.Node, Term | None] = {}
+        self.mutations = Mutations(self.graph)
         for node in self.graph.nodes:
             term = self._read(node)
+            if term is not None and term.op == "identity" and not self._is_transparent(node, term.args["input"]):
+                term = None
             if term is not None and term.op == "identity":
                 producer = self.producer(term.args["input"])
                 self._same_as[node] = producer
                 self._classes.setdefault(producer, [producer]).append(node)
             else:
                 self._terms[node] = term
+
+    def _is_transparent(self, node: fx.Node, source: Any) -> bool:
+        """A copy is another value if it stops gradients, or if either of the two is written to."""
+        before, after = meta(source), meta(node)
+        same = before is None or after is None or before.requires_grad == after.requires_grad
+        return same and not self.mutations.writers(node) and not self.mutations.writers(source)
 
     # -- value classes -------------------------------------------------------------------------------------------------
 
@@ -116,7 +109,8 @@ class View:
             return None
         if source.dtype == result.dtype:
             return Term("identity", {"input": node.args[0]})
-        return Term("cast", {"input": node.args[0]})
+        floating = source.is_floating_point() and result.is_floating_point()
+        return Term("cast", {"input": node.args[0]}) if floating else None
 
     def _read_reshape(self, node: fx.Node) -> Term | None:
         source, result = meta(node.args[0]), meta(node)

@@ -1,0 +1,35 @@
+"""What tracing recorded about a node's value, read without narrowing what the graph serves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+
+def meta(value: Any) -> torch.Tensor | None:
+    """The fake tensor that tracing recorded for a node, or None if it holds no tensor."""
+    example = value.meta.get("example_value") if isinstance(value, fx.Node) else None
+    return example if isinstance(example, torch.Tensor) else None
+
+
+def hint(size: Any) -> Any:
+    """The number that tracing saw for a symbolic one."""
+    return size.node.hint if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) else size
+
+
+def known_equal(left: Any, right: Any) -> bool:
+    """Whether two sizes are equal for every input the graph admits; never adds a guard."""
+    return bool(statically_known_true(left == right))
+
+
+def known_less(left: Any, right: Any) -> bool:
+    """Whether a size is smaller than another for every input the graph admits; never adds a guard."""
+    return bool(statically_known_true(left < right))
+
+
+def same_shape(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two shapes are equal for every input the graph admits; never adds a guard."""
+    return left.dim() == right.dim() and all(map(known_equal, left.shape, right.shape))
