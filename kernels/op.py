@@ -208,10 +208,10 @@ class SemanticOp:
         return reached
 
     def _register(self, schema: str) -> None:
-        saved = ", ".join(f"Tensor?{'[]' * a.is_list} {a.name}" for a in self.saved)
+        saved = "".join(f", Tensor?{'[]' * a.is_list} {a.name}" for a in self.saved)
         dtypes = "".join(f", ScalarType? {name}_dtype" for name in self.saved_if)
         constants = "".join(f", {a.type} {a.name}" for a in self.constants)
-        backward_schema = f"(Tensor?[] grads, bool[] needs, {saved}{dtypes}{constants}) -> Tensor[]"
+        backward_schema = f"(Tensor?[] grads, bool[] needs{saved}{dtypes}{constants}) -> Tensor[]"
         for name, text in ((self.name, schema), (f"{self.name}_backward", backward_schema)):
             _library.define(name + text)
         self.target = getattr(getattr(torch.ops, NAMESPACE), self.name).default

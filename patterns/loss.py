@@ -4,7 +4,7 @@ from torch import fx
 
 from fastlora.kernels import ops
 from fastlora.metadata import known_equal, known_less, meta
-from fastlora.pattern import Constant, Op, Opt, Param, Scalar, cast, either, linear, tanh
+from fastlora.pattern import Constant, Op, Opt, Param, Scalar, either, linear, tanh, widened
 from fastlora.rule import Match, dtype_of, rule
 from fastlora.view import View
 
@@ -46,8 +46,8 @@ def linear_cross_entropy(
 ):
     logits = linear(x, weight, bias).named("logits")
     scaled = either(multiplied=logits * _factor, divided=logits / _divisor, plain=logits).named("scaled")
-    capped = either(capped=tanh(cast(scaled) / softcap) * softcap, plain=scaled)
-    read = cast(either(flat=Op("reshape", input=cast(capped)), plain=cast(capped))).named("read")
+    capped = either(capped=tanh(widened(scaled) / softcap) * softcap, plain=scaled).named("capped")
+    read = widened(either(flat=Op("reshape", input=widened(capped)), plain=capped)).named("read")
     return Op(
         "cross_entropy",
         input=read,
@@ -62,15 +62,24 @@ def linear_cross_entropy(
 
 
 @linear_cross_entropy.where
+def _labels_are_indices(match):
+    return not match.tensor("labels").is_floating_point() or "the labels are probabilities"
+
+
+@linear_cross_entropy.where
+def _numbers_are_usable(match):
+    """The scale is the divisor's inverse, and a cap of zero or less is no cap."""
+    divisor, cap = match.value("_divisor"), match.value("softcap")
+    divides = match.tag("scaled") != "divided" or (isinstance(divisor, (int, float)) and divisor != 0)
+    caps = match.tag("capped") != "capped" or (isinstance(cap, (int, float)) and cap > 0)
+    return (divides and caps) or "the logits' divisor or cap is symbolic or not positive"
+
+
+@linear_cross_entropy.where
 def _classes_are_last(match):
     read, logits = match.tensor("read"), match.tensor("logits")
     last = read.dim() == 2 and known_equal(read.shape[-1], logits.shape[-1])
     return (last and match.tensor("labels").dim() == 1) or "the classes are not the last of two dimensions"
-
-
-@linear_cross_entropy.where
-def _labels_are_indices(match):
-    return not match.tensor("labels").is_floating_point() or "the labels are probabilities"
 
 
 @linear_cross_entropy.where

@@ -1,8 +1,8 @@
 """Gated linear units, and the gated MLP whose three projections carry adapters."""
 
 from fastlora.kernels import ops
-from fastlora.metadata import same_shape
-from fastlora.pattern import cast, either, gelu, gelu_tanh, raised, silu
+from fastlora.metadata import meta, same_shape
+from fastlora.pattern import cast, either, gelu, gelu_tanh, raised, silu, widened
 from fastlora.rule import Match, dtype_of, fuse, rule
 from fastlora.view import View
 
@@ -11,19 +11,21 @@ PROJECTIONS = ("gate", "up", "down")
 
 
 def gating(view: View, node) -> bool:
-    """An activation that multiplies another value."""
+    """An activation that multiplies another value of its shape."""
     term = view.term(node)
     if term is None or term.op not in ACTIVATIONS:
         return False
-    users = [view.term(user) for user in view.users(node)]
-    return any(t is not None and t.op == "mul" and not isinstance(t.args["other"], (int, float)) for t in users)
+    products = [t for user in view.users(node) if (t := view.term(user)) is not None and t.op == "mul"]
+    factors = [meta(factor) for t in products for factor in t.args.values() if view.producer(factor) is not node]
+    activated = meta(node)
+    return any(f is not None and activated is not None and same_shape(f, activated) for f in factors)
 
 
 @rule(ops.glu, anchor=gating, attrs={"activation": lambda match: match.tag("activation"), "out_dtype": dtype_of()})
 def glu(gate, up):
-    g = cast(gate)
+    g = widened(gate)
     activated = either(silu=silu(g), gelu=gelu(g), gelu_tanh=gelu_tanh(g)).named("activation")
-    return cast(cast(activated) * cast(up))
+    return cast(cast(activated) * widened(up))
 
 
 @glu.where

@@ -23,6 +23,7 @@ from fastlora.pattern import (
     rsqrt,
     sqrt,
     variance,
+    widened,
 )
 from fastlora.rule import Match, dtype_of, fuse, rule
 
@@ -32,7 +33,7 @@ def _offset(match: Match) -> float:
 
 
 def _scale(weight: Pattern) -> Pattern:
-    return either(distance=cast(1.0 + cast(weight)), plain=cast(weight)).named("scale")
+    return either(distance=1.0 + widened(weight), plain=cast(weight)).named("scale")
 
 
 def _last_dimension(match: Match) -> bool | str:
@@ -55,9 +56,9 @@ def _last_dimension(match: Match) -> bool | str:
     },
 )
 def rms_norm(x, weight: Opt[Param(1)], eps: Scalar):
-    h = cast(x).named("h")
+    h = widened(x).named("h")
     power = mean(h**2) + eps
-    root = either(reciprocal=1.0 / sqrt(power), rsqrt=cast(rsqrt(power)))
+    root = either(reciprocal=1.0 / sqrt(power), rsqrt=rsqrt(power))
     n = cast(either(widened=either(h=h, x=x) * root, divided=either(h=h, x=x) / sqrt(power))).named("n")
     return cast(either(weighted=n * _scale(weight), bare=n))
 
@@ -67,15 +68,9 @@ def _weight_fits(match):
     return _last_dimension(match)
 
 
-@rms_norm.where
-def _statistics_are_wide(match):
-    """The bound root may be rounded only if x is too, else the op would be more than a rounding away."""
-    return match.dtype("h").itemsize >= match.dtype("x").itemsize or "its statistics are narrower than x"
-
-
 def _torch_eps(match: Match) -> float:
     eps = match.value("_eps")
-    return torch.finfo(match.dtype("x")).eps if eps is None else eps
+    return torch.finfo(_wide(match)).eps if eps is None else eps
 
 
 def _wide(match: Match) -> torch.dtype:
@@ -116,11 +111,11 @@ def _last_dimension_only(match):
 @rule(ops.layer_norm, anchor="rsqrt", attrs={"out_dtype": dtype_of()})
 def written_layer_norm(x, weight: Opt[Param(1)], eps: Scalar):
     """LayerNorm spelled out, with a weight and no bias."""
-    h = cast(x).named("h")
+    h = widened(x).named("h")
     centred = h - mean(h)
     deviation = either(squares=mean((h - mean(h)) ** 2), var=variance(h))
     n = (centred * rsqrt(deviation + eps)).named("n")
-    return cast(either(weighted=n * cast(weight), bare=n))
+    return cast(either(weighted=n * widened(weight), bare=n))
 
 
 @written_layer_norm.where

@@ -14,6 +14,7 @@ from fastlora.pattern import (
     piece,
     raised,
     second_half,
+    widened,
 )
 from fastlora.rule import Match, dtype_of, fuse, rule
 from fastlora.view import View
@@ -58,8 +59,8 @@ def _width(match: Match) -> int:
     },
 )
 def rotary(x, cos, sin):
-    q = cast(x).named("q")
-    turn = either(wide=_rotate(q), narrow=cast(_rotate(x)))
+    q = widened(x).named("q")
+    turn = either(wide=_rotate(q), narrow=widened(_rotate(x)))
     return cast(q * cos + turn * sin)
 
 
@@ -67,7 +68,7 @@ def rotary(x, cos, sin):
 def _tables_are_as_wide(match):
     width = match.tensor("x").shape[-1]
     fits = all(known_equal(match.tensor(name).shape[-1], width) for name in ("cos", "sin"))
-    return fits or "cos and sin are not as wide as x"
+    return (fits and known_equal(width % 2, 0)) or "cos and sin are not as wide as x, or that is odd"
 
 
 @rule(
@@ -77,7 +78,7 @@ def _tables_are_as_wide(match):
 )
 def interleaved_rotary(x, cos, sin):
     """Pairs go in and halves come out; the tables hold each angle once."""
-    q = cast(x).named("q")
+    q = widened(x).named("q")
     even, odd = evens(q), odds(q)
     return cast(cat(even * cos - odd * sin, odd * cos + even * sin))
 

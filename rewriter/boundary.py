@@ -36,7 +36,7 @@ def defer_escaping_logits(gm: fx.GraphModule, rewrite: Rewrite, tally: Tally) ->
     """Defers the product behind each loss that was left alone only because its logits are used elsewhere."""
     claimed = rewrite.claimed()
     escaping = {m.root for m, reason in rewrite.refused if m.op.family == "loss" and reason.startswith("L1")}
-    for anchor in rewrite.anchors.get("loss", []):
+    for anchor in rewrite.anchors.get("loss", {}):
         if anchor in escaping and anchor not in claimed:
             product = _head_of(rewrite.view, anchor)
             spelling = spelling_of(product)

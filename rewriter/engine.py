@@ -17,11 +17,25 @@ from torch import fx
 from fastlora.commit import commit
 from fastlora.effects import BODIES
 from fastlora.legality import Legality
-from fastlora.rule import GroupRule, Match, Rule
+from fastlora.rule import Anchor, GroupRule, Match, Rule
 from fastlora.verify import disagreement
 from fastlora.view import View
 
 AnyRule = Rule | GroupRule
+
+
+_REACH = 12
+"""How many steps from a candidate the top of a match is looked for when a miss is to be explained."""
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """A candidate that stays, the rule that came closest to it, and the reason."""
+
+    family: str
+    node: fx.Node
+    rule: str
+    reason: str
 
 
 @dataclass
@@ -32,7 +46,8 @@ class Rewrite:
     view: View
     chosen: list[Match] = field(default_factory=list)
     refused: list[tuple[Match, str]] = field(default_factory=list)
-    anchors: dict[str, list[fx.Node]] = field(default_factory=dict)
+    anchors: dict[str, dict[fx.Node, list[Rule]]] = field(default_factory=dict)
+    missed: list[NearMiss] = field(default_factory=list)
     deferred: list[fx.Node] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -78,65 +93,114 @@ def bodies(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
 def _analyse(graph: fx.Graph, rules: Sequence[AnyRule], verify: bool) -> Rewrite:
     view = View(graph)
     result = Rewrite(graph, view, anchors=find_anchors(view, rules))
-    found = list(_raise(view, [r for r in rules if isinstance(r, Rule) and not r.fuses]))
-    found += list(_fuse(view, [r for r in rules if isinstance(r, Rule) and r.fuses]))
+    found = list(_raise(result, [r for r in rules if isinstance(r, Rule) and not r.fuses]))
+    found += list(_fuse(result, [r for r in rules if isinstance(r, Rule) and r.fuses]))
     legality = Legality(view)
     legal = list(_legal(result, found, legality, verify))
     for rule in rules:
         if isinstance(rule, GroupRule):
             legal += _legal(result, list(rule.find(view, legal)), legality, verify)
     _choose(result, legal)
+    result.missed = near_misses(result, rules)
     return result
 
 
-def find_anchors(view: View, rules: Sequence[AnyRule]) -> dict[str, list[fx.Node]]:
-    """The candidates of each op family: nodes that a rule is about, whether or not it matches."""
-    found: dict[str, dict[fx.Node, None]] = {}
+def find_anchors(view: View, rules: Sequence[AnyRule]) -> dict[str, dict[fx.Node, list[Rule]]]:
+    """The candidates of each op family, with the rules that are about them, whether or not one matches."""
+    found: dict[str, dict[fx.Node, list[Rule]]] = {}
     for rule in rules:
         if isinstance(rule, Rule) and rule.anchor is not None:
-            nodes = found.setdefault(rule.op.family, {})
-            nodes.update(dict.fromkeys(n for n in view.producers() if is_anchor(rule, view, n)))
-    return {family: list(nodes) for family, nodes in found.items()}
+            candidates = found.setdefault(rule.op.family, {})
+            for node in view.producers():
+                if _is_anchor(rule.anchor, view, node):
+                    candidates.setdefault(node, []).append(rule)
+    return found
 
 
-def is_anchor(rule: Rule, view: View, node: fx.Node) -> bool:
-    if rule.anchor is None:
-        return False
-    if isinstance(rule.anchor, str):
+def _is_anchor(anchor: Anchor, view: View, node: fx.Node) -> bool:
+    if isinstance(anchor, str):
         term = view.term(node)
-        return term is not None and term.op == rule.anchor
-    return rule.anchor(view, node)
+        return term is not None and term.op == anchor
+    return anchor(view, node)
 
 
-def _raise(view: View, rules: list[Rule]) -> Iterator[Match]:
+def near_misses(result: Rewrite, rules: Sequence[AnyRule]) -> list[NearMiss]:
+    """Each candidate that no chosen match covers, with the rule that came closest and what kept it from it."""
+    claimed = result.claimed()
+    return [
+        NearMiss(family, node, *_why(result, node, about))
+        for family, candidates in result.anchors.items()
+        for node, about in candidates.items()
+        if node not in claimed
+    ]
+
+
+def _why(result: Rewrite, anchor: fx.Node, about: list[Rule]) -> tuple[str, str]:
+    refused = [(match, reason) for match, reason in result.refused if anchor in match.members]
+    if refused:
+        match, reason = max(refused, key=lambda pair: len(pair[0].members))
+        return repr(match.rule), reason
+    depth, closest = 0, (repr(about[0]), "no pattern of this family has it in this place")
+    for rule in about:
+        for root in _downstream(result.view, anchor):
+            term = result.view.term(root)
+            if term is None or term.op not in rule.outputs[0].roots():
+                continue
+            for members, reason in rule.trace(result.view, root).notes:
+                if anchor in members and len(members) >= depth:  # of equally deep ones, the last was the best try
+                    depth, closest = len(members), (repr(rule), f"{len(members)} nodes deep: {reason}")
+    return closest
+
+
+def _downstream(view: View, anchor: fx.Node) -> Iterator[fx.Node]:
+    """The nodes that depend on `anchor` within a few steps, nearest first."""
+    frontier, seen = [anchor], {anchor}
+    for _ in range(_REACH):
+        yield from frontier
+        users = [view.producer(user) for node in frontier for user in view.users(node)]
+        frontier = [user for user in dict.fromkeys(users) if user not in seen]
+        seen.update(frontier)
+
+
+def _raise(result: Rewrite, rules: list[Rule]) -> Iterator[Match]:
     by_root: dict[str, list[Rule]] = {}
     for rule in rules:
         for op in rule.outputs[0].roots():
             by_root.setdefault(op, []).append(rule)
-    for node in view.producers():
-        term = view.term(node)
+    for node in result.view.producers():
+        term = result.view.term(node)
         for rule in by_root.get(term.op, ()) if term is not None else ():
-            match = rule.find(view, node)
-            if match is not None:
-                view.raised.setdefault(node, []).append(match)
+            for match in _accepted(result, rule, node):
+                result.view.raised.setdefault(node, []).append(match)
                 yield match
 
 
-def _fuse(view: View, rules: list[Rule]) -> Iterator[Match]:
+def _fuse(result: Rewrite, rules: list[Rule]) -> Iterator[Match]:
     for rule in rules:
         roots = rule.outputs[0].roots()
-        for node in view.producers():
-            term = view.term(node)
-            names = {f"raised.{m.op.name}" for m in view.raised.get(node, ())} | ({term.op} if term else set())
+        for node in result.view.producers():
+            term = result.view.term(node)
+            names = {f"raised.{m.op.name}" for m in result.view.raised.get(node, ())} | ({term.op} if term else set())
             if names & roots:
-                match = rule.find(view, node)
-                if match is not None:
-                    yield match
+                yield from _accepted(result, rule, node)
+
+
+def _accepted(result: Rewrite, rule: Rule, node: fx.Node) -> Iterator[Match]:
+    """The match of a rule at a node, if its conditions hold: what a rule refuses, no other rule may build upon."""
+    match = rule.find(result.view, node)
+    if match is None:
+        return
+    reason = rule.refusal(match)
+    if reason is not None:
+        result.refused.append((match, reason))
+        return
+    rule.complete(match)
+    yield match
 
 
 def _legal(result: Rewrite, found: list[Match], legality: Legality, verify: bool) -> Iterator[Match]:
     for match in found:
-        reason = match.rule.refusal(match) or legality.refusal(match)
+        reason = legality.refusal(match)
         if reason is None and verify:
             reason = disagreement(match)
         if reason is None:

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import fx
 
-from fastlora.engine import AnyRule, Rewrite, is_anchor
+from fastlora.engine import Rewrite
 from fastlora.metadata import hint, meta
-from fastlora.pattern import State, Trace
 from fastlora.report import Miss, Site
-from fastlora.rule import Match, Rule
-from fastlora.view import View
-
-_REACH = 12
+from fastlora.rule import Match
 
 
 def sites(rewrite: Rewrite, region: str, count: int) -> list[Site]:
@@ -31,16 +26,10 @@ def sites(rewrite: Rewrite, region: str, count: int) -> list[Site]:
     return fused + deferred
 
 
-def misses(rewrite: Rewrite, rules: Sequence[AnyRule], region: str, count: int) -> list[Miss]:
-    """The candidates that no chosen match covers, each with the most telling reason."""
-    claimed = rewrite.claimed()
-    found = []
-    for family, anchors in rewrite.anchors.items():
-        for anchor in anchors:
-            if anchor not in claimed:
-                rule, reason = _why(rewrite, rules, family, anchor)
-                found.append(Miss(family, rule, where(anchor, region), reason, count))
-    return found
+def misses(rewrite: Rewrite, region: str, count: int) -> list[Miss]:
+    """The candidates that stayed as they were; a loss may have been deferred since."""
+    left = [miss for miss in rewrite.missed if miss.node not in rewrite.deferred]
+    return [Miss(miss.family, miss.rule, where(miss.node, region), miss.reason, count) for miss in left]
 
 
 def where(node: fx.Node, region: str = "") -> str:
@@ -53,7 +42,7 @@ def where(node: fx.Node, region: str = "") -> str:
 
 
 def _bytes_saved(match: Match) -> int:
-    """The intermediates that no longer come into being, less the residuals that the op keeps instead."""
+    """The size of the intermediates that no longer come into being."""
     outputs = set(match.outputs)
     views = {"slice", "transposed", "flatten", "reshape"}
     inner = [
@@ -70,36 +59,3 @@ def _size(node: fx.Node) -> int:
     for size in tensor.shape:
         total *= hint(size)
     return int(total)
-
-
-def _why(rewrite: Rewrite, rules: Sequence[AnyRule], family: str, anchor: fx.Node) -> tuple[str, str]:
-    """The rule that came closest to claiming an anchor, and what kept it from it."""
-    refused = [(match, reason) for match, reason in rewrite.refused if anchor in match.members]
-    if refused:
-        match, reason = max(refused, key=lambda pair: len(pair[0].members))
-        return repr(match.rule), reason
-    view = rewrite.view
-    about = [r for r in rules if isinstance(r, Rule) and r.op.family == family and is_anchor(r, view, anchor)]
-    deepest: tuple[int, str, str] = (0, repr(about[0]), "no pattern of this family has it in this place")
-    for rule in about:
-        for root in _downstream(view, anchor):
-            term = view.term(root)
-            if term is None or term.op not in rule.outputs[0].roots():
-                continue
-            trace = Trace()
-            for _ in rule.outputs[0].match(view, root, State(), trace):
-                break
-            for members, reason in trace.notes:
-                if anchor in members and len(members) > deepest[0]:
-                    deepest = (len(members), repr(rule), f"{len(members)} nodes deep: {reason}")
-    return deepest[1:]
-
-
-def _downstream(view: View, anchor: fx.Node) -> Iterator[fx.Node]:
-    """The nodes that depend on `anchor` within a few steps, nearest first."""
-    frontier, seen = [anchor], {anchor}
-    for _ in range(_REACH):
-        yield from frontier
-        users = [view.producer(user) for node in frontier for user in view.users(node)]
-        frontier = [user for user in dict.fromkeys(users) if user not in seen]
-        seen.update(frontier)

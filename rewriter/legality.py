@@ -20,7 +20,6 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fastlora.effects import modes
 from fastlora.metadata import known_equal, meta
 from fastlora.rule import Match
 from fastlora.view import View
@@ -40,7 +39,7 @@ class Legality:
     def __init__(self, view: View) -> None:
         self._view = view
         self._mutations = view.mutations
-        self._modes = modes(view.graph)
+        self._modes = view.modes
         self._metas: dict[Any, Any] = {}
 
     def refusal(self, match: Match) -> str | None:

@@ -39,7 +39,7 @@ def keep_random_state(gm: fx.GraphModule) -> None:
     Run eagerly, `tag_activation_checkpoint` calls `checkpoint(..., preserve_rng_state=False)`, which leaves that to
     AOTAutograd: a recomputed dropout would have another mask, and the gradients would be wrong without any error.
     """
-    for body in bodies(gm):
+    for body in list(bodies(gm)):  # all of them first, since they are found by the targets that change here
         for node in body.graph.nodes:
             if node.target is torch.ops.higher_order.tag_activation_checkpoint:
                 node.target = run_checkpointed

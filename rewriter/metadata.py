@@ -16,8 +16,10 @@ def meta(value: Any) -> torch.Tensor | None:
 
 
 def hint(size: Any) -> Any:
-    """The number that tracing saw for a symbolic one."""
-    return size.node.hint if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) else size
+    """The number that tracing saw for a symbolic one; 8 for a size that depends on data, which it did not see."""
+    if not isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return size
+    return size.node.hint if size.node.hint is not None else 8
 
 
 def known_equal(left: Any, right: Any) -> bool:

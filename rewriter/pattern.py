@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from fastlora.kernels.op import SemanticOp
@@ -123,7 +124,7 @@ class Var(Pattern):
             if _same(view.producer(state.values[self.name]), view.producer(value)):
                 yield state
             return
-        verdict = self.predicate(view, value) if self.predicate is not None else isinstance(value, fx.Node)
+        verdict = self.predicate(view, value) if self.predicate is not None else meta(value) is not None
         if verdict is True or (value is None and self.optional):
             yield state.bind(self.name, value)
         elif trace is not None:
@@ -199,9 +200,10 @@ class Op(Pattern):
 
 @dataclass(eq=False)
 class Cast(Pattern):
-    """An optional change of dtype."""
+    """An optional change of dtype; `widening` ones lose nothing, others round, which is then the op's business."""
 
     inner: Pattern
+    widening: bool = False
 
     def children(self) -> tuple[Pattern, ...]:
         return (self.inner,)
@@ -211,13 +213,18 @@ class Cast(Pattern):
 
     def _branches(self, view: View, value: Any, state: State, trace: Trace | None) -> Iterator[State]:
         term = view.term(value)
-        if term is not None and term.op == "cast":
+        if term is not None and term.op == "cast" and (not self.widening or _widens(term.args["input"], value)):
             producer = view.producer(value)
             # A cast of a captured value is cheap: if others use it too, it stays for them.
             kept = (*state.shared, producer) if isinstance(self.inner, Var) else state.shared
             inside = replace(state, members=(*state.members, producer), shared=kept)
             yield from self.inner.match(view, term.args["input"], inside, trace)
         yield from self.inner.match(view, value, state, trace)
+
+
+def _widens(source: Any, result: Any) -> bool:
+    before, after = meta(source), meta(result)
+    return before is not None and after is not None and torch.promote_types(before.dtype, after.dtype) == after.dtype
 
 
 class Either(Pattern):
@@ -363,8 +370,13 @@ def either(**alternatives: Any) -> Pattern:
 
 
 def cast(inner: Pattern) -> Pattern:
-    """An optional change of dtype around `inner`."""
+    """An optional change of dtype around `inner`. It may round: the op has to do the same, so name it for `attrs`."""
     return Cast(inner)
+
+
+def widened(inner: Pattern) -> Pattern:
+    """An optional change of dtype that loses nothing, which an op may skip."""
+    return Cast(inner, widening=True)
 
 
 def kept(name: str, shape: Pattern) -> Pattern:

@@ -128,11 +128,17 @@ class Rule:
         self.conditions.append(condition)
         return condition
 
-    def find(self, view: View, root: fx.Node, trace: Trace | None = None) -> Match | None:
+    def find(self, view: View, root: fx.Node) -> Match | None:
         """The first way in which the pattern fits with `root` at its top."""
-        for state in self.outputs[0].match(view, root, State(), trace):
+        for state in self.outputs[0].match(view, root, State(), None):
             return self._match(view, root, state)
         return None
+
+    def trace(self, view: View, root: fx.Node) -> Trace:
+        """What failed where when the pattern was tried with `root` at its top."""
+        trace = Trace()
+        next(self.outputs[0].match(view, root, State(), trace), None)
+        return trace
 
     def _match(self, view: View, root: fx.Node, state: State) -> Match:
         outputs = (view.producer(root), *(state.seen[id(output)] for output in self.outputs[1:]))
@@ -141,8 +147,11 @@ class Rule:
         match = Match(self, view, outputs, _unique(state.members), _unique(state.shared), {}, state)
         wanted = {a.name for a in self.op.arguments}
         match.arguments = {name: value for name, value in values.items() if name in wanted}
-        match.arguments |= {name: value(match) if callable(value) else value for name, value in self.attrs.items()}
         return match
+
+    def complete(self, match: Match) -> None:
+        """Computes the arguments that `attrs` declares; only for a match that no condition refuses."""
+        match.arguments |= {name: value(match) if callable(value) else value for name, value in self.attrs.items()}
 
     def refusal(self, match: Match) -> str | None:
         """Why a `where` condition turns the match down, or None."""

@@ -124,7 +124,7 @@ class Session:
         return served
 
     def _insist(self, traced: TracedGraph) -> None:
-        left = [miss for r in traced.rewrites for miss in misses(r, self.rules, traced.name, 1)]
+        left = [miss for r in traced.rewrites for miss in misses(r, traced.name, 1)]
         if left:
             listed = "\n".join(f"  {miss.op} {miss.where}: {miss.reason}" for miss in left)
             raise StrictError(f"strict=True, and these candidates stay as they are:\n{listed}")
@@ -146,7 +146,7 @@ class Session:
                     coverage.seen += count * len(anchors)
                     coverage.fused += count * sum(anchor in claimed for anchor in anchors)
                 report.fused += sites(made, name, count)
-                report.missed += misses(made, self.rules, name, count)
+                report.missed += misses(made, name, count)
             key = name if name not in report.code else f"{name} ({len(report.code)})"
             report.code[key] = traced.gm.print_readable(print_output=False)
         self._report_loss(report)

@@ -7,6 +7,7 @@ the signature (say, `out=`) is left opaque, and patterns never see it.
 
 from __future__ import annotations
 
+import ast
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +41,6 @@ class Spelling:
 
 _FUNCTIONS: dict[Any, Spelling] = {}
 _METHODS: dict[str, Spelling] = {}
-_LITERALS = {"None": None, "True": True, "False": False, "0": 0, "1": 1, "-1": -1, "0.5": 0.5, "0.0": 0.0, "-100": -100}
 
 
 def spell(op: str, signature: str, *spellings: Callable[..., Any] | str) -> None:
@@ -53,13 +53,20 @@ def spell(op: str, signature: str, *spellings: Callable[..., Any] | str) -> None
         name, equals, value = item.partition("=")
         names.append(name)
         if equals:
-            defaults[name] = _LITERALS.get(value, value)
+            defaults[name] = _literal(value)
     spelling = Spelling(op, tuple(names), defaults)
     for target in spellings:
         if isinstance(target, str):
             _METHODS[target] = spelling
         else:
             _FUNCTIONS[target] = spelling
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except ValueError:  # a bare word
+        return text
 
 
 def spelling_of(node: fx.Node) -> Spelling | None:
@@ -104,8 +111,8 @@ spell("t", "input", torch.t, "t")
 spell("attribute", "input name", getattr)
 spell("dropout", "input p=0.5 training=True inplace=False", F.dropout)
 spell("dropout", "input p train", torch.dropout)
-spell("layer_norm", "input normalized_shape weight=None bias=None eps=None", F.layer_norm)
-spell("layer_norm", "input normalized_shape weight=None bias=None eps=None cudnn_enable=True", torch.layer_norm)
+spell("layer_norm", "input normalized_shape weight=None bias=None eps=1e-5", F.layer_norm)
+spell("layer_norm", "input normalized_shape weight=None bias=None eps=1e-5 cudnn_enable=True", torch.layer_norm)
 spell("torch_rms_norm", "input normalized_shape weight=None eps=None", F.rms_norm, torch.rms_norm)
 spell(
     "cross_entropy",

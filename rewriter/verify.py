@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from fastlora.effects import modes
 from fastlora.legality import argument_nodes
 from fastlora.metadata import hint, meta
 from fastlora.rule import Match
@@ -26,7 +25,9 @@ _SEEN: dict[Any, str | None] = {}
 
 def disagreement(match: Match) -> str | None:
     """Why the op would not be the same computation as the matched nodes, or None. Each structure is replayed once."""
-    key = (match.rule.source, tuple(str(n.target) for n in match.members), tuple(map(_kind, argument_nodes(match))))
+    constants = [str(value) for value in match.op.order(match.arguments) if not isinstance(value, fx.Node)]
+    targets = [str(node.target) for node in match.members]
+    key = (match.rule.source, *targets, *constants, *map(_kind, argument_nodes(match)))
     if key not in _SEEN:
         with torch.random.fork_rng(), torch.enable_grad():
             torch.manual_seed(0)
@@ -59,7 +60,7 @@ def _compare(match: Match) -> str | None:
 
 def _autocast_of(match: Match) -> AbstractContextManager[Any]:
     """The autocast region of the graph that the match is in; an ambient one is in force already."""
-    regions = modes(match.view.graph)[match.root][1]
+    regions = match.view.modes[match.root][1]
     arguments: Any = regions[-1].args if regions else ()
     return torch.autocast(*arguments) if regions else nullcontext()
 

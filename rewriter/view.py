@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from fastlora.effects import Mutations
+from fastlora.effects import Mutations, modes
 from fastlora.metadata import meta, same_shape
 from fastlora.spelling import spelling_of
 
@@ -48,6 +48,7 @@ class View:
         self._classes: dict[fx.Node, list[fx.Node]] = {}
         self._terms: dict[fx.Node, Term | None] = {}
         self.mutations = Mutations(self.graph)
+        self.modes = modes(self.graph)
         for node in self.graph.nodes:
             term = self._read(node)
             if term is not None and term.op == "identity" and not self._is_transparent(node, term.args["input"]):
@@ -63,6 +64,7 @@ class View:
         """A copy is another value if it stops gradients, or if either of the two is written to."""
         before, after = meta(source), meta(node)
         same = before is None or after is None or before.requires_grad == after.requires_grad
+        same = same and (self.modes[node][0] or before is None or not before.requires_grad)
         return same and not self.mutations.writers(node) and not self.mutations.writers(source)
 
     # -- value classes -------------------------------------------------------------------------------------------------

@@ -234,7 +234,8 @@ def test_strict_raises_for_a_candidate_that_stays(model):
 
     class Scaled(nn.Module):
         def forward(self, x):
-            return nn.functional.silu(x) * x.mean()
+            activated = nn.functional.silu(x)
+            return activated * x.square() + activated
 
     widened = build("llama")
     widened.base_model.model.model.layers[0].mlp.act_fn = Scaled()

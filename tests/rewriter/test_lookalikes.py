@@ -1,4 +1,4 @@
-"""Graphs that look like a LoRA adapter and are none: they stay as they are, to the last bit, and the report says why."""
+"""Graphs that look like a LoRA adapter and are none: they stay as they are to the last bit, and reports say why."""
 
 from __future__ import annotations
 

@@ -1,0 +1,220 @@
+"""Adapters as PEFT writes them, on the base layers that they meet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import analyse, assert_as_exact, bf16, f32, lora, randn
+from torch import Tensor
+
+
+def layer(n: int, k: int, rank: int = 4, seed: int = 0, base: torch.dtype = f32) -> tuple[Tensor, Tensor, Tensor]:
+    weight = randn(n, k, seed=seed, grad=False, dtype=base, scale=0.3)
+    return weight, randn(rank, k, seed=seed + 1, scale=0.3), randn(n, rank, seed=seed + 2, scale=0.3)
+
+
+X = randn(2, 3, 16)
+BF16 = X.detach().to(bf16).requires_grad_()
+BIAS = randn(24, grad=False)
+
+
+def biased(x, w, a, b, bias, lora_bias=None):
+    return F.linear(x, w, bias) + F.linear(F.linear(x, a), b, lora_bias) * 2.0
+
+
+def unscaled(x, w, a, b):
+    return F.linear(x, w) + F.linear(F.linear(x, a), b)
+
+
+def scaled_first(x, w, a, b):
+    return 0.5 * F.linear(F.linear(x, a), b) + F.linear(x, w)
+
+
+def by_matrices(x, w, a, b):
+    return x @ w.T + torch.matmul(x @ a.t(), b.transpose(0, 1)) * 2.0
+
+
+@pytest.mark.parametrize("function", [unscaled, scaled_first, by_matrices, lora], ids=lambda f: f.__name__)
+def test_every_spelling_of_an_adapted_layer_is_one_op(function: Any) -> None:
+    outcome = analyse(function, X, *layer(24, 16))
+    assert outcome.ops == ["lora_linear"]
+    assert not outcome.misses
+    outcome.assert_tidy()
+    outcome.assert_close(2e-6)
+
+
+@pytest.mark.parametrize("has_lora_bias", [True, False], ids=["biased B", "plain B"])
+def test_biases_of_base_and_adapter_are_arguments(has_lora_bias: bool) -> None:
+    more = [randn(24, seed=1)] if has_lora_bias else []
+    outcome = analyse(biased, X, *layer(24, 16), BIAS.detach().requires_grad_(), *more)
+    assert outcome.ops == ["lora_linear"]
+    assert (outcome.chosen[0].arguments["lora_bias"] is not None) is has_lora_bias
+    outcome.assert_close(2e-6)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+def test_adapters_in_float32_on_any_base_are_claimed(dtype: torch.dtype, p: float) -> None:
+    """With dropout the random numbers are the ones that eager draws, so even the masked gradients agree."""
+    inputs = [X if dtype == f32 else BF16, *layer(24, 16, base=dtype)]
+    function = lambda *given: lora(*given, p=p)  # noqa: E731
+    outcome = analyse(function, *inputs)
+    assert outcome.ops == ["lora_linear"]
+    assert (outcome.chosen[0].arguments.get("x_dropped") is not None) is (p > 0)
+    outcome.assert_tidy()
+    outcome.assert_close(2e-6 if dtype == f32 else 2e-2)
+    if not p:
+        assert_as_exact(outcome, function, inputs)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_an_adapter_under_autocast_is_claimed(p: float) -> None:
+    def function(*given: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=bf16):
+            return lora(*given, p=p)
+
+    outcome = analyse(function, X, *layer(24, 16))
+    assert outcome.ops == ["lora_linear"]
+    outcome.assert_close(2e-2)
+
+
+@pytest.mark.parametrize("trained", ["x", "a", "b", "w", "x a", "a b", "x b", "x w a b"])
+def test_any_choice_of_trained_tensors_gets_its_gradients(trained: str) -> None:
+    tensors = dict(zip("xwab", (X, *layer(24, 16)), strict=True))
+    inputs = [t.detach().requires_grad_(name in trained.split()) for name, t in tensors.items()]
+    outcome = analyse(lora, *inputs)
+    assert outcome.ops == ["lora_linear"]
+    outcome.assert_close(2e-6)
+
+
+def test_two_adapters_on_one_layer_are_both_claimed() -> None:
+    def function(x: Tensor, w: Tensor, a: Tensor, b: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
+        result = F.linear(x, w)
+        result = result + F.linear(F.linear(F.dropout(x, 0.3), a), b) * 2.0
+        result = result + F.linear(F.linear(x, a2), b2) * 3.0
+        return result.to(x.dtype)
+
+    outcome = analyse(function, X, *layer(24, 16), *layer(24, 16, 3, seed=5)[1:])
+    assert outcome.ops == ["lora_add", "lora_linear"]
+    outcome.assert_tidy()
+    outcome.assert_close(2e-6)
+
+
+class Quantised(torch.autograd.Function):
+    """A stand-in for a 4-bit layer: the weight comes into being inside, and only x has a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Tensor) -> Tensor:
+        ctx.save_for_backward(packed)
+        return F.linear(x, packed.float() / 16)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        (packed,) = ctx.saved_tensors
+        return grad @ (packed.float() / 16), None
+
+
+def on_a_function(x, packed, a, b):
+    return Quantised.apply(x, packed) + F.linear(F.linear(x, a), b) * 2.0
+
+
+def on_addmm(x, weight, a, b, bias):
+    """A Conv1D of GPT-2, whose weight lies the other way round."""
+    base = torch.addmm(bias, x.view(-1, x.size(-1)), weight).view(*x.shape[:-1], weight.size(1))
+    return base + F.linear(F.linear(x, a), b) * 2.0
+
+
+def test_an_adapter_on_an_autograd_function_keeps_that_functions_gradient() -> None:
+    packed = torch.arange(384).remainder(17).sub(8).view(24, 16).to(torch.int8)
+    outcome = analyse(on_a_function, X, packed, *layer(24, 16)[1:])
+    assert outcome.ops == ["lora_add"]
+    outcome.assert_close(2e-6)
+
+
+def test_an_adapter_on_a_conv1d_is_claimed() -> None:
+    weight, a, b = layer(24, 16)
+    outcome = analyse(on_addmm, X, weight.t().contiguous(), a, b, BIAS)
+    assert outcome.ops == ["lora_add"]
+    outcome.assert_close(2e-6)
+
+
+def attention_inputs(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    return tuple(lora(x, *weights[i : i + 3]) for i in range(0, len(weights), 3))
+
+
+QKV = (*layer(24, 16), *layer(8, 16, 3, seed=3), *layer(8, 16, 2, seed=6))
+
+
+def test_projections_of_one_input_are_one_group() -> None:
+    """Of different widths and ranks, as with grouped-query attention."""
+    outcome = analyse(attention_inputs, X, *QKV)
+    assert outcome.ops == ["lora_group"]
+    outcome.assert_tidy()
+    outcome.assert_close(2e-6)
+
+
+@pytest.mark.parametrize("unused", [0, 1, 2])
+def test_a_group_member_without_gradient_gives_its_parameters_none(unused: int) -> None:
+    def function(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        results = attention_inputs(x, *weights)
+        return tuple(r.detach() if i == unused else r for i, r in enumerate(results))
+
+    outcome = analyse(function, X, *QKV)
+    assert outcome.ops == ["lora_group"]
+    outcome.assert_close(2e-6)
+
+
+def test_projections_with_dropout_keep_their_own_masks() -> None:
+    def function(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        return lora(x, *weights[:3], p=0.5), lora(x, *weights[3:6], p=0.5)
+
+    outcome = analyse(function, X, *QKV[:6])
+    assert outcome.ops == ["lora_linear", "lora_linear"]
+    outcome.assert_close(2e-6)
+
+
+def test_projections_of_different_inputs_are_no_group() -> None:
+    outcome = analyse(lambda x, y, *w: (lora(x, *w[:3]), lora(y, *w[3:6])), X, randn(2, 3, 16, seed=1), *QKV[:6])
+    assert outcome.ops == ["lora_linear", "lora_linear"]
+    outcome.assert_close(2e-6)
+
+
+def test_projections_that_follow_each_other_are_no_group() -> None:
+    def function(x: Tensor, *weights: Tensor) -> Tensor:
+        y = lora(x, *weights[:3])
+        return y + lora(lora(y, *weights[3:6]), *weights[6:])
+
+    layers = (*layer(16, 16), *layer(8, 16, 3, seed=3), *layer(16, 8, 2, seed=6))
+    outcome = analyse(function, X, *layers)
+    assert outcome.ops == ["lora_linear"] * 3
+    outcome.assert_close(2e-6)
+
+
+def test_one_adapter_shared_by_two_layers_gets_both_gradients() -> None:
+    def function(x: Tensor, w: Tensor, v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return lora(x, w, a, b), lora(x, v, a, b)
+
+    weight, a, b = layer(24, 16)
+    outcome = analyse(function, X, weight, layer(24, 16, seed=7)[0], a, b)
+    assert outcome.ops == ["lora_group"]
+    outcome.assert_close(2e-6)
+
+
+@pytest.mark.parametrize("dimensions", [(0,), (1,), (0, 1)], ids=str)
+def test_an_adapted_layer_of_any_batch_and_length_is_claimed(dimensions: Sequence[int]) -> None:
+    x = randn(2, 3, 16)
+    for dimension in dimensions:
+        torch._dynamo.mark_dynamic(x, dimension)
+    outcome = analyse(lora, x, *layer(24, 16), dynamic=None)
+    assert outcome.ops == ["lora_linear"]
+    outcome.assert_close(2e-6)
+
+
+def test_a_matrix_of_tokens_is_as_good_as_a_batch() -> None:
+    outcome = analyse(lambda x, *w: lora(x * 1.5, *w), randn(6, 16), *layer(24, 16))
+    assert outcome.ops == ["lora_linear"]
+    outcome.assert_close(2e-6)

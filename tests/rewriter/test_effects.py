@@ -1,0 +1,238 @@
+"""What a graph does besides computing values: which inputs a node writes, what shares memory, which modes hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import WRITES, bf16, randn, trace, view_of
+from torch import Tensor, fx
+
+from fastlora.effects import Mutations, modes
+from fastlora.view import View
+
+X = randn(4, 8, grad=False)
+
+
+def _node(graph: fx.Graph, name: str) -> fx.Node:
+    return next(node for node in graph.nodes if node.name.startswith(name))
+
+
+def _written(write: Callable[[Tensor], object]) -> bool:
+    """Whether the input of `write` is found to be written."""
+
+    def function(x: Tensor) -> Tensor:
+        kept = x * 2
+        write(kept)
+        return kept
+
+    view = view_of(function, randn(2, 3, 16, grad=False))
+    return bool(Mutations(view.graph).writers(_node(view.graph, "kept")))
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_a_write_is_found_through_whatever_view_it_goes(name: str) -> None:
+    assert _written(WRITES[name])
+
+
+READS: dict[str, Callable[[Tensor], object]] = {
+    "mul": lambda x: x * 2,
+    "relu": lambda x: F.relu(x),
+    "relu of a copy": lambda x: F.relu(x.exp(), inplace=True),
+    "empty_like": lambda x: torch.empty_like(x).fill_(1),
+    "zeros_like": lambda x: torch.zeros_like(x).add_(x),
+    "out= elsewhere": lambda x: torch.mul(x, 2, out=torch.empty_like(x)),
+    "setitem elsewhere": lambda x: torch.zeros(4, 16).__setitem__(0, x[0, 0]),
+    "an index copies": lambda x: x[torch.tensor([0, 1])].add_(1),
+    "view": lambda x: x.view(16, 6),
+    "detach": lambda x: x.detach(),
+    "getitem": lambda x: x[0],
+    "dropout": lambda x: F.dropout(x, 0.5),
+    "expand": lambda x: x[:1].expand(4, 3, 16),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_what_only_reads_is_no_write(name: str) -> None:
+    assert not _written(READS[name])
+
+
+ALIASES: dict[str, Callable[[Tensor], Tensor]] = {
+    "view": lambda x: x.view(8, 4),
+    "reshape": lambda x: x.reshape(8, 4),
+    "detach": lambda x: x.detach(),
+    "row": lambda x: x[0],
+    "rows": lambda x: x[1:3],
+    "columns": lambda x: x[..., 2:],
+    "transpose": lambda x: x.transpose(0, 1),
+    "T": lambda x: x.T,
+    "t": lambda x: x.t(),
+    "flatten": lambda x: x.flatten(),
+    "chunk": lambda x: x.chunk(2, 0)[1],
+    "chunk of the last dimension": lambda x: x.chunk(2, -1)[1],
+    "split": lambda x: x.split(1)[0],
+    "unbind": lambda x: x.unbind()[0],
+    "unsqueeze": lambda x: x.unsqueeze(1),
+    "squeeze": lambda x: x.squeeze(),
+    "expand": lambda x: x.expand(3, 4, 8),
+    "permute": lambda x: x.permute(1, 0),
+    "narrow": lambda x: x.narrow(0, 1, 2),
+    "diagonal": lambda x: x.diagonal(),
+    "view_as": lambda x: x.view_as(x),
+    "unfold": lambda x: x.unfold(0, 2, 1),
+    "as_strided": lambda x: x.as_strided((2, 2), (1, 2)),
+    "real": lambda x: x.real,
+    "mT": lambda x: x.mT,
+    "data": lambda x: x.data,
+    "other dtype": lambda x: x.view(torch.int32),
+    "no-op cast": lambda x: x.float(),
+    "no-op contiguous": lambda x: x.contiguous(),
+    "two steps": lambda x: x.unsqueeze(0)[0][1:].flatten(),
+}
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_a_view_shares_the_memory_of_what_it_views(name: str) -> None:
+    """Writing to the source is writing to the view, and the other way round."""
+
+    def function(x: Tensor) -> Any:
+        source = x * 2
+        seen = ALIASES[name](source)
+        source.mul_(3)
+        return source, seen
+
+    gm, _ = trace(function, (X,))
+    view = View(gm.graph)
+    source, (output,) = _node(gm.graph, "source"), [n for n in gm.graph.nodes if n.op == "output"]
+    seen = output.args[0][1]
+    mutations = Mutations(view.graph)
+    assert mutations.storage(source) is mutations.storage(seen)
+    assert mutations.writers(seen)
+
+
+def test_an_unrelated_write_is_not_blamed_on_others() -> None:
+    def function(x: Tensor) -> Any:
+        first, second = x * 2, x * 3
+        second[0] = 1.0
+        return first, second
+
+    view = view_of(function, X)
+    mutations = Mutations(view.graph)
+    assert not mutations.writers(_node(view.graph, "first"))
+    assert mutations.writers(_node(view.graph, "second"))
+
+
+def test_what_cannot_be_probed_counts_as_a_write() -> None:
+    """An operator whose effect cannot be seen on fake tensors may do anything."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["example_value"] = torch.empty(2, 3)
+    unknown = graph.call_function(_needs_values, (x,))
+    unknown.meta["example_value"] = torch.empty(2, 3)
+    graph.output(unknown)
+    assert Mutations(graph).writers(x) == [unknown]
+
+
+def _needs_values(x: Tensor) -> Tensor:
+    return x * float(x.sum().item()) if x.numel() == 6 and x.sum().item() else x
+
+
+def test_an_operator_with_a_mutable_schema_is_a_write() -> None:
+    graph = fx.Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    for node in (x, y):
+        node.meta["example_value"] = torch.empty(2, 3)
+    write = graph.call_function(torch.ops.aten.copy_.default, (x, y))
+    write.meta["example_value"] = torch.empty(2, 3)
+    graph.output(write)
+    mutations = Mutations(graph)
+    assert mutations.writers(x) == [write]
+    assert not mutations.writers(y)
+
+
+def test_a_higher_order_kernel_launch_is_a_write() -> None:
+    """TorchDynamo traces a user's Triton kernel to a higher-order op that writes to its arguments."""
+    from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
+
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["example_value"] = torch.empty(2, 3)
+    launch = graph.call_function(
+        triton_kernel_wrapper_mutation,
+        (),
+        {
+            "kernel_idx": 0,
+            "constant_args_idx": 0,
+            "grid": [(1, 1, 1)],
+            "tma_descriptor_metadata": {},
+            "kwargs": {"x": x},
+        },
+    )
+    graph.output(x)
+    assert Mutations(graph).writers(x) == [launch]
+
+
+# ---- modes
+
+
+def _modes_of(function: Callable[..., Any], *names: str) -> list[Any]:
+    gm, _ = trace(function, (X,))
+    found = modes(gm.graph)
+    return [found[_node(gm.graph, name)] for name in names]
+
+
+def test_gradient_modes_are_known_inside_and_after_a_region() -> None:
+    def function(x: Tensor) -> Any:
+        before = x * 2
+        with torch.no_grad():
+            within = before * 3
+            with torch.enable_grad():
+                deep = within * 4
+        after = deep * 5
+        return after, x
+
+    before, within, deep, after = _modes_of(function, "before", "within", "deep", "after")
+    assert [mode[0] for mode in (before, within, deep, after)] == [True, False, True, True]
+    assert before == after
+
+
+def test_autocast_regions_are_told_apart_and_nest() -> None:
+    def function(x: Tensor) -> Any:
+        before = x * 2
+        with torch.autocast("cpu", dtype=bf16):
+            first = before * 3
+            with torch.autocast("cpu", enabled=False):
+                inner = first * 4
+            rest = inner * 5
+        with torch.autocast("cpu", dtype=bf16):
+            second = rest * 6
+        after = second * 7
+        return after, x
+
+    before, first, inner, rest, second, after = _modes_of(
+        function, "before", "first", "inner", "rest", "second", "after"
+    )
+    assert before == after
+    assert first == rest
+    assert len({before, first, inner, second}) == 4
+
+
+def test_inference_regions_are_known() -> None:
+    def function(x: Tensor) -> Any:
+        before = x * 2
+        with torch.inference_mode():
+            within = before * 3
+        return before, within
+
+    before, within = _modes_of(function, "before", "within")
+    assert before != within
+
+
+def test_the_mode_around_the_graph_is_where_it_starts() -> None:
+    with torch.no_grad():
+        (mode,) = _modes_of(lambda x: x * 2, "mul")
+    (other,) = _modes_of(lambda x: x * 2, "mul")
+    assert (mode[0], other[0]) in ((True, True), (False, True))

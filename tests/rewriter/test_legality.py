@@ -1,0 +1,263 @@
+"""The legality checks L1 to L4 (uses, place, effects, modes), by matches that only they keep from being replaced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import analyse, bf16, lora, randn, rms_norm
+from torch import Tensor
+
+from fastlora.kernels.op import op
+from fastlora.pattern import tanh
+from fastlora.rule import rule
+
+X, Y, W = randn(2, 3, 16), randn(2, 3, 16, seed=1), randn(16)
+LAYER = (randn(24, 16, grad=False), randn(4, 16), randn(24, 4))
+OTHER = (randn(24, 16, grad=False, seed=1), randn(4, 16, seed=2), randn(24, 4, seed=2))
+BF16 = X.detach().to(bf16).requires_grad_()
+
+
+def _adapted(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """An adapted layer without any cast at its end."""
+    return F.linear(x, w) + F.linear(F.linear(x, a), b) * 2.0
+
+
+# ---- L1 closed
+
+
+def test_l1_a_value_that_leaves_the_graph_is_not_swallowed() -> None:
+    def function(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        active = F.silu(gate)
+        return active * up, active
+
+    outcome = analyse(function, X, Y)
+    assert "L1: active, inside the match, leaves the graph as an output" in outcome.missed()
+    outcome.assert_identical()
+
+
+def test_l1_a_value_that_an_identity_carries_out_is_not_swallowed() -> None:
+    def function(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        active = F.silu(gate)
+        return active * up, active.contiguous().float()
+
+    outcome = analyse(function, X, Y)
+    assert "L1" in outcome.missed()
+    outcome.assert_identical()
+
+
+def test_l1_a_cast_that_others_read_stays_for_them() -> None:
+    """It is cheap, so it may be computed for them alone; the norm is replaced all the same."""
+
+    def function(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        h = x.float()
+        return w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype), h * 3
+
+    outcome = analyse(function, BF16, W)
+    assert outcome.ops == ["rms_norm"]
+    outcome.assert_close(2e-2)
+
+
+# ---- L2 placed
+
+
+def test_l2_an_op_is_not_placed_before_its_inputs() -> None:
+    """The sum is used to make the weight of its own norm."""
+
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        total = x + y
+        return F.layer_norm(total, (16,), total.mean((0, 1)), None, 1e-5)
+
+    outcome = analyse(function, X, Y)
+    assert outcome.ops == ["layer_norm"]
+    assert "L2" in outcome.turned_down()
+    outcome.assert_close()
+
+
+def test_l2_the_first_use_of_any_output_decides_the_place() -> None:
+    """The residual sum is used before its norm is; both stay where their users find them."""
+
+    def function(x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + y
+        early = torch.sin(total)
+        return rms_norm(total, w) * early, total
+
+    outcome = analyse(function, X, Y, W)
+    assert outcome.ops == ["add_rms_norm"]
+    outcome.assert_close()
+
+
+def test_l2_sizes_that_depend_on_data_are_no_obstacle() -> None:
+    def function(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        positive = gate[gate[..., 0] > 0]
+        shares = positive.cumsum(-1)
+        shares.add_(1)
+        return F.silu(gate) * up, F.silu(shares) * positive
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        outcome = analyse(function, X, Y)
+    assert "glu" in outcome.ops
+    outcome.assert_close()
+
+
+# ---- L3 effects
+
+
+def test_l3_an_input_that_changes_before_the_last_read_stops_the_match() -> None:
+    def function(gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate * 1.5, up * 1.5
+        active = F.silu(gate)
+        up.add_(1)
+        return active * up
+
+    outcome = analyse(function, X, Y)
+    assert "L3: add_ writes to the input up" in outcome.missed()
+    outcome.assert_identical()
+
+
+def test_l3_an_input_that_changed_before_the_first_read_does_not() -> None:
+    def function(gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate * 1.5, up * 1.5
+        up.add_(1)
+        return F.silu(gate) * up
+
+    outcome = analyse(function, X, Y)
+    assert outcome.ops == ["glu"]
+    outcome.assert_close()
+
+
+def test_l3_an_augmented_residual_is_no_obstacle_to_its_norm() -> None:
+    """The write comes before the cast that reads it, in bfloat16 as in float32."""
+
+    def function(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+        x = x * 1.5
+        x += y
+        return rms_norm(x, w)
+
+    for x in (X, BF16):
+        outcome = analyse(function, x, Y.detach().to(x.dtype).requires_grad_(), W)
+        assert outcome.ops == ["rms_norm"], outcome.missed()
+        outcome.assert_close(1e-6 if x is X else 2e-2)
+
+
+def test_l3_a_result_that_is_written_later_stops_the_match() -> None:
+    def function(gate: Tensor, up: Tensor) -> Tensor:
+        y = F.silu(gate) * up
+        y.add_(1)
+        return y
+
+    outcome = analyse(function, X, Y)
+    assert "L3" in outcome.missed()
+    outcome.assert_identical()
+
+
+def test_l3_a_write_inside_a_checkpoint_counts() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    def write(x: Tensor) -> Tensor:
+        x.mul_(2)
+        return x * 2
+
+    def function(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        x = x * 1.5
+        base = F.linear(x, w)
+        checkpoint(write, x, use_reentrant=False)
+        return base + F.linear(F.linear(x, a), b) * 2.0
+
+    outcome = analyse(function, X.detach(), *LAYER)
+    assert "lora_linear" not in outcome.ops
+    outcome.assert_close()
+
+
+def test_l3_a_random_value_is_not_swallowed() -> None:
+    from fastlora.pattern import dropout
+
+    toy = op(
+        "legality_dropout",
+        family="toy",
+        schema="(Tensor x) -> (Tensor y)",
+        outputs=1,
+        reference=torch.tanh,
+        forward=lambda x: (x.tanh(),),
+        backward=lambda wanted, grads, x: {"x": grads[0] * (1 - x.tanh() ** 2)},
+        saves=("x",),
+    )
+
+    @rule(toy, anchor="tanh")
+    def dropped(x):
+        return tanh(dropout(x, lambda _: True))
+
+    outcome = analyse(lambda x: torch.tanh(F.dropout(x, 0.5)), X, rules=[dropped])
+    assert "is random" in outcome.missed()
+    outcome.assert_identical()
+
+
+# ---- L4 one mode
+
+
+def test_l4_a_match_does_not_span_gradient_modes() -> None:
+    def function(gate: Tensor, up: Tensor) -> Tensor:
+        with torch.no_grad():
+            active = F.silu(gate)
+        return active * up
+
+    outcome = analyse(function, X, Y)
+    assert "L4" in outcome.missed()
+    outcome.assert_identical()
+
+
+def test_l4_a_match_does_not_span_autocast_modes() -> None:
+    def function(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        base = F.linear(x, w)
+        with torch.autocast("cpu", dtype=bf16):
+            low = F.linear(F.linear(x, a), b)
+        return base + low * 2.0
+
+    outcome = analyse(function, X, *LAYER)
+    assert "L4" in outcome.missed()
+    outcome.assert_identical()
+
+
+@pytest.mark.parametrize(
+    "region", [torch.no_grad, lambda: torch.autocast("cpu", dtype=bf16)], ids=["no_grad", "autocast"]
+)
+def test_l4_an_op_is_not_placed_in_another_mode_than_its_nodes(region: Any) -> None:
+    """The sum's first use is in a region that the norm is not in; there it would lose its gradients."""
+
+    def function(x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + y
+        with region():
+            spread = total.abs().amax()
+        return rms_norm(total, w), spread
+
+    outcome = analyse(function, X, Y, W)
+    outcome.assert_close()
+
+
+@pytest.mark.parametrize(
+    "region", [torch.no_grad, lambda: torch.autocast("cpu", dtype=bf16)], ids=["no_grad", "autocast"]
+)
+def test_l4_a_group_is_not_placed_in_another_mode_than_its_members(region: Any) -> None:
+    def function(x: Tensor, *layers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q = _adapted(x, *layers[:3])
+        with region():
+            spread = q.abs().amax()
+        return q, _adapted(x, *layers[3:]), spread
+
+    outcome = analyse(function, X, *LAYER, *OTHER)
+    outcome.assert_close()
+
+
+def test_l4_whole_matches_inside_a_region_are_replaced() -> None:
+    def function(x: Tensor, gate: Tensor, up: Tensor, w: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            still = F.silu(gate) * up
+        with torch.autocast("cpu", dtype=bf16):
+            low = lora(x, w, a, b)
+        return still, low
+
+    outcome = analyse(function, X, X, Y, *LAYER)
+    assert outcome.ops == ["glu", "lora_linear"]
+    outcome.assert_close(2e-2)

@@ -1,0 +1,220 @@
+"""The legality checks L5 to L8 (gradients, metadata, guards, rounding), by matches that only they turn down."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import analyse, bf16, fresh, lora, randn, rms_norm, rotary, trace
+from torch import Tensor, fx
+
+from fastlora.engine import rewrite
+from fastlora.kernels.op import SemanticOp, op
+from fastlora.pattern import tanh
+from fastlora.rule import Rule, rule
+from fastlora.session import default_rules
+
+X, Y, W = randn(2, 3, 16), randn(2, 3, 16, seed=1), randn(16)
+LAYER = (randn(24, 16, grad=False), randn(4, 16), randn(24, 4))
+OTHER = (randn(24, 16, grad=False, seed=1), randn(4, 16, seed=2), randn(24, 4, seed=2))
+BF16 = X.detach().to(bf16).requires_grad_()
+
+
+def _toy(name: str, forward: Any, schema: str = "(Tensor x) -> (Tensor y)") -> SemanticOp:
+    """An op that claims to be tanh."""
+    return op(
+        f"toy_{name}",
+        family="toy",
+        schema=schema,
+        outputs=1,
+        reference=lambda x, **_: x.tanh(),
+        forward=forward,
+        backward=lambda wanted, grads, x, **_: {"x": grads[0] * (1 - x.tanh() ** 2)},
+        saves=("x",),
+    )
+
+
+def _tanh_is(claimed: SemanticOp) -> Rule:
+    @rule(claimed, anchor="tanh")
+    def toy(x):
+        return tanh(x)
+
+    return toy
+
+
+# ---- L5 autograd
+
+
+def _without_gradient(gm: fx.GraphModule, target: Any) -> None:
+    for node in gm.graph.nodes:
+        if node.target is target:
+            node.meta["example_value"] = node.meta["example_value"].detach()
+
+
+def test_l5_a_result_that_takes_no_gradient_gets_none() -> None:
+    import operator
+
+    gm, _ = trace(lambda gate, up: F.silu(gate) * up, (X, Y))
+    _without_gradient(gm, operator.mul)
+    (made,) = rewrite(gm, default_rules())
+    assert not made.chosen
+    assert "L5" in made.refused[0][1]
+
+
+def test_l5_every_output_requires_a_gradient_where_it_did() -> None:
+    """The sum of two frozen values requires none, though its norm does."""
+
+    def function(x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + y
+        return rms_norm(total, w), total
+
+    outcome = analyse(function, X.detach(), Y.detach(), W)
+    assert [t.requires_grad for t in outcome.rewritten.outputs] == [True, False]
+    outcome.assert_close()
+
+
+def test_l5_a_frozen_member_of_a_group_stays_without_gradient() -> None:
+    frozen = [t.detach() for t in OTHER]
+    outcome = analyse(lambda x, *layers: (lora(x, *layers[:3]), lora(x, *layers[3:])), X.detach(), *LAYER, *frozen)
+    assert [t.requires_grad for t in outcome.rewritten.outputs] == [True, False]
+    outcome.assert_close()
+
+
+# ---- L6 metadata
+
+
+WRONG_RESULTS = {
+    "torch.float64": lambda x: (x.tanh().double(),),
+    "shape": lambda x: (x.tanh()[:1],),
+    "strides": lambda x: (x.tanh().transpose(0, 1).contiguous().transpose(0, 1),),
+    "on meta": lambda x: (x.tanh().to("meta"),),
+    "does not accept": lambda x: x.tanh().view(7),
+}
+
+
+@pytest.mark.parametrize("reason", WRONG_RESULTS)
+def test_l6_an_op_with_other_results_than_the_matched_nodes_is_turned_down(reason: str) -> None:
+    toy = _toy("wrong_" + reason.replace(".", "_").replace(" ", "_"), WRONG_RESULTS[reason])
+    outcome = analyse(lambda x: torch.tanh(x) * 2, X, rules=[_tanh_is(toy)])
+    assert "L6" in outcome.missed()
+    assert reason in outcome.missed()
+    outcome.assert_identical()
+
+
+def test_l6_transposed_heads_stay_transposed() -> None:
+    """What follows may depend on strides: `view` fails on others."""
+    x = randn(2, 4, 3, 8)
+    tables = randn(4, 8, grad=False), randn(4, 8, seed=1, grad=False)
+    outcome = analyse(
+        lambda x, cos, sin: rotary(x.transpose(1, 2), cos, sin).transpose(1, 2).view(2, 4, 24), x, *tables
+    )
+    assert outcome.ops == ["rotary"]
+    outcome.assert_close()
+
+
+# ---- L7 no guards
+
+
+def _guards_added(function: Any, inputs: Sequence[Any], dynamic: Sequence[tuple[int, int]], rules: Any) -> list[str]:
+    """The guards that rewriting adds, for a function some of whose sizes (input, dimension) are dynamic."""
+    added: list[str] = []
+
+    def backend(gm: fx.GraphModule, given: list[Any]) -> Any:
+        examples = [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
+        shapes = next(e for e in examples if isinstance(e, Tensor)).fake_mode.shape_env
+        before = len(shapes.guards)
+        rewrite(gm, rules)
+        added.extend(str(guard.expr) for guard in shapes.guards[before:])
+        return gm.forward
+
+    own = fresh(inputs)
+    for position, dimension in dynamic:
+        torch._dynamo.mark_dynamic(own[position], dimension)
+    torch._dynamo.reset()
+    torch.compile(function, backend=backend, fullgraph=True)(*own)
+    return added
+
+
+def test_l7_an_op_whose_shapes_need_a_new_guard_is_turned_down() -> None:
+    toy = _toy("guarding", lambda x: (x.tanh() if x.shape[0] < 100 else x.tanh().clone(),))
+    toy_rule = _tanh_is(toy)
+    taken: list[str] = []
+
+    def backend(gm: fx.GraphModule, given: list[Any]) -> Any:
+        (made,) = rewrite(gm, [toy_rule])
+        taken.extend(reason for _, reason in made.refused)
+        return gm.forward
+
+    x = randn(5, 16)
+    torch._dynamo.reset()
+    torch._dynamo.mark_dynamic(x, 0)
+    torch.compile(lambda x: torch.tanh(x), backend=backend)(x)
+    assert taken == ["L7: it would narrow the shapes that the graph serves"]
+
+
+DYNAMIC = {
+    "norm": (rms_norm, (X, W), [(0, 0), (0, 1)]),
+    "norm of any width": (rms_norm, (X, W), [(0, 2), (1, 0)]),
+    "adapter": (lora, (X, *LAYER), [(0, 0), (0, 1)]),
+    "adapter of any rank": (lora, (X, *LAYER), [(2, 0), (3, 1)]),
+    "gated unit": (lambda gate, up: F.silu(gate) * up, (X, Y), [(0, 0), (1, 0), (0, 2), (1, 2)]),
+    "loss": (
+        lambda x, w, labels: F.cross_entropy(F.linear(x, w), labels),
+        (randn(6, 16), randn(32, 16), torch.arange(6)),
+        [(0, 0), (2, 0)],
+    ),
+    "loss on any vocabulary": (
+        lambda x, w, labels: F.cross_entropy(F.linear(x, w), labels),
+        (randn(6, 16), randn(32, 16), torch.arange(6)),
+        [(1, 0)],
+    ),
+    "rotary": (
+        rotary,
+        (randn(2, 3, 4, 8), randn(4, 8, grad=False), randn(4, 8, seed=1, grad=False)),
+        [(0, 1), (0, 2), (1, 0), (2, 0)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_l7_looking_for_matches_narrows_no_shape(name: str) -> None:
+    function, inputs, dynamic = DYNAMIC[name]
+    assert _guards_added(function, inputs, dynamic, default_rules()) == []
+
+
+# ---- L8 rounding
+
+
+def test_l8_where_a_norm_rounds_is_an_argument_of_the_op() -> None:
+    def early(x: Tensor, w: Tensor) -> Tensor:
+        h = x.float()
+        return w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+    def late(x: Tensor, w: Tensor) -> Tensor:
+        h = x.float()
+        return (w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6))).to(x.dtype)
+
+    for function, rounded in ((early, bf16), (late, torch.float32)):
+        outcome = analyse(function, BF16, W)
+        (match,) = outcome.chosen
+        assert match.arguments["norm_dtype"] == rounded
+        assert match.arguments["out_dtype"] == outcome.eager.outputs[0].dtype
+        assert torch.equal(outcome.eager.outputs[0], outcome.rewritten.outputs[0])
+
+
+def test_l8_a_result_rounded_before_it_is_read_stays_rounded() -> None:
+    """The gate of a bfloat16 model with float32 adapters is a bfloat16 value, not the float32 sum behind it."""
+
+    def function(x: Tensor, *layers: Tensor) -> Tensor:
+        return F.silu(lora(x, *layers[:3])) * lora(x, *layers[3:])
+
+    layers = [LAYER[0].to(bf16), *LAYER[1:], OTHER[0].to(bf16), *OTHER[1:]]
+    outcome = analyse(function, BF16, *layers)
+    assert outcome.ops == ["glu", "lora_group"]
+    outcome.assert_tidy()
+    (glu,) = [match for match in outcome.chosen if match.op.name == "glu"]
+    assert glu.tensor("gate").dtype == bf16
+    outcome.assert_close(2e-2)
