@@ -67,7 +67,7 @@ class ModelGate:
     def __init__(self, model: nn.Module, session: Session, inner: Gate | None) -> None:
         self._model: Any = model
         self.session, self._inner = session, inner
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = self._model.get_base_model() if hasattr(model, "get_base_model") else model
         parameters = inspect.signature(base.forward).parameters
         self._caches = "use_cache" in parameters
 

@@ -26,8 +26,11 @@ _SEEN: dict[Any, str | None] = {}
 def disagreement(match: Match) -> str | None:
     """Why the op would not be the same computation as the matched nodes, or None. Each structure is replayed once."""
     constants = [str(value) for value in match.op.order(match.arguments) if not isinstance(value, fx.Node)]
-    targets = [str(node.target) for node in match.members]
-    key = (match.rule.source, *targets, *constants, *map(_kind, argument_nodes(match)))
+    targets = [
+        str((n.target, *fx.node.map_arg((n.args, n.kwargs), lambda _: "value")))  # with its constants
+        for n in match.members
+    ]
+    key = (match.rule, *targets, *constants, *map(_kind, argument_nodes(match)))
     if key not in _SEEN:
         with torch.random.fork_rng(), torch.enable_grad():
             torch.manual_seed(0)

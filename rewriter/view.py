@@ -51,7 +51,9 @@ class View:
         self.modes = modes(self.graph)
         for node in self.graph.nodes:
             term = self._read(node)
-            if term is not None and term.op == "identity" and not self._is_transparent(node, term.args["input"]):
+            if term is not None and term.op in ("identity", "cast") and self._stops_gradients(node, term.args["input"]):
+                term = None
+            if term is not None and term.op == "identity" and self._is_written(node, term.args["input"]):
                 term = None
             if term is not None and term.op == "identity":
                 producer = self.producer(term.args["input"])
@@ -60,12 +62,16 @@ class View:
             else:
                 self._terms[node] = term
 
-    def _is_transparent(self, node: fx.Node, source: Any) -> bool:
-        """A copy is another value if it stops gradients, or if either of the two is written to."""
+    def _stops_gradients(self, node: fx.Node, source: Any) -> bool:
+        """A copy without gradients is another value."""
         before, after = meta(source), meta(node)
-        same = before is None or after is None or before.requires_grad == after.requires_grad
-        same = same and (self.modes[node][0] or before is None or not before.requires_grad)
-        return same and not self.mutations.writers(node) and not self.mutations.writers(source)
+        if before is None or after is None:
+            return False
+        return before.requires_grad != after.requires_grad or (before.requires_grad and not self.modes[node][0])
+
+    def _is_written(self, node: fx.Node, source: Any) -> bool:
+        """A copy of what is written to, or one that is, may hold another value by the time it is read."""
+        return bool(self.mutations.writers(node) or self.mutations.writers(source))
 
     # -- value classes -------------------------------------------------------------------------------------------------
 

@@ -228,7 +228,7 @@ LOOKALIKES = [
         missed="several dimensions",
     ),
     Lookalike("the sum is written after its norm", sum_written_after, (BF16, BF16, W), missed="in place"),
-    Lookalike("the sum is written before its norm", sum_written_before, (X, Y, W), ("rms_norm",), refused="in place"),
+    Lookalike("the sum is written before its norm", sum_written_before, (X, Y, W), ("rms_norm",)),
     Lookalike(
         "the sum broadcasts",
         lambda x, y, w: rms_norm(x + y, w),
