@@ -67,7 +67,8 @@ class ModelGate:
     def __init__(self, model: nn.Module, session: Session, inner: Gate | None) -> None:
         self._model: Any = model
         self.session, self._inner = session, inner
-        base = self._model.get_base_model() if hasattr(model, "get_base_model") else model
+        base: Any = getattr(model, "get_base_model", None)
+        base = base() if base is not None else model
         parameters = inspect.signature(base.forward).parameters
         self._caches = "use_cache" in parameters
 

@@ -66,12 +66,16 @@ ESCAPES = ["kept.append({v})", "kept.append({v}.contiguous())", "kept.append({v}
 STILL = [f"with torch.no_grad(): {line}" for line in REBINDINGS + ESCAPES]
 
 
+def _assigned(line: str) -> str:
+    return line.removeprefix("with torch.no_grad(): ").split(" = ")[0]
+
+
 def _disturbed(choose: Callable[[int], int]) -> str:
     """The source of the layer with one to three disturbances."""
     lines = ["kept = []", *LAYER]
     for _ in range(1 + choose(3)):
         at = 2 + choose(len(lines) - 2)
-        written = [line.split(" = ")[0] for line in lines[1:at] if line.split(" = ")[0].isidentifier()]
+        written = ["x", *(name for line in lines[1:at] if (name := _assigned(line)).isidentifier())]
         v = written[choose(len(written))]
         kind = choose(5)
         if kind == 4:
@@ -103,7 +107,7 @@ def _inputs(dtype: torch.dtype, trains: Callable[[], bool]) -> list[Tensor]:
     ]
 
 
-@hypothesis.settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@hypothesis.settings(max_examples=2000, deadline=None, derandomize=True, database=None)
 @hypothesis.given(data=st.data())
 def test_whatever_happens_to_a_layer_its_results_are_eagers(data: st.DataObject) -> None:
     source = _disturbed(lambda n: data.draw(st.integers(0, n - 1)))
