@@ -141,9 +141,7 @@ def add_backward(
     dy, dtotal = grads
     if dy is None:  # only the sum was used
         assert dtotal is not None
-        parameters = {"weight": weight, "bias": bias}
-        unused = {n: torch.zeros_like(p) for n, p in parameters.items() if p is not None and wanted[n]}
-        return {**unused, "residual": dtotal.to(total.dtype, copy=True)}
+        return {"residual": dtotal.to(total.dtype, copy=True)}
     dh, gradients = _backward(wanted["residual"], wanted, dy, total, weight, bias, mean, rstd)
     if dh is not None:
         dh = (dh if dtotal is None else dh + dtotal).to(total.dtype)
@@ -160,4 +158,5 @@ add_layer_norm = op(
     backward=add_backward,
     saves=("total", "weight", "bias", "mean", "rstd"),
     tied=("residual", "x"),
+    read_by={"weight": 0, "bias": 0},
 )

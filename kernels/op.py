@@ -143,7 +143,8 @@ class SemanticOp:
 
     `saves` names what the backward takes, out of arguments, outputs and residuals. One that only some gradients read
     has a condition in `saved_if`, which is asked with `wanted` and the arguments by name; where it fails the backward
-    gets None. As it may still have to know the dtype of that tensor, it gets `<name>_dtype` as well.
+    gets None. As it may still have to know the dtype of that tensor, it gets `<name>_dtype` as well. `read_by` names
+    arguments that just one output depends on, by its position: without a gradient for that output they get none.
     """
 
     def __init__(
@@ -160,6 +161,7 @@ class SemanticOp:
         saved_if: dict[str, SavedIf] | None = None,
         tied: tuple[str, ...] = (),
         passthrough: tuple[str, ...] = (),
+        read_by: dict[str, int] | None = None,
     ) -> None:
         self.name, self.family, self.schema = name, family, schema
         self.reference, self._forward, self._backward = reference, forward, backward
@@ -171,6 +173,7 @@ class SemanticOp:
         named = {a.name: a for a in (*self.tensors, *results)}
         self.saved = tuple(named[s] for s in saves)
         self.saved_if = saved_if or {}
+        self._read_by = read_by or {}
         self._register(schema)
 
     def __repr__(self) -> str:
@@ -197,7 +200,11 @@ class SemanticOp:
         return dict(zip((a.name for a in self.tensors), _unflatten(self.tensors, needs), strict=True))
 
     def reached(self, needs: Sequence[bool], grads: Sequence[torch.Tensor | None]) -> list[bool]:
-        """`needs` without the members of a group whose output received no gradient: outside the group they get none."""
+        """`needs` without what only outputs without a gradient read: outside the op, those would get none either."""
+        needs = [
+            need and not (name in self._read_by and grads[self._read_by[name]] is None)
+            for name, need in zip(self._leaf_names(needs), needs, strict=True)
+        ]
         lists = [g for a, g in zip(self.outputs, _unflatten(self.outputs, grads), strict=True) if a.is_list]
         if not lists:
             return list(needs)
@@ -206,6 +213,10 @@ class SemanticOp:
         for argument, wanted in zip(self.tensors, _unflatten(self.tensors, needs), strict=True):
             reached += [n and a for n, a in zip(wanted, alive, strict=True)] if argument.is_list else [wanted]
         return reached
+
+    def _leaf_names(self, needs: Sequence[bool]) -> list[str]:
+        grouped = zip(self.tensors, _unflatten(self.tensors, needs), strict=True)
+        return [a.name for a, wanted in grouped for _ in (wanted if a.is_list else [wanted])]
 
     def _register(self, schema: str) -> None:
         saved = "".join(f", Tensor?{'[]' * a.is_list} {a.name}" for a in self.saved)

@@ -142,8 +142,7 @@ def add_backward(
     dy, dtotal = grads
     if dy is None:  # only the sum was used
         assert dtotal is not None
-        dw = torch.zeros_like(weight) if weight is not None and wanted["weight"] else None
-        return {"residual": dtotal.clone(), "weight": dw}
+        return {"residual": dtotal.clone()}
     dh, dw = _backward(wanted["residual"], wanted["weight"], dy, total, weight, rstd, offset, scale_dtype)
     if dh is not None:
         dh = (dh if dtotal is None else dh + dtotal).to(total.dtype)
@@ -160,4 +159,5 @@ add_rms_norm = op(
     backward=add_backward,
     saves=("total", "weight", "rstd"),
     tied=("residual", "x"),
+    read_by={"weight": 0},
 )

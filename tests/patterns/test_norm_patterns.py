@@ -214,6 +214,19 @@ def test_layer_norm_of_a_residual_sum_is_fused_with_it() -> None:
     outcome.assert_close(2e-6)
 
 
+@pytest.mark.parametrize("norm", [llama, lambda x, w: F.layer_norm(x, (16,), w, None, 1e-5)], ids=["rms", "layer"])
+def test_a_weight_that_only_a_dead_end_reads_gets_no_gradient(norm: Function) -> None:
+    """None, not zeros: an optimizer decays and counts a weight whose gradient is zero."""
+
+    def function(x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + y
+        return norm(total, w).detach(), total
+
+    outcome = analyse(function, randn(*SHAPE), randn(*SHAPE, seed=1), randn(16))
+    assert outcome.rewritten.gradients[2] is None
+    outcome.assert_close()
+
+
 @pytest.mark.parametrize("trained", ["x", "weight"])
 def test_a_norm_with_only_some_gradients_is_claimed(trained: str) -> None:
     x, w = randn(*SHAPE, grad=trained == "x"), randn(16, grad=trained == "weight")

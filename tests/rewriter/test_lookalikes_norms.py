@@ -177,7 +177,7 @@ LOOKALIKES = [
     Lookalike(
         "the normalised value leaves the graph", escaping_normalised, (X, W), ("rms_norm",), refused="leaves the graph"
     ),
-    Lookalike("the normalised value has a hook", hooked_normalised, (X, W), ("rms_norm",), fullgraph=False),
+    Lookalike("the normalised value has a hook", hooked_normalised, (X, W), refused="register_hook", fullgraph=False),
     Lookalike(
         "the weight is a row's",
         lambda x, w: x * root(x) * w,
