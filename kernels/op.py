@@ -187,8 +187,8 @@ class SemanticOp:
 
     def order(self, arguments: dict[str, Any]) -> list[Any]:
         """The values of `arguments` in the schema's order; an optional tensor may be left out."""
-        unknown = arguments.keys() - {a.name for a in self.arguments}
-        missing = {a.name for a in self.arguments if not a.is_optional} - arguments.keys()
+        unknown = set(arguments) - {a.name for a in self.arguments}
+        missing = {a.name for a in self.arguments if not a.is_optional} - set(arguments)
         if unknown or missing:
             raise TypeError(f"{self.name}{self.schema}: unknown {sorted(unknown)}, missing {sorted(missing)}")
         length = next((len(arguments[a.name]) for a in self.arguments if a.is_list and arguments.get(a.name)), 0)

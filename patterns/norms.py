@@ -49,7 +49,7 @@ def _last_dimension(match: Match) -> bool | str:
     anchor="rsqrt",
     attrs={
         "offset": _offset,
-        "compute_dtype": dtype_of("h"),
+        "compute_dtype": dtype_of("power"),
         "norm_dtype": dtype_of("n"),
         "scale_dtype": dtype_of("scale", torch.float32),
         "out_dtype": dtype_of(),
@@ -57,7 +57,7 @@ def _last_dimension(match: Match) -> bool | str:
 )
 def rms_norm(x, weight: Opt[Param(1)], eps: Scalar):
     h = widened(x).named("h")
-    power = mean(h**2) + eps
+    power = mean(h**2).named("power") + eps
     root = either(reciprocal=1.0 / sqrt(power), rsqrt=rsqrt(power))
     n = cast(either(widened=either(h=h, x=x) * root, divided=either(h=h, x=x) / sqrt(power))).named("n")
     return cast(either(weighted=n * _scale(weight), bare=n))

@@ -271,12 +271,13 @@ def _cross_entropy(
     plain = weight is None and size_average is None and reduce is None and logits.dim() == 2
     if not plain or type(target) is not torch.Tensor or target.dim() != 1 or target.is_floating_point():
         return None
+    recipe = logits.recipe
+    if torch.is_autocast_enabled(logits.device.type):  # which takes losses in float32
+        recipe = replace(recipe, dtype=torch.promote_types(recipe.dtype, torch.float32))
     logits.tally.fused += 1
     if logits.tally.dry:
         return logits.recipe.hidden.sum() * 0.0
-    return logits.recipe.cross_entropy(
-        target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
-    )
+    return recipe.cross_entropy(target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
 
 
 def _requires_grad(logits: DeferredLogits) -> bool:

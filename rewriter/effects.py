@@ -136,7 +136,7 @@ def _probe_higher_order(node: fx.Node, inputs: list[fx.Node]) -> Probe:
 
 def _run_probe(node: fx.Node, inputs: list[fx.Node]) -> Probe:
     everything = list(range(len(inputs)))
-    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True), torch.enable_grad():
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True), torch.no_grad():
         fresh = {source: _fresh(source.meta.get("example_value")) for source in inputs}
         before = {source: [t._version for t in _tensors(value)] for source, value in fresh.items()}
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), fresh.__getitem__)
@@ -160,8 +160,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 def _fresh(example: Any) -> Any:
     """A new fake tensor like the recorded one, with symbolic sizes replaced by their hints."""
     if isinstance(example, torch.Tensor):
-        fresh = torch.empty([hint(size) for size in example.shape], dtype=example.dtype, device=example.device)
-        return fresh.requires_grad_().clone() if example.requires_grad else fresh
+        return torch.empty([hint(size) for size in example.shape], dtype=example.dtype, device=example.device)
     if isinstance(example, (list, tuple)):
         items = [_fresh(item) for item in example]
         return type(example)(*items) if hasattr(example, "_fields") else type(example)(items)

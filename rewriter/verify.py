@@ -32,7 +32,9 @@ def disagreement(match: Match) -> str | None:
     ]
     key = (match.rule, *targets, *constants, *map(_kind, argument_nodes(match)))
     if key not in _SEEN:
-        with torch.random.fork_rng(), torch.enable_grad():
+        # A checkpoint may be recording what is saved for backward; a replay is none of its business.
+        unrecorded = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+        with torch.random.fork_rng(), torch.enable_grad(), unrecorded:
             torch.manual_seed(0)
             _SEEN[key] = _compare(match)
     return _SEEN[key]

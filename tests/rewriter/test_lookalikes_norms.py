@@ -177,7 +177,6 @@ LOOKALIKES = [
     Lookalike(
         "the normalised value leaves the graph", escaping_normalised, (X, W), ("rms_norm",), refused="leaves the graph"
     ),
-    Lookalike("the normalised value has a hook", hooked_normalised, (X, W), refused="register_hook", fullgraph=False),
     Lookalike(
         "the weight is a row's",
         lambda x, w: x * root(x) * w,
@@ -284,3 +283,10 @@ def test_a_norm_whose_input_is_overwritten_later_is_left_alone(name: str) -> Non
         return y * x.sum()
 
     Lookalike(name, function, (BF16, W), missed="in place").check()
+
+
+def test_a_norm_whose_normalised_value_has_a_hook_keeps_the_hook() -> None:
+    """The hook's gradient is eager's; at most the norm before the weight is claimed."""
+    outcome = analyse(hooked_normalised, X, W, fullgraph=False)
+    assert set(outcome.ops) <= {"rms_norm"}
+    outcome.assert_close()

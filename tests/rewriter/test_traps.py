@@ -166,3 +166,14 @@ def test_t14_rewritten_graphs_are_python_that_names_its_operators():
     fastlora.engine.rewrite(gm, fastlora.default_rules())
     assert f"torch.ops.{NAMESPACE}.rms_norm.default" in gm.code
     compile(gm.code, "graph", "exec")
+
+
+def test_compiling_inside_a_checkpoint_leaves_no_trace_in_what_it_records(monkeypatch):
+    """A checkpoint counts the tensors that are saved; the first call, which compiles, may not save more than others."""
+    monkeypatch.setattr("fastlora.effects._PROBED", {})
+    monkeypatch.setattr("fastlora.verify._SEEN", {})
+    model = build("gpt_neox", dropout=0.1)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    fastlora.compile(model, verify=True)
+    assert step(model, batch()).gradients

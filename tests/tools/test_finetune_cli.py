@@ -88,7 +88,7 @@ def _check_summary(summary: dict) -> None:
     assert any(item["fused"] > 0 for item in summary["coverage"].values())
     assert sum(summary["fused"].values()) > 0
     assert summary["peak_process_bytes"] > 2**20
-    assert summary["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(summary["versions"]["torch"])  # which may leave out the build's suffix
     assert summary["settings"]["rank"] == 16
 
 
