@@ -92,7 +92,7 @@ def bodies(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
 
 def _analyse(graph: fx.Graph, rules: Sequence[AnyRule], verify: bool) -> Rewrite:
     view = View(graph)
-    result = Rewrite(graph, view, anchors=find_anchors(view, rules))
+    result = Rewrite(graph, view, anchors=_find_anchors(view, rules))
     found = list(_raise(result, [r for r in rules if isinstance(r, Rule) and not r.fuses]))
     found += list(_fuse(result, [r for r in rules if isinstance(r, Rule) and r.fuses]))
     legality = Legality(view)
@@ -101,11 +101,11 @@ def _analyse(graph: fx.Graph, rules: Sequence[AnyRule], verify: bool) -> Rewrite
         if isinstance(rule, GroupRule):
             legal += _legal(result, list(rule.find(view, legal)), legality, verify)
     _choose(result, legal)
-    result.missed = near_misses(result, rules)
+    result.missed = _near_misses(result)
     return result
 
 
-def find_anchors(view: View, rules: Sequence[AnyRule]) -> dict[str, dict[fx.Node, list[Rule]]]:
+def _find_anchors(view: View, rules: Sequence[AnyRule]) -> dict[str, dict[fx.Node, list[Rule]]]:
     """The candidates of each op family, with the rules that are about them, whether or not one matches."""
     found: dict[str, dict[fx.Node, list[Rule]]] = {}
     for rule in rules:
@@ -124,7 +124,7 @@ def _is_anchor(anchor: Anchor, view: View, node: fx.Node) -> bool:
     return anchor(view, node)
 
 
-def near_misses(result: Rewrite, rules: Sequence[AnyRule]) -> list[NearMiss]:
+def _near_misses(result: Rewrite) -> list[NearMiss]:
     """Each candidate that no chosen match covers, with the rule that came closest and what kept it from it."""
     claimed = result.claimed()
     return [
