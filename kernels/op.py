@@ -18,12 +18,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from fastlora.kernels.forms import Form, Forms
+from fastlora.kernels.schema import flatten, leaves, parse, unflatten
 
 Gradients = dict[str, Any]
 Wanted = dict[str, Any]
@@ -33,7 +37,7 @@ SavedIf = Callable[[Wanted, dict[str, Any]], bool]
 
 def _digest(folder: Path) -> str:
     """A digest of a folder's sources: AOTAutograd's cache keys on operator names, and would serve a stale backward."""
-    sources = sorted(folder.glob("*.py"))
+    sources = sorted(folder.rglob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:10]
 
 
@@ -41,64 +45,15 @@ NAMESPACE = f"fastlora_{_digest(Path(__file__).parent)}"
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
-@dataclass(frozen=True)
-class Argument:
-    """One argument or result of a schema; `type` is its schema type, e.g. `Tensor?[]` or `float`."""
-
-    name: str
-    type: str
-
-    @property
-    def is_tensor(self) -> bool:
-        return self.type.startswith("Tensor")
-
-    @property
-    def is_list(self) -> bool:
-        return self.type.endswith("[]")
-
-    @property
-    def is_optional(self) -> bool:
-        return "?" in self.type
-
-
-def _parse(schema: str) -> tuple[tuple[Argument, ...], tuple[Argument, ...]]:
-    """Splits `(Tensor x, float eps) -> (Tensor y)` into arguments and results; no defaults, no mutation."""
-    if "=" in schema or "!" in schema:
-        raise ValueError(f"schema {schema!r}: an op takes every argument explicitly and mutates none")
-    sides = [side.strip().removeprefix("(").removesuffix(")") for side in schema.split("->")]
-    parsed = []
-    for side in sides:
-        pairs = [item.rsplit(" ", 1) for item in side.split(",")]
-        parsed.append(tuple(Argument(name.strip(), kind.strip()) for kind, name in pairs))
-    arguments, results = parsed
-    return arguments, results
-
-
-def _flatten(declared: Sequence[Argument], values: Sequence[Any]) -> Iterator[torch.Tensor | None]:
-    for argument, value in zip(declared, values, strict=True):
-        if argument.is_tensor:
-            yield from value if argument.is_list else (value,)
-
-
-def _unflatten(declared: Sequence[Argument], flat: Sequence[Any]) -> list[Any]:
-    """Groups flat leaves by argument again: all lists of one op have one length, as they run over the same members."""
-    lists = sum(a.is_list for a in declared)
-    length = (len(flat) - (len(declared) - lists)) // max(lists, 1)
-    leaves = iter(flat)
-    return [[next(leaves) for _ in range(length)] if a.is_list else next(leaves) for a in declared]
-
-
-def _leaves(argument: Argument, gradient: Any, wanted: Any) -> list[Any]:
-    if not argument.is_list:
-        return [gradient]
-    return list(gradient) if gradient is not None else [None] * len(wanted)
-
-
-def _without_autocast(tensor: torch.Tensor) -> AbstractContextManager[Any]:
-    """Ops state the dtype of every product, so an ambient autocast must not choose another one inside them."""
-    if torch.is_autocast_enabled(tensor.device.type):
-        return torch.autocast(tensor.device.type, enabled=False)
-    return nullcontext()
+@contextmanager
+def _ambient(anchor: torch.Tensor) -> Iterator[None]:
+    """Where a form runs: on the tensors' GPU, and without autocast, as ops state the dtype of every product."""
+    with ExitStack() as stack:
+        if anchor.is_cuda and torch.cuda.is_initialized() and anchor.device.index != torch.cuda.current_device():
+            stack.enter_context(torch.cuda.device(anchor.device))
+        if torch.is_autocast_enabled(anchor.device.type):
+            stack.enter_context(torch.autocast(anchor.device.type, enabled=False))
+        yield
 
 
 @dataclass(frozen=True)
@@ -139,12 +94,14 @@ class SemanticOp:
         name, family: the op's name, and the family that reports count it under (`norm`, `lora`, ...).
         arguments, outputs, residuals: the parsed schema; residuals come after the outputs and carry no gradient.
         reference: plain PyTorch from the arguments to the outputs, differentiable by autograd, in any dtype.
+        forms: the implementations; the `forward` and `backward` given here are its PyTorch form.
         target: the registered operator, which returns outputs and residuals.
 
     `saves` names what the backward takes, out of arguments, outputs and residuals. One that only some gradients read
     has a condition in `saved_if`, which is asked with `wanted` and the arguments by name; where it fails the backward
     gets None. As it may still have to know the dtype of that tensor, it gets `<name>_dtype` as well. `read_by` names
-    arguments that just one output depends on, by its position: without a gradient for that output they get none.
+    arguments that just one output depends on, by its position: without a gradient for that output they get none. An op
+    that `foresees` has its forward told what will be `wanted` of the backward, to make those gradients on the way.
     """
 
     def __init__(
@@ -162,10 +119,12 @@ class SemanticOp:
         tied: tuple[str, ...] = (),
         passthrough: tuple[str, ...] = (),
         read_by: dict[str, int] | None = None,
+        foresees: bool = False,
     ) -> None:
         self.name, self.family, self.schema = name, family, schema
-        self.reference, self._forward, self._backward = reference, forward, backward
-        self.arguments, results = _parse(schema)
+        self.reference = reference
+        self.forms = Forms(name, Form("pytorch", forward, backward))
+        self.arguments, results = parse(schema)
         self.outputs, self.residuals = results[:outputs], results[outputs:]
         self.tensors = tuple(a for a in self.arguments if a.is_tensor)
         self.constants = tuple(a for a in self.arguments if not a.is_tensor)
@@ -174,6 +133,7 @@ class SemanticOp:
         self.saved = tuple(named[s] for s in saves)
         self.saved_if = saved_if or {}
         self._read_by = read_by or {}
+        self.foresees = foresees
         self._register(schema)
 
     def __repr__(self) -> str:
@@ -186,18 +146,19 @@ class SemanticOp:
         return results[0] if len(self.outputs) == 1 else tuple(results[: len(self.outputs)])
 
     def order(self, arguments: dict[str, Any]) -> list[Any]:
-        """The values of `arguments` in the schema's order; an optional tensor may be left out."""
+        """What to call `target` with: `arguments` in the schema's order; an optional tensor may be left out."""
         unknown = set(arguments) - {a.name for a in self.arguments}
         missing = {a.name for a in self.arguments if not a.is_optional} - set(arguments)
         if unknown or missing:
             raise TypeError(f"{self.name}{self.schema}: unknown {sorted(unknown)}, missing {sorted(missing)}")
         length = next((len(arguments[a.name]) for a in self.arguments if a.is_list and arguments.get(a.name)), 0)
         absent = {a.name: [None] * length if a.is_list else None for a in self.arguments}
-        return [absent[a.name] if arguments.get(a.name) is None else arguments[a.name] for a in self.arguments]
+        values = [absent[a.name] if arguments.get(a.name) is None else arguments[a.name] for a in self.arguments]
+        return [*values, []] if self.foresees else values
 
     def wanted(self, needs: Sequence[bool]) -> Wanted:
         """The flat `needs` of the tensor leaves, by argument."""
-        return dict(zip((a.name for a in self.tensors), _unflatten(self.tensors, needs), strict=True))
+        return dict(zip((a.name for a in self.tensors), unflatten(self.tensors, needs), strict=True))
 
     def reached(self, needs: Sequence[bool], grads: Sequence[torch.Tensor | None]) -> list[bool]:
         """`needs` without what only outputs without a gradient read: outside the op, those would get none either."""
@@ -205,17 +166,17 @@ class SemanticOp:
             need and not (name in self._read_by and grads[self._read_by[name]] is None)
             for name, need in zip(self._leaf_names(needs), needs, strict=True)
         ]
-        lists = [g for a, g in zip(self.outputs, _unflatten(self.outputs, grads), strict=True) if a.is_list]
+        lists = [g for a, g in zip(self.outputs, unflatten(self.outputs, grads), strict=True) if a.is_list]
         if not lists:
             return list(needs)
         alive = [any(g is not None for g in member) for member in zip(*lists, strict=True)]
         reached = []
-        for argument, wanted in zip(self.tensors, _unflatten(self.tensors, needs), strict=True):
+        for argument, wanted in zip(self.tensors, unflatten(self.tensors, needs), strict=True):
             reached += [n and a for n, a in zip(wanted, alive, strict=True)] if argument.is_list else [wanted]
         return reached
 
     def _leaf_names(self, needs: Sequence[bool]) -> list[str]:
-        grouped = zip(self.tensors, _unflatten(self.tensors, needs), strict=True)
+        grouped = zip(self.tensors, unflatten(self.tensors, needs), strict=True)
         return [a.name for a, wanted in grouped for _ in (wanted if a.is_list else [wanted])]
 
     def _register(self, schema: str) -> None:
@@ -223,38 +184,50 @@ class SemanticOp:
         dtypes = "".join(f", ScalarType? {name}_dtype" for name in self.saved_if)
         constants = "".join(f", {a.type} {a.name}" for a in self.constants)
         backward_schema = f"(Tensor?[] grads, bool[] needs{saved}{dtypes}{constants}) -> Tensor[]"
-        for name, text in ((self.name, schema), (f"{self.name}_backward", backward_schema)):
+        forward_schema = schema.replace(") ->", ", bool[] needs) ->", 1) if self.foresees else schema
+        for name, text in ((self.name, forward_schema), (f"{self.name}_backward", backward_schema)):
             _library.define(name + text)
         self.target = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         self.backward_target = getattr(getattr(torch.ops, NAMESPACE), f"{self.name}_backward").default
-        for name, function in ((self.name, self._run_forward), (f"{self.name}_backward", self._run_backward)):
-            _library.impl(name, function, "CompositeExplicitAutograd")
-            torch.library.register_fake(f"{NAMESPACE}::{name}", function, lib=_library)
+        for name, run in ((self.name, self._run_forward), (f"{self.name}_backward", self._run_backward)):
+            _library.impl(name, run, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"{NAMESPACE}::{name}", partial(run, fake=True), lib=_library)
         _library.impl(self.name, self._run_autograd, "Autograd")
 
-    def _run_forward(self, *values: Any) -> Any:
-        anchor = next(t for t in _flatten(self.arguments, values) if t is not None)
-        with _without_autocast(anchor):
-            results = self._forward(**dict(zip((a.name for a in self.arguments), values, strict=True)))
+    def _run_forward(self, *values: Any, fake: bool = False) -> Any:
+        needs: list[bool] = []
+        if self.foresees:
+            *values, needs = values
+        named = dict(zip((a.name for a in self.arguments), values, strict=True))
+        if self.foresees:
+            named["wanted"] = self.wanted(needs or [False] * len(list(flatten(self.arguments, values))))
+        anchor = next(t for t in flatten(self.arguments, values) if t is not None)
+        form = self.forms.pytorch if fake else self.forms.forward(anchor, named)
+        with _ambient(anchor):
+            results = form.forward(**named)
         return results if len(results) > 1 else results[0]
 
-    def _run_backward(self, grads: Sequence[torch.Tensor | None], needs: Sequence[bool], *values: Any) -> list[Any]:
+    def _run_backward(
+        self, grads: Sequence[torch.Tensor | None], needs: Sequence[bool], *values: Any, fake: bool = False
+    ) -> list[Any]:
         dtypes = [f"{name}_dtype" for name in self.saved_if]
         names = [*(a.name for a in self.saved), *dtypes, *(a.name for a in self.constants)]
         named = dict(zip(names, values, strict=True))
-        wanted = self.wanted(needs)
-        with _without_autocast(next(g for g in grads if g is not None)):
-            gradients = self._backward(wanted, _unflatten(self.outputs, grads), **named)
-        flat = [g for a in self.tensors for g in _leaves(a, gradients.get(a.name), wanted[a.name])]
+        named |= {"wanted": self.wanted(needs), "grads": unflatten(self.outputs, grads)}
+        anchor = next(g for g in grads if g is not None)
+        form = self.forms.pytorch if fake else self.forms.backward(anchor, named)
+        with _ambient(anchor):
+            gradients = form.backward(**named)
+        flat = [g for a in self.tensors for g in leaves(a, gradients.get(a.name), named["wanted"][a.name])]
         return [g for g, need in zip(flat, needs, strict=True) if need]
 
     def _run_autograd(self, *values: Any) -> Any:
-        tensors = list(_flatten(self.arguments, values))
+        tensors = list(flatten(self.arguments, values[: len(self.arguments)]))
         if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
             with torch._C._AutoDispatchBelowAutograd():
                 return self.target(*values)
         flat = _Apply.apply(self, values, *tensors)
-        results = _unflatten((*self.outputs, *self.residuals), flat)
+        results = unflatten((*self.outputs, *self.residuals), flat)
         return tuple(results) if len(results) > 1 else results[0]
 
 
@@ -263,20 +236,21 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, op: SemanticOp, values: tuple[Any, ...], *tensors: torch.Tensor | None) -> Any:
+        needs = ctx.needs_input_grad[2:]
         with torch._C._AutoDispatchBelowAutograd():
-            results = op.target(*values)
+            results = op.target(*values[: len(op.arguments)], needs) if op.foresees else op.target(*values)
         declared = (*op.outputs, *op.residuals)
         results = results if len(declared) > 1 else (results,)
         outputs, residuals = results[: len(op.outputs)], results[len(op.outputs) :]
-        named = dict(zip((a.name for a in op.arguments), values, strict=True))
+        named = dict(zip((a.name for a in op.arguments), values, strict=False))
         named.update(zip((r.name for r in declared), results, strict=True))
-        wanted = op.wanted(ctx.needs_input_grad[2:])
+        wanted = op.wanted(needs)
         dtypes = [None if named[name] is None else named[name].dtype for name in op.saved_if]
         ctx.op, ctx.constants = op, [*dtypes, *(named[a.name] for a in op.constants)]
         named.update({name: None for name, condition in op.saved_if.items() if not condition(wanted, named)})
         ctx.lengths = [len(named[a.name]) if a.is_list else None for a in op.saved]
-        ctx.save_for_backward(*_flatten(op.saved, [named[a.name] for a in op.saved]))
-        flat_outputs, flat_residuals = list(_flatten(op.outputs, outputs)), list(_flatten(op.residuals, residuals))
+        ctx.save_for_backward(*flatten(op.saved, [named[a.name] for a in op.saved]))
+        flat_outputs, flat_residuals = list(flatten(op.outputs, outputs)), list(flatten(op.residuals, residuals))
         ctx.outputs = len(flat_outputs)
         ctx.mark_non_differentiable(*flat_residuals)
         ctx.set_materialize_grads(False)

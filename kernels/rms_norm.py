@@ -12,7 +12,8 @@ Backward, with g = dy * (offset + w):
 because dr/dh = -r^3 h / H.  Saved: x and r (one number per row).  n is recomputed, which costs one multiplication and
 saves a tensor of x's size.  For the sum, both operands receive dh plus the gradient that the sum itself receives.
 
-Shapes: x (..., H), weight (H,) or None.  Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
+Shapes: x (..., H), weight (H,) or None; y and dx are laid out in memory as x is.
+Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 
+from fastlora.kernels.forms import laid_out
 from fastlora.kernels.op import Gradients, op
 
 _ATTRIBUTES = (
@@ -102,7 +104,7 @@ def backward(
     **_: Any,
 ) -> Gradients:
     dx, dw = _backward(wanted["x"], wanted["weight"], grads[0], x, weight, rstd, offset, scale_dtype)
-    return {"x": dx if dx is None else dx.to(x.dtype), "weight": dw}
+    return {"x": dx if dx is None else laid_out(dx.to(x.dtype), x), "weight": dw}
 
 
 rms_norm = op(
@@ -142,10 +144,10 @@ def add_backward(
     dy, dtotal = grads
     if dy is None:  # only the sum was used
         assert dtotal is not None
-        return {"residual": dtotal.clone()}
+        return {"residual": laid_out(dtotal.clone(), total)}
     dh, dw = _backward(wanted["residual"], wanted["weight"], dy, total, weight, rstd, offset, scale_dtype)
     if dh is not None:
-        dh = (dh if dtotal is None else dh + dtotal).to(total.dtype)
+        dh = laid_out((dh if dtotal is None else dh + dtotal).to(total.dtype), total)
     return {"residual": dh, "weight": dw}
 
 

@@ -7,20 +7,41 @@ opcheck), which every op's test runs on its `Case`s. Rounding errors are `op_pre
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from fastlora.kernels import forms
+from fastlora.kernels.forms import Form, restriction
 from fastlora.kernels.op import SemanticOp
 
 Arguments = dict[str, Any]
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def on_device(value: Any) -> Any:
+    """A tensor, or a list of them, on the device under test, with its strides; anything else as it is."""
+    if isinstance(value, list):
+        return [on_device(v) for v in value]
+    if not isinstance(value, torch.Tensor) or value.device.type == DEVICE.type:
+        return value
+    extent = sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True)) + 1
+    memory = value.as_strided((extent if value.numel() else 0,), (1,)).to(DEVICE)
+    return memory.as_strided(value.shape, value.stride(), 0)
+
+
+def native() -> torch.dtype:
+    """The widest dtype that the form under test computes in."""
+    return f32 if restriction() == "triton" else f64
 
 
 class Case:
@@ -30,17 +51,17 @@ class Case:
         self.name, self.op = name, op
         self._build = lambda dtype: build(dtype, *args, **kwargs)
 
-    def arguments(self, dtype: torch.dtype = f64) -> Arguments:
+    def arguments(self, dtype: torch.dtype | None = None) -> Arguments:
         torch.manual_seed(0)
-        return complete(self.op, self._build(dtype))
+        return complete(self.op, self._build(dtype or native()))
 
     def __str__(self) -> str:
         return self.name
 
 
 def complete(op: SemanticOp, arguments: Arguments) -> Arguments:
-    """The arguments with those spelled out that were left out."""
-    return dict(zip((a.name for a in op.arguments), op.order(arguments), strict=True))
+    """The arguments with those spelled out that were left out, on the device under test."""
+    return {a.name: on_device(v) for a, v in zip(op.arguments, op.order(arguments), strict=False)}
 
 
 def flat(value: Any) -> list[torch.Tensor]:
@@ -93,7 +114,7 @@ class Result:
 
 def cotangents(outputs: Sequence[torch.Tensor], seed: int = 1) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(t.shape, dtype=f64, generator=generator).to(t.dtype) for t in outputs]
+    return [torch.randn(t.shape, dtype=f64, generator=generator).to(t.dtype).to(t.device) for t in outputs]
 
 
 def evaluate(
@@ -103,6 +124,7 @@ def evaluate(
     grads: list[torch.Tensor] | None = None,
 ) -> Result:
     """Outputs, and the gradients of the wanted leaves (of all, unless told) for the given or random cotangents."""
+    arguments = {n: on_device(v) for n, v in arguments.items()}
     fresh = {n: t.detach().requires_grad_(wanted is None or n in wanted) for n, t in leaves(arguments).items()}
     outputs = flat(function(**replaced(arguments, fresh)))
     grads = cotangents(outputs) if grads is None else grads
@@ -143,18 +165,20 @@ def backward_calls(op: SemanticOp) -> Iterator[list[tuple[Any, ...]]]:
 def gradients_made(op: SemanticOp) -> Iterator[list[set[str]]]:
     """The names of the gradients that the op's backward function makes in each call, asked for or not."""
     made: list[set[str]] = []
-    function = op._backward
+    choose = op.forms.backward
 
-    def spy(*arguments: Any, **named: Any) -> dict[str, Any]:
-        gradients = function(*arguments, **named)
-        made.append({name for name, gradient in labelled(gradients).items() if gradient is not None})
-        return gradients
+    def spied(anchor: torch.Tensor, arguments: dict[str, Any]) -> Form:
+        form = choose(anchor, arguments)
 
-    op._backward = spy
-    try:
+        def backward(**named: Any) -> dict[str, Any]:
+            gradients = form.backward(**named)
+            made.append({name for name, gradient in labelled(gradients).items() if gradient is not None})
+            return gradients
+
+        return replace(form, backward=backward)
+
+    with patch.object(op.forms, "backward", spied):
         yield made
-    finally:
-        op._backward = function
 
 
 @contextmanager
@@ -174,6 +198,8 @@ def saved_for_backward() -> Iterator[list[torch.Tensor]]:
 
 
 def check_gradcheck(case: Case) -> None:
+    if native() is not f64:
+        pytest.skip("needs a form that computes in float64")
     arguments = case.arguments()
     named = leaves(arguments)
 
@@ -193,15 +219,20 @@ def _subsets(names: list[str]) -> list[tuple[str, ...]]:
 
 
 def check_every_subset_of_gradients(case: Case) -> None:
-    """Wanted gradients are autograd's, others None, and the backward is asked for no other and makes no other."""
+    """Wanted gradients are autograd's, others None, and the backward is asked for no other and makes no other.
+
+    A form that computes in float32 is compared with itself: a gradient does not depend on which others are wanted.
+    """
     op, arguments = case.op, case.arguments()
-    full = evaluate(op.reference, arguments)
+    exact = native() is f64
+    full = evaluate(op.reference if exact else op, arguments)
     for wanted in _subsets(list(leaves(arguments))):
         with backward_calls(op) as calls, gradients_made(op) as made:
             result = evaluate(op, arguments, wanted)
         for name, gradient in result.gradients.items():
             if name in wanted:
-                torch.testing.assert_close(gradient, full.gradients[name], rtol=1e-10, atol=1e-12)
+                tolerance = {"rtol": 1e-10, "atol": 1e-12} if exact else {"rtol": 0, "atol": 0}
+                torch.testing.assert_close(gradient, full.gradients[name], **tolerance)
             else:
                 assert gradient is None, f"{name} got a gradient when only {wanted} wanted one"
         asked = [{n for n, need in labelled(op.wanted(needs)).items() if need} for _, needs, *_ in calls]
@@ -240,7 +271,7 @@ def check_expanded_gradient(case: Case) -> None:
     """The gradient of a sum has stride 0 everywhere."""
     arguments = case.arguments()
     outputs = flat(case.op(**arguments))
-    expanded = [torch.full((), 0.7, dtype=t.dtype).expand(t.shape) for t in outputs]
+    expanded = [torch.full((), 0.7, dtype=t.dtype, device=t.device).expand(t.shape) for t in outputs]
     result = evaluate(case.op, arguments, grads=expanded)
     expected = evaluate(case.op, arguments, grads=[g.contiguous() for g in expanded])
     torch.testing.assert_close(result.gradients, expected.gradients, rtol=1e-12, atol=1e-12)
@@ -257,7 +288,7 @@ def check_double_backward_raises(case: Case) -> None:
 def check_autocast_is_inert(case: Case) -> None:
     arguments = case.arguments(f32)
     expected = evaluate(case.op, arguments).values()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         result = evaluate(case.op, arguments).values()
     for name, value in expected.items():
         assert torch.equal(value, result[name]), name
@@ -274,6 +305,64 @@ def check_opcheck(case: Case) -> None:
     torch.library.opcheck(case.op.backward_target, tuple(detached), test_utils=("test_schema", "test_faketensor"))
 
 
+def check_runs_are_equal(case: Case) -> None:
+    """Two runs give equal bits."""
+    first, second = (evaluate(case.op, case.arguments(f32)).values() for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def check_layouts(case: Case) -> None:
+    """Results and gradients have the strides of the PyTorch form's, which stands for all forms while tracing."""
+    op, arguments = case.op, case.arguments(f32)
+    strided = {n: on_device(t.repeat_interleave(2, -1))[..., ::2] for n, t in leaves(arguments).items()}
+    turned = {
+        n: on_device(t.transpose(0, 1).contiguous().transpose(0, 1))
+        for n, t in leaves(arguments).items()
+        if t.dim() > 1
+    }
+    for given in (arguments, replaced(arguments, strided), replaced(arguments, turned)):
+        here = evaluate(op, given).values()
+        with forms.only("pytorch"):
+            there = evaluate(op, given).values()
+        for name, value in there.items():
+            found, expected = ((t.shape, t.dtype, t.stride()) for t in (here[name], value))
+            assert found == expected, name
+
+
+def check_memory(case: Case) -> None:
+    """Kernels write every element of what they return, read none before, and write nothing around it."""
+    if restriction() != "triton":
+        pytest.skip("only kernels write to memory by address")
+    expected = evaluate(case.op, case.arguments(f32)).values()
+    with guarded_memory() as check:
+        result = evaluate(case.op, case.arguments(f32)).values()
+    check()
+    for name, value in expected.items():
+        assert torch.equal(value, result[name]), name
+
+
+@contextmanager
+def guarded_memory() -> Iterator[Callable[[], None]]:
+    """Fills what kernels allocate with nan, between two bands of nan; yields a check that the bands are untouched."""
+    band, bands = 1024, []
+
+    def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        size = math.prod(shape)
+        poison = math.nan if dtype.is_floating_point else torch.iinfo(dtype).max
+        memory = torch.full((size + 2 * band,), poison, dtype=dtype, device=device)
+        bands.append((memory, size, poison))
+        return memory[band : band + size].view(shape)
+
+    def check() -> None:
+        for memory, size, poison in bands:
+            around = torch.cat((memory[:band], memory[band + size :]))
+            assert (around.isnan() if math.isnan(poison) else around == poison).all()
+
+    with patch("fastlora.kernels.gpu.launch.allocate", allocate):
+        yield check
+
+
 CONTRACT = [
     check_gradcheck,
     check_every_subset_of_gradients,
@@ -282,4 +371,7 @@ CONTRACT = [
     check_double_backward_raises,
     check_autocast_is_inert,
     check_opcheck,
+    check_runs_are_equal,
+    check_layouts,
+    check_memory,
 ]

@@ -53,7 +53,7 @@ def test_errors_are_no_larger_than_eager_ones(data: st.DataObject) -> None:
         "gate": data.draw(tensors(shape, gate_dtype)),
         "up": data.draw(tensors(shape, up_dtype)),
         "activation": data.draw(st.sampled_from(list(FORMULAS))),
-        "out_dtype": data.draw(dtypes),
+        "out_dtype": data.draw(dtypes()),
     }
     assert_as_precise(glu, drawn)
 

@@ -60,7 +60,7 @@ def test_contract(case: Case, check: Any) -> None:
 
 @given(st.data())
 def test_errors_are_no_larger_than_eager_ones(data: st.DataObject) -> None:
-    op, dtype = data.draw(st.sampled_from([layer_norm, add_layer_norm])), data.draw(dtypes)
+    op, dtype = data.draw(st.sampled_from([layer_norm, add_layer_norm])), data.draw(dtypes())
     shape = data.draw(st.lists(sizes, min_size=1, max_size=3))
     drawn: Arguments = {"eps": 1e-3, "out_dtype": dtype}
     for name in ("x", "residual") if op is add_layer_norm else ("x",):

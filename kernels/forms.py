@@ -1,0 +1,123 @@
+"""The forms of an op, which are its implementations, and which of them runs.
+
+Every op has a PyTorch form, which runs anywhere and in any dtype. `kernels/gpu` adds Triton forms for NVIDIA GPUs, and
+is imported when the first CUDA tensor meets an op. A form says for each call whether it serves the arguments at hand,
+and the first that does runs; forward and backward are chosen apart, as all forms of an op keep the same residuals.
+
+Whatever the form, the results have the shapes, dtypes and strides of the PyTorch form's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+
+OLDEST_CAPABILITY = (7, 0)
+
+
+def _never(**_: Any) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Form:
+    """One implementation of an op.
+
+    `forward` and `backward` take what the PyTorch form's take. `serves` is asked with the arguments of the forward,
+    `serves_backward` with those of the backward (`wanted`, `grads` and what was saved); both by name.
+    """
+
+    name: str
+    forward: Callable[..., tuple[Any, ...]]
+    backward: Callable[..., dict[str, Any]]
+    serves: Callable[..., bool] = _never
+    serves_backward: Callable[..., bool] = _never
+
+
+def laid_out(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`t` with the strides that `empty_like` gives a tensor of its shape: a copy where it has others."""
+    if t.is_contiguous() and like.is_contiguous():
+        return t
+    result = torch.empty_like(like, dtype=t.dtype)
+    return t if result.stride() == t.stride() else result.copy_(t)
+
+
+@dataclass
+class Forms:
+    """The forms of one op: the PyTorch form, and before it, in order of preference, those for a GPU."""
+
+    op: str
+    pytorch: Form
+    accelerated: list[Form] = field(default_factory=list)
+
+    def forward(self, anchor: torch.Tensor, arguments: dict[str, Any]) -> Form:
+        """The form to run a forward on; `anchor` is any of the tensors."""
+        return self._first(anchor, lambda form: form.serves(**arguments))
+
+    def backward(self, anchor: torch.Tensor, arguments: dict[str, Any]) -> Form:
+        return self._first(anchor, lambda form: form.serves_backward(**arguments))
+
+    def _first(self, anchor: torch.Tensor, serves: Callable[[Form], bool]) -> Form:
+        if _only is None and not (anchor.is_cuda and runs_kernels(anchor.device)):
+            return self.pytorch
+        if _only == self.pytorch.name:
+            return self.pytorch
+        _load()
+        for form in self.accelerated:
+            if form.name == (_only or form.name) and serves(form):
+                return form
+        if _only is not None:
+            raise NotImplementedError(f"{self.op}: the {_only} form does not serve these arguments")
+        return self.pytorch
+
+
+_only: str | None = None
+
+
+@contextmanager
+def only(name: str) -> Iterator[None]:
+    """Runs every op on its form of that name, on any device, for tests and benchmarks.
+
+    Raises:
+        NotImplementedError: in a call that the form does not serve.
+    """
+    global _only
+    before, _only = _only, name
+    try:
+        yield
+    finally:
+        _only = before
+
+
+def restriction() -> str | None:
+    """The name of the forms that `only` restricts ops to."""
+    return _only
+
+
+@cache
+def _load() -> None:
+    importlib.import_module("fastlora.kernels.gpu")
+
+
+@cache
+def runs_kernels(device: torch.device) -> bool:
+    """Whether Triton kernels run on the device; warns where a GPU is too old for them."""
+    if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+        return False
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CAPABILITY:
+        needed, found = (".".join(map(str, c)) for c in (OLDEST_CAPABILITY, capability))
+        warnings.warn(
+            f"fastlora's kernels need compute capability {needed}, and {torch.cuda.get_device_name(device)} has "
+            f"{found}: fused ops run on their PyTorch form there, which is right but not faster",
+            stacklevel=2,
+        )
+        return False
+    return True

@@ -1,0 +1,222 @@
+"""RMSNorm, alone and after the residual addition: `kernels/rms_norm.py` has the formulas.
+
+A program holds whole rows, in float32, so each element is loaded once and stored once. The backward without a weight
+gradient has a program per few rows. With one, as many programs as the GPU runs at a time walk over the rows and each
+sums its share of dw in registers; the shares are then added up in a fixed order, so two runs give equal bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlora.kernels import rms_norm as op
+from fastlora.kernels.forms import Form, laid_out
+from fastlora.kernels.gpu.launch import TL_DTYPES, Rows, empty, power_of_two, processors, supported, vector
+from fastlora.kernels.op import Gradients, Wanted
+
+WIDEST = 65536
+"""The longest row that a program can hold in registers."""
+
+
+@triton.jit
+def _scale(w_ptr, cols, mask, offset, SCALE_DTYPE: tl.constexpr):
+    """offset + w, rounded to SCALE_DTYPE as the model has it."""
+    w = tl.load(w_ptr + cols, mask=mask, other=0.0).to(tl.float32).to(SCALE_DTYPE)
+    return (w.to(tl.float32) + offset).to(SCALE_DTYPE).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["T", "eps", "offset"])
+def forward_kernel(
+    x_ptr, residual_ptr, w_ptr, y_ptr, total_ptr, rstd_ptr,
+    T, H, x_stride, residual_stride, y_stride, eps, offset,
+    ADD: tl.constexpr, WEIGHT: tl.constexpr, NORM_DTYPE: tl.constexpr, SCALE_DTYPE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """total = residual + x; y = total * rsqrt(mean(total^2) + eps) * (offset + w), for BLOCK_T rows."""
+    row = tl.arange(0, BLOCK_T)[:, None].to(tl.int64) + tl.program_id(0) * BLOCK_T
+    cols = tl.arange(0, BLOCK_H)[None, :]
+    mask = (row < T) & (cols < H)
+    h = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        residual = tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        total = (residual + h).to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + row * H + cols, total, mask=mask)
+        h = total.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(h * h, axis=1, keep_dims=True) / H + eps)
+    tl.store(rstd_ptr + row, rstd, mask=row < T)
+    n = (h * rstd).to(NORM_DTYPE).to(tl.float32)
+    if WEIGHT:
+        n = n * _scale(w_ptr, cols, cols < H, offset, SCALE_DTYPE)
+    tl.store(y_ptr + row * y_stride + cols, n.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["T", "offset"])
+def backward_kernel(
+    dy_ptr, x_ptr, w_ptr, rstd_ptr, dtotal_ptr, dx_ptr, dw_ptr,
+    T, H, dy_stride, x_stride, dtotal_stride, offset,
+    WEIGHT: tl.constexpr, DTOTAL: tl.constexpr, DX: tl.constexpr, DW: tl.constexpr, SCALE_DTYPE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """dx = rstd * (g - n * mean(g * n)) + dtotal, and the sum of dy * n, for every num_programs-th BLOCK_T rows."""
+    cols = tl.arange(0, BLOCK_H)[None, :]
+    in_row = cols < H
+    scale = tl.full((1, BLOCK_H), 1.0, tl.float32)
+    if WEIGHT:
+        scale = _scale(w_ptr, cols, in_row, offset, SCALE_DTYPE)
+    dw = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.num_programs(0)):
+        row = tl.arange(0, BLOCK_T)[:, None].to(tl.int64) + tile * BLOCK_T
+        mask = (row < T) & in_row
+        rstd = tl.load(rstd_ptr + row, mask=row < T, other=0.0)
+        n = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32) * rstd
+        g = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        if DW:
+            dw += g * n
+        if DX:
+            g = g * scale
+            dx = rstd * (g - n * (tl.sum(g * n, axis=1, keep_dims=True) / H))
+            if DTOTAL:
+                dx += tl.load(dtotal_ptr + row * dtotal_stride + cols, mask=mask, other=0.0).to(tl.float32)
+            tl.store(dx_ptr + row * H + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    if DW:
+        share = tl.sum(dw, axis=0, keep_dims=True)
+        tl.store(dw_ptr + tl.program_id(0).to(tl.int64) * H + cols, share, mask=in_row)
+
+
+def tile(H: int) -> tuple[int, int, int]:
+    """Rows and columns of a program's tile, and its warps: about 4,096 elements, 16 to 32 for each thread."""
+    block_h = power_of_two(H)
+    block_t = max(1, min(16, 2048 // block_h))
+    return block_t, block_h, min(16, max(1, block_t * block_h // 1024))
+
+
+def _normalise(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    norm_dtype: torch.dtype,
+    scale_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y, the sum (x if there is no residual) and rstd."""
+    rows, H = Rows(x), x.shape[-1]
+    matrix = rows.of(x)
+    added = matrix if residual is None else rows.of(residual)
+    y, rstd = rows.empty(H, out_dtype), rows.empty(1, torch.float32)
+    total = x if residual is None else rows.empty(H, torch.promote_types(x.dtype, residual.dtype))
+    block_t, block_h, warps = tile(H)
+    forward_kernel[(triton.cdiv(rows.count, block_t),)](
+        matrix, added, vector(weight), y, total, rstd,
+        rows.count, H, matrix.stride(0), added.stride(0), H, eps, offset,
+        ADD=residual is not None, WEIGHT=weight is not None,
+        NORM_DTYPE=TL_DTYPES[norm_dtype], SCALE_DTYPE=TL_DTYPES[scale_dtype],
+        BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
+    )  # fmt: skip
+    return laid_out(y, x), total if residual is None else laid_out(total, x), rstd.contiguous()
+
+
+def _differentiate(
+    wants_dx: bool,
+    wants_dw: bool,
+    dy: torch.Tensor,
+    dtotal: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    rstd: torch.Tensor,
+    offset: float,
+    scale_dtype: torch.dtype,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The gradients of x (for a sum, with the sum's own added) and of the weight."""
+    rows, H = Rows(x), x.shape[-1]
+    matrix, incoming = rows.of(x), rows.of(dy)
+    through = incoming if dtotal is None else rows.of(dtotal)
+    wants_dw = wants_dw and weight is not None
+    block_t, block_h, warps = tile(H)
+    tiles = triton.cdiv(rows.count, block_t)
+    programs = min(tiles, 4 * processors(x.device)) if wants_dw else tiles
+    dx = rows.empty(H, x.dtype) if wants_dx else None
+    shares = empty(programs, H, like=x, dtype=torch.float32) if wants_dw else None
+    backward_kernel[(programs,)](
+        incoming, matrix, vector(weight), rows.of(rstd), through, dx, shares,
+        rows.count, H, incoming.stride(0), matrix.stride(0), through.stride(0), offset,
+        WEIGHT=weight is not None, DTOTAL=dtotal is not None, DX=wants_dx, DW=wants_dw,
+        SCALE_DTYPE=TL_DTYPES[scale_dtype], BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
+    )  # fmt: skip
+    dw = None if shares is None or weight is None else shares.sum(0).to(weight.dtype)
+    return None if dx is None else laid_out(dx, x), dw
+
+
+def serves(x: torch.Tensor, weight: torch.Tensor | None, residual: torch.Tensor | None = None, **given: Any) -> bool:
+    dtypes = (given["norm_dtype"], given["scale_dtype"], given["out_dtype"])
+    return (
+        given["compute_dtype"] is torch.float32
+        and all(dtype in TL_DTYPES for dtype in dtypes)
+        and 0 < x.shape[-1] <= WIDEST
+        and x.numel() > 0
+        and (residual is None or residual.shape == x.shape)
+        and supported(x, weight, residual)
+    )
+
+
+def forward(x: torch.Tensor, weight: torch.Tensor | None, **attributes: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    y, _, rstd = _normalise(x, None, weight, **attributes)
+    return y, rstd
+
+
+def serves_backward(grads: list[torch.Tensor], x: torch.Tensor, **given: Any) -> bool:
+    return serves(x, **given) and supported(*grads)
+
+
+def backward(
+    wanted: Wanted,
+    grads: list[torch.Tensor],
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    rstd: torch.Tensor,
+    offset: float,
+    scale_dtype: torch.dtype,
+    **_: Any,
+) -> Gradients:
+    wants = wanted["x"], wanted["weight"]
+    dx, dw = _differentiate(*wants, grads[0], None, x, weight, rstd, offset, scale_dtype)
+    return {"x": dx, "weight": dw}
+
+
+def add_forward(
+    residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, **attributes: Any
+) -> tuple[torch.Tensor, ...]:
+    return _normalise(x, residual, weight, **attributes)
+
+
+def serves_add_backward(grads: list[torch.Tensor | None], total: torch.Tensor, **given: Any) -> bool:
+    return serves(total, **given) and supported(*grads)
+
+
+def add_backward(
+    wanted: Wanted,
+    grads: list[torch.Tensor | None],
+    total: torch.Tensor,
+    weight: torch.Tensor | None,
+    rstd: torch.Tensor,
+    offset: float,
+    scale_dtype: torch.dtype,
+    **_: Any,
+) -> Gradients:
+    dy, dtotal = grads
+    if dy is None:  # only the sum was used
+        assert dtotal is not None
+        return {"residual": laid_out(dtotal.clone(), total)}
+    wants = wanted["residual"], wanted["weight"]
+    dx, dw = _differentiate(*wants, dy, dtotal, total, weight, rstd, offset, scale_dtype)
+    return {"residual": dx, "weight": dw}
+
+
+op.rms_norm.forms.accelerated.append(Form("triton", forward, backward, serves, serves_backward))
+op.add_rms_norm.forms.accelerated.append(Form("triton", add_forward, add_backward, serves, serves_add_backward))

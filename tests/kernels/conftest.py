@@ -1,0 +1,29 @@
+"""Runs the tests of an op on each of its forms: natively on a GPU, and else in Triton's interpreter."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
+
+from fastlora.kernels import forms
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "form" in metafunc.fixturenames:
+        forms = getattr(metafunc.module, "FORMS", ["pytorch"])
+        needs_float64 = metafunc.definition.get_closest_marker("float64")
+        metafunc.parametrize("form", ["pytorch"] if needs_float64 else forms, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def form(request: pytest.FixtureRequest) -> Iterator[str]:
+    parameters = request.node.callspec.params
+    interpreted = request.param == "triton" and not torch.cuda.is_available()
+    if interpreted and torch.bfloat16 in parameters.values():
+        pytest.skip("Triton's interpreter has no bfloat16 arithmetic")
+    with forms.only(request.param):
+        yield request.param
