@@ -14,8 +14,8 @@ Backward:
 Saved: gate and up.  act(gate) is recomputed.  Half precision is widened to float32 and rounded once, where eager rounds
 after the activation as well.
 
-Shapes: gate, up and y (..., I).  Sources: Shazeer, "GLU Variants Improve Transformer" (2020); Hendrycks and Gimpel,
-"Gaussian Error Linear Units" (2016).
+Shapes: gate, up and y (..., I); y and dgate are laid out in memory as gate is, dup as up.
+Sources: Shazeer, "GLU Variants Improve Transformer" (2020); Hendrycks and Gimpel, "Gaussian Error Linear Units" (2016).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fastlora.kernels.forms import laid_out
 from fastlora.kernels.op import Gradients, Wanted, op
 
 _CUBIC = 0.044715
@@ -70,7 +71,7 @@ def _wide(gate: torch.Tensor, up: torch.Tensor) -> torch.dtype:
 
 def forward(gate: torch.Tensor, up: torch.Tensor, activation: str, out_dtype: torch.dtype) -> tuple[torch.Tensor]:
     wide = _wide(gate, up)
-    return ((activate(gate.to(wide), activation) * up.to(wide)).to(out_dtype),)
+    return (laid_out((activate(gate.to(wide), activation) * up.to(wide)).to(out_dtype), gate),)
 
 
 def backward(
@@ -80,9 +81,9 @@ def backward(
     z, dy = gate.to(wide), grads[0].to(wide)
     gradients: Gradients = {}
     if wanted["gate"]:
-        gradients["gate"] = (dy * up.to(wide) * derivative(z, activation)).to(gate.dtype)
+        gradients["gate"] = laid_out((dy * up.to(wide) * derivative(z, activation)).to(gate.dtype), gate)
     if wanted["up"]:
-        gradients["up"] = (dy * activate(z, activation)).to(up.dtype)
+        gradients["up"] = laid_out((dy * activate(z, activation)).to(up.dtype), up)
     return gradients
 
 

@@ -15,8 +15,9 @@ two directions that a shift and a scaling of the row, which leave n alone, would
 numbers per row).  n is recomputed, which costs a subtraction and a multiplication and saves a tensor of x's size.  For
 the sum, both operands receive dh plus the gradient that the sum itself receives.
 
-Shapes: x (..., H), weight and bias (H,) or None.  `compute` is x's dtype, or float32 where that is narrower: half
-precision is rounded once, at the end.  Source: Ba, Kiros and Hinton, "Layer Normalization" (2016).
+Shapes: x (..., H), weight and bias (H,) or None; y and dx are laid out in memory as x is.  `compute` is x's dtype, or
+float32 where that is narrower: half precision is rounded once, at the end.
+Source: Ba, Kiros and Hinton, "Layer Normalization" (2016).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fastlora.kernels.forms import laid_out
 from fastlora.kernels.op import Gradients, op
 
 _ATTRIBUTES = "Tensor? weight, Tensor? bias, float eps, ScalarType out_dtype"
@@ -101,7 +103,7 @@ def backward(
     **_: Any,
 ) -> Gradients:
     dh, gradients = _backward(wanted["x"], wanted, grads[0], x, weight, bias, mean, rstd)
-    return {**gradients, "x": dh if dh is None else dh.to(x.dtype)}
+    return {**gradients, "x": dh if dh is None else laid_out(dh.to(x.dtype), x)}
 
 
 layer_norm = op(
@@ -141,10 +143,10 @@ def add_backward(
     dy, dtotal = grads
     if dy is None:  # only the sum was used
         assert dtotal is not None
-        return {"residual": dtotal.to(total.dtype, copy=True)}
+        return {"residual": laid_out(dtotal.clone(), total)}
     dh, gradients = _backward(wanted["residual"], wanted, dy, total, weight, bias, mean, rstd)
     if dh is not None:
-        dh = (dh if dtotal is None else dh + dtotal).to(total.dtype)
+        dh = laid_out((dh if dtotal is None else dh + dtotal).to(total.dtype), total)
     return {**gradients, "residual": dh}
 
 

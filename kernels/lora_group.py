@@ -9,9 +9,10 @@ Backward.  The members' parameters have the gradients they have alone, and the i
 as one chain of products that add onto each other, where eager makes 2n tensors of x's size and adds them up.
 A member whose output received no gradient is left out: it costs nothing, and its parameters get none.
 
-Saved: x once, if any W or A is trained; xa_i, one row of R_i per token.
+Saved: x once, if any W or A is trained; s_i xa_i side by side, one row of the sum of R_i per token.
 
-Shapes: x (..., K), W_i (N_i, K), A_i (R_i, K), B_i (N_i, R_i), y_i (..., N_i).  Members may differ in N and in R.
+Shapes: x (..., K), W_i (N_i, K), A_i (R_i, K), B_i (N_i, R_i), y_i (..., N_i).  Members may differ in N and in R; the
+cost is that of M members of one R, with N the sum of theirs.
 Source: first principles.
 """
 
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 from fastlora.kernels import lora_linear as single
+from fastlora.kernels.cost import Cost, Work
 from fastlora.kernels.op import Gradients, Wanted, op
 
 _LISTS = (*single.PARAMETERS, "scaling")
@@ -52,22 +54,24 @@ def reference(
     return [single.reference(x, None, w, b, low_a, low_b, lb, s, *dtypes) for w, b, low_a, low_b, lb, s in members]
 
 
-def forward(x: torch.Tensor, **arguments: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def forward(x: torch.Tensor, **arguments: Any) -> tuple[list[torch.Tensor], torch.Tensor]:
     lists = {name: arguments.pop(name) for name in _LISTS}
     results = [single.forward(x, None, **member, **arguments) for member in _members(lists)]
-    return [y for y, _ in results], [xa for _, xa in results]
+    return [y for y, _ in results], torch.cat([xa for _, xa in results], dim=1)
 
 
 def backward(
     wanted: Wanted,
     grads: list[list[torch.Tensor | None]],
     x: torch.Tensor | None,
+    xa: torch.Tensor,
     x_dtype: torch.dtype,
     base_dtype: torch.dtype,
     lora_dtype: torch.dtype,
     out_dtype: torch.dtype,
     **lists: list[Any],
 ) -> Gradients:
+    lists["xa"] = list(xa.split([a.shape[0] for a in lists["lora_a"]], dim=1))
     wants = _members({name: wanted[name] for name in single.PARAMETERS})
     gradients: dict[str, list[torch.Tensor | None]] = {name: [] for name in single.PARAMETERS}
     addends: list[single.Addend] = []
@@ -92,7 +96,7 @@ lora_group = op(
     schema=(
         "(Tensor x, Tensor[] weight, Tensor?[] bias, Tensor[] lora_a, Tensor[] lora_b, Tensor?[] lora_bias, "
         "float[] scaling, ScalarType base_dtype, ScalarType lora_dtype, ScalarType out_dtype) "
-        "-> (Tensor[] y, Tensor[] xa)"
+        "-> (Tensor[] y, Tensor xa)"
     ),
     outputs=1,
     reference=reference,
@@ -100,4 +104,8 @@ lora_group = op(
     backward=backward,
     saves=("x", *single.PARAMETERS, "xa"),
     saved_if={"x": lambda wanted, _: any(wanted["weight"]) or any(wanted["lora_a"])},
+    cost=Cost(
+        forward=Work(flops="2*T*N*K + 2*T*R*(N + M*K)", bytes="(T*K + T*N + M*T*R)*b + N*K*w + R*(N + M*K)*p"),
+        backward=Work(flops="2*T*N*K + 4*T*R*(N + M*K)", bytes="(2*T*K + T*N + M*T*R)*b + N*K*w + 2*R*(N + M*K)*p"),
+    ),
 )

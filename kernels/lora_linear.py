@@ -10,13 +10,13 @@ autocast all of it is bfloat16.  `lora_add` is the last line for any `base` that
 Backward, with the low-rank path factored through dxa, which is only R wide:
 
     dW = dy^T x         db = sum dy          dx = dy W
-    dB = s dy^T xa      dc = s sum dy        dxa = s dy B        dA = dxa^T z        dz = dxa A
+    dB = dy^T (s xa)    dc = s sum dy        dxa = s dy B        dA = dxa^T z        dz = dxa A
 
-s multiplies inside the products that need it, so dy * s, as large as y, is never made, and nothing is rounded for its
-sake.  Without dropout z is x and dx = dy W + dxa A: the second product adds onto the first where their dtypes agree.
+s multiplies what is only R wide, so dy * s, as large as y, is never made.  Without dropout z is x and
+dx = dy W + dxa A: the second product adds onto the first where their dtypes agree.
 
-Saved: xa, one row of R per token, which saves dB from recomputing it; z only if A is trained, x only if z is x or W is
-trained.  A frozen base behind dropout, or an adapter with a frozen A, saves no activation but xa.
+Saved: s xa, one row of R per token, which saves dB from recomputing it; z only if A is trained, x only if z is x or W
+is trained.  A frozen base behind dropout, or an adapter with a frozen A, saves no activation but s xa.
 
 Shapes: x and z (..., K), W (N, K), b and c (N,), A (R, K), B (N, R), y (..., N), xa (T, R) for T tokens.
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021).
@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fastlora.kernels.cost import Cost, Work
 from fastlora.kernels.op import Gradients, Wanted, op
 
 PARAMETERS = ("weight", "bias", "lora_a", "lora_b", "lora_bias")
@@ -119,7 +120,7 @@ def add_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     xa = F.linear(x.to(lora_dtype), lora_a.to(lora_dtype))
     low = F.linear(xa, lora_b.to(lora_dtype), cast(lora_bias, lora_dtype))
-    return (base + low * scaling).to(out_dtype), rows(xa)
+    return (base + low * scaling).to(out_dtype), rows(xa) * scaling
 
 
 def forward(
@@ -166,11 +167,11 @@ def low_rank_backward(
     scaling: float,
     lora_dtype: torch.dtype,
 ) -> tuple[Gradients, list[Addend]]:
-    """The gradients of A, B and c, and the addend of dz if it is wanted, from dy (T, N)."""
+    """The gradients of A, B and c, and the addend of dz if it is wanted, from dy (T, N) and the scaled xa."""
     dy = dy.to(lora_dtype)
     gradients: Gradients = {}
     if wanted["lora_b"]:
-        gradients["lora_b"] = scaled_product(dy.t(), xa, scaling).to(lora_b.dtype)
+        gradients["lora_b"] = (dy.t() @ xa).to(lora_b.dtype)
     if lora_bias is not None and wanted["lora_bias"]:
         gradients["lora_bias"] = (sum_rows(dy) * scaling).to(lora_bias.dtype)
     if not (wanted["lora_a"] or wants_z):
@@ -245,6 +246,10 @@ lora_linear = op(
         "x": lambda wanted, given: wanted["weight"] or (wanted["lora_a"] and given["x_dropped"] is None),
         "x_dropped": lambda wanted, _: wanted["lora_a"],
     },
+    cost=Cost(
+        forward=Work(flops="2*T*N*K + 2*T*R*(N + K)", bytes="(T*K + T*N + T*R)*b + N*K*w + R*(N + K)*p"),
+        backward=Work(flops="2*T*N*K + 4*T*R*(N + K)", bytes="(2*T*K + T*N + T*R)*b + N*K*w + 2*R*(N + K)*p"),
+    ),
 )
 
 
@@ -277,4 +282,8 @@ lora_add = op(
     saves=("x", "lora_a", "lora_b", "lora_bias", "xa"),
     saved_if={"x": lambda wanted, _: wanted["lora_a"]},
     passthrough=("base",),
+    cost=Cost(
+        forward=Work(flops="2*T*R*(N + K)", bytes="(T*K + 2*T*N + T*R)*b + R*(N + K)*p"),
+        backward=Work(flops="4*T*R*(N + K)", bytes="(2*T*K + T*N + T*R)*b + 2*R*(N + K)*p"),
+    ),
 )

@@ -13,8 +13,8 @@ Backward, with dh, dg and du the gradients of h, g and u:
 
 and each layer's parameters as if it stood alone.  dh is only computed if something before `down` wants it.
 
-Saved: x, g, u, and xa of each layer (one row of R per token).  h, as wide as g and u, is recomputed from them.  x only
-if a W or an A of gate or up is trained.
+Saved: x, g, u, and s xa of each layer (rows of R, those of gate and up side by side).  h, as wide as g and u, is
+recomputed from them.  x only if a W or an A of gate or up is trained.
 
 Shapes: x (..., H), Wg and Wu (I, H), Wd (H', I), y (..., H').  Source: Shazeer, "GLU Variants Improve Transformer"
 (2020), with the adapters of Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021).
@@ -28,6 +28,7 @@ import torch
 
 from fastlora.kernels import glu
 from fastlora.kernels import lora_linear as single
+from fastlora.kernels.cost import Cost, Work
 from fastlora.kernels.op import Gradients, Wanted, op
 
 _TYPES = {
@@ -85,7 +86,7 @@ def forward(
     up, up_xa = project("up", x, proj_dtype)
     (hidden,) = glu.forward(gate, up, activation, hidden_dtype)
     y, down_xa = project("down", hidden, out_dtype)
-    return y, gate, up, gate_xa, up_xa, down_xa
+    return y, gate, up, torch.cat((gate_xa, up_xa), dim=1), down_xa
 
 
 def backward(
@@ -94,6 +95,7 @@ def backward(
     x: torch.Tensor | None,
     gate: torch.Tensor,
     up: torch.Tensor,
+    inner_xa: torch.Tensor,
     x_dtype: torch.dtype,
     activation: str,
     base_dtype: torch.dtype,
@@ -102,6 +104,8 @@ def backward(
     **saved: Any,
 ) -> Gradients:
     gradients: Gradients = {}
+    ranks = [len(saved[f"{p}_lora_a"]) for p in ("gate", "up")]
+    saved["gate_xa"], saved["up_xa"] = inner_xa.split(ranks, dim=1)
 
     def through(projection: str, wants_z: bool, dy: torch.Tensor, z: torch.Tensor | None) -> list[single.Addend]:
         want = {name: wanted[f"{projection}_{name}"] for name in single.PARAMETERS}
@@ -133,7 +137,7 @@ lora_mlp = op(
     schema=(
         f"(Tensor x, {_PARAMETERS}, str activation, ScalarType base_dtype, ScalarType lora_dtype, "
         "ScalarType proj_dtype, ScalarType hidden_dtype, ScalarType out_dtype) "
-        "-> (Tensor y, Tensor gate, Tensor up, Tensor gate_xa, Tensor up_xa, Tensor down_xa)"
+        "-> (Tensor y, Tensor gate, Tensor up, Tensor inner_xa, Tensor down_xa)"
     ),
     outputs=1,
     reference=reference,
@@ -142,9 +146,13 @@ lora_mlp = op(
     saves=(
         "x",
         *(f"{p}_{name}" for p in _PROJECTIONS for name in single.PARAMETERS),
-        *("gate", "up", "gate_xa", "up_xa", "down_xa"),
+        *("gate", "up", "inner_xa", "down_xa"),
     ),
     saved_if={
         "x": lambda wanted, _: any(wanted[f"{p}_{name}"] for p in ("gate", "up") for name in ("weight", "lora_a"))
     },
+    cost=Cost(
+        forward=Work(flops="6*T*H*I + 6*T*R*(H + I)", bytes="(2*T*H + 2*T*I + 3*T*R)*b + 3*H*I*w + 3*R*(H + I)*p"),
+        backward=Work(flops="6*T*H*I + 12*T*R*(H + I)", bytes="(3*T*H + 2*T*I + 3*T*R)*b + 3*H*I*w + 6*R*(H + I)*p"),
+    ),
 )

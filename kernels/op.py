@@ -17,8 +17,8 @@ under Inductor alike, because nothing traces through it; and what the backward t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,8 +26,9 @@ from typing import Any
 
 import torch
 
+from fastlora.kernels.cost import Cost
 from fastlora.kernels.forms import Form, Forms
-from fastlora.kernels.schema import flatten, leaves, parse, unflatten
+from fastlora.kernels.schema import Leaves, parse
 
 Gradients = dict[str, Any]
 Wanted = dict[str, Any]
@@ -45,15 +46,14 @@ NAMESPACE = f"fastlora_{_digest(Path(__file__).parent)}"
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
-@contextmanager
-def _ambient(anchor: torch.Tensor) -> Iterator[None]:
-    """Where a form runs: on the tensors' GPU, and without autocast, as ops state the dtype of every product."""
-    with ExitStack() as stack:
+def _run(form: Callable[..., Any], anchor: torch.Tensor, arguments: dict[str, Any]) -> Any:
+    """Runs a form unseen by autograd, on the tensors' GPU, and without autocast, as ops state their dtypes."""
+    with torch._C._AutoDispatchBelowAutograd(), ExitStack() as stack:
         if anchor.is_cuda and torch.cuda.is_initialized() and anchor.device.index != torch.cuda.current_device():
             stack.enter_context(torch.cuda.device(anchor.device))
         if torch.is_autocast_enabled(anchor.device.type):
             stack.enter_context(torch.autocast(anchor.device.type, enabled=False))
-        yield
+        return form(**arguments)
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,15 @@ class SemanticOp:
         name, family: the op's name, and the family that reports count it under (`norm`, `lora`, ...).
         arguments, outputs, residuals: the parsed schema; residuals come after the outputs and carry no gradient.
         reference: plain PyTorch from the arguments to the outputs, differentiable by autograd, in any dtype.
+        cost: the least work of a forward and a backward.
         forms: the implementations; the `forward` and `backward` given here are its PyTorch form.
         target: the registered operator, which returns outputs and residuals.
 
     `saves` names what the backward takes, out of arguments, outputs and residuals. One that only some gradients read
     has a condition in `saved_if`, which is asked with `wanted` and the arguments by name; where it fails the backward
-    gets None. As it may still have to know the dtype of that tensor, it gets `<name>_dtype` as well. `read_by` names
-    arguments that just one output depends on, by its position: without a gradient for that output they get none. An op
-    that `foresees` has its forward told what will be `wanted` of the backward, to make those gradients on the way.
+    gets None. As it may still have to know the dtype of that tensor, or list, it gets `<name>_dtype` as well. `read_by`
+    names arguments that just one output depends on, by its position: without a gradient for that output they get none.
+    An op that `foresees` has its forward told what will be `wanted` of the backward, to make it on the way.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class SemanticOp:
         passthrough: tuple[str, ...] = (),
         read_by: dict[str, int] | None = None,
         foresees: bool = False,
+        cost: Cost | None = None,
     ) -> None:
         self.name, self.family, self.schema = name, family, schema
         self.reference = reference
@@ -131,9 +133,19 @@ class SemanticOp:
         self.shared = _SharedGradients([a.name for a in self.tensors], tied, passthrough)
         named = {a.name: a for a in (*self.tensors, *results)}
         self.saved = tuple(named[s] for s in saves)
+        self.leaves, self.saved_leaves = Leaves(self.arguments), Leaves(self.saved)
+        self.output_leaves, self.residual_leaves = Leaves(self.outputs), Leaves(self.residuals)
+        self._result_leaves = Leaves(results)
+        self.names, self.result_names = tuple(a.name for a in self.arguments), tuple(r.name for r in results)
         self.saved_if = saved_if or {}
+        self._backward_names = (
+            *(a.name for a in self.saved),
+            *(f"{name}_dtype" for name in self.saved_if),
+            *(a.name for a in self.constants),
+        )
         self._read_by = read_by or {}
         self.foresees = foresees
+        self.cost = cost
         self._register(schema)
 
     def __repr__(self) -> str:
@@ -158,26 +170,21 @@ class SemanticOp:
 
     def wanted(self, needs: Sequence[bool]) -> Wanted:
         """The flat `needs` of the tensor leaves, by argument."""
-        return dict(zip((a.name for a in self.tensors), unflatten(self.tensors, needs), strict=True))
+        return self.leaves.named(needs)
 
     def reached(self, needs: Sequence[bool], grads: Sequence[torch.Tensor | None]) -> list[bool]:
         """`needs` without what only outputs without a gradient read: outside the op, those would get none either."""
-        needs = [
-            need and not (name in self._read_by and grads[self._read_by[name]] is None)
-            for name, need in zip(self._leaf_names(needs), needs, strict=True)
-        ]
-        lists = [g for a, g in zip(self.outputs, unflatten(self.outputs, grads), strict=True) if a.is_list]
-        if not lists:
-            return list(needs)
-        alive = [any(g is not None for g in member) for member in zip(*lists, strict=True)]
-        reached = []
-        for argument, wanted in zip(self.tensors, unflatten(self.tensors, needs), strict=True):
-            reached += [n and a for n, a in zip(wanted, alive, strict=True)] if argument.is_list else [wanted]
-        return reached
-
-    def _leaf_names(self, needs: Sequence[bool]) -> list[str]:
-        grouped = zip(self.tensors, unflatten(self.tensors, needs), strict=True)
-        return [a.name for a, wanted in grouped for _ in (wanted if a.is_list else [wanted])]
+        wanted = self.wanted(needs)
+        for name, output in self._read_by.items():
+            if grads[output] is None:
+                wanted[name] = [False] * len(wanted[name]) if isinstance(wanted[name], list) else False
+        lists = [g for g in self.output_leaves.grouped(grads) if isinstance(g, list)]
+        if lists:
+            alive = [any(g is not None for g in member) for member in zip(*lists, strict=True)]
+            for name, need in wanted.items():
+                if isinstance(need, list):
+                    wanted[name] = [n and a for n, a in zip(need, alive, strict=True)]
+        return self.leaves.of_gradients(wanted, wanted)
 
     def _register(self, schema: str) -> None:
         saved = "".join(f", Tensor?{'[]' * a.is_list} {a.name}" for a in self.saved)
@@ -195,40 +202,44 @@ class SemanticOp:
         _library.impl(self.name, self._run_autograd, "Autograd")
 
     def _run_forward(self, *values: Any, fake: bool = False) -> Any:
-        needs: list[bool] = []
+        tensors = self.leaves.flat(values)
+        named = dict(zip(self.names, values, strict=False))
         if self.foresees:
-            *values, needs = values
-        named = dict(zip((a.name for a in self.arguments), values, strict=True))
-        if self.foresees:
-            named["wanted"] = self.wanted(needs or [False] * len(list(flatten(self.arguments, values))))
-        anchor = next(t for t in flatten(self.arguments, values) if t is not None)
+            named["wanted"] = self.wanted(values[-1] or [False] * len(tensors))
+        anchor = next(t for t in tensors if t is not None)
         form = self.forms.pytorch if fake else self.forms.forward(anchor, named)
-        with _ambient(anchor):
-            results = form.forward(**named)
+        results = _run(form.forward, anchor, named)
         return results if len(results) > 1 else results[0]
 
     def _run_backward(
         self, grads: Sequence[torch.Tensor | None], needs: Sequence[bool], *values: Any, fake: bool = False
     ) -> list[Any]:
-        dtypes = [f"{name}_dtype" for name in self.saved_if]
-        names = [*(a.name for a in self.saved), *dtypes, *(a.name for a in self.constants)]
-        named = dict(zip(names, values, strict=True))
-        named |= {"wanted": self.wanted(needs), "grads": unflatten(self.outputs, grads)}
+        wanted = self.wanted(needs)
+        named = dict(zip(self._backward_names, values, strict=True))
+        named["wanted"], named["grads"] = wanted, self.output_leaves.grouped(grads)
         anchor = next(g for g in grads if g is not None)
         form = self.forms.pytorch if fake else self.forms.backward(anchor, named)
-        with _ambient(anchor):
-            gradients = form.backward(**named)
-        flat = [g for a in self.tensors for g in leaves(a, gradients.get(a.name), named["wanted"][a.name])]
+        flat = self.leaves.of_gradients(_run(form.backward, anchor, named), wanted)
         return [g for g, need in zip(flat, needs, strict=True) if need]
 
     def _run_autograd(self, *values: Any) -> Any:
-        tensors = list(flatten(self.arguments, values[: len(self.arguments)]))
+        tensors = self.leaves.flat(values)
         if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
             with torch._C._AutoDispatchBelowAutograd():
                 return self.target(*values)
-        flat = _Apply.apply(self, values, *tensors)
-        results = unflatten((*self.outputs, *self.residuals), flat)
+        results = self._result_leaves.grouped(_Apply.apply(self, values, *tensors))
         return tuple(results) if len(results) > 1 else results[0]
+
+
+def _dtype(value: Any) -> torch.dtype | None:
+    """A tensor's dtype, or that of the tensors of a list."""
+    if isinstance(value, list):
+        return next((t.dtype for t in value if t is not None), None)
+    return None if value is None else value.dtype
+
+
+def _nothing(value: Any) -> list[None] | None:
+    return [None] * len(value) if isinstance(value, list) else None
 
 
 class _Apply(torch.autograd.Function):
@@ -238,23 +249,24 @@ class _Apply(torch.autograd.Function):
     def forward(ctx: Any, op: SemanticOp, values: tuple[Any, ...], *tensors: torch.Tensor | None) -> Any:
         needs = ctx.needs_input_grad[2:]
         with torch._C._AutoDispatchBelowAutograd():
-            results = op.target(*values[: len(op.arguments)], needs) if op.foresees else op.target(*values)
-        declared = (*op.outputs, *op.residuals)
-        results = results if len(declared) > 1 else (results,)
-        outputs, residuals = results[: len(op.outputs)], results[len(op.outputs) :]
-        named = dict(zip((a.name for a in op.arguments), values, strict=False))
-        named.update(zip((r.name for r in declared), results, strict=True))
-        wanted = op.wanted(needs)
-        dtypes = [None if named[name] is None else named[name].dtype for name in op.saved_if]
+            results = op.target(*values[: len(op.names)], needs) if op.foresees else op.target(*values)
+        results = results if len(op.result_names) > 1 else (results,)
+        named = dict(zip(op.names, values, strict=False))
+        named.update(zip(op.result_names, results, strict=True))
+        dtypes = [_dtype(named[name]) for name in op.saved_if]
         ctx.op, ctx.constants = op, [*dtypes, *(named[a.name] for a in op.constants)]
-        named.update({name: None for name, condition in op.saved_if.items() if not condition(wanted, named)})
-        ctx.lengths = [len(named[a.name]) if a.is_list else None for a in op.saved]
-        ctx.save_for_backward(*flatten(op.saved, [named[a.name] for a in op.saved]))
-        flat_outputs, flat_residuals = list(flatten(op.outputs, outputs)), list(flatten(op.residuals, residuals))
-        ctx.outputs = len(flat_outputs)
-        ctx.mark_non_differentiable(*flat_residuals)
+        if op.saved_if:
+            wanted = op.wanted(needs)
+            named.update({name: _nothing(named[name]) for name, hold in op.saved_if.items() if not hold(wanted, named)})
+        saved = [named[a.name] for a in op.saved]
+        ctx.lengths = [len(value) if isinstance(value, list) else None for value in saved]
+        ctx.save_for_backward(*op.saved_leaves.flat(saved))
+        outputs = op.output_leaves.flat(results)
+        residuals = op.residual_leaves.flat(results[len(op.outputs) :])
+        ctx.outputs = len(outputs)
+        ctx.mark_non_differentiable(*residuals)
         ctx.set_materialize_grads(False)
-        return (*flat_outputs, *flat_residuals)
+        return (*outputs, *residuals)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:

@@ -1,5 +1,6 @@
 """Every semantic op of fastlora, by name."""
 
+from fastlora.kernels.dequantize import dequantize_4bit
 from fastlora.kernels.glu import glu
 from fastlora.kernels.layer_norm import add_layer_norm, layer_norm
 from fastlora.kernels.linear_cross_entropy import linear_cross_entropy
@@ -7,11 +8,12 @@ from fastlora.kernels.lora_group import lora_group
 from fastlora.kernels.lora_linear import lora_add, lora_linear
 from fastlora.kernels.lora_mlp import lora_mlp
 from fastlora.kernels.rms_norm import add_rms_norm, rms_norm
-from fastlora.kernels.rotary import rotary
+from fastlora.kernels.rotary import rotary, rotary_group
 
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
+    "dequantize_4bit",
     "glu",
     "layer_norm",
     "linear_cross_entropy",
@@ -21,4 +23,5 @@ __all__ = [
     "lora_mlp",
     "rms_norm",
     "rotary",
+    "rotary_group",
 ]

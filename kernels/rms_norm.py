@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from fastlora.kernels.cost import Cost, Work
 from fastlora.kernels.forms import laid_out
 from fastlora.kernels.op import Gradients, op
 
@@ -116,6 +117,10 @@ rms_norm = op(
     forward=forward,
     backward=backward,
     saves=("x", "weight", "rstd"),
+    cost=Cost(
+        forward=Work(flops="4*T*H", bytes="2*T*H*b + H*w + 4*T"),
+        backward=Work(flops="7*T*H", bytes="3*T*H*b + H*w + 4*T"),
+    ),
 )
 
 
@@ -162,4 +167,8 @@ add_rms_norm = op(
     saves=("total", "weight", "rstd"),
     tied=("residual", "x"),
     read_by={"weight": 0},
+    cost=Cost(
+        forward=Work(flops="5*T*H", bytes="4*T*H*b + H*w + 4*T"),
+        backward=Work(flops="8*T*H", bytes="4*T*H*b + H*w + 4*T"),
+    ),
 )

@@ -23,6 +23,9 @@ the two entries of a pair share it.  For `interleaved`, with dy = [d1, d2]:
 
 Saved: cos and sin.  x only where they want a gradient, which in a transformer they do not.
 
+`rotary_group` turns several x by the same angles, as q and k are: the heads may differ in number.  A member whose
+output received no gradient gets none; dcos and dsin sum over the others.
+
 Shapes: x (..., D), e.g. (B, heads, S, D); cos and sin broadcast against x[..., :rotary_dim], e.g. as
 (B, 1, S, rotary_dim).  Half precision is widened to float32 and rounded once.  Strides: those of x * cos when all of x
 is turned, so transposed heads stay transposed; contiguous when the turned part is joined with the rest.
@@ -31,6 +34,8 @@ Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embeddin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -112,6 +117,49 @@ def forward(
     return (y if whole else torch.cat((y, x[..., rotary_dim:].to(out_dtype)), dim=-1),)
 
 
+def gradient(
+    dy: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    layout: str,
+    rotary_dim: int,
+    compute_dtype: torch.dtype,
+    x_dtype: torch.dtype,
+) -> torch.Tensor:
+    """The gradient of x."""
+    whole = rotary_dim == dy.shape[-1]
+    g = (dy if whole else dy[..., :rotary_dim]).to(_wide(compute_dtype))
+    dx = turn_back(g, cos.to(g.dtype), sin.to(g.dtype), layout).to(x_dtype)
+    return dx if whole else torch.cat((dx, dy[..., rotary_dim:].to(x_dtype)), dim=-1)
+
+
+def table_gradients(
+    wanted: Wanted,
+    grads: Sequence[torch.Tensor | None],
+    x: Sequence[torch.Tensor | None],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    layout: str,
+    rotary_dim: int,
+    compute_dtype: torch.dtype,
+) -> Gradients:
+    """The gradients of cos and sin, as far as they are wanted, summed over all that was turned by them."""
+    tables = {name: table for name, table in (("cos", cos), ("sin", sin)) if wanted[name]}
+    sums: dict[str, list[torch.Tensor]] = {name: [] for name in tables}
+    for dy, each in zip(grads, x, strict=True) if tables else ():
+        if dy is not None and each is not None:
+            g = dy[..., :rotary_dim].to(_wide(compute_dtype))
+            found = angle_gradients(g, _widen(each[..., :rotary_dim], compute_dtype), layout)
+            for name, dtable in zip(("cos", "sin"), found, strict=True):
+                if name in tables:
+                    sums[name].append(dtable.sum_to_size(tables[name].shape))
+    return {name: _sum(sums[name]).to(table.dtype) for name, table in tables.items()}
+
+
+def _sum(summands: list[torch.Tensor]) -> torch.Tensor:
+    return reduce(torch.add, summands)
+
+
 def backward(
     wanted: Wanted,
     grads: list[torch.Tensor],
@@ -124,18 +172,9 @@ def backward(
     compute_dtype: torch.dtype,
     **_: Any,
 ) -> Gradients:
-    dy = grads[0]
-    g = dy[..., :rotary_dim].to(_wide(compute_dtype))
-    gradients: Gradients = {}
-    if wanted["x"]:
-        dx = turn_back(g, cos.to(g.dtype), sin.to(g.dtype), layout).to(x_dtype)
-        whole = rotary_dim == dy.shape[-1]
-        gradients["x"] = dx if whole else torch.cat((dx, dy[..., rotary_dim:].to(x_dtype)), dim=-1)
-    if x is not None:
-        dcos, dsin = angle_gradients(g, _widen(x[..., :rotary_dim], compute_dtype), layout)
-        gradients["cos"] = dcos.sum_to_size(cos.shape).to(cos.dtype) if wanted["cos"] else None
-        gradients["sin"] = dsin.sum_to_size(sin.shape).to(sin.dtype) if wanted["sin"] else None
-    return gradients
+    how = (cos, sin, layout, rotary_dim, compute_dtype)
+    dx = gradient(grads[0], *how, x_dtype) if wanted["x"] else None
+    return {"x": dx, **({} if x is None else table_gradients(wanted, grads, [x], *how))}
 
 
 rotary = op(
@@ -149,6 +188,58 @@ rotary = op(
     reference=reference,
     forward=forward,
     backward=backward,
+    saves=("x", "cos", "sin"),
+    saved_if={"x": lambda wanted, _: wanted["cos"] or wanted["sin"]},
+)
+
+
+def group_reference(x: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, **how: Any) -> list[torch.Tensor]:
+    """Each x turned by the same angles. Returns one y for each."""
+    return [reference(each, cos, sin, **how) for each in x]
+
+
+def one_dtype(x: Sequence[torch.Tensor]) -> None:
+    """Raises ValueError if members differ in dtype."""
+    if len({each.dtype for each in x}) > 1:
+        raise ValueError(f"rotary_group: x of several dtypes, {', '.join(str(each.dtype) for each in x)}; cast them")
+
+
+def group_forward(x: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, **how: Any) -> tuple[list[torch.Tensor]]:
+    one_dtype(x)
+    return ([forward(each, cos, sin, **how)[0] for each in x],)
+
+
+def group_backward(
+    wanted: Wanted,
+    grads: list[list[torch.Tensor | None]],
+    x: list[torch.Tensor | None],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    x_dtype: torch.dtype,
+    layout: str,
+    rotary_dim: int,
+    compute_dtype: torch.dtype,
+    **_: Any,
+) -> Gradients:
+    how = (cos, sin, layout, rotary_dim, compute_dtype)
+    dx = [
+        gradient(dy, *how, x_dtype) if want and dy is not None else None
+        for want, dy in zip(wanted["x"], grads[0], strict=True)
+    ]
+    return {"x": dx, **table_gradients(wanted, grads[0], x, *how)}
+
+
+rotary_group = op(
+    "rotary_group",
+    family="rotary",
+    schema=(
+        "(Tensor[] x, Tensor cos, Tensor sin, str layout, int rotary_dim, "
+        "ScalarType compute_dtype, ScalarType out_dtype) -> (Tensor[] y)"
+    ),
+    outputs=1,
+    reference=group_reference,
+    forward=group_forward,
+    backward=group_backward,
     saves=("x", "cos", "sin"),
     saved_if={"x": lambda wanted, _: wanted["cos"] or wanted["sin"]},
 )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,15 +17,15 @@ class Argument:
     name: str
     type: str
 
-    @property
+    @cached_property
     def is_tensor(self) -> bool:
         return self.type.startswith("Tensor")
 
-    @property
+    @cached_property
     def is_list(self) -> bool:
         return self.type.endswith("[]")
 
-    @property
+    @cached_property
     def is_optional(self) -> bool:
         return "?" in self.type
 
@@ -42,21 +43,45 @@ def parse(schema: str) -> tuple[tuple[Argument, ...], tuple[Argument, ...]]:
     return arguments, results
 
 
-def flatten(declared: Sequence[Argument], values: Sequence[Any]) -> Iterator[torch.Tensor | None]:
-    for argument, value in zip(declared, values, strict=True):
-        if argument.is_tensor:
-            yield from value if argument.is_list else (value,)
+class Leaves:
+    """The tensors among some declared values, lists of them included, as the flat list that autograd sees."""
+
+    def __init__(self, declared: Sequence[Argument]) -> None:
+        self.tensors = tuple(a for a in declared if a.is_tensor)
+        self.names = tuple(a.name for a in self.tensors)
+        self._at = [i for i, a in enumerate(declared) if a.is_tensor]
+        self._are_lists = [a.is_list for a in self.tensors]
+        self._lists = sum(self._are_lists)
+
+    def flat(self, values: Sequence[Any]) -> list[torch.Tensor | None]:
+        """The leaves of all declared `values`, in order."""
+        if not self._lists:
+            return [values[i] for i in self._at]
+        return [leaf for i, many in zip(self._at, self._are_lists, strict=True) for leaf in _leaves(values[i], many)]
+
+    def grouped(self, flat: Sequence[Any]) -> list[Any]:
+        """One entry per tensor argument again: all lists of one op have one length, as they run over one group."""
+        if not self._lists:
+            return list(flat)
+        length = (len(flat) - (len(self.tensors) - self._lists)) // self._lists
+        leaves = iter(flat)
+        return [[next(leaves) for _ in range(length)] if many else next(leaves) for many in self._are_lists]
+
+    def named(self, flat: Sequence[Any]) -> dict[str, Any]:
+        """The same by name."""
+        return dict(zip(self.names, self.grouped(flat), strict=True))
+
+    def of_gradients(self, gradients: dict[str, Any], wanted: dict[str, Any]) -> list[Any]:
+        """The flat gradients out of those that a backward has by name; a list that is missing is all None."""
+        if not self._lists:
+            return [gradients.get(name) for name in self.names]
+        found = [gradients.get(name) for name in self.names]
+        return [
+            leaf
+            for name, gradient, many in zip(self.names, found, self._are_lists, strict=True)
+            for leaf in _leaves([None] * len(wanted[name]) if many and gradient is None else gradient, many)
+        ]
 
 
-def unflatten(declared: Sequence[Argument], flat: Sequence[Any]) -> list[Any]:
-    """Groups flat leaves by argument again: all lists of one op have one length, as they run over the same members."""
-    lists = sum(a.is_list for a in declared)
-    length = (len(flat) - (len(declared) - lists)) // max(lists, 1)
-    leaves = iter(flat)
-    return [[next(leaves) for _ in range(length)] if a.is_list else next(leaves) for a in declared]
-
-
-def leaves(argument: Argument, gradient: Any, wanted: Any) -> list[Any]:
-    if not argument.is_list:
-        return [gradient]
-    return list(gradient) if gradient is not None else [None] * len(wanted)
+def _leaves(value: Any, many: bool) -> Sequence[Any]:
+    return value if many else (value,)

@@ -30,7 +30,7 @@ def _scale(match: Match) -> float:
     ops.linear_cross_entropy,
     anchor=on_a_vocabulary,
     benefit=2,
-    attrs={"scale": _scale, "base_dtype": dtype_of("logits"), "logits_dtype": dtype_of()},
+    attrs={"scale": _scale, "z_loss": 0.0, "base_dtype": dtype_of("logits"), "logits_dtype": dtype_of()},
 )
 def linear_cross_entropy(
     x,

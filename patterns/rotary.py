@@ -1,6 +1,9 @@
-"""Rotary position embeddings: x * cos + rotate(x) * sin, in the layouts that models use."""
+"""Rotary position embeddings: x * cos + rotate(x) * sin, in the layouts that models use; q's and k's become one op."""
+
+from collections.abc import Iterator
 
 from fastlora.kernels import ops
+from fastlora.legality import argument_nodes
 from fastlora.metadata import known_equal, same_shape
 from fastlora.pattern import (
     Pattern,
@@ -16,7 +19,7 @@ from fastlora.pattern import (
     second_half,
     widened,
 )
-from fastlora.rule import Match, dtype_of, fuse, rule
+from fastlora.rule import GroupRule, Match, Rule, dtype_of, fuse, group, rule
 from fastlora.view import View
 
 
@@ -115,4 +118,40 @@ def _pieces_meet(match):
     ) or "the parts that turn and pass are not the whole"
 
 
-RULES = [rotary, interleaved_rotary, partial_rotary]
+class _InOneLayer(GroupRule):
+    """Groups neighbours only: all layers of a graph read the same cos and sin, and each turns its own q and k."""
+
+    def find(self, view: View, candidates: list[Match]) -> Iterator[Match]:
+        for neighbours in _neighbours(view, _outermost([m for m in candidates if m.op is self.member])):
+            yield from super().find(view, neighbours)
+
+
+def _outermost(matches: list[Match]) -> list[Match]:
+    """Those that are no part of another, as what turns is of a partial embedding."""
+    return [m for m in matches if not any(m.root in other.members for other in matches if other.root is not m.root)]
+
+
+def _neighbours(view: View, matches: list[Match]) -> Iterator[list[Match]]:
+    """Runs of matches whose inputs all exist before any of their outputs is used."""
+    run: list[Match] = []
+    for match in sorted(matches, key=lambda m: view.order[m.root]):
+        longer = [*run, match]
+        ready = max(view.order[node] for m in longer for node in argument_nodes(m))
+        used = min((view.order[user] for m in longer for user in m.outside_users()), default=ready + 1)
+        if run and ready >= used:
+            yield run
+            longer = [match]
+        run = longer
+    yield run
+
+
+@group(ops.rotary, by="cos", into=ops.rotary_group, benefit=2)
+def query_and_key(matches: list[Match]):
+    """q and k of one attention, which are turned by the same angles."""
+    learned = any(match.tensor(name).requires_grad for match in matches for name in ("cos", "sin"))
+    return not learned or "the angles are learned: each embedding keeps its own input"
+
+
+query_and_key = _InOneLayer(**vars(query_and_key))
+
+RULES: list[Rule | GroupRule] = [rotary, interleaved_rotary, partial_rotary, query_and_key]

@@ -76,7 +76,8 @@ class Recipe:
         scale = self.scale * self.gain if self.squashed else self.scale
         return linear_cross_entropy(
             x=self.hidden, weight=self.weight, bias=self.bias, labels=labels, scale=scale,
-            softcap=self.gain if self.squashed else 0.0, base_dtype=self.base_dtype, logits_dtype=self.dtype, **options,
+            softcap=self.gain if self.squashed else 0.0, z_loss=0.0, base_dtype=self.base_dtype,
+            logits_dtype=self.dtype, **options,
         )  # fmt: skip
 
 

@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 from hypothesis import strategies as st
-from op_checks import bf16, f16, f32, f64
+from op_checks import DEVICE, bf16, f16, f32, f64
 from op_precision import tensors
+
+from fastlora.kernels.forms import restriction
 
 
 class Scheme(NamedTuple):
@@ -33,6 +35,19 @@ SCHEMES = {
     "autocast to float16": Scheme(f32, f32, f32, f16, f16, f16),
     "autocast of a bfloat16 model": Scheme(bf16, bf16, f32, bf16, bf16, bf16),
 }
+
+
+@st.composite
+def schemes(draw: st.DrawFn) -> Scheme:
+    """Any of the schemes that the form under test serves."""
+    return draw(st.sampled_from([scheme for scheme in SCHEMES.values() if served(scheme)]))
+
+
+def served(scheme: Scheme) -> bool:
+    """Whether the form under test computes with these dtypes: kernels want one for both paths."""
+    if restriction() != "triton":
+        return True
+    return scheme.base == scheme.lora and (DEVICE.type == "cuda" or bf16 not in scheme)
 
 
 def scheme_of(dtype: Scheme | torch.dtype) -> Scheme:

@@ -197,6 +197,13 @@ def saved_for_backward() -> Iterator[list[torch.Tensor]]:
 # ---- the contract
 
 
+def assert_same_but_for_rounding(value: torch.Tensor, expected: torch.Tensor, name: str) -> None:
+    """Equal but for sums that were made in another order: some units in the last place of the largest element."""
+    assert value.dtype == expected.dtype, name
+    allowed = 64 * torch.finfo(value.dtype).eps * expected.abs().max() if value.numel() else 0
+    assert ((value - expected).abs() <= allowed).all(), f"{name}:\n{value}\nexpected:\n{expected}"
+
+
 def check_gradcheck(case: Case) -> None:
     if native() is not f64:
         pytest.skip("needs a form that computes in float64")
@@ -231,8 +238,7 @@ def check_every_subset_of_gradients(case: Case) -> None:
             result = evaluate(op, arguments, wanted)
         for name, gradient in result.gradients.items():
             if name in wanted:
-                tolerance = {"rtol": 1e-10, "atol": 1e-12} if exact else {"rtol": 0, "atol": 0}
-                torch.testing.assert_close(gradient, full.gradients[name], **tolerance)
+                assert_same_but_for_rounding(gradient, full.gradient(name), name)
             else:
                 assert gradient is None, f"{name} got a gradient when only {wanted} wanted one"
         asked = [{n for n, need in labelled(op.wanted(needs)).items() if need} for _, needs, *_ in calls]
@@ -274,7 +280,9 @@ def check_expanded_gradient(case: Case) -> None:
     expanded = [torch.full((), 0.7, dtype=t.dtype, device=t.device).expand(t.shape) for t in outputs]
     result = evaluate(case.op, arguments, grads=expanded)
     expected = evaluate(case.op, arguments, grads=[g.contiguous() for g in expanded])
-    torch.testing.assert_close(result.gradients, expected.gradients, rtol=1e-12, atol=1e-12)
+    for name, gradient in expected.gradients.items():
+        if gradient is not None:
+            assert_same_but_for_rounding(result.gradient(name), gradient, name)
 
 
 def check_double_backward_raises(case: Case) -> None:

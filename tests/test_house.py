@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "kernels": {"kernels"},
     "rewriter": {"kernels", "rewriter", "patterns"},
     "patterns": {"kernels", "rewriter", "patterns"},
-    "tools": {"tools"},
+    "tools": {"tools", "kernels"},  # kernels: what benchmarks measure
 }
 
 
@@ -82,7 +82,7 @@ def test_every_dependency_that_is_tested_is_pinned():
 
 @pytest.mark.parametrize("room", MAY_IMPORT)
 def test_imports_point_one_way(room):
-    for path in (ROOT / room).glob("*.py"):
+    for path in (ROOT / room).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fastlora":
                 parts = node.module.split(".")
@@ -93,7 +93,7 @@ def test_imports_point_one_way(room):
 
 def test_the_pass_knows_no_model_by_name():
     for room in ("rewriter", "patterns", "kernels"):
-        for path in (ROOT / room).glob("*.py"):
+        for path in (ROOT / room).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Import):
                     assert not any(alias.name.split(".")[0] in ("transformers", "peft") for alias in node.names), path

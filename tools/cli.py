@@ -108,6 +108,52 @@ def explain(
     run(settings, Console(), json=json, html=html)
 
 
+@app.command()
+def doctor(
+    kernels: Annotated[bool, typer.Option("--kernels", help="Test the kernels on this machine's GPU.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show every test.")] = False,
+) -> None:
+    """Show what fastlora finds on this machine, and check that its kernels are right here."""
+    from fastlora.tools.doctor import doctor as run
+
+    run(Console(), kernels=kernels, verbose=verbose)
+
+
+bench = typer.Typer(help="Measure fastlora beside others; what is timed has passed a check against float64 first.")
+app.add_typer(bench, name="bench")
+
+
+@bench.command()
+def kernels(
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where the tables and the picture go.")] = Path(
+        "fastlora-bench"
+    ),
+    models: Annotated[list[str] | None, typer.Option(help="Model whose sizes to take; may be repeated.")] = None,
+    ops: Annotated[list[str] | None, typer.Option(help="Op to measure; may be repeated.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Tokens in a batch; may be repeated.")] = None,
+    ranks: Annotated[list[int] | None, typer.Option(help="Rank of the adapters; may be repeated.")] = None,
+    contenders: Annotated[list[str] | None, typer.Option(help="Whom to compare with; may be repeated.")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    seconds: Annotated[float | None, typer.Option(help="Start no further case after this time.")] = None,
+) -> None:
+    """Time every op's kernels on this GPU beside eager PyTorch, torch.compile, Liger and Unsloth."""
+    _check_installed()
+    from fastlora.tools.bench.command import Sweep, run
+
+    sweep = Sweep(
+        output=output,
+        models=models or [],
+        ops=ops or [],
+        tokens=tokens or [],
+        ranks=ranks or [],
+        contenders=contenders or [],
+        dtype=dtype,
+        seconds=seconds,
+    )
+    if not run(sweep, Console()):
+        raise RunError("some ops are less exact than they may be, and were not timed")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code: 2 for wrong arguments, 1 for a failed run, 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments

@@ -4,4 +4,12 @@ One file per op, named after the file in `kernels/` that holds the op's formulas
 docstring of a kernel is what one program of it does. Importing this package registers the forms with their ops.
 """
 
+from fastlora.kernels.gpu import dequantize as dequantize
+from fastlora.kernels.gpu import glu as glu
+from fastlora.kernels.gpu import layer_norm as layer_norm
+from fastlora.kernels.gpu import linear_cross_entropy as linear_cross_entropy
+from fastlora.kernels.gpu import lora_group as lora_group
+from fastlora.kernels.gpu import lora_linear as lora_linear
+from fastlora.kernels.gpu import lora_mlp as lora_mlp
 from fastlora.kernels.gpu import rms_norm as rms_norm
+from fastlora.kernels.gpu import rotary as rotary

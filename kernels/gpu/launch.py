@@ -9,7 +9,6 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-import triton
 import triton.language as tl
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -21,14 +20,15 @@ TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat1
 def supported(*tensors: torch.Tensor | None) -> bool:
     """Whether kernels can load and store these: floats of 16 and 32 bits, bfloat16 only where the GPU computes it."""
     for t in tensors:
-        if t is not None and (t.dtype not in FLOATS or (t.dtype is torch.bfloat16 and not _has_bfloat16(t.device))):
+        if t is not None and (t.dtype not in FLOATS or (t.dtype is torch.bfloat16 and capability(t.device) < (8, 0))):
             return False
     return True
 
 
 @cache
-def _has_bfloat16(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability; of a CPU, where kernels run in the interpreter, the oldest with bfloat16."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
 
 
 @cache
@@ -80,4 +80,10 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
 
 
 def power_of_two(n: int) -> int:
-    return triton.next_power_of_2(n)
+    """The smallest that is no less than n > 0."""
+    return 1 << (n - 1).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own takes microseconds on the host."""
+    return -(-a // b)

@@ -15,11 +15,9 @@ import triton.language as tl
 
 from fastlora.kernels import rms_norm as op
 from fastlora.kernels.forms import Form, laid_out
-from fastlora.kernels.gpu.launch import TL_DTYPES, Rows, empty, power_of_two, processors, supported, vector
+from fastlora.kernels.gpu import rows as over
+from fastlora.kernels.gpu.launch import TL_DTYPES, Rows, cdiv, supported, vector
 from fastlora.kernels.op import Gradients, Wanted
-
-WIDEST = 65536
-"""The longest row that a program can hold in registers."""
 
 
 @triton.jit
@@ -87,13 +85,6 @@ def backward_kernel(
         tl.store(dw_ptr + tl.program_id(0).to(tl.int64) * H + cols, share, mask=in_row)
 
 
-def tile(H: int) -> tuple[int, int, int]:
-    """Rows and columns of a program's tile, and its warps: about 4,096 elements, 16 to 32 for each thread."""
-    block_h = power_of_two(H)
-    block_t = max(1, min(16, 2048 // block_h))
-    return block_t, block_h, min(16, max(1, block_t * block_h // 1024))
-
-
 def _normalise(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -111,8 +102,8 @@ def _normalise(
     added = matrix if residual is None else rows.of(residual)
     y, rstd = rows.empty(H, out_dtype), rows.empty(1, torch.float32)
     total = x if residual is None else rows.empty(H, torch.promote_types(x.dtype, residual.dtype))
-    block_t, block_h, warps = tile(H)
-    forward_kernel[(triton.cdiv(rows.count, block_t),)](
+    block_t, block_h, warps = over.tile(H)
+    forward_kernel[(cdiv(rows.count, block_t),)](
         matrix, added, vector(weight), y, total, rstd,
         rows.count, H, matrix.stride(0), added.stride(0), H, eps, offset,
         ADD=residual is not None, WEIGHT=weight is not None,
@@ -137,20 +128,19 @@ def _differentiate(
     rows, H = Rows(x), x.shape[-1]
     matrix, incoming = rows.of(x), rows.of(dy)
     through = incoming if dtotal is None else rows.of(dtotal)
-    wants_dw = wants_dw and weight is not None
-    block_t, block_h, warps = tile(H)
-    tiles = triton.cdiv(rows.count, block_t)
-    programs = min(tiles, 4 * processors(x.device)) if wants_dw else tiles
+    block_t, block_h, warps = over.tile(H)
+    programs = cdiv(rows.count, block_t)
+    if wants_dw and weight is not None:
+        programs = over.walkers(programs, x.device)
     dx = rows.empty(H, x.dtype) if wants_dx else None
-    shares = empty(programs, H, like=x, dtype=torch.float32) if wants_dw else None
+    dw = over.shares(programs, wants_dw, weight)
     backward_kernel[(programs,)](
-        incoming, matrix, vector(weight), rows.of(rstd), through, dx, shares,
+        incoming, matrix, vector(weight), rows.of(rstd), through, dx, dw,
         rows.count, H, incoming.stride(0), matrix.stride(0), through.stride(0), offset,
-        WEIGHT=weight is not None, DTOTAL=dtotal is not None, DX=wants_dx, DW=wants_dw,
+        WEIGHT=weight is not None, DTOTAL=dtotal is not None, DX=wants_dx, DW=dw is not None,
         SCALE_DTYPE=TL_DTYPES[scale_dtype], BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
     )  # fmt: skip
-    dw = None if shares is None or weight is None else shares.sum(0).to(weight.dtype)
-    return None if dx is None else laid_out(dx, x), dw
+    return None if dx is None else laid_out(dx, x), over.total(dw, weight)
 
 
 def serves(x: torch.Tensor, weight: torch.Tensor | None, residual: torch.Tensor | None = None, **given: Any) -> bool:
@@ -158,7 +148,7 @@ def serves(x: torch.Tensor, weight: torch.Tensor | None, residual: torch.Tensor 
     return (
         given["compute_dtype"] is torch.float32
         and all(dtype in TL_DTYPES for dtype in dtypes)
-        and 0 < x.shape[-1] <= WIDEST
+        and 0 < x.shape[-1] <= over.WIDEST
         and x.numel() > 0
         and (residual is None or residual.shape == x.shape)
         and supported(x, weight, residual)

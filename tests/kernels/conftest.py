@@ -9,6 +9,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
 
+from lora_cases import Scheme, served
+
 from fastlora.kernels import forms
 
 
@@ -26,4 +28,6 @@ def form(request: pytest.FixtureRequest) -> Iterator[str]:
     if interpreted and torch.bfloat16 in parameters.values():
         pytest.skip("Triton's interpreter has no bfloat16 arithmetic")
     with forms.only(request.param):
+        if not all(served(p) for p in parameters.values() if isinstance(p, Scheme)):
+            pytest.skip("the form does not compute with these dtypes")
         yield request.param

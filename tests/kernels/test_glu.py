@@ -7,7 +7,8 @@ import sympy
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from op_checks import CONTRACT, Arguments, Case, bf16, f16, f32, f64
+from launches import launches
+from op_checks import CONTRACT, DEVICE, Arguments, Case, bf16, cotangents, evaluate, f16, f32, f64, on_device
 from op_precision import (
     assert_as_precise,
     assert_derived,
@@ -20,8 +21,11 @@ from op_precision import (
     value,
 )
 
-from fastlora.kernels.glu import activate, derivative
+from fastlora.kernels import forms
+from fastlora.kernels.glu import activate, backward, derivative, forward
 from fastlora.kernels.ops import glu
+
+FORMS = ["pytorch", "triton"]
 
 z = sympy.Symbol("z", real=True)
 FORMULAS = {
@@ -29,6 +33,10 @@ FORMULAS = {
     "gelu": z * (1 + sympy.erf(z / sympy.sqrt(2))) / 2,
     "gelu_tanh": z * (1 + sympy.tanh(sympy.sqrt(2 / sympy.pi) * (z + sympy.Rational("0.044715") * z**3))) / 2,
 }
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return on_device(torch.randn(shape))
 
 
 def arguments(dtype: torch.dtype, activation: str, *shape: int) -> Arguments:
@@ -77,6 +85,7 @@ def test_infs_and_nans_propagate(case: Case) -> None:
     assert_propagates(glu, case.arguments(f32))
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("activation", FORMULAS)
 def test_activation_and_derivative_are_sympys(activation: str) -> None:
     points = torch.cat((torch.linspace(-6, 6, 41, dtype=f64), torch.tensor([0.0, 1e-9, -40.0, 40.0], dtype=f64)))
@@ -86,5 +95,69 @@ def test_activation_and_derivative_are_sympys(activation: str) -> None:
 
 
 def test_unknown_activation() -> None:
-    with pytest.raises(ValueError, match="'relu' is none of silu, gelu, gelu_tanh"):
+    with forms.only("pytorch"), pytest.raises(ValueError, match="'relu' is none of silu, gelu, gelu_tanh"):
         glu(**arguments(f32, "relu", 2, 3))
+
+
+# ---- what the Triton form adds
+
+
+@pytest.fixture
+def triton_form(form: str) -> None:
+    if form != "triton":
+        pytest.skip("about the Triton form")
+
+
+@pytest.mark.usefixtures("triton_form")
+@pytest.mark.parametrize("activation", FORMULAS)
+def test_far_from_zero_and_near_it(activation: str) -> None:
+    """No cancellation near 0, no overflow of an intermediate far away, in float32."""
+    points = torch.cat([sign * torch.logspace(-30, 4, 120, dtype=f64).float() for sign in (1, -1)])
+    result = evaluate(glu, {"gate": points, "up": torch.ones_like(points), "activation": activation, "out_dtype": f32})
+    grads = cotangents(result.outputs)[0]
+    exact = points.double().cpu()
+    truth = {"gate": grads.cpu() * derivative(exact, activation), "up": grads.cpu() * activate(exact, activation)}
+    for found, true in (
+        (result.outputs[0], activate(exact, activation)),
+        *((result.gradient(n), truth[n]) for n in truth),
+    ):
+        torch.testing.assert_close(found.double().cpu(), true, rtol=2e-6, atol=1e-6)
+        assert found.isfinite().all()
+
+
+@pytest.mark.usefixtures("triton_form")
+def test_halves_of_a_fused_projection_are_not_copied() -> None:
+    """Rows may be any distance apart: gate and up are read, and their gradients written, where they lie."""
+    from fastlora.kernels.gpu.glu import run_backward, run_forward
+
+    both, dy = randn(6, 10), randn(6, 5)
+    gate, up = both.chunk(2, dim=-1)
+    wide, dboth = torch.full((6, 8), 7.0, device=DEVICE), torch.full((6, 10), torch.nan, device=DEVICE)
+    run_forward(gate, up, "silu", wide[:, :5])
+    assert (wide[:, 5:] == 7).all()
+    torch.testing.assert_close(wide[:, :5], forward(gate, up, "silu", f32)[0])
+    run_backward(dy, gate, up, "silu", *dboth.chunk(2, dim=-1))
+    expected = backward({"gate": True, "up": True}, [dy], gate, up, "silu")
+    torch.testing.assert_close(dboth, torch.cat((expected["gate"], expected["up"]), dim=-1))
+
+
+@pytest.mark.usefixtures("triton_form")
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True), (False, False)])
+def test_backward_makes_the_hidden_state_on_its_way(wanted: tuple[bool, bool]) -> None:
+    from fastlora.kernels.gpu.glu import backward_with_hidden
+
+    gate, up, dy = (randn(2, 3, 5) for _ in range(3))
+    asked = dict(zip(("gate", "up"), wanted, strict=True))
+    with launches() as launched:
+        *found, hidden = backward_with_hidden(asked, dy, gate, up, "gelu_tanh", f16)
+    assert launched == ["backward_kernel"]
+    expected = backward(asked, [dy], gate, up, "gelu_tanh")
+    torch.testing.assert_close(dict(zip(asked, found, strict=True)), {n: expected.get(n) for n in asked})
+    torch.testing.assert_close(hidden, forward(gate, up, "gelu_tanh", f16)[0])
+
+
+@pytest.mark.usefixtures("triton_form")
+def test_one_launch_forward_and_one_backward() -> None:
+    with launches() as launched:
+        evaluate(glu, CASES[0].arguments())
+    assert launched == ["forward_kernel", "backward_kernel"]

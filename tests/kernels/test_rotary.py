@@ -1,13 +1,29 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import sympy
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from op_checks import CONTRACT, Arguments, Case, bf16, evaluate, f16, f32, f64, saved_for_backward
+from launches import launches
+from op_checks import (
+    CONTRACT,
+    DEVICE,
+    Arguments,
+    Case,
+    backward_calls,
+    bf16,
+    evaluate,
+    f16,
+    f32,
+    f64,
+    leaves,
+    on_device,
+    saved_for_backward,
+)
 from op_precision import (
     assert_as_precise,
     assert_derived,
@@ -22,8 +38,10 @@ from op_precision import (
     tensors,
 )
 
-from fastlora.kernels.ops import rotary
+from fastlora.kernels import forms
+from fastlora.kernels.ops import rotary, rotary_group
 
+FORMS = ["pytorch", "triton"]
 LAYOUTS = ["half", "flipped", "pairs", "interleaved"]
 
 
@@ -40,15 +58,29 @@ def arguments(dtype: torch.dtype, layout: str, rotary_dim: int, *shape: int) -> 
     }
 
 
+def group_arguments(dtype: torch.dtype, layout: str, rotary_dim: int, *heads: int) -> Arguments:
+    """A member with each number of heads."""
+    members = [arguments(dtype, layout, rotary_dim, 2, n, 4, 6) for n in heads]
+    return members[0] | {"x": [member["x"] for member in members]}
+
+
 CASES = [
     Case(f"{layout} {rotary_dim} of 6", rotary, arguments, layout, rotary_dim, 2, 3, 4, 6)
     for layout in LAYOUTS
     for rotary_dim in (6, 4)
 ]
+GROUPS = [
+    *(
+        Case(f"{layout} {rotary_dim} of 6, 4 and 2 heads", rotary_group, group_arguments, layout, rotary_dim, 4, 2)
+        for layout, rotary_dim in (("half", 6), ("flipped", 4), ("pairs", 4), ("interleaved", 6))
+    ),
+    Case("one member", rotary_group, group_arguments, "half", 6, 3),
+    Case("three members", rotary_group, group_arguments, "half", 6, 2, 1, 3),
+]
 
 
 @pytest.mark.parametrize("check", CONTRACT)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *GROUPS], ids=str)
 def test_contract(case: Case, check: Any) -> None:
     check(case)
 
@@ -87,11 +119,32 @@ def test_half_precision_is_rounded_once(layout: str, dtype: torch.dtype) -> None
     assert_rounded_once(rotary, arguments(dtype, layout, 12, 2, 8, 16, 16))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@given(st.data())
+def test_errors_of_a_group_are_no_larger_than_eager_ones(data: st.DataObject) -> None:
+    layout = data.draw(st.sampled_from(LAYOUTS))
+    batch, positions, pairs, rest = (data.draw(sizes) for _ in range(4))
+    rest *= data.draw(st.booleans())
+    dtype, angle_dtype = data.draw(st.sampled_from([(f32, f32), (bf16, bf16), (f16, f16), (bf16, f32), (f16, f32)]))
+    width = pairs if layout == "interleaved" else 2 * pairs
+    heads = data.draw(st.lists(sizes, min_size=1, max_size=3))
+    drawn = {
+        "x": [data.draw(tensors((batch, n, positions, 2 * pairs + rest), dtype)) for n in heads],
+        "cos": data.draw(tensors((batch, 1, positions, width), angle_dtype, magnitude=1.0)),
+        "sin": data.draw(tensors((positions, width), angle_dtype, magnitude=1.0)),
+        "layout": layout,
+        "rotary_dim": 2 * pairs,
+        "compute_dtype": angle_dtype,
+        "out_dtype": dtype,
+    }
+    assert_as_precise(rotary_group, drawn)
+
+
+@pytest.mark.parametrize("case", [*CASES, *GROUPS], ids=str)
 def test_infs_and_nans_propagate(case: Case) -> None:
-    assert_propagates(rotary, case.arguments(f32))
+    assert_propagates(case.op, case.arguments(f32))
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_turning_and_its_gradients_are_sympys(layout: str) -> None:
     """y, dx, dcos and dsin from the formulas of the docstring, entry by entry."""
@@ -126,24 +179,55 @@ def test_strides_are_the_elementwise_ones(view: str, layout: str, dtype: torch.d
         "heads transposed": torch.randn(batch, positions, heads, width).transpose(1, 2),
         "slice of a fused projection": torch.randn(batch, positions, 9, width)[:, :, 3:6].transpose(1, 2),
     }[view].to(dtype)
-    given_ = arguments(dtype, layout, width, batch, heads, positions, width) | {"x": x}
-    assert rotary(**given_).stride() == (x * given_["cos"]).stride()
-    partial = arguments(dtype, layout, 4, batch, heads, positions, width) | {"x": x}
+    given_ = on_the_device(arguments(dtype, layout, width, batch, heads, positions, width) | {"x": x})
+    assert rotary(**given_).stride() == (x.to(DEVICE) * given_["cos"]).stride()
+    partial = on_the_device(arguments(dtype, layout, 4, batch, heads, positions, width) | {"x": x})
     assert rotary(**partial).is_contiguous()
 
 
-def test_x_is_saved_only_for_the_gradients_of_cos_and_sin() -> None:
-    given_ = CASES[0].arguments()
+def on_the_device(given_: Arguments) -> Arguments:
+    return {name: on_device(value) for name, value in given_.items()}
+
+
+@pytest.mark.parametrize("dtype", [f32, bf16, f16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 1, 6), (1, 1, 6), (6,), (2, 4, 6), (2, 4, 1), (4, 1), ()], ids=str)
+def test_angles_broadcast_along_any_dimension(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
+    """Per head, per position, for all of a batch: as PyTorch broadcasts, also where heads are the last but one."""
+    torch.manual_seed(0)
+    width = 2 if layout == "interleaved" else 4
+    tables = {name: torch.randn(*shape, width, dtype=f64).to(dtype) for name in ("cos", "sin")}
+    assert_as_precise(rotary, arguments(dtype, layout, 4, 2, 4, 6, 5) | tables)
+
+
+@pytest.mark.parametrize(("case", "x"), [(CASES[0], "x"), (GROUPS[0], "x[0]")], ids=str)
+def test_x_is_saved_only_for_the_gradients_of_cos_and_sin(case: Case, x: str) -> None:
+    given_ = case.arguments()
 
     def saved_shapes(*wanted: str) -> list[torch.Size]:
         with saved_for_backward() as saved:
-            evaluate(rotary, given_, wanted)
+            evaluate(case.op, given_, wanted)
         return [t.shape for t in saved]
 
-    shape = given_["x"].shape
-    assert shape not in saved_shapes("x")
-    assert shape in saved_shapes("x", "cos")
+    shape = leaves(given_)[x].shape
+    assert shape not in saved_shapes(x)
+    assert shape in saved_shapes(x, "cos")
     assert shape in saved_shapes("sin")
+
+
+def test_a_member_without_an_incoming_gradient_gets_none() -> None:
+    given_ = GROUPS[5].arguments()
+    inputs = [t.requires_grad_() for t in given_["x"]]
+    given_["cos"].requires_grad_()
+    _, y, _ = rotary_group(**given_)
+    with backward_calls(rotary_group) as calls:
+        dx = torch.autograd.grad(y.square().sum(), [*inputs, given_["cos"]], allow_unused=True)
+    assert calls[0][1] == [False, True, False, True, False]
+    alone = {**given_, "x": inputs[1]}
+    expected = torch.autograd.grad(rotary(**alone).square().sum(), [inputs[1], given_["cos"]])
+    assert dx[0] is dx[2] is None
+    for mine, its in zip((dx[1], dx[3]), expected, strict=True):
+        assert torch.equal(mine, its)
 
 
 def test_gradient_of_x_has_its_dtype_though_x_is_not_saved() -> None:
@@ -152,5 +236,61 @@ def test_gradient_of_x_has_its_dtype_though_x_is_not_saved() -> None:
 
 
 def test_unknown_layout() -> None:
-    with pytest.raises(ValueError, match="'spiral' is none of half, flipped, pairs, interleaved"):
+    with (
+        forms.only("pytorch"),
+        pytest.raises(ValueError, match="'spiral' is none of half, flipped, pairs, interleaved"),
+    ):
         rotary(**arguments(f32, "spiral", 4, 1, 2, 3, 4))
+
+
+# ---- what the Triton form adds
+
+
+@pytest.fixture
+def triton_form(form: str) -> None:
+    if form != "triton":
+        pytest.skip("about the Triton form")
+
+
+@pytest.mark.usefixtures("triton_form")
+@pytest.mark.parametrize(
+    ("heads", "launched"), [((4, 2), 1), ((3, 3), 1), ((2,), 1), ((4, 2, 2), 2), ((4, 2, 2, 1), 2)]
+)
+def test_two_members_go_in_one_launch(heads: tuple[int, ...], launched: int) -> None:
+    given_ = group_arguments(f32, "half", 6, *heads)
+    with launches() as names:
+        evaluate(rotary_group, given_, [f"x[{i}]" for i in range(len(heads))])
+    assert names == ["turn_kernel"] * 2 * launched
+
+
+@pytest.mark.usefixtures("triton_form")
+def test_members_of_other_shapes_go_one_by_one() -> None:
+    given_ = group_arguments(f32, "half", 4, 4, 2)
+    given_["x"][1] = given_["x"][1][..., :5]
+    with launches() as names:
+        result = evaluate(rotary_group, given_)
+    assert names == ["turn_kernel"] * 4
+    expected = evaluate(rotary_group.reference, given_)
+    torch.testing.assert_close(result.values(), expected.values())
+
+
+@pytest.mark.usefixtures("triton_form")
+@pytest.mark.parametrize("layout", LAYOUTS[:3])
+@pytest.mark.parametrize("heads_last", [False, True])
+def test_transposed_heads_are_not_copied(heads_last: bool, layout: str) -> None:
+    """The kernel gets x itself, and what it writes is y itself."""
+    from fastlora.kernels.gpu import rotary as gpu
+
+    x = on_device(torch.randn(2, 5, 9, 8))[:, :, 3:6]
+    given_ = on_the_device(arguments(f32, layout, 8, 2, 3, 5, 8))
+    if heads_last:
+        given_ |= {name: given_[name].transpose(1, 2) for name in ("cos", "sin")}
+    else:
+        x = x.transpose(1, 2)
+    with patch.object(gpu, "_launch", wraps=gpu._launch) as launch:
+        y = rotary(**given_ | {"x": x})
+    _, (read,), (written,), *_ = launch.call_args.args
+    assert read is x
+    assert (written.data_ptr(), written.stride()) == (y.data_ptr(), y.stride())
+    assert y.stride() == (x * given_["cos"]).stride()
+    torch.testing.assert_close(y, rotary.reference(**given_ | {"x": x}))

@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 import torch
 from graphs import Function, analyse, assert_as_exact, bf16, f32, randn, rotary, rotate_half
+from tiny_models import batch, build, step
 from torch import Tensor
+
+import fastlora
 
 
 def halves_by_chunk(x, cos, sin):
@@ -90,16 +93,115 @@ def test_a_rotary_embedding_of_a_part_of_each_head_is_one_op(function: Function,
     outcome.assert_close()
 
 
-def test_query_and_key_with_transposed_heads_are_both_claimed() -> None:
-    def attention(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
-        q, k = q.view(2, 3, 4, 8).transpose(1, 2), k.view(2, 3, 4, 8).transpose(1, 2)
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        return rotary(q, cos, sin), rotary(k, cos, sin)
+def transposed(x: Tensor, heads: int) -> Tensor:
+    return x.view(2, 3, heads, 8).transpose(1, 2)
 
-    tables = [randn(2, 3, 8, seed=s, grad=False) for s in (1, 2)]
-    outcome = analyse(attention, randn(2, 3, 32), randn(2, 3, 32, seed=3), *tables)
+
+TABLES = [randn(2, 3, 8, seed=s, grad=False) for s in (1, 2)]
+QUERY, KEY = randn(2, 3, 32), randn(2, 3, 16, seed=3)
+
+
+SHARING = [rotary, halves_by_chunk, halves_by_split, flipped, pairs]
+"""The spellings that read the angles as they come, so that q and k read the same, and whose result is laid out as x."""
+
+
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+@pytest.mark.parametrize("function", SHARING, ids=lambda function: function.__name__)
+def test_query_and_key_become_one_op(function: Function, dtype: torch.dtype) -> None:
+    """Their heads may differ in number and stay transposed."""
+
+    def attention(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        return function(transposed(q, 4), cos, sin), function(transposed(k, 2), cos, sin)
+
+    inputs = [t.detach().to(dtype).requires_grad_(t.requires_grad) for t in (QUERY, KEY, *TABLES)]
+    outcome = analyse(attention, *inputs)
+    assert outcome.ops == ["rotary_group"]
+    assert not outcome.misses
+    assert outcome.chosen[0].arguments["layout"] == dict(SPELLINGS)[function]
+    outcome.assert_tidy()
+    assert_as_exact(outcome, attention, inputs)
+
+
+def test_query_and_key_become_one_op_where_a_part_of_each_head_turns() -> None:
+    def attention(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        cos, sin = cos.unsqueeze(1)[..., :4], sin.unsqueeze(1)[..., :4]
+        return [
+            torch.cat((rotary(x[..., :4], cos, sin), x[..., 4:]), dim=-1) for x in (transposed(q, 4), transposed(k, 2))
+        ]
+
+    outcome = analyse(attention, QUERY, KEY, *TABLES)
+    assert outcome.ops == ["rotary_group"]
+    assert outcome.chosen[0].arguments["rotary_dim"] == 4
+    assert len(outcome.chosen[0].arguments["x"]) == 2
+    outcome.assert_tidy()
+    outcome.assert_close()
+
+
+def test_each_layers_query_and_key_are_one_op_though_all_share_the_angles() -> None:
+    def layers(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        for _ in range(3):
+            q, k = rotary(transposed(x, 4), cos, sin), rotary(transposed(x * 2, 4), cos, sin)
+            x = x + (q * torch.tanh(k)).transpose(1, 2).flatten(2)
+        return x
+
+    outcome = analyse(layers, QUERY, *TABLES)
+    assert outcome.ops == ["rotary_group"] * 3
+    assert not outcome.misses
+    outcome.assert_close()
+
+
+def test_a_key_that_depends_on_the_query_stays_apart() -> None:
+    def chain(q: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        turned = rotary(q, cos, sin)
+        return turned, rotary(torch.tanh(turned), cos, sin)
+
+    outcome = analyse(chain, randn(2, 4, 3, 8), *(randn(3, 8, seed=s, grad=False) for s in (1, 2)))
     assert outcome.ops == ["rotary", "rotary"]
     outcome.assert_close()
+
+
+def test_other_angles_stay_apart() -> None:
+    def attention(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        return rotary(q, cos, sin), rotary(k, sin, cos)
+
+    outcome = analyse(attention, *(randn(2, 4, 3, 8, seed=s) for s in (0, 3)), *(randn(3, 8, grad=False) for _ in "cs"))
+    assert outcome.ops == ["rotary", "rotary"]
+    outcome.assert_close()
+
+
+def test_a_key_without_gradients_stays_apart() -> None:
+    """In one op its output would require them."""
+
+    def attention(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        return rotary(q, cos, sin), rotary(k, cos, sin)
+
+    tables = [randn(3, 8, seed=s, grad=False) for s in (1, 2)]
+    outcome = analyse(attention, randn(2, 4, 3, 8), randn(2, 4, 3, 8, seed=3, grad=False), *tables)
+    assert outcome.ops == ["rotary", "rotary"]
+    outcome.assert_close()
+
+
+def test_learned_angles_are_not_grouped() -> None:
+    """The group would copy q and k for their gradients, which alone keep what they read."""
+
+    def attention(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        return rotary(q, cos, sin), rotary(k, cos, sin)
+
+    outcome = analyse(attention, *(randn(2, 4, 3, 8, seed=s) for s in (0, 3)), *(randn(3, 8, seed=s) for s in (1, 2)))
+    assert outcome.ops == ["rotary", "rotary"]
+    outcome.assert_close()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "gemma3", "phi3", "gpt_neox"])
+def test_query_and_key_of_every_layer_of_a_model_are_one_op(family: str) -> None:
+    model = fastlora.compile(build(family))
+    step(model, batch())
+    report = fastlora.report(model)
+    assert [op for site in report.fused for op in [site.op] * site.count if "rotary" in op] == ["rotary_group"] * 3
+    coverage = report.coverage["rotary"]
+    assert coverage.seen == coverage.fused > 0
 
 
 def test_learned_tables_get_their_gradients() -> None:

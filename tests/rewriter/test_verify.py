@@ -80,6 +80,7 @@ def _sum_for_mean() -> Rule:
         "logits_dtype": dtype_of(),
         "ignore_index": -100,
         "label_smoothing": 0.0,
+        "z_loss": 0.0,
     }
 
     @rule(ops.linear_cross_entropy, attrs=attrs)

@@ -1,0 +1,211 @@
+"""LayerNorm, alone and after the residual addition: `kernels/layer_norm.py` has the formulas.
+
+A program holds whole rows, in float32: the mean is known before the squares are summed, and each element is loaded once
+and stored once. The backward is organised as RMSNorm's: a program per few rows where only x wants its gradient; where
+the parameters do, programs that walk over the rows and sum their shares of dw and db, which are then added up in a
+fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlora.kernels import layer_norm as op
+from fastlora.kernels.forms import Form, laid_out
+from fastlora.kernels.gpu import rows as over
+from fastlora.kernels.gpu.launch import TL_DTYPES, Rows, cdiv, supported, vector
+from fastlora.kernels.op import Gradients, Wanted
+
+
+@triton.jit(do_not_specialize=["T", "eps"])
+def forward_kernel(
+    x_ptr, residual_ptr, w_ptr, b_ptr, y_ptr, total_ptr, mean_ptr, rstd_ptr,
+    T, H, x_stride, residual_stride, y_stride, eps,
+    ADD: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """total = residual + x; y = (total - mean) * rsqrt(mean((total - mean)^2) + eps) * w + b, for BLOCK_T rows."""
+    row = tl.arange(0, BLOCK_T)[:, None].to(tl.int64) + tl.program_id(0) * BLOCK_T
+    cols = tl.arange(0, BLOCK_H)[None, :]
+    in_row = cols < H
+    mask = (row < T) & in_row
+    h = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        residual = tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        total = (residual + h).to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + row * H + cols, total, mask=mask)
+        h = total.to(tl.float32)
+    mean = tl.sum(h, axis=1, keep_dims=True) / H
+    centered = tl.where(in_row, h - mean, 0.0)
+    rstd = tl.rsqrt(tl.sum(centered * centered, axis=1, keep_dims=True) / H + eps)
+    tl.store(mean_ptr + row, mean, mask=row < T)
+    tl.store(rstd_ptr + row, rstd, mask=row < T)
+    y = centered * rstd
+    if WEIGHT:
+        y = y * tl.load(w_ptr + cols, mask=in_row, other=0.0).to(tl.float32)
+    if BIAS:
+        y = y + tl.load(b_ptr + cols, mask=in_row, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * y_stride + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["T"])
+def backward_kernel(
+    dy_ptr, x_ptr, w_ptr, mean_ptr, rstd_ptr, dtotal_ptr, dx_ptr, dw_ptr, db_ptr,
+    T, H, dy_stride, x_stride, dtotal_stride,
+    WEIGHT: tl.constexpr, DTOTAL: tl.constexpr, DX: tl.constexpr, DW: tl.constexpr, DB: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """dx = rstd * (g - mean(g) - n * mean(g * n)) + dtotal, and the sums of dy * n and dy, for every
+    num_programs-th BLOCK_T rows."""
+    cols = tl.arange(0, BLOCK_H)[None, :]
+    in_row = cols < H
+    scale = tl.full((1, BLOCK_H), 1.0, tl.float32)
+    if WEIGHT:
+        scale = tl.load(w_ptr + cols, mask=in_row, other=0.0).to(tl.float32)
+    dw = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
+    db = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.num_programs(0)):
+        row = tl.arange(0, BLOCK_T)[:, None].to(tl.int64) + tile * BLOCK_T
+        mask = (row < T) & in_row
+        g = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        if DB:
+            db += g
+        if DX or DW:
+            mean = tl.load(mean_ptr + row, mask=row < T, other=0.0)
+            rstd = tl.load(rstd_ptr + row, mask=row < T, other=0.0)
+            x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+            n = tl.where(mask, (x - mean) * rstd, 0.0)
+            if DW:
+                dw += g * n
+            if DX:
+                g = g * scale
+                shift = tl.sum(g, axis=1, keep_dims=True) / H
+                dx = rstd * (g - shift - n * (tl.sum(g * n, axis=1, keep_dims=True) / H))
+                if DTOTAL:
+                    dx += tl.load(dtotal_ptr + row * dtotal_stride + cols, mask=mask, other=0.0).to(tl.float32)
+                tl.store(dx_ptr + row * H + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    share = tl.program_id(0).to(tl.int64) * H + cols
+    if DW:
+        tl.store(dw_ptr + share, tl.sum(dw, axis=0, keep_dims=True), mask=in_row)
+    if DB:
+        tl.store(db_ptr + share, tl.sum(db, axis=0, keep_dims=True), mask=in_row)
+
+
+def _normalise(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y, the sum (x if there is no residual), mean and rstd."""
+    rows, H = Rows(x), x.shape[-1]
+    matrix = rows.of(x)
+    added = matrix if residual is None else rows.of(residual)
+    y, mean, rstd = rows.empty(H, out_dtype), rows.empty(1, torch.float32), rows.empty(1, torch.float32)
+    total = x if residual is None else rows.empty(H, torch.promote_types(x.dtype, residual.dtype))
+    block_t, block_h, warps = over.tile(H)
+    forward_kernel[(cdiv(rows.count, block_t),)](
+        matrix, added, vector(weight), vector(bias), y, total, mean, rstd,
+        rows.count, H, matrix.stride(0), added.stride(0), H, eps,
+        ADD=residual is not None, WEIGHT=weight is not None, BIAS=bias is not None,
+        BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
+    )  # fmt: skip
+    total = total if residual is None else laid_out(total, x)
+    return laid_out(y, x), total, mean.contiguous(), rstd.contiguous()
+
+
+def _differentiate(
+    wants_dx: bool,
+    wanted: Wanted,
+    dy: torch.Tensor,
+    dtotal: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+) -> tuple[torch.Tensor | None, Gradients]:
+    """The gradient of x (for a sum, with the sum's own added), and those of weight and bias."""
+    rows, H = Rows(x), x.shape[-1]
+    matrix, incoming = rows.of(x), rows.of(dy)
+    through = incoming if dtotal is None else rows.of(dtotal)
+    block_t, block_h, warps = over.tile(H)
+    programs = cdiv(rows.count, block_t)
+    if (weight is not None and wanted["weight"]) or (bias is not None and wanted["bias"]):
+        programs, warps = over.walkers(programs, x.device), min(16, 2 * warps)  # two sums fill the registers of one
+    dx = rows.empty(H, x.dtype) if wants_dx else None
+    dw, db = over.shares(programs, wanted["weight"], weight), over.shares(programs, wanted["bias"], bias)
+    backward_kernel[(programs,)](
+        incoming, matrix, vector(weight), rows.of(mean), rows.of(rstd), through, dx, dw, db,
+        rows.count, H, incoming.stride(0), matrix.stride(0), through.stride(0),
+        WEIGHT=weight is not None, DTOTAL=dtotal is not None, DX=wants_dx, DW=dw is not None, DB=db is not None,
+        BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
+    )  # fmt: skip
+    dx = None if dx is None else laid_out(dx, x)
+    return dx, {"weight": over.total(dw, weight), "bias": over.total(db, bias)}
+
+
+def serves(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    residual: torch.Tensor | None = None,
+    **_: Any,
+) -> bool:
+    return (
+        out_dtype in TL_DTYPES
+        and x.numel() > 0
+        and x.shape[-1] <= over.WIDEST
+        and (residual is None or residual.shape == x.shape)
+        and supported(x, weight, bias, residual)
+    )
+
+
+def forward(x: torch.Tensor, **given: Any) -> tuple[torch.Tensor, ...]:
+    y, _, mean, rstd = _normalise(x, None, **given)
+    return y, mean, rstd
+
+
+def serves_backward(grads: list[torch.Tensor], x: torch.Tensor, **given: Any) -> bool:
+    return serves(x, **given) and supported(*grads)
+
+
+def backward(
+    wanted: Wanted, grads: list[torch.Tensor], x: torch.Tensor, eps: float, out_dtype: torch.dtype, **saved: Any
+) -> Gradients:
+    dx, gradients = _differentiate(wanted["x"], wanted, grads[0], None, x, **saved)
+    return {**gradients, "x": dx}
+
+
+def add_forward(residual: torch.Tensor, x: torch.Tensor, **given: Any) -> tuple[torch.Tensor, ...]:
+    return _normalise(x, residual, **given)
+
+
+def serves_add_backward(grads: list[torch.Tensor | None], total: torch.Tensor, **given: Any) -> bool:
+    return serves(total, **given) and supported(*grads)
+
+
+def add_backward(
+    wanted: Wanted,
+    grads: list[torch.Tensor | None],
+    total: torch.Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
+    **saved: Any,
+) -> Gradients:
+    dy, dtotal = grads
+    if dy is None:  # only the sum was used
+        assert dtotal is not None
+        return {"residual": laid_out(dtotal.clone(), total)}
+    dx, gradients = _differentiate(wanted["residual"], wanted, dy, dtotal, total, **saved)
+    return {**gradients, "residual": dx}
+
+
+op.layer_norm.forms.accelerated.append(Form("triton", forward, backward, serves, serves_backward))
+op.add_layer_norm.forms.accelerated.append(Form("triton", add_forward, add_backward, serves, serves_add_backward))

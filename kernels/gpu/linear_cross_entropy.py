@@ -1,0 +1,314 @@
+"""Cross-entropy of a linear head's logits: `kernels/linear_cross_entropy.py` has the formulas.
+
+Tokens that are kept come first, by a permutation that is made on the device; so is their count, which the host never
+learns.  For each chunk of them one product makes the logits, one kernel turns these in place into dl, and one product
+per gradient follows:
+
+    gather_kernel           x, labels -> the kept rows of x, in order, then zeros; and the permutation
+    product of rows         logits = x W^T
+    cross_entropy_kernel    logits -> loss, dl
+    product of rows         dl W, which scatter_kernel puts where the tokens are
+    product over rows       dW += dl^T x
+
+A row of logits is read twice, the second time from the cache as long as all rows in flight fit there.  Products go
+through `rows_product` and `depth_product`, which stop at the last row that is worth the work.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlora.kernels import linear_cross_entropy as op
+from fastlora.kernels.forms import Form, laid_out
+from fastlora.kernels.gpu import matmul
+from fastlora.kernels.gpu.kept_rows import Kept
+from fastlora.kernels.gpu.launch import FLOATS, TL_DTYPES, cdiv, empty, power_of_two, supported
+from fastlora.kernels.linear_head import PARAMETERS, Head, Sums, accumulate
+
+CHUNK_BYTES = 512 << 20
+"""Logits of a chunk. Fewer and larger chunks make dW pass through memory less often."""
+ADDENDS = 8
+"""How many chunks may add to a sum that is rounded to bfloat16 each time; more add up in float32."""
+WIDEST = 32768
+"""Logits of a row that a program holds at a time, if they need few registers. Then one program fills a processor, and
+the rows in flight, one for each, fit into the cache until they are read again."""
+
+
+@triton.jit
+def _tanh(u):
+    """tanh, near 0 by an odd polynomial of its own, where 1 - 2 / (exp(2u) + 1) has lost its digits."""
+    s = u * u
+    p = (((-0.005515176337 * s + 0.0204694327) * s - 0.05368802697) * s + 0.13330830634) * s - 0.3333325982
+    return tl.where(tl.abs(u) < 0.65, u + u * s * p, 1.0 - 2.0 / (tl.exp(2.0 * u) + 1.0))
+
+
+@triton.jit
+def _cap(logits, scale, softcap, CAPPED: tl.constexpr, LOGITS_DTYPE: tl.constexpr):
+    """z and dz/dl, without the factor scale, of logits that are as the head made them."""
+    z = logits.to(tl.float32).to(LOGITS_DTYPE).to(tl.float32) * scale
+    slope = 1.0
+    if CAPPED:
+        t = _tanh(z / softcap)
+        z = softcap * t
+        slope = 1.0 - t * t
+    return z, slope
+
+
+@triton.jit
+def _log_sum_exp(
+    row_ptr, V, scale, softcap,
+    SUM: tl.constexpr, CAPPED: tl.constexpr, LOGITS_DTYPE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """max(z), sum(exp(z - max)) and, if SUM, sum(z) of a row. Each lane keeps these of its own WIDTH columns of every
+    block, so that only the end needs other lanes' numbers."""
+    lanes, offsets = tl.arange(0, LANES)[:, None] * WIDTH, tl.arange(0, WIDTH)[None, :]
+    peak = tl.full((LANES,), float("-inf"), tl.float32)
+    total = tl.zeros((LANES,), tl.float32)
+    plain = tl.zeros((LANES,), tl.float32)
+    for start in range(0, V, LANES * WIDTH):
+        cols = start + lanes + offsets
+        mask = cols < V
+        logits = tl.load(row_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_last")
+        z, _ = _cap(logits, scale, softcap, CAPPED, LOGITS_DTYPE)
+        if SUM:
+            plain += tl.sum(tl.where(mask, z, 0.0), axis=1)
+        z = tl.where(mask, z, float("-inf"))
+        higher = tl.maximum(peak, tl.max(z, axis=1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf is nan, and exp of it has to be 0
+        total = total * tl.exp(peak - base) + tl.sum(tl.exp(z - base[:, None]), axis=1)
+        peak = higher
+    highest = tl.max(peak, axis=0)
+    total = tl.where(peak == float("-inf"), 0.0, total * tl.exp(peak - highest))
+    return highest, tl.sum(total, axis=0), tl.sum(plain, axis=0)
+
+
+@triton.jit
+def cross_entropy_kernel(
+    logits_ptr, labels_ptr, order_ptr, remaining_ptr, g_ptr, loss_ptr,
+    V, logits_stride, scale, softcap, smoothing, z_loss,
+    CAPPED: tl.constexpr, SMOOTHED: tl.constexpr, EACH: tl.constexpr, GRADIENT: tl.constexpr, CLEAR: tl.constexpr,
+    LOGITS_DTYPE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The loss of one row of logits, and dl in their place, for a g of the token's own if EACH.
+
+    Rows from `remaining` on are ignored tokens: their loss is 0, and dl too, if CLEAR; else nobody reads it.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.load(order_ptr + row)
+    row_ptr = logits_ptr + row * logits_stride
+    if row >= tl.load(remaining_ptr):
+        tl.store(loss_ptr + token, 0.0)
+        if CLEAR:
+            lane = tl.arange(0, LANES * WIDTH)
+            for first in range(0, V, LANES * WIDTH):
+                nothing = tl.zeros((LANES * WIDTH,), logits_ptr.dtype.element_ty)
+                tl.store(row_ptr + first + lane, nothing, mask=first + lane < V)
+        return
+    label = tl.load(labels_ptr + token)
+    logit = tl.load(row_ptr + label, mask=(label >= 0) & (label < V), other=0.0)
+    picked, _ = _cap(logit, scale, softcap, CAPPED, LOGITS_DTYPE)
+    peak, total, plain = _log_sum_exp(row_ptr, V, scale, softcap, SMOOTHED, CAPPED, LOGITS_DTYPE, LANES, WIDTH)
+    log_sum = tl.log(total)
+    loss = log_sum + (peak - picked)
+    if SMOOTHED:
+        loss = (1.0 - smoothing) * loss + smoothing * (log_sum + (peak - plain / V))
+    lse = peak + log_sum
+    tl.store(loss_ptr + token, loss + z_loss * lse * lse)
+    if GRADIENT:
+        factor = scale * tl.load(g_ptr + (token if EACH else 0))
+        weight = (1.0 + 2.0 * z_loss * lse) / total
+        lanes, offsets = tl.arange(0, LANES)[:, None] * WIDTH, tl.arange(0, WIDTH)[None, :]
+        tl.debug_barrier()  # every lane has read what all write now
+        for first in range(0, V, LANES * WIDTH):
+            cols = first + lanes + offsets
+            mask = cols < V
+            logits = tl.load(row_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_first")
+            z, slope = _cap(logits, scale, softcap, CAPPED, LOGITS_DTYPE)
+            dz = tl.exp(z - peak) * weight - smoothing / V - tl.where(cols == label, 1.0 - smoothing, 0.0)
+            dl = dz * slope * factor
+            tl.store(row_ptr + cols, dl.to(logits_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def multiply_kernel(t_ptr, g_ptr, y_ptr, N, H, EACH: tl.constexpr, BLOCK: tl.constexpr):
+    """t times g, one number for all or one for each H elements."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < N
+    g = tl.load(g_ptr + at // H, mask=mask, other=0.0) if EACH else tl.load(g_ptr)
+    t = tl.load(t_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, (t * g).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+# ---- products
+
+
+def rows_product(left: torch.Tensor, right: torch.Tensor, remaining: torch.Tensor, out: torch.Tensor) -> None:
+    """out[:remaining] = left[:remaining] @ right; other rows of out may become anything."""
+    if matmul.readable([(left, right)], out=out) is True:
+        matmul.limited_rows(left, right, remaining, out)
+    else:
+        torch.mm(left, right, out=out)
+
+
+def depth_product(
+    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, remaining: torch.Tensor, beta: float
+) -> None:
+    """total = beta * total + left[:remaining]^T @ right[:remaining]; both are 0 in the rows from `remaining` on."""
+    if matmul.readable([(left.t(), right)], out=total) is True:
+        matmul.limited_depth(left.t(), right, remaining, total, add=beta != 0)
+    else:
+        accumulate(total, left.t(), right, beta)
+
+
+class LimitedSums(Sums):
+    """Sums over the tokens of a chunk that are kept."""
+
+    remaining: torch.Tensor
+
+    def add_weight(self, total: torch.Tensor, dl: torch.Tensor, x: torch.Tensor, beta: float) -> None:
+        depth_product(total, dl, x, self.remaining, beta)
+
+
+def _make_logits(
+    head: Head, x: torch.Tensor, xa: torch.Tensor | None, remaining: torch.Tensor, out: torch.Tensor
+) -> None:
+    base = out if out.dtype == head.base_dtype else torch.empty_like(out, dtype=head.base_dtype)
+    if head.bias is None:
+        rows_product(x.to(head.base_dtype), head.weight.t(), remaining, base)
+    else:
+        torch.addmm(head.bias, x.to(head.base_dtype), head.weight.t(), out=base)
+    if base is not out:
+        out.copy_(base)
+    if xa is not None and head.lora_b is not None:
+        accumulate(out, xa, head.lora_b.t(), alpha=head.scaling)
+
+
+def _input_gradient(
+    head: Head, dl: torch.Tensor, dxa: torch.Tensor | None, remaining: torch.Tensor, like: torch.Tensor
+) -> torch.Tensor:
+    out = empty(dl.shape[0], head.weight.shape[1], like=like, dtype=head.base_dtype)
+    rows_product(dl.to(head.base_dtype), head.weight, remaining, out)
+    out = out.to(head.sum_dtype)
+    if dxa is not None and head.lora_a is not None:
+        accumulate(out, dxa, head.lora_a)
+    return out
+
+
+# ---- the Triton form
+
+
+def _block(V: int, light: bool) -> dict[str, int]:
+    """Lanes of a program, columns of each, and warps: 32 columns for each thread, or 16 where they need registers."""
+    block = max(16, min(power_of_two(V), WIDEST if light else WIDEST // 2))
+    return {"LANES": block // 8, "WIDTH": 8, "num_warps": max(1, block // (1024 if light else 512))}
+
+
+def _refuse_labels(targets: torch.Tensor, ignore_index: int, V: int) -> None:
+    """Raises for a label out of range; on a GPU when it gets there, as PyTorch's own loss does."""
+    usable = (((targets >= 0) & (targets < V)) | (targets == ignore_index)).all()
+    if targets.is_cuda:
+        torch._assert_async(usable, "linear_cross_entropy: a label is out of bounds")
+    elif not usable:
+        raise IndexError("linear_cross_entropy: a label is out of bounds")
+
+
+def _total_dtype(parameter: torch.Tensor, base_dtype: torch.dtype, chunks: int) -> torch.dtype:
+    few = parameter.dtype is base_dtype is torch.bfloat16 and parameter.dim() == 2 and chunks <= ADDENDS
+    return torch.bfloat16 if few else torch.float32
+
+
+def _sums(problem: op.Problem, chunks: int) -> LimitedSums:
+    """Totals that nothing was added to, for the parameters that want a gradient."""
+    x, head, totals = problem.x, problem.head, {}
+    for name, parameter in problem.parameters.items():
+        if problem.wants(name):
+            dtype = _total_dtype(parameter, head.base_dtype, chunks)
+            totals[name] = empty(*parameter.shape, like=x, dtype=dtype)
+    return LimitedSums(head, totals)
+
+
+def _cross_entropy(
+    problem: op.Problem,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    order: torch.Tensor,
+    remaining: torch.Tensor,
+    losses: torch.Tensor,
+) -> None:
+    """Losses of the tokens `order`, and dl in place of their logits if a gradient is wanted."""
+    loss, V = problem.loss, logits.shape[1]
+    cross_entropy_kernel[(logits.shape[0],)](
+        logits, targets, order, remaining, problem.g.contiguous(), losses,
+        V, logits.stride(0), loss.scale, loss.softcap, loss.label_smoothing, loss.z_loss,
+        CAPPED=loss.softcap > 0, SMOOTHED=loss.label_smoothing > 0, EACH=problem.g.dim() > 0,
+        GRADIENT=bool(problem.names), CLEAR=any(problem.wants(name) for name in PARAMETERS),
+        LOGITS_DTYPE=TL_DTYPES[problem.head.logits_dtype],
+        **_block(V, light=logits.itemsize == 2 and loss.softcap <= 0),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def solve(problem: op.Problem) -> op.Solution:
+    """The Triton form's way."""
+    x, head = problem.x, problem.head
+    targets, H, V = problem.targets.contiguous(), x.shape[-1], head.weight.shape[0]
+    _refuse_labels(targets, problem.loss.ignore_index, V)
+    T, size = targets.numel(), head.sum_dtype.itemsize
+    stride = cdiv(V * size, 16) * 16 // size  # rows start at multiples of 16 bytes, for cuBLAS
+    chunk = op.chunk_rows(stride, size, CHUNK_BYTES)
+    chunk = min(T, chunk if chunk < 256 else chunk // 256 * 256)
+    dtype = head.base_dtype if head.lora_a is None else x.dtype
+    kept = Kept(x.reshape(T, H), targets, problem.loss.ignore_index, dtype, chunk)
+    losses = empty(T, like=x, dtype=torch.float32)
+    logits = empty(chunk, stride, like=x, dtype=head.sum_dtype)[:, :V]
+    dx = empty(T, H, like=x, dtype=head.sum_dtype) if problem.wants("x") else None
+    sums = _sums(problem, len(kept.remaining))
+    for i, rows in enumerate(op.chunks(T, chunk)):
+        remaining, part = kept.remaining[i], kept.rows[rows]
+        dl, xa = logits[: part.shape[0]], head.project(part)
+        _make_logits(head, part, xa, remaining, dl)
+        _cross_entropy(problem, dl, targets, kept.order[rows], remaining, losses)
+        if problem.names:
+            dxa = head.unproject(dl)
+            sums.remaining = remaining
+            sums.add(dl, dxa, part, xa)
+            if dx is not None:
+                kept.put_back(_input_gradient(head, dl, dxa, remaining, x), rows.start, remaining, dx)
+    made = {name: laid_out(total, problem.parameters[name]) for name, total in sums.totals.items()}
+    return losses, made | ({} if dx is None else {"x": dx.reshape(x.shape)})
+
+
+def multiplied(t: torch.Tensor, g: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """t times g, one number or one for each row, rounded once, and laid out as t."""
+    t = t if t.stride() == torch.empty_like(t, device="meta").stride() else t.contiguous()
+    y = empty(t.numel(), like=t, dtype=dtype).as_strided(t.shape, t.stride())
+    grid = (cdiv(t.numel(), 4096),)
+    multiply_kernel[grid](t, g.contiguous(), y, t.numel(), t.shape[-1], EACH=g.dim() > 0, BLOCK=4096, num_warps=8)
+    return y
+
+
+def serves(x: torch.Tensor | None, base_dtype: torch.dtype, logits_dtype: torch.dtype, **given: Any) -> bool:
+    dtypes = (base_dtype, logits_dtype, given["lora_dtype"] or base_dtype)
+    tensors = (x, *(given[name] for name in PARAMETERS))
+    return all(dtype in FLOATS for dtype in dtypes) and supported(*tensors) and (x is None or x.numel() > 0)
+
+
+def serves_backward(grads: list[torch.Tensor], **given: Any) -> bool:
+    made = [given[f"made_{name}"] for name in ("x", *PARAMETERS)]
+    return serves(**given) and supported(*grads, *made)
+
+
+op.linear_cross_entropy.forms.accelerated.append(
+    Form(
+        "triton",
+        partial(op.make, solve),
+        partial(op.differentiate, solve, multiplied),
+        serves,
+        serves_backward,
+    )
+)

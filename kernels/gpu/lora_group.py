@@ -1,0 +1,132 @@
+"""Several adapted layers of one input: `kernels/lora_group.py` has the formulas, `lora_linear.py` the products.
+
+The members' thin factors stand side by side, so one pass over x makes every xa and one every dA, and the input's
+gradient is one sum of the members' products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastlora.kernels import lora_group as op
+from fastlora.kernels import lora_linear as single
+from fastlora.kernels.forms import Form
+from fastlora.kernels.gpu import lora_linear as layer
+from fastlora.kernels.gpu import low_rank
+from fastlora.kernels.gpu.launch import allocate
+from fastlora.kernels.op import Gradients, Wanted
+
+Members = list[dict[str, Any]]
+
+
+def down(x: torch.Tensor, lora_a: list[torch.Tensor], scaling: list[float]) -> torch.Tensor:
+    """The members' scaled xa side by side, (T, sum of R)."""
+    if len(set(scaling)) == 1:
+        return low_rank.down(x, lora_a, scaling[0])
+    return torch.cat([low_rank.down(x, [a], s) for a, s in zip(lora_a, scaling, strict=True)], dim=1)
+
+
+def members_backward(
+    wants: list[Wanted], wants_x: bool, grads: list[torch.Tensor | None], x: torch.Tensor | None, members: Members
+) -> tuple[list[Gradients], single.Addend | None, list[single.Addend]]:
+    """The gradients of each member's parameters, and what dx is the sum of: the thin product and the large ones.
+
+    dy_i (T, N_i) and x (T, K) have the dtype of the computation. A member has `lora_a`, `lora_b`, `xa`, `weight`,
+    `bias`, `lora_bias` and `scaling`; one without a gradient is passed over.
+    """
+    alive = [i for i, dy in enumerate(grads) if dy is not None and (wants_x or any(wants[i].values()))]
+    ranks = {i: len(members[i]["lora_a"]) for i in alive if wants_x or wants[i]["lora_a"]}
+    first = next(dy for dy in grads if dy is not None)
+    dxa = allocate((len(first), sum(ranks.values())), first.dtype, first.device) if ranks else None
+    parts = dict(zip(ranks, dxa.split(list(ranks.values()), dim=1), strict=True)) if dxa is not None else {}
+    found: list[Gradients] = [{} for _ in members]
+    for i in alive:
+        given = {n: v for n, v in members[i].items() if n != "lora_a"}
+        dy = grads[i]
+        assert dy is not None
+        found[i], _ = layer.parameter_gradients(wants[i], i in ranks, dy, x, dxa=parts.get(i), **given)
+    if dxa is not None and x is not None and any(wants[i]["lora_a"] for i in ranks):
+        _down_gradients(found, wants, ranks, parts, dxa, x, members)
+    if not wants_x or dxa is None:
+        return found, None, []
+    stacked = torch.cat([members[i]["lora_a"].to(first.dtype) for i in ranks])
+    products = [(dy, members[i]["weight"].to(first.dtype)) for i in alive if (dy := grads[i]) is not None]
+    return found, (dxa, stacked), products
+
+
+def _down_gradients(
+    found: list[Gradients],
+    wants: list[Wanted],
+    ranks: dict[int, int],
+    parts: dict[int, torch.Tensor],
+    dxa: torch.Tensor,
+    x: torch.Tensor,
+    members: Members,
+) -> None:
+    """dA of every member in one pass over x, if all are wanted and have one dtype."""
+    dtypes = {members[i]["lora_a"].dtype for i in ranks}
+    if len(dtypes) == 1 and all(wants[i]["lora_a"] for i in ranks):
+        stacked = low_rank.down_gradient(dxa, x, dtypes.pop())
+        for i, da in zip(ranks, stacked.split(list(ranks.values())), strict=True):
+            found[i]["lora_a"] = da.clone() if len(ranks) > 1 else da
+        return
+    for i, part in parts.items():
+        if wants[i]["lora_a"]:
+            found[i]["lora_a"] = low_rank.down_gradient(part.contiguous(), x, members[i]["lora_a"].dtype)
+
+
+def serves(x: torch.Tensor | None, weight: list[torch.Tensor], **given: Any) -> bool:
+    return all(layer.serves(x, w, **given) for w in weight)
+
+
+def forward(
+    x: torch.Tensor,
+    lora_a: list[torch.Tensor],
+    scaling: list[float],
+    base_dtype: torch.dtype,
+    lora_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    **lists: list[Any],
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    tokens = single.rows(x).to(base_dtype)
+    xa = down(tokens, lora_a, scaling)
+    ys = []
+    for i, part in enumerate(xa.split([len(a) for a in lora_a], dim=1)):
+        member = {name: values[i] for name, values in lists.items()}
+        ys.append(layer.project(tokens, part, scaling=scaling[i], out_dtype=out_dtype, **member))
+    return [y.view(*x.shape[:-1], y.shape[1]) for y in ys], xa
+
+
+def serves_backward(grads: list[list[torch.Tensor | None]], weight: list[torch.Tensor], **given: Any) -> bool:
+    dtypes = {n: given[n] for n in ("base_dtype", "lora_dtype", "out_dtype")}
+    return serves(None, weight, **dtypes) and all(dy is None or dy.numel() > 0 for dy in grads[0])
+
+
+def backward(
+    wanted: Wanted,
+    grads: list[list[torch.Tensor | None]],
+    x: torch.Tensor | None,
+    xa: torch.Tensor,
+    x_dtype: torch.dtype,
+    base_dtype: torch.dtype,
+    lora_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    **lists: list[Any],
+) -> Gradients:
+    lists["xa"] = list(xa.split([len(a) for a in lists["lora_a"]], dim=1))
+    members = [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
+    wants = [{name: wanted[name][i] for name in single.PARAMETERS} for i in range(len(members))]
+    tokens = None if x is None else single.rows(x).to(base_dtype)
+    dys = [None if dy is None else single.rows(dy).to(base_dtype) for dy in grads[0]]
+    found, low, products = members_backward(wants, wanted["x"], dys, tokens, members)
+    gradients: Gradients = {name: [of_member.get(name) for of_member in found] for name in single.PARAMETERS}
+    if wanted["x"]:
+        shape = next(dy.shape[:-1] for dy in grads[0] if dy is not None)
+        dx = layer.total(low, products, None, x_dtype)
+        gradients["x"] = dx.view(*shape, dx.shape[1])
+    return gradients
+
+
+op.lora_group.forms.accelerated.append(Form("triton", forward, backward, serves, serves_backward))

@@ -1,0 +1,234 @@
+"""The adapted linear layer and the adapter alone: `kernels/lora_linear.py` has the formulas.
+
+Every product is one of two kinds. The large ones are sums (`matmul.py`), in which the low-rank term costs neither a
+pass over the output nor a rounding; where cuBLAS is faster it multiplies, and the low-rank term is added onto its
+result. The thin ones (`low_rank.py`) are a pass over the activation each, dxa and dB share one.
+
+Adapters are rounded to the dtype of the computation where they are used: in the kernels, or once if they are large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fastlora.kernels import lora_linear as op
+from fastlora.kernels.forms import Form, laid_out
+from fastlora.kernels.gpu import low_rank, matmul
+from fastlora.kernels.gpu.launch import FLOATS, capability, supported
+from fastlora.kernels.op import Gradients, Wanted
+
+Addend = op.Addend
+
+
+def total(
+    low: Addend | None, products: Sequence[Addend], bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """low_left @ low_right + sum of left @ right (+ bias), rounded to `dtype`; `products` may be the thin one alone."""
+    lows = [] if low is None else [low]
+    if lows and matmul.serves([*lows, *products], bias) is True:
+        return matmul.sum_of_products([*lows, *products], bias, dtype=dtype)
+    first, *others = [*products, *lows]
+    out = torch.mm(*first) if bias is None else torch.addmm(bias.to(first[0].dtype), *first)
+    for addend in others:
+        out.addmm_(*addend)
+    return out.to(dtype)
+
+
+def biases(
+    bias: torch.Tensor | None, lora_bias: torch.Tensor | None, scaling: float, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """b + s c: what both paths add to every row, in float32 where both do."""
+    if lora_bias is None:
+        return bias
+    added = lora_bias.to(dtype).float() * scaling
+    return added if bias is None else added + bias.to(dtype).float()
+
+
+def project(
+    x: torch.Tensor,
+    xa: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_b: torch.Tensor,
+    lora_bias: torch.Tensor | None,
+    scaling: float,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """y (T, N) of x (T, K), whose dtype is that of the computation, and of the scaled xa (T, R)."""
+    dtype = x.dtype
+    low, base = (xa, lora_b.to(dtype).t()), (x, weight.to(dtype).t())
+    return total(low, [base], biases(bias, lora_bias, scaling, dtype), out_dtype)
+
+
+def parameter_gradients(
+    wanted: Wanted,
+    wants_dxa: bool,
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    xa: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_b: torch.Tensor,
+    lora_bias: torch.Tensor | None,
+    scaling: float,
+    dxa: torch.Tensor | None = None,
+) -> tuple[Gradients, torch.Tensor | None]:
+    """The gradients of W, b, B and c, and dxa (T, R), scaled, if it is wanted; into `dxa` if that is given.
+
+    dy (T, N) and x (T, K) have the dtype of the computation.
+    """
+    gradients, _ = op.base_backward(wanted, False, dy, x, weight, bias, dy.dtype)
+    low, dxa = adapter_gradients(wanted, wants_dxa, dy, xa, lora_b, lora_bias, scaling, dxa)
+    return gradients | low, dxa
+
+
+def adapter_gradients(
+    wanted: Wanted,
+    wants_dxa: bool,
+    dy: torch.Tensor,
+    xa: torch.Tensor,
+    lora_b: torch.Tensor,
+    lora_bias: torch.Tensor | None,
+    scaling: float,
+    dxa: torch.Tensor | None = None,
+) -> tuple[Gradients, torch.Tensor | None]:
+    """The gradients of B and c, and dxa, as `parameter_gradients` has them."""
+    gradients: Gradients = {}
+    if lora_bias is not None and wanted["lora_bias"]:
+        gradients["lora_bias"] = (op.sum_rows(dy) * scaling).to(lora_bias.dtype)
+    if wants_dxa or wanted["lora_b"]:
+        wants = wants_dxa, wanted["lora_b"]
+        dxa, gradients["lora_b"] = low_rank.up_gradients(dy, lora_b, xa, scaling, lora_b.dtype, wants, dxa)
+    return gradients, dxa
+
+
+def serves(
+    x: torch.Tensor | None, weight: torch.Tensor, base_dtype: torch.dtype, lora_dtype: torch.dtype, **given: Any
+) -> bool:
+    """Both paths compute in one dtype, which the GPU has; otherwise roundings differ between them."""
+    fits = base_dtype is lora_dtype and base_dtype in FLOATS and given["out_dtype"] in FLOATS
+    halved = base_dtype is torch.bfloat16 and capability(weight.device) < (8, 0)
+    return fits and not halved and weight.dim() == 2 and weight.numel() > 0 and (x is None or x.numel() > 0)
+
+
+def forward(
+    x: torch.Tensor,
+    x_dropped: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    scaling: float,
+    base_dtype: torch.dtype,
+    lora_dtype: torch.dtype,
+    **layer: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = op.rows(x).to(base_dtype)
+    z = tokens if x_dropped is None else op.rows(x_dropped).to(base_dtype)
+    xa = low_rank.down(z, [lora_a], scaling)
+    y = project(tokens, xa, scaling=scaling, **layer)
+    return y.view(*x.shape[:-1], y.shape[1]), xa
+
+
+def serves_backward(grads: list[torch.Tensor], weight: torch.Tensor, **given: Any) -> bool:
+    return serves(None, weight, **{n: given[n] for n in ("base_dtype", "lora_dtype", "out_dtype")}) and bool(
+        grads[0].numel()
+    )
+
+
+def backward(
+    wanted: Wanted,
+    grads: list[torch.Tensor],
+    x: torch.Tensor | None,
+    x_dropped: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    lora_bias: torch.Tensor | None,
+    xa: torch.Tensor,
+    x_dtype: torch.dtype,
+    x_dropped_dtype: torch.dtype | None,
+    scaling: float,
+    base_dtype: torch.dtype,
+    **_: Any,
+) -> Gradients:
+    dy = op.rows(grads[0]).to(base_dtype)
+    tokens, dropped = (None if t is None else op.rows(t).to(base_dtype) for t in (x, x_dropped))
+    wants_dz = wanted["x"] if x_dropped_dtype is None else wanted["x_dropped"]
+    gradients, dxa = parameter_gradients(
+        wanted, wanted["lora_a"] or wants_dz, dy, tokens, xa, weight, bias, lora_b, lora_bias, scaling
+    )
+    low = None
+    if dxa is not None:
+        z = tokens if x_dropped_dtype is None else dropped
+        if wanted["lora_a"] and z is not None:
+            gradients["lora_a"] = low_rank.down_gradient(dxa, z, lora_a.dtype)
+        low = (dxa, lora_a.to(base_dtype))
+    shape = (*grads[0].shape[:-1], weight.shape[1])
+    if wanted["x"]:
+        base = (dy, weight.to(base_dtype))
+        gradients["x"] = total(low if x_dropped_dtype is None else None, [base], None, x_dtype).view(shape)
+    if x_dropped_dtype is not None and wanted["x_dropped"]:
+        assert low is not None
+        gradients["x_dropped"] = torch.mm(*low).to(x_dropped_dtype).view(shape)
+    return gradients
+
+
+op.lora_linear.forms.accelerated.append(Form("triton", forward, backward, serves, serves_backward))
+
+
+def serves_add(base: torch.Tensor, x: torch.Tensor, lora_dtype: torch.dtype, out_dtype: torch.dtype, **_: Any) -> bool:
+    fits = base.dtype is lora_dtype and out_dtype in FLOATS and supported(base)
+    return fits and base.numel() > 0 and x.shape[-1] > 0
+
+
+def add_forward(
+    base: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    lora_bias: torch.Tensor | None,
+    scaling: float,
+    lora_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    xa = low_rank.down(op.rows(x).to(lora_dtype), [lora_a], scaling)
+    y = torch.addmm(op.rows(base), xa, lora_b.to(lora_dtype).t())
+    if lora_bias is not None:
+        y += lora_bias.to(lora_dtype) * scaling
+    return laid_out(y.to(out_dtype).view(base.shape), base), xa
+
+
+def serves_add_backward(grads: list[torch.Tensor], lora_a: torch.Tensor, lora_dtype: torch.dtype, **_: Any) -> bool:
+    halved = lora_dtype is torch.bfloat16 and capability(lora_a.device) < (8, 0)
+    return lora_dtype in FLOATS and not halved and grads[0].numel() > 0 and lora_a.numel() > 0
+
+
+def add_backward(
+    wanted: Wanted,
+    grads: list[torch.Tensor],
+    x: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    lora_bias: torch.Tensor | None,
+    xa: torch.Tensor,
+    x_dtype: torch.dtype,
+    scaling: float,
+    lora_dtype: torch.dtype,
+    **_: Any,
+) -> Gradients:
+    dy = op.rows(grads[0]).to(lora_dtype)
+    gradients, dxa = adapter_gradients(wanted, wanted["lora_a"] or wanted["x"], dy, xa, lora_b, lora_bias, scaling)
+    if wanted["lora_a"]:
+        assert dxa is not None
+        assert x is not None
+        gradients["lora_a"] = low_rank.down_gradient(dxa, op.rows(x).to(lora_dtype), lora_a.dtype)
+    if wanted["x"]:
+        assert dxa is not None
+        dx = (dxa @ lora_a.to(lora_dtype)).to(x_dtype)
+        gradients["x"] = dx.view(*grads[0].shape[:-1], lora_a.shape[1])
+    return gradients
+
+
+op.lora_add.forms.accelerated.append(Form("triton", add_forward, add_backward, serves_add, serves_add_backward))

@@ -1,0 +1,121 @@
+"""Compiles every kernel that the ops launch for a GPU that is not there: `compile_for_gpus.py CAPABILITY`, e.g. 90.
+
+The ops run on tensors without content while their launches are recorded instead of made, on a device that claims the
+capability; each different launch is then compiled as it would be there. Prints registers, local memory (what is spilled
+to it) and shared memory of each, and exits with 1 if a kernel does not compile, does not fit, or spills.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from fastlora.kernels import forms
+from fastlora.tools.bench.accuracy import flat
+from fastlora.tools.bench.cases import Case, cases
+from fastlora.tools.bench.shapes import SHAPES
+
+SHARED_MEMORY = {70: 96, 75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
+"""KiB that one program can have, by compute capability."""
+
+Launch = tuple[JITFunction, tuple[Any, ...], dict[str, Any]]
+
+
+def launches(capability: int) -> list[Launch]:
+    """What the ops launch at the places of a large and a small model, in training, for one token and for many."""
+    import fastlora.kernels.gpu  # noqa: F401  (registers the forms)
+
+    recorded: list[Launch] = []
+
+    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        recorded.append((self, args, kwargs))
+
+    with (
+        patch.object(JITFunction, "run", record),
+        patch("fastlora.kernels.gpu.launch.capability", lambda _: divmod(capability, 10)),
+    ):
+        for dtype in [torch.float16, *([torch.bfloat16] if capability >= 80 else []), torch.float32]:
+            for case in _cases():
+                if case.op.forms.accelerated:
+                    _run(case, dtype)
+    return recorded
+
+
+def _cases() -> Iterator[Case]:
+    for name in ("Qwen3-0.6B", "Gemma-2-9B", "BERT-large"):
+        for tokens in (1, 300):
+            yield from (c for c in cases(SHAPES[name], tokens, [8, 64]) if c.op.name != "linear_cross_entropy")
+    yield from (c for c in cases(SHAPES["BERT-large"], 48, []) if c.op.name == "linear_cross_entropy")
+
+
+def _run(case: Case, dtype: torch.dtype) -> None:
+    """Both passes of the Triton form where there is one; the results are meaningless, as nothing is launched."""
+
+    def zeros(*shape: int, dtype: torch.dtype = dtype, **_: Any) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    arguments = case.made_of(zeros, dtype)
+    with forms.only("triton"):
+        outputs = flat(case.op(**arguments))
+        if case.wanted:
+            torch.autograd.backward(outputs, [torch.zeros_like(t) for t in outputs])
+
+
+def compiled(launch: Launch, capability: int) -> tuple[str, Any]:
+    """The kernel's name and specialisation, and what the compiler makes of it."""
+    function, args, kwargs = launch
+    target = GPUTarget("cuda", capability, 32)
+    backend = make_backend(target)
+    binder = create_function_from_signature(function.signature, function.params, backend)
+    kwargs = {**kwargs, "debug": False, "instrumentation_mode": ""}
+    bound, specialization, options = binder(*args, **kwargs)
+    options, signature, constants, attributes = function._pack_args(backend, kwargs, bound, specialization, options)
+    return f"{function.fn.__name__} {signature} {constants} {options.num_warps}", lambda: triton.compile(
+        ASTSource(function, signature, constants, attributes), target=target, options=options.__dict__
+    )
+
+
+def usage(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes of local memory, of each thread."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = [int(n) for name in ("REG", "STACK") for n in re.findall(rf"{name}:(\d+)", text)]
+    return found[0], found[1]
+
+
+def main(capability: int) -> int:
+    failed = 0
+    compilers = dict(compiled(launch, capability) for launch in launches(capability))
+    for name, compile_ in compilers.items():
+        try:
+            kernel = compile_()
+            registers, local = usage(kernel.asm["cubin"])
+            shared = kernel.metadata.shared
+        except Exception as problem:
+            print(f"FAILED {name}: {type(problem).__name__}: {str(problem)[-500:]}")
+            failed += 1
+            continue
+        good = local == 0 and shared <= SHARED_MEMORY[capability] * 1024
+        failed += not good
+        print(f"{'ok    ' if good else 'FAILED'} {registers} registers, {local} B local, {shared} B shared: {name}")
+    print(f"sm_{capability}: {len(compilers)} kernels, {failed} failed")
+    return 1 if failed or not compilers else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

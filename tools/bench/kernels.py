@@ -1,0 +1,83 @@
+"""`fastlora bench kernels`: every op against its limit, eager PyTorch, torch.compile and the peers, on one GPU."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from fastlora.tools.bench.accuracy import Accuracy, accuracy, affordable, cotangents, flat, leaves
+from fastlora.tools.bench.cases import Arguments, Case
+from fastlora.tools.bench.contenders import MINE, Contender, contender
+from fastlora.tools.bench.measure import ceilings, device_time, extra_memory, host_time
+
+_CACHED = 512 << 20
+"""Bytes of data that do not fit in any cache."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One contender in one direction of one case; `problem` says why there is no time."""
+
+    case: Case
+    contender: str
+    direction: str
+    seconds: float | None = None
+    host_seconds: float | None = None
+    share: float | None = None
+    extra_bytes: int | None = None
+    problem: str | None = None
+
+
+def check(case: Case, dtype: torch.dtype) -> list[Accuracy]:
+    """The errors of the case's results, where the truth can be afforded."""
+    return accuracy(case, dtype, torch.device("cuda")) if affordable(case) else []
+
+
+def measure(case: Case, names: list[str], dtype: torch.dtype) -> Iterator[Timing]:
+    """Times of fastlora and of each contender that has the op, forward and backward."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for name in (MINE, *names):
+            prepare = contender(name, case)
+            if prepare is None:
+                continue
+            try:
+                yield from _measure(case, name, prepare, dtype)
+            except Exception as problem:  # a peer that fails at a shape is a finding, not the end of the run
+                if name == MINE:
+                    raise
+                yield Timing(case, name, "forward", problem=f"{type(problem).__name__}: {problem}"[:200])
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def _measure(case: Case, name: str, prepare: Contender, dtype: torch.dtype) -> Iterator[Timing]:
+    directions = case.directions
+    moved = sum(case.work(direction, dtype)[1] for direction in directions)
+    sets = [case.arguments(dtype, torch.device("cuda"), seed) for seed in range(min(16, 1 + int(_CACHED // moved)))]
+    passes = [_passes(prepare, arguments) for arguments in sets]
+    for direction in directions:
+        limit = ceilings(dtype).limit(*case.work(direction, dtype))
+        seconds = device_time([run[direction] for run in passes])
+        host = host_time(passes[0][direction], calls=max(1, min(30, int(0.01 / seconds))))
+        extra = extra_memory(passes[0][direction])
+        yield Timing(case, name, direction, seconds, host, limit / seconds, extra)
+
+
+def _passes(prepare: Contender, arguments: Arguments) -> dict[str, Callable[[], Any]]:
+    """The forward pass, the backward pass of one forward pass as often as one likes, and the two together."""
+    forward = prepare(arguments)
+    wanted = list(leaves(arguments).values())
+    if not wanted:
+        return {"forward": forward}
+    outputs = flat(forward())
+    differentiate = partial(torch.autograd.grad, inputs=wanted, grad_outputs=cotangents(outputs), allow_unused=True)
+    return {
+        "forward": forward,
+        "backward": partial(differentiate, outputs, retain_graph=True),
+        "both": lambda: differentiate(flat(forward())),
+    }

@@ -1,0 +1,101 @@
+"""Times and memory on a CUDA device, and the ceilings that a time is compared with."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+REPLAYS = 7
+"""Replays of a captured graph; the median counts."""
+SHORTEST = 2e-3
+"""A graph repeats its work until it takes about this many seconds, so that gaps between replays do not matter."""
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this GPU reaches: bytes per second in a large copy, read and written; operations per second in a product."""
+
+    bandwidth: float
+    rate: float
+
+    def limit(self, flops: float, moved: float) -> float:
+        """The least seconds for so many operations and bytes."""
+        return max(flops / self.rate, moved / self.bandwidth)
+
+
+def device_time(calls: Sequence[Callable[[], object]]) -> float:
+    """Seconds of GPU time of one call, without the time that the host takes to launch it.
+
+    The calls do the same to different data, so that caches do not hold what is read. They are captured in a CUDA graph,
+    over and over until it is long enough; the median replay counts. Must run on a stream that is not the default one,
+    where the calls' forward passes ran too; work that cannot be captured raises.
+    """
+    started, ended = _events()
+    for call in calls:
+        call()
+    started.record()
+    calls[0]()
+    ended.record()
+    ended.synchronize()
+    repeats = max(1, min(100, int(SHORTEST / max(started.elapsed_time(ended) / 1e3, 1e-6)) // len(calls)))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        for call in itertools.chain.from_iterable(itertools.repeat(calls, repeats)):
+            call()
+    graph.replay()
+    return statistics.median(_timed(graph.replay) for _ in range(REPLAYS)) / (repeats * len(calls))
+
+
+def host_time(function: Callable[[], object], calls: int = 30) -> float:
+    """Seconds of one call among many as a training loop makes them, launches and Python included; the median counts."""
+
+    def run() -> None:
+        for _ in range(calls):
+            function()
+
+    run()
+    torch.cuda.synchronize()
+    return statistics.median(_timed(run) for _ in range(REPLAYS)) / calls
+
+
+def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+
+def _timed(function: Callable[[], object]) -> float:
+    started, ended = _events()
+    started.record()
+    function()
+    ended.record()
+    ended.synchronize()
+    return started.elapsed_time(ended) / 1e3
+
+
+def extra_memory(function: Callable[[], object]) -> int:
+    """The most bytes that a call holds at a time beyond what was there before, its results included."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = function()
+    torch.cuda.synchronize()
+    del result
+    return torch.cuda.max_memory_allocated() - before
+
+
+@cache
+def ceilings(dtype: torch.dtype) -> Ceilings:
+    """Measured on random data: on zeros a product runs faster than on any real one.
+
+    The copy is not captured: in a graph it is another operation, and slower.
+    """
+    source = torch.randn(1 << 28, device="cuda")
+    target = torch.empty_like(source).copy_(source)
+    copy = statistics.median(_timed(lambda: target.copy_(source)) for _ in range(REPLAYS))
+    left, right = (torch.randn(8192, 8192, device="cuda").to(dtype) for _ in range(2))
+    product = device_time([lambda: torch.mm(left, right)])
+    return Ceilings(2 * source.nbytes / copy, 2 * 8192**3 / product)

@@ -1,0 +1,110 @@
+"""Writes the page of kernel benchmarks from a run's results: every op against its target, and where fastlora loses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from fastlora.tools.bench.results import SLOWER, beside
+from fastlora.tools.bench.targets import MEASURES, TARGETS
+
+Row = dict[str, Any]
+
+_HEAD = """\
+# Kernel benchmarks
+
+Measured on {date} on one {gpu} (compute capability {capability}, torch {torch}, triton {triton}) in {dtype}, by
+`fastlora bench kernels`. Times are GPU times of captured CUDA graphs, the median of several replays, on data that does
+not fit in the caches; "call" is the time of one call from Python, launches included. The limit of an op is the larger
+of its floating-point operations over {product_rate:.0f} TFLOP/s and its bytes, each counted once, over
+{copy_bandwidth:.2f} TB/s: a product of 8192 x 8192 matrices and a copy of 1 GiB, measured in the same run. No case is
+timed whose error against float64 is above 1.25 times eager's plus one rounding.
+"""
+
+
+def page(results: Row) -> str:
+    """The page, in Markdown."""
+    conditions, rows = results["conditions"], beside(results["timings"])
+    head = _HEAD.format(
+        **{
+            **conditions,
+            "product_rate": conditions["product_rate"] / 1e12,
+            "copy_bandwidth": conditions["copy_bandwidth"] / 1e12,
+        }
+    )
+    sections = [head, _targets(rows), _losses(rows), _times(rows), _errors(results["accuracy"])]
+    return "\n".join(sections)
+
+
+def table(titles: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _where(row: Row) -> list[str]:
+    rank = f", r{row['rank']}" if row["rank"] else ""
+    return [f"`{row['op']}`", f"{row['model']}, {row['place']}{rank}", f"{row['tokens']:,}", row["direction"]]
+
+
+def _targets(rows: list[Row]) -> str:
+    lines = []
+    for target in TARGETS:
+        for row in filter(target.states, rows):
+            measure = MEASURES[target.measure]
+            verdict = "reached" if target.met(row) else "**missed**"
+            bound = ("≥ " if measure.more_is_better else "≤ ") + measure.written.format(target.bound)
+            lines.append([*_where(row), target.measure, bound, measure.written.format(measure.of(row)), verdict])
+    titles = ["op", "where", "tokens", "pass", "measure", "target", "measured", ""]
+    return "## Targets\n\n" + table(titles, lines)
+
+
+def _losses(rows: list[Row]) -> str:
+    lines = [
+        [*_where(row), f"{row['device_us']:.1f}", ", ".join(f"{n} ({row['ratios'][n]:.2f})" for n in row["lost"])]
+        for row in rows
+        if row["lost"]
+    ]
+    text = (
+        f"## Where fastlora loses\n\nEvery case in which a contender took less than 1/{SLOWER} of fastlora's time.\n\n"
+    )
+    return text + (
+        table(["op", "where", "tokens", "pass", "us", "faster (our time / theirs)"], lines) if lines else "None.\n"
+    )
+
+
+def _times(rows: list[Row]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
+    lines = [
+        [
+            *_where(row),
+            f"{row['device_us']:.1f}",
+            f"{row['call_us']:.0f}",
+            f"{row['share_of_limit']:.0%}",
+            f"{row['extra_mib']:.0f}",
+            *(f"{row['ratios'][n]:.2f}" if n in row["ratios"] else "" for n in names),
+        ]
+        for row in rows
+    ]
+    titles = ["op", "where", "tokens", "pass", "us", "call us", "of limit", "extra MiB", *names]
+    return (
+        "## All times\n\nThe last columns are fastlora's time over the contender's: below 1, fastlora is faster.\n\n"
+        + table(titles, lines)
+    )
+
+
+def _errors(accuracies: list[Row]) -> str:
+    """The worst tensor of each op and dtype, by its error over eager's."""
+    worst: dict[tuple[str, str, str], Row] = {}
+    badness: Callable[[Row], float] = lambda row: row["error"] / max(row["eager_error"], 1e-30)  # noqa: E731
+    for row in accuracies:
+        key = (row["op"], row["dtype"], row["tensor"].partition("[")[0])
+        if key not in worst or badness(row) > badness(worst[key]):
+            worst[key] = row
+    lines = [
+        [f"`{op}`", dtype, tensor, f"{row['error']:.2e}", f"{row['eager_error']:.2e}", f"{badness(row):.2f}"]
+        for (op, dtype, tensor), row in sorted(worst.items())
+    ]
+    text = (
+        "## Errors against float64\n\nRoot mean squares over the truth's; of each tensor, the worst beside eager.\n\n"
+    )
+    return text + table(["op", "dtype", "tensor", "fastlora", "eager", "ratio"], lines)

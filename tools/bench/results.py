@@ -1,0 +1,142 @@
+"""What a benchmark leaves behind: tables as CSV, everything as JSON, a picture, and the lines to print."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from fastlora.tools.bench.accuracy import Accuracy
+from fastlora.tools.bench.contenders import BARE, MINE
+from fastlora.tools.bench.kernels import Timing
+from fastlora.tools.bench.measure import Ceilings
+
+Row = dict[str, Any]
+SLOWER = 1.03
+"""A contender is faster if fastlora takes more than this many times as long; less is noise."""
+
+
+def environment(ceilings: Ceilings, dtype: torch.dtype) -> Row:
+    """The conditions that a number has to be read with."""
+    import triton
+
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "gpu": torch.cuda.get_device_name(),
+        "capability": ".".join(map(str, torch.cuda.get_device_capability())),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "dtype": str(dtype).removeprefix("torch."),
+        "copy_bandwidth": ceilings.bandwidth,
+        "product_rate": ceilings.rate,
+    }
+
+
+def timing_row(timing: Timing) -> Row:
+    case = timing.case
+    where = {"op": case.op.name, "model": case.model, "place": case.place, "tokens": case.tokens, "rank": case.rank}
+    return {
+        **where,
+        "direction": timing.direction,
+        "contender": timing.contender,
+        "device_us": None if timing.seconds is None else timing.seconds * 1e6,
+        "call_us": None if timing.host_seconds is None else timing.host_seconds * 1e6,
+        "share_of_limit": timing.share,
+        "extra_mib": None if timing.extra_bytes is None else timing.extra_bytes / 2**20,
+        "problem": timing.problem,
+    }
+
+
+def accuracy_row(found: Accuracy) -> Row:
+    case = found.case
+    return {
+        "op": case.op.name,
+        "model": case.model,
+        "place": case.place,
+        "tokens": case.tokens,
+        "dtype": str(found.dtype).removeprefix("torch."),
+        "tensor": found.tensor,
+        "error": found.error,
+        "eager_error": found.eager,
+        "passes": found.passes,
+    }
+
+
+def write(folder: Path, conditions: Row, timings: list[Row], accuracies: list[Row]) -> None:
+    """Writes timings.csv, accuracy.csv, results.json and shares.png into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("timings", timings), ("accuracy", accuracies)):
+        with open(folder / f"{name}.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]) if rows else [])
+            writer.writeheader()
+            writer.writerows(rows)
+    everything = {"conditions": conditions, "timings": timings, "accuracy": accuracies}
+    (folder / "results.json").write_text(json.dumps(everything, indent=1))
+    _plot(folder / "shares.png", conditions, timings)
+
+
+def _plot(path: Path, conditions: Row, timings: list[Row]) -> None:
+    """For every op, the share of the limit against tokens, one line per contender; mean over models and places."""
+    panels = list(dict.fromkeys((row["op"], row["direction"]) for row in timings))
+    columns = 4
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(4 * columns, 3 * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (op, direction) in zip(figure.subplots(lines, columns, squeeze=False).flat, panels, strict=False):
+        rows = [r for r in timings if (r["op"], r["direction"]) == (op, direction) and r["share_of_limit"] is not None]
+        for name in dict.fromkeys(r["contender"] for r in rows):
+            points = _means([(r["tokens"], r["share_of_limit"]) for r in rows if r["contender"] == name])
+            style = {"linewidth": 2.5, "color": "tab:blue"} if name == MINE else {"linewidth": 1}
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, **style)
+        axes.set(title=f"{op}, {direction}", xscale="log", xlabel="tokens", ylabel="share of limit", ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.suptitle(f"{conditions['gpu']}, {conditions['dtype']}, {conditions['date']}")
+    figure.savefig(path, dpi=110)
+
+
+def _means(points: Iterable[tuple[int, float]]) -> list[tuple[int, float]]:
+    by_tokens: dict[int, list[float]] = {}
+    for tokens, share in points:
+        by_tokens.setdefault(tokens, []).append(share)
+    return sorted((tokens, sum(shares) / len(shares)) for tokens, shares in by_tokens.items())
+
+
+def beside(timings: list[Row]) -> list[Row]:
+    """One row per op, place and direction: fastlora's row, and the ratios of its time to the contenders'."""
+    names = ("op", "model", "place", "tokens", "rank", "direction")
+    groups: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in timings:
+        groups.setdefault(tuple(row[n] for n in names), {})[row["contender"]] = row
+    rows = []
+    for group in groups.values():
+        if group.get(MINE, {}).get("device_us") is None:
+            continue
+        mine = group[MINE]
+        others = {n: r["device_us"] for n, r in group.items() if n != MINE and r["device_us"] is not None}
+        ratios = {name: mine["device_us"] / other for name, other in others.items()}
+        lost = [name for name, ratio in ratios.items() if name != BARE and ratio > SLOWER]
+        rows.append({**mine, "ratios": ratios, "lost": lost})
+    return rows
+
+
+def table(rows: list[Row]) -> Table:
+    """What is printed: times of fastlora, its share of the limit, and its time over that of each contender."""
+    names = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
+    shown = Table(title="fastlora's time, and that time over each contender's (below 1: fastlora is faster)")
+    for column in ("op", "model", "place", "tokens", "r", "pass", "us", "of limit", "MiB", *names):
+        shown.add_column(column, justify="left" if column in ("op", "model", "place", "pass") else "right")
+    for row in rows:
+        ratios = [f"{row['ratios'][n]:.2f}" if n in row["ratios"] else "" for n in names]
+        fixed = (row["op"], row["model"], row["place"], str(row["tokens"]), str(row["rank"] or ""), row["direction"])
+        numbers = (f"{row['device_us']:.1f}", f"{row['share_of_limit']:.0%}", f"{row['extra_mib']:.0f}")
+        shown.add_row(*fixed, *numbers, *ratios, style="red" if row["lost"] else None)
+    return shown

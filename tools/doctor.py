@@ -1,0 +1,82 @@
+"""`fastlora doctor`: what fastlora finds on this machine, and whether its kernels are right here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastlora.kernels.forms import runs_kernels
+from fastlora.tools.problems import RunError, UsageError
+
+PACKAGES = ("fastlora-fx", "torch", "triton", "transformers", "peft", "accelerate", "trl", "bitsandbytes")
+NEEDED = ("pytest", "hypothesis", "sympy")
+
+
+def doctor(console: Console, kernels: bool, verbose: bool) -> None:
+    """Prints versions and devices; with `kernels`, runs the tests of the kernels on the GPU.
+
+    Raises:
+        RunError: if a test fails, or no GPU here runs kernels.
+        UsageError: if the packages that tests need are missing.
+    """
+    console.print(_findings())
+    if not kernels:
+        return
+    if not any(runs_kernels(device) for device in _gpus()):
+        raise RunError("doctor --kernels: no GPU here runs Triton kernels; ops use their PyTorch form")
+    missing = [package for package in NEEDED if find_spec(package) is None]
+    if missing:
+        raise UsageError(f"{', '.join(missing)} not installed; run: pip install 'fastlora-fx[test]'")
+    if run_tests(verbose) != 0:
+        raise RunError("doctor --kernels: a kernel is not right on this machine; please report the output above")
+    console.print("[green]all kernels are right on this machine")
+
+
+def _gpus() -> list[torch.device]:
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+
+
+def _findings() -> Table:
+    table = Table(show_header=False, title="fastlora doctor")
+    table.add_row("Python", sys.version.split()[0])
+    for package in PACKAGES:
+        table.add_row(package, _version(package))
+    for device in _gpus():
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        form = "Triton kernels" if runs_kernels(device) else "PyTorch forms"
+        table.add_row(str(device), f"{torch.cuda.get_device_name(device)}, compute capability {capability}: {form}")
+    if not _gpus():
+        table.add_row("GPU", "none that PyTorch sees: ops use their PyTorch forms")
+    return table
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def run_tests(verbose: bool) -> int:
+    """The tests that ship with the package, in a process of their own, from a folder that holds nothing else."""
+    spec = find_spec("fastlora.kernel_tests")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    tests = next(iter(spec.submodule_search_locations))
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Path(folder) / "pytest.ini"
+        settings.write_text(
+            f"[pytest]\npythonpath = {tests}\naddopts = --import-mode=importlib -p no:cacheprovider\n"
+            "markers =\n    float64: the test needs a form that computes in float64\n"
+        )
+        command = [sys.executable, "-m", "pytest", "-c", str(settings), tests, "-v" if verbose else "-q"]
+        return subprocess.run(command, cwd=folder, env=dict(os.environ), check=False).returncode
