@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fastlora.kernels.cost import Cost, Work
 from fastlora.kernels.forms import laid_out
 from fastlora.kernels.op import Gradients, Wanted, op
 
@@ -96,4 +97,8 @@ glu = op(
     forward=forward,
     backward=backward,
     saves=("gate", "up"),
+    cost=Cost(
+        forward=Work(flops="6*T*I", bytes="3*T*I*b"),
+        backward=Work(flops="12*T*I", bytes="5*T*I*b"),
+    ),
 )

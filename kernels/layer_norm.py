@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fastlora.kernels.cost import Cost, Work
 from fastlora.kernels.forms import laid_out
 from fastlora.kernels.op import Gradients, op
 
@@ -115,6 +116,10 @@ layer_norm = op(
     forward=forward,
     backward=backward,
     saves=("x", "weight", "bias", "mean", "rstd"),
+    cost=Cost(
+        forward=Work(flops="7*T*H", bytes="2*T*H*b + 2*H*w + 8*T"),
+        backward=Work(flops="9*T*H", bytes="3*T*H*b + H*w + 8*T"),
+    ),
 )
 
 
@@ -161,4 +166,8 @@ add_layer_norm = op(
     saves=("total", "weight", "bias", "mean", "rstd"),
     tied=("residual", "x"),
     read_by={"weight": 0, "bias": 0},
+    cost=Cost(
+        forward=Work(flops="8*T*H", bytes="4*T*H*b + 2*H*w + 8*T"),
+        backward=Work(flops="10*T*H", bytes="4*T*H*b + H*w + 8*T"),
+    ),
 )

@@ -333,7 +333,7 @@ linear_cross_entropy = op(
     },
     foresees=True,
     cost=Cost(
-        forward=Work(flops="4*T*H*V", bytes="2*T*H*b + V*H*w + 12*T"),
-        backward=Work(flops="T*H", bytes="2*T*H*b"),
+        forward=Work(flops="2*T*H*V", bytes="T*H*b + V*H*w + 8*T"),
+        backward=Work(flops="2*T*H*V*(1 + S)", bytes="T*H*b + S*V*H*w"),
     ),
 )

@@ -40,6 +40,7 @@ from typing import Any
 
 import torch
 
+from fastlora.kernels.cost import Cost, Work
 from fastlora.kernels.op import Gradients, Wanted, op
 
 
@@ -190,6 +191,10 @@ rotary = op(
     backward=backward,
     saves=("x", "cos", "sin"),
     saved_if={"x": lambda wanted, _: wanted["cos"] or wanted["sin"]},
+    cost=Cost(
+        forward=Work(flops="3*T*M*D", bytes="(2*T*M*D + 2*T*D)*b"),
+        backward=Work(flops="3*T*M*D", bytes="(2*T*M*D + 2*T*D)*b"),
+    ),
 )
 
 
@@ -242,4 +247,8 @@ rotary_group = op(
     backward=group_backward,
     saves=("x", "cos", "sin"),
     saved_if={"x": lambda wanted, _: wanted["cos"] or wanted["sin"]},
+    cost=Cost(
+        forward=Work(flops="3*T*M*D", bytes="(2*T*M*D + 2*T*D)*b"),
+        backward=Work(flops="3*T*M*D", bytes="(2*T*M*D + 2*T*D)*b"),
+    ),
 )

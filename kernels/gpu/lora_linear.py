@@ -30,10 +30,10 @@ def total(
     lows = [] if low is None else [low]
     if lows and matmul.serves([*lows, *products], bias) is True:
         return matmul.sum_of_products([*lows, *products], bias, dtype=dtype)
-    first, *others = [*products, *lows]
-    out = torch.mm(*first) if bias is None else torch.addmm(bias.to(first[0].dtype), *first)
-    for addend in others:
-        out.addmm_(*addend)
+    left, right = products[0]
+    out = torch.mm(left, right) if bias is None else torch.addmm(bias.to(left.dtype), left, right)
+    for left, right in [*products[1:], *lows]:
+        out.addmm_(left, right)
     return out.to(dtype)
 
 
