@@ -371,15 +371,18 @@ def test_the_host_never_waits_and_a_graph_can_be_captured(options: Arguments) ->
         loss = linear_cross_entropy(**given_)
         return [loss, *torch.autograd.grad(loss.sum(), inputs)]
 
-    expected = run()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # not the default one, which a captured backward may not wait for
+        expected = run()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = run()
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
