@@ -19,6 +19,7 @@ ROOMS = {
     "fastlora.kernels": "kernels",
     "fastlora.patterns": "patterns",
     "fastlora.tools": "tools",
+    "fastlora.kernel_tests": "tests/kernels",
 }
 MAY_IMPORT = {
     "kernels": {"kernels"},

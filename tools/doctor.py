@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import subprocess
 import sys
 import tempfile
@@ -14,11 +13,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from fastlora import kernels as kernels_package
 from fastlora.kernels.forms import runs_kernels
 from fastlora.tools.problems import RunError, UsageError
 
 PACKAGES = ("fastlora-fx", "torch", "triton", "transformers", "peft", "accelerate", "trl", "bitsandbytes")
 NEEDED = ("pytest", "hypothesis", "sympy")
+_BESIDE = Path(kernels_package.__file__).parents[1]
+_TESTS = (_BESIDE / "kernel_tests", _BESIDE / "tests" / "kernels")
+"""Where the kernels' tests are: in an installed package, and in a checkout."""
 
 
 def doctor(console: Console, kernels: bool, verbose: bool) -> None:
@@ -68,15 +71,16 @@ def _version(package: str) -> str:
 
 def run_tests(verbose: bool) -> int:
     """The tests that ship with the package, in a process of their own, from a folder that holds nothing else."""
-    spec = find_spec("fastlora.kernel_tests")
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    tests = next(iter(spec.submodule_search_locations))
     with tempfile.TemporaryDirectory() as folder:
-        settings = Path(folder) / "pytest.ini"
-        settings.write_text(
-            f"[pytest]\npythonpath = {tests}\naddopts = --import-mode=importlib -p no:cacheprovider\n"
-            "markers =\n    float64: the test needs a form that computes in float64\n"
-        )
-        command = [sys.executable, "-m", "pytest", "-c", str(settings), tests, "-v" if verbose else "-q"]
-        return subprocess.run(command, cwd=folder, env=dict(os.environ), check=False).returncode
+        return subprocess.run(command(folder, verbose), cwd=folder, check=False).returncode
+
+
+def command(folder: str, verbose: bool) -> list[str]:
+    """What runs the tests, with settings that it writes into `folder`."""
+    tests = next(path for path in _TESTS if path.is_dir())
+    settings = Path(folder) / "pytest.ini"
+    settings.write_text(
+        f"[pytest]\npythonpath = {tests}\naddopts = --import-mode=importlib -p no:cacheprovider\n"
+        "markers =\n    float64: the test needs a form that computes in float64\n"
+    )
+    return [sys.executable, "-m", "pytest", "-c", str(settings), str(tests), "-v" if verbose else "-q"]

@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+import torch
+
+from fastlora.tools import doctor
+from fastlora.tools.cli import main
+
+
+def test_doctor_names_versions_and_devices(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert torch.__version__ in printed
+    assert "GPU" in printed or "cuda:0" in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_kernels_cannot_be_tested_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--kernels"]) == 1
+    assert "no GPU here runs Triton kernels" in capsys.readouterr().err
+
+
+def test_the_shipped_tests_can_be_collected_from_anywhere(tmp_path) -> None:
+    """As `doctor --kernels` runs them, in a folder that knows nothing of the checkout's settings."""
+    command = [*doctor.command(str(tmp_path), verbose=False), "--collect-only"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test_rms_norm" in done.stdout
