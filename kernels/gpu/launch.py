@@ -25,10 +25,14 @@ def supported(*tensors: torch.Tensor | None) -> bool:
     return True
 
 
+STAND_IN = (9, 0)
+"""The compute capability of what is no GPU: of the interpreter, or of a device that kernels are compiled for ahead."""
+
+
 @cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability; of a CPU, where kernels run in the interpreter, the oldest with bfloat16."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+    """The compute capability of a device."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else STAND_IN
 
 
 @cache

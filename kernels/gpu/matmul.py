@@ -24,7 +24,7 @@ they can and are faster than cuBLAS with each further product added onto the out
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastlora.kernels.gpu.launch import HALVES, allocate, cdiv, processors
+from fastlora.kernels.gpu.launch import HALVES, allocate, capability, cdiv, processors
 
 Addend = tuple[torch.Tensor, torch.Tensor]
 """left (M, K) and right (K, N), which stand for left @ right."""
@@ -237,9 +237,9 @@ def serves(addends: Sequence[Addend], bias: torch.Tensor | None = None, out: tor
         M, N, K = left.shape[0], right.shape[1], sum(a.shape[1] for a, _ in addends)
         if M < FEWEST_ROWS:
             return f"fewer than {FEWEST_ROWS} rows"
-        programs, capability = processors(device), _capability(device)
-        ours = _microseconds(_best(M, N, programs, capability), M, N, K, programs)
-        if ours > _library_microseconds(M, N, K, len(addends) - 1, capability):
+        programs, found = processors(device), capability(device)
+        ours = _microseconds(_best(M, N, programs, found), M, N, K, programs)
+        if ours > _library_microseconds(M, N, K, len(addends) - 1, found):
             return "cuBLAS is faster: the tiles leave the last wave too empty"
     return True
 
@@ -289,37 +289,32 @@ def _transposed(t: torch.Tensor) -> bool:
 
 
 def measured(device: torch.device) -> bool:
-    """Whether these kernels were tuned and timed for such a device; the interpreter stands for one that was."""
-    return _capability(device) in TILES and (device.type == "cuda" or triton.knobs.runtime.interpret)
-
-
-@cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    """Whether these kernels were tuned and timed for such a device."""
+    return capability(device) in TILES
 
 
 def _microseconds(tile: Tile, M: int, N: int, K: int, programs: int) -> float:
     return cdiv(cdiv(M, tile.m) * cdiv(N, tile.n), programs) * tile.wave * K / 4096 + 2
 
 
-def _library_microseconds(M: int, N: int, K: int, added: int, capability: tuple[int, int]) -> float:
+def _library_microseconds(M: int, N: int, K: int, added: int, gpu: tuple[int, int]) -> float:
     """cuBLAS's time for a product and `added` further ones, each of which reads and writes the output again."""
-    rates = LIBRARY[capability]
+    rates = LIBRARY[gpu]
     product = max(2 * M * N * K / rates.operations, 2 * (M * K + N * K + M * N) / rates.bytes)
     return product + rates.call + added * (4 * M * N / rates.added_bytes + rates.call)
 
 
 @lru_cache(maxsize=1024)
-def _best(M: int, N: int, programs: int, capability: tuple[int, int]) -> Tile:
+def _best(M: int, N: int, programs: int, gpu: tuple[int, int]) -> Tile:
     """The tile that fills the GPU in the cheapest waves."""
-    return min(TILES[capability], key=lambda tile: _microseconds(tile, M, N, 4096, programs))
+    return min(TILES[gpu], key=lambda tile: _microseconds(tile, M, N, 4096, programs))
 
 
 def _tile(out: torch.Tensor, add: bool) -> Tile:
     if add or out.element_size() > 2:
         return WIDE_OUT
     M, N = out.shape
-    return _best(M, N, processors(out.device), _capability(out.device))
+    return _best(M, N, processors(out.device), capability(out.device))
 
 
 def _launch(

@@ -1,0 +1,48 @@
+"""Launches every kernel on this GPU, for tools that watch it: `compute-sanitizer --tool memcheck python FILE`.
+
+Every op runs forward and backward at the places of two models, for a number of tokens that no tile divides, in every
+dtype, with the gradients that LoRA wants and with all. To see single buffers, set PYTORCH_NO_CUDA_MEMORY_CACHING=1.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from fastlora.kernels import forms
+from fastlora.tools.bench.accuracy import cotangents, flat, leaves
+from fastlora.tools.bench.cases import Case, cases
+from fastlora.tools.bench.shapes import SHAPES
+
+TOKENS = 333
+
+
+def run(case: Case, dtype: torch.dtype, everything: bool) -> None:
+    arguments = case.arguments(dtype, torch.device("cuda"))
+    if everything and case.wanted:
+        for value in flat([v for v in arguments.values() if isinstance(v, torch.Tensor | list)]):
+            if value is not None and value.is_floating_point():
+                value.requires_grad_()
+    outputs = flat(case.op(**arguments))
+    wanted = list(leaves(arguments).values())
+    if wanted:
+        torch.autograd.grad(outputs, wanted, cotangents(outputs))
+
+
+def main() -> int:
+    count = 0
+    with forms.only("triton"):
+        for name in ("Qwen3-0.6B", "BERT-large"):
+            for case in cases(SHAPES[name], TOKENS, [16]):
+                for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                    for everything in (False, True):
+                        run(case, dtype, everything)
+                        count += 1
+    torch.cuda.synchronize()
+    print(f"{count} runs")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
