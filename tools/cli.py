@@ -154,6 +154,18 @@ def kernels(
         raise RunError("some ops are less exact than they may be, and were not timed")
 
 
+@bench.command()
+def page(
+    results: Annotated[list[Path], typer.Argument(metavar="RESULTS.json...", help="What `bench kernels` wrote.")],
+    output: Annotated[Path, typer.Option(metavar="FILE.md", help="Where the page goes.")] = Path("benchmarks.md"),
+) -> None:
+    """Write a page of results: every op against its target, where fastlora loses, all times, all errors."""
+    _check_installed()
+    from fastlora.tools.bench.page import write
+
+    write(results, output)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code: 2 for wrong arguments, 1 for a failed run, 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments

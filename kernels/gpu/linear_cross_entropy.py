@@ -32,11 +32,13 @@ from fastlora.kernels.linear_head import PARAMETERS, Head, Sums, accumulate
 
 CHUNK_BYTES = 512 << 20
 """Logits of a chunk. Fewer and larger chunks make dW pass through memory less often."""
+FEW_ROWS = 512
+"""Below, little can be skipped, and cuBLAS, which cuts the summed dimension, is faster where it can read the rows."""
 ADDENDS = 8
 """How many chunks may add to a sum that is rounded to bfloat16 each time; more add up in float32."""
-WIDEST = 32768
-"""Logits of a row that a program holds at a time, if they need few registers. Then one program fills a processor, and
-the rows in flight, one for each, fit into the cache until they are read again."""
+WIDEST = 16384
+"""Logits of a row that a program holds at a time. Few rows are in flight then, and fit into the cache until they are
+read again. Measured on an H200, bfloat16."""
 
 
 @triton.jit
@@ -61,7 +63,7 @@ def _cap(logits, scale, softcap, CAPPED: tl.constexpr, LOGITS_DTYPE: tl.constexp
 
 @triton.jit
 def _log_sum_exp(
-    row_ptr, V, scale, softcap,
+    row_ptr, V, width, scale, softcap,
     SUM: tl.constexpr, CAPPED: tl.constexpr, LOGITS_DTYPE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """max(z), sum(exp(z - max)) and, if SUM, sum(z) of a row. Each lane keeps these of its own WIDTH columns of every
@@ -73,7 +75,7 @@ def _log_sum_exp(
     for start in range(0, V, LANES * WIDTH):
         cols = start + lanes + offsets
         mask = cols < V
-        logits = tl.load(row_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_last")
+        logits = tl.load(row_ptr + cols, mask=cols < width, other=0.0, eviction_policy="evict_last")
         z, _ = _cap(logits, scale, softcap, CAPPED, LOGITS_DTYPE)
         if SUM:
             plain += tl.sum(tl.where(mask, z, 0.0), axis=1)
@@ -96,7 +98,8 @@ def cross_entropy_kernel(
 ):  # fmt: skip
     """The loss of one row of logits, and dl in their place, for a g of the token's own if EACH.
 
-    Rows from `remaining` on are ignored tokens: their loss is 0, and dl too, if CLEAR; else nobody reads it.
+    Rows from `remaining` on are ignored tokens: their loss is 0, and dl too, if CLEAR; else nobody reads it. Rows lie
+    logits_stride apart, a multiple of 16, and all of that is read and written, so that accesses are wide for any V.
     """
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(order_ptr + row)
@@ -107,12 +110,14 @@ def cross_entropy_kernel(
             lane = tl.arange(0, LANES * WIDTH)
             for first in range(0, V, LANES * WIDTH):
                 nothing = tl.zeros((LANES * WIDTH,), logits_ptr.dtype.element_ty)
-                tl.store(row_ptr + first + lane, nothing, mask=first + lane < V)
+                tl.store(row_ptr + first + lane, nothing, mask=first + lane < logits_stride)
         return
     label = tl.load(labels_ptr + token)
     logit = tl.load(row_ptr + label, mask=(label >= 0) & (label < V), other=0.0)
     picked, _ = _cap(logit, scale, softcap, CAPPED, LOGITS_DTYPE)
-    peak, total, plain = _log_sum_exp(row_ptr, V, scale, softcap, SMOOTHED, CAPPED, LOGITS_DTYPE, LANES, WIDTH)
+    peak, total, plain = _log_sum_exp(
+        row_ptr, V, logits_stride, scale, softcap, SMOOTHED, CAPPED, LOGITS_DTYPE, LANES, WIDTH
+    )
     log_sum = tl.log(total)
     loss = log_sum + (peak - picked)
     if SMOOTHED:
@@ -126,7 +131,7 @@ def cross_entropy_kernel(
         tl.debug_barrier()  # every lane has read what all write now
         for first in range(0, V, LANES * WIDTH):
             cols = first + lanes + offsets
-            mask = cols < V
+            mask = cols < logits_stride
             logits = tl.load(row_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_first")
             z, slope = _cap(logits, scale, softcap, CAPPED, LOGITS_DTYPE)
             dz = tl.exp(z - peak) * weight - smoothing / V - tl.where(cols == label, 1.0 - smoothing, 0.0)
@@ -149,7 +154,8 @@ def multiply_kernel(t_ptr, g_ptr, y_ptr, N, H, EACH: tl.constexpr, BLOCK: tl.con
 
 def rows_product(left: torch.Tensor, right: torch.Tensor, remaining: torch.Tensor, out: torch.Tensor) -> None:
     """out[:remaining] = left[:remaining] @ right; other rows of out may become anything."""
-    if matmul.readable([(left, right)], out=out) is True:
+    few = left.shape[0] < FEW_ROWS and out.shape[1] * out.itemsize % 16 == 0
+    if not few and matmul.readable([(left, right)], out=out) is True:
         matmul.limited_rows(left, right, remaining, out)
     else:
         torch.mm(left, right, out=out)
@@ -202,10 +208,10 @@ def _input_gradient(
 # ---- the Triton form
 
 
-def _block(V: int, light: bool) -> dict[str, int]:
-    """Lanes of a program, columns of each, and warps: 32 columns for each thread, or 16 where they need registers."""
-    block = max(16, min(power_of_two(V), WIDEST if light else WIDEST // 2))
-    return {"LANES": block // 8, "WIDTH": 8, "num_warps": max(1, block // (1024 if light else 512))}
+def _block(V: int) -> dict[str, int]:
+    """Lanes of a program, columns of each, and warps: 16 columns for each thread."""
+    block = max(16, min(power_of_two(V), WIDEST))
+    return {"LANES": block // 8, "WIDTH": 8, "num_warps": max(1, block // 512)}
 
 
 def _refuse_labels(targets: torch.Tensor, ignore_index: int, V: int) -> None:
@@ -248,7 +254,7 @@ def _cross_entropy(
         CAPPED=loss.softcap > 0, SMOOTHED=loss.label_smoothing > 0, EACH=problem.g.dim() > 0,
         GRADIENT=bool(problem.names), CLEAR=any(problem.wants(name) for name in PARAMETERS),
         LOGITS_DTYPE=TL_DTYPES[problem.head.logits_dtype],
-        **_block(V, light=logits.itemsize == 2 and loss.softcap <= 0),
+        **_block(V),
     )  # fmt: skip
 
 
@@ -259,7 +265,7 @@ def solve(problem: op.Problem) -> op.Solution:
     targets, H, V = problem.targets.contiguous(), x.shape[-1], head.weight.shape[0]
     _refuse_labels(targets, problem.loss.ignore_index, V)
     T, size = targets.numel(), head.sum_dtype.itemsize
-    stride = cdiv(V * size, 16) * 16 // size  # rows start at multiples of 16 bytes, for cuBLAS
+    stride = cdiv(V, 16) * 16
     chunk = op.chunk_rows(stride, size, CHUNK_BYTES)
     chunk = min(T, chunk if chunk < 256 else chunk // 256 * 256)
     dtype = head.base_dtype if head.lora_a is None else x.dtype

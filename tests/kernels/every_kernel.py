@@ -21,8 +21,8 @@ TOKENS = 333
 def run(case: Case, dtype: torch.dtype, everything: bool) -> None:
     arguments = case.arguments(dtype, torch.device("cuda"))
     if everything and case.wanted:
-        for value in flat([v for v in arguments.values() if isinstance(v, torch.Tensor | list)]):
-            if value is not None and value.is_floating_point():
+        for value in [t for v in arguments.values() for t in (v if isinstance(v, list) else [v])]:
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
                 value.requires_grad_()
     outputs = flat(case.op(**arguments))
     wanted = list(leaves(arguments).values())

@@ -490,7 +490,7 @@ def test_no_tensor_is_as_large_as_the_logits(monkeypatch: pytest.MonkeyPatch) ->
     """Forward and backward, where a chunk is a tenth of the tokens."""
     if DEVICE.type == "cuda":
         pytest.skip("the profiler of CPU memory")
-    tokens, hidden, vocabulary = 400, 3, 500
+    tokens, hidden, vocabulary = 400, 3, 512
     set_chunks(monkeypatch, tokens // 10)
     given_ = arguments(f32, tokens, hidden, vocabulary, bias=True)
     if restriction() == "triton":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from fastlora.tools.bench.results import SLOWER, beside
 from fastlora.tools.bench.targets import MEASURES, TARGETS
+from fastlora.tools.problems import UsageError
 
 Row = dict[str, Any]
 
@@ -20,6 +23,30 @@ of its floating-point operations over {product_rate:.0f} TFLOP/s and its bytes, 
 {copy_bandwidth:.2f} TB/s: a product of 8192 x 8192 matrices and a copy of 1 GiB, measured in the same run. No case is
 timed whose error against float64 is above 1.25 times eager's plus one rounding.
 """
+
+
+def write(paths: list[Path], output: Path) -> None:
+    """Writes the page of one run, or of several on one machine and of one version, of different cases.
+
+    Raises:
+        UsageError: for a file that is no such result, or runs that do not belong together.
+    """
+    runs = []
+    for path in paths:
+        try:
+            runs.append(json.loads(path.read_text()))
+            runs[-1]["conditions"], runs[-1]["timings"], runs[-1]["accuracy"]
+        except (OSError, ValueError, KeyError, TypeError) as problem:
+            raise UsageError(f"{path}: not results of `fastlora bench kernels` ({type(problem).__name__})") from problem
+    first = runs[0]["conditions"]
+    for path, run in zip(paths, runs, strict=True):
+        for name in ("gpu", "torch", "triton", "dtype"):
+            if run["conditions"][name] != first[name]:
+                raise UsageError(
+                    f"{path}: its {name} is {run['conditions'][name]}, that of {paths[0]} is {first[name]}"
+                )
+    rows = {name: [row for run in runs for row in run[name]] for name in ("timings", "accuracy")}
+    output.write_text(page({"conditions": first, **rows}))
 
 
 def page(results: Row) -> str:
