@@ -15,8 +15,12 @@ Backward, with the low-rank path factored through dxa, which is only R wide:
 s multiplies what is only R wide, so dy * s, as large as y, is never made.  Without dropout z is x and
 dx = dy W + dxa A: the second product adds onto the first where their dtypes agree.
 
-Saved: s xa, one row of R per token, which saves dB from recomputing it; z only if A is trained, x only if z is x or W
-is trained.  A frozen base behind dropout, or an adapter with a frozen A, saves no activation but s xa.
+Dropout comes in two ways.  A z that somebody else has dropped out, `x_dropped`, has a gradient of its own.  With a
+`seed` and a probability, `dropout`, z is x * m with the mask m of `dropout.py`, made here and not kept: the backward
+makes it again for dA, and dx = dy W + (dxa A) * m, the mask and the sum in one pass.
+
+Saved: s xa, one row of R per token, which saves dB from recomputing it; z only if A is trained, x only if z is made of
+x or W is trained.  A frozen base behind dropout, or an adapter with a frozen A, saves no activation but s xa.
 
 Shapes: x and z (..., K), W (N, K), b and c (N,), A (R, K), B (N, R), y (..., N), xa (T, R) for T tokens.
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021).
@@ -29,7 +33,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fastlora.kernels import dropout as masks
 from fastlora.kernels.cost import Cost, Work
+from fastlora.kernels.dropout import dropped_out
 from fastlora.kernels.op import Gradients, Wanted, op
 
 PARAMETERS = ("weight", "bias", "lora_a", "lora_b", "lora_bias")
@@ -51,11 +57,14 @@ def reference(
     base_dtype: torch.dtype,
     lora_dtype: torch.dtype,
     out_dtype: torch.dtype,
+    seed: torch.Tensor | None = None,
+    dropout: float | None = None,
 ) -> torch.Tensor:
     """The adapted layer as PEFT writes it. Returns y of shape (..., N) in `out_dtype`."""
+    masks.check_argument(seed, dropout, x_dropped)
     base = F.linear(x.to(base_dtype), weight.to(base_dtype), cast(bias, base_dtype))
     z = x if x_dropped is None else x_dropped
-    return add_reference(base, z, lora_a, lora_b, lora_bias, scaling, lora_dtype, out_dtype)
+    return add_reference(base, z, lora_a, lora_b, lora_bias, scaling, lora_dtype, out_dtype, seed, dropout)
 
 
 def add_reference(
@@ -67,8 +76,13 @@ def add_reference(
     scaling: float,
     lora_dtype: torch.dtype,
     out_dtype: torch.dtype,
+    seed: torch.Tensor | None = None,
+    dropout: float | None = None,
 ) -> torch.Tensor:
     """The adapter's contribution added to `base`. Returns y of base's shape in `out_dtype`."""
+    masks.check_argument(seed, dropout)
+    if seed is not None and dropout is not None:
+        x = masks.reference(x, None, seed, dropout, lora_dtype)
     xa = F.linear(x.to(lora_dtype), lora_a.to(lora_dtype))
     low = F.linear(xa, lora_b.to(lora_dtype), cast(lora_bias, lora_dtype))
     return (base + low * scaling).to(out_dtype)
@@ -117,8 +131,11 @@ def add_forward(
     scaling: float,
     lora_dtype: torch.dtype,
     out_dtype: torch.dtype,
+    seed: torch.Tensor | None = None,
+    dropout: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    xa = F.linear(x.to(lora_dtype), lora_a.to(lora_dtype))
+    masks.check_argument(seed, dropout)
+    xa = F.linear(dropped_out(x, seed, dropout, lora_dtype), lora_a.to(lora_dtype))
     low = F.linear(xa, lora_b.to(lora_dtype), cast(lora_bias, lora_dtype))
     return (base + low * scaling).to(out_dtype), rows(xa) * scaling
 
@@ -131,6 +148,7 @@ def forward(
     base_dtype: torch.dtype,
     **adapter: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    masks.check_argument(adapter.get("seed"), adapter.get("dropout"), x_dropped)
     base = F.linear(x.to(base_dtype), weight.to(base_dtype), cast(bias, base_dtype))
     return add_forward(base, x if x_dropped is None else x_dropped, **adapter)
 
@@ -183,22 +201,31 @@ def low_rank_backward(
     return gradients, [(dxa, lora_a.to(lora_dtype))] if wants_z else []
 
 
-def projection_backward(
+def parts_backward(
     wanted: Wanted,
     wants_x: bool,
     dy: torch.Tensor,
     x: torch.Tensor | None,
+    z: torch.Tensor | None,
     xa: torch.Tensor,
     base_dtype: torch.dtype,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     **adapter: Any,
-) -> tuple[Gradients, list[Addend]]:
-    """The gradients of an adapted layer's `PARAMETERS`, and the addends of dx if it is wanted; z is x."""
+) -> tuple[Gradients, list[Addend], list[Addend]]:
+    """The gradients of an adapted layer's `PARAMETERS`, and the addends of dx and of dz if these are wanted."""
     dy = rows(dy)
     gradients, dx = base_backward(wanted, wants_x, dy, x, weight, bias, base_dtype)
-    low_gradients, dz = low_rank_backward(wanted, wants_x, dy, x, xa, **adapter)
-    return gradients | low_gradients, dx + dz
+    low_gradients, dz = low_rank_backward(wanted, wants_x, dy, z, xa, **adapter)
+    return gradients | low_gradients, dx, dz
+
+
+def projection_backward(
+    wanted: Wanted, wants_x: bool, dy: torch.Tensor, x: torch.Tensor | None, xa: torch.Tensor, **layer: Any
+) -> tuple[Gradients, list[Addend]]:
+    """The same where z is x: all addends are dx's."""
+    gradients, dx, dz = parts_backward(wanted, wants_x, dy, x, x, xa, **layer)
+    return gradients, dx + dz
 
 
 def backward(
@@ -213,17 +240,23 @@ def backward(
     x_dropped_dtype: torch.dtype | None,
     base_dtype: torch.dtype,
     out_dtype: torch.dtype,
+    seed: torch.Tensor | None = None,
+    dropout: float | None = None,
     **adapter: Any,
 ) -> Gradients:
     dy = rows(grads[0])
     shape = (*grads[0].shape[:-1], weight.shape[1])
     dropped = x_dropped_dtype is not None
+    z = x_dropped if dropped else x
+    if z is not None and wanted["lora_a"]:
+        z = dropped_out(z, seed, dropout, adapter["lora_dtype"])
     gradients, dx = base_backward(wanted, wanted["x"], dy, x, weight, bias, base_dtype)
-    low_gradients, dz = low_rank_backward(
-        wanted, wanted["x_dropped" if dropped else "x"], dy, x_dropped if dropped else x, xa, **adapter
-    )
+    low_gradients, dz = low_rank_backward(wanted, wanted["x_dropped" if dropped else "x"], dy, z, xa, **adapter)
     gradients |= low_gradients
-    if wanted["x"]:
+    if wanted["x"] and seed is not None:
+        base, low = (left @ right for left, right in (*dx, *dz))
+        gradients["x"] = dropped_out(low, seed, dropout, x_dtype, base).reshape(shape)
+    elif wanted["x"]:
         gradients["x"] = sum_products(dx if dropped else dx + dz, x_dtype).reshape(shape)
     if x_dropped_dtype is not None and wanted["x_dropped"]:
         gradients["x_dropped"] = sum_products(dz, x_dropped_dtype).reshape(shape)
@@ -235,13 +268,14 @@ lora_linear = op(
     family="lora",
     schema=(
         "(Tensor x, Tensor? x_dropped, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor? lora_bias, "
-        "float scaling, ScalarType base_dtype, ScalarType lora_dtype, ScalarType out_dtype) -> (Tensor y, Tensor xa)"
+        "float scaling, ScalarType base_dtype, ScalarType lora_dtype, ScalarType out_dtype, "
+        "Tensor? seed, float? dropout) -> (Tensor y, Tensor xa)"
     ),
     outputs=1,
     reference=reference,
     forward=forward,
     backward=backward,
-    saves=("x", "x_dropped", *PARAMETERS, "xa"),
+    saves=("x", "x_dropped", *PARAMETERS, "xa", "seed"),
     saved_if={
         "x": lambda wanted, given: wanted["weight"] or (wanted["lora_a"] and given["x_dropped"] is None),
         "x_dropped": lambda wanted, _: wanted["lora_a"],
@@ -260,11 +294,16 @@ def add_backward(
     lora_a: torch.Tensor,
     x_dtype: torch.dtype,
     out_dtype: torch.dtype,
+    seed: torch.Tensor | None = None,
+    dropout: float | None = None,
     **adapter: Any,
 ) -> Gradients:
-    gradients, dx = low_rank_backward(wanted, wanted["x"], rows(grads[0]), x, lora_a=lora_a, **adapter)
+    z = None if x is None else dropped_out(x, seed, dropout, adapter["lora_dtype"])
+    gradients, dz = low_rank_backward(wanted, wanted["x"], rows(grads[0]), z, lora_a=lora_a, **adapter)
     if wanted["x"]:
-        gradients["x"] = sum_products(dx, x_dtype).reshape(*grads[0].shape[:-1], lora_a.shape[1])
+        ((left, right),) = dz
+        dx = dropped_out(left @ right, seed, dropout, x_dtype)
+        gradients["x"] = dx.reshape(*grads[0].shape[:-1], lora_a.shape[1])
     return gradients
 
 
@@ -273,13 +312,13 @@ lora_add = op(
     family="lora",
     schema=(
         "(Tensor base, Tensor x, Tensor lora_a, Tensor lora_b, Tensor? lora_bias, float scaling, "
-        "ScalarType lora_dtype, ScalarType out_dtype) -> (Tensor y, Tensor xa)"
+        "ScalarType lora_dtype, ScalarType out_dtype, Tensor? seed, float? dropout) -> (Tensor y, Tensor xa)"
     ),
     outputs=1,
     reference=add_reference,
     forward=add_forward,
     backward=add_backward,
-    saves=("x", "lora_a", "lora_b", "lora_bias", "xa"),
+    saves=("x", "lora_a", "lora_b", "lora_bias", "xa", "seed"),
     saved_if={"x": lambda wanted, _: wanted["lora_a"]},
     passthrough=("base",),
     cost=Cost(

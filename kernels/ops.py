@@ -1,6 +1,7 @@
 """Every semantic op of fastlora, by name."""
 
 from fastlora.kernels.dequantize import dequantize_4bit
+from fastlora.kernels.dropout import dropout
 from fastlora.kernels.glu import glu
 from fastlora.kernels.layer_norm import add_layer_norm, layer_norm
 from fastlora.kernels.linear_cross_entropy import linear_cross_entropy
@@ -14,6 +15,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "dequantize_4bit",
+    "dropout",
     "glu",
     "layer_norm",
     "linear_cross_entropy",

@@ -1,15 +1,19 @@
 """LoRA adapters: on a linear layer, on any other base value, and several on one input.
 
 PEFT casts the input to the adapter's dtype, drops out a copy of it, and adds the scaled low-rank product to the base
-layer's result; every dtype is taken from the trace, since autocast may have changed it. A dropout stays in the graph,
-so that its random numbers are those that the model would have drawn; the op then takes both x and its dropped-out copy.
+layer's result; every dtype is taken from the trace, since autocast may have changed it.
+
+A dropout of the input becomes a part of the op where its mask is cheap to draw again, which is on a GPU: the graph then
+draws a seed in its place, and neither the mask nor the dropped-out copy is kept. Elsewhere it stays in the graph, so
+that its random numbers are those that the model would have drawn; the op then takes both x and the copy.
 """
 
 from torch import fx
 
 from fastlora.kernels import ops
+from fastlora.kernels.dropout import is_cheap
 from fastlora.metadata import known_less, meta, same_shape
-from fastlora.pattern import Opt, Param, Scalar, cast, dropout, either, kept, linear
+from fastlora.pattern import Opt, Param, Scalar, cast, dropout, either, kept, linear, seeded, widened
 from fastlora.rule import GroupRule, Match, Rule, dtype_of, group, rule
 from fastlora.view import View
 
@@ -24,6 +28,25 @@ def low_rank(view: View, node: fx.Node) -> bool:
     if a is None or b is None or a.dim() != 2 or b.dim() != 2:
         return False
     return known_less(a.shape[0], a.shape[1]) and known_less(a.shape[0], b.shape[0])
+
+
+def cheap_to_draw_again(view: View, dropped: fx.Node) -> bool | str:
+    """Whether a kernel reads what is dropped out, and writes the result."""
+    term = view.term(dropped)
+    source = term.args["input"] if term is not None else dropped
+    values = dropped, source, _undropped(view, source)
+    cheap = all(tensor is not None and is_cheap(tensor) for tensor in map(meta, values))
+    return cheap or "no kernel draws the mask again on its device"
+
+
+def _seeded(x, p):
+    """The dropout as the op does it, which widens x but does not round it before."""
+    return seeded("seed", widened(x), p, where=cheap_to_draw_again)
+
+
+def _dropped(x, p):
+    """The dropout as the graph does it."""
+    return kept("x_dropped", dropout(cast(x), p))
 
 
 def _low_rank_path(x, lora_a, lora_b, lora_bias, scaling):
@@ -47,16 +70,26 @@ def lora_linear(
     lora_bias: Opt[Param(1)],
     _p: Scalar = 0.0,
     scaling: Scalar = 1.0,
+    dropout: Scalar = None,
 ):
     base = linear(x, weight, bias).named("base")
-    adapted = either(dropped=kept("x_dropped", dropout(cast(x), _p)), plain=cast(x))
+    adapted = either(seeded=_seeded(x, dropout), dropped=_dropped(x, _p), plain=cast(x))
     return cast(base + _low_rank_path(adapted, lora_a, lora_b, lora_bias, scaling))
 
 
 @rule(ops.lora_add, anchor=low_rank, benefit=2, attrs={"lora_dtype": dtype_of("inner"), "out_dtype": dtype_of()})
-def lora_add(base, x, lora_a: Param(2), lora_b: Param(2), lora_bias: Opt[Param(1)], scaling: Scalar = 1.0):
+def lora_add(
+    base,
+    x,
+    lora_a: Param(2),
+    lora_b: Param(2),
+    lora_bias: Opt[Param(1)],
+    scaling: Scalar = 1.0,
+    dropout: Scalar = None,
+):
     """An adapter on whatever its base layer is: a quantised product, a Conv1D, a layer that has adapters already."""
-    return cast(base + _low_rank_path(cast(x), lora_a, lora_b, lora_bias, scaling))
+    adapted = either(seeded=_seeded(x, dropout), plain=cast(x))
+    return cast(base + _low_rank_path(adapted, lora_a, lora_b, lora_bias, scaling))
 
 
 @lora_linear.where
@@ -96,7 +129,7 @@ def _undropped(view: View, x: fx.Node) -> fx.Node:
 
 @group(ops.lora_linear, by="x", into=ops.lora_group, benefit=2)
 def shared_input(matches: list[Match]):
-    """q, k and v, or gate and up where the MLP did not fuse."""
+    """q, k and v, or gate and up where the MLP did not fuse; with dropout if each draws a seed of its own."""
     return len({match.dtype("lora_a") for match in matches}) == 1 or "the adapters differ in dtype"
 
 

@@ -52,9 +52,10 @@ def _common(name: str):
 )
 def lora_mlp(x):
     """Without adapter dropout: a mask on the hidden product would have to be drawn between the projections."""
-    gate = raised(ops.lora_linear, "gate_", x=x, x_dropped=None)
-    up = raised(ops.lora_linear, "up_", x=x, x_dropped=None)
-    return raised(ops.lora_linear, "down_", x=raised(ops.glu, gate=gate, up=up), x_dropped=None)
+    gate = raised(ops.lora_linear, "gate_", x=x, x_dropped=None, seed=None)
+    up = raised(ops.lora_linear, "up_", x=x, x_dropped=None, seed=None)
+    product = raised(ops.glu, gate=gate, up=up)
+    return raised(ops.lora_linear, "down_", x=product, x_dropped=None, seed=None)
 
 
 @lora_mlp.where

@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from fastlora.rule import Match
+from fastlora.seeds import Seed
 from fastlora.view import View
 
 _TRACED = ("nn_module_stack", "stack_trace", "source_fn_stack")
@@ -25,10 +26,16 @@ def commit(gm: fx.GraphModule, view: View, matches: Sequence[Match]) -> None:
 
 
 def _replace(graph: fx.Graph, view: View, match: Match, forward: dict[fx.Node, fx.Node]) -> None:
-    values = fx.node.map_arg(match.op.order(match.arguments), lambda node: forward.get(node, node))
     place = match.place()
+
+    def value(argument: Any) -> Any:
+        if isinstance(argument, Seed):
+            return _draw(graph, view, argument, place)
+        return forward.get(argument, argument) if isinstance(argument, fx.Node) else argument
+
+    values = fx.node.map_aggregate(match.op.order(match.arguments), value)
     with graph.inserting_before(place):
-        call = graph.call_function(match.op.target, tuple(values))
+        call = graph.call_function(match.op.target, tuple(values))  # type: ignore[arg-type]
         results = _unpack(graph, call, match)
     for node in (call, *results):
         view.order[node] = view.order[place] - 0.5
@@ -37,6 +44,17 @@ def _replace(graph: fx.Graph, view: View, match: Match, forward: dict[fx.Node, f
         new.meta["example_value"] = old.meta["example_value"]
         old.replace_all_uses_with(new)
         forward[old] = new
+
+
+def _draw(graph: fx.Graph, view: View, seed: Seed, place: fx.Node) -> fx.Node:
+    """The seed as a value of the graph, drawn where the dropout is that goes: before the op, which a group has earlier
+    than its last member."""
+    before = min(seed.dropout, place, key=view.order.__getitem__)
+    with graph.inserting_before(before):
+        node = seed.draw(graph)
+    view.order[node] = view.order[before] - 0.5
+    node.meta.update({key: seed.dropout.meta[key] for key in _TRACED if key in seed.dropout.meta})
+    return node
 
 
 def _unpack(graph: fx.Graph, call: fx.Node, match: Match) -> list[fx.Node]:

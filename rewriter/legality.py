@@ -2,7 +2,8 @@
 
     L1 closed     no value inside the match is used outside of it, other than its outputs
     L2 placed     there is a place after all inputs and before every use of an output
-    L3 effects    nothing in it is random or written in place, and no input changes before the replacement reads it
+    L3 effects    nothing in it is random (but for a dropout whose seed the op takes) or written in place, and no input
+                  changes before the replacement reads it
     L4 one mode   gradient mode and autocast are the same for all its nodes and at the insertion point
     L5 autograd   the outputs require gradients exactly where the op's do
     L6 metadata   the op's outputs have the shapes, dtypes, devices and strides of what they replace
@@ -22,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fastlora.metadata import known_equal, meta
 from fastlora.rule import Match
+from fastlora.seeds import Seed, seeds
 from fastlora.view import View
 
 
@@ -70,9 +72,10 @@ class Legality:
 
     def _effects(self, match: Match) -> str | None:
         first = min(self._view.order[member] for member in match.members)
+        drawn = {seed.dropout for seed in seeds(match.arguments)}
         for member in match.members:
             term = self._view.term(member)
-            if term is not None and term.op == "dropout":
+            if term is not None and term.op == "dropout" and member not in drawn:
                 return f"L3: {member.name} is random"
             for writer in self._mutations.writers(member):
                 return f"L3: {writer.name} writes to {member.name} in place"
@@ -135,6 +138,8 @@ def _run_fake(match: Match, values: list[Any]) -> list[torch.Tensor] | str:
     def example(value: Any) -> Any:
         if isinstance(value, list):
             return [example(item) for item in value]
+        if isinstance(value, Seed):
+            return value.example()
         return value.meta.get("example_value") if isinstance(value, fx.Node) else value
 
     arguments = [example(value) for value in values]

@@ -17,12 +17,13 @@ from torch import fx
 from fastlora.kernels.op import SemanticOp
 from fastlora.matching import Cast, Either, Kept, Op, Pattern, Predicate, Raised, State, Trace, describe
 from fastlora.metadata import meta
+from fastlora.seeds import Seeded
 from fastlora.view import View
 
 __all__ = [
     "Constant", "Op", "Opt", "Param", "Pattern", "Scalar", "cast", "cat", "dropout", "either", "evens", "first_half",
     "flatten_pairs", "gelu", "gelu_tanh", "kept", "linear", "mean", "odds", "piece", "raised", "rsqrt", "second_half",
-    "sigmoid", "silu", "sqrt", "tanh", "variance", "widened",
+    "seeded", "sigmoid", "silu", "sqrt", "tanh", "variance", "widened",
 ]  # fmt: skip
 
 
@@ -44,6 +45,14 @@ def widened(inner: Pattern) -> Pattern:
 def kept(name: str, shape: Pattern) -> Pattern:
     """Captures a value of the given shape as `name` without taking it into the match."""
     return Kept(name, shape)
+
+
+def seeded(name: str, x: Pattern, p: Pattern, where: Predicate) -> Pattern:
+    """An active dropout that the op does itself: captures, as `name`, the seed of its mask, which the graph will draw.
+
+    Only where nothing else uses what the dropout gives, and where a condition on that value answers True.
+    """
+    return Seeded(name, x, p, where)
 
 
 def raised(op: SemanticOp, prefix: str = "", **overrides: Any) -> Pattern:

@@ -2,7 +2,8 @@
 
 Algebra: the matched nodes, with casts erased, on random fp64 values against the op's reference in fp64, outputs and all
 gradients to 1e-10. Rounding: both in the traced dtypes against that truth; the replacement may be at most 1.25 times as
-far away as the original, plus the rounding of the dtype.
+far away as the original, plus the rounding of the dtype. A dropout that the op takes over drops the same elements on
+both sides, those of one fixed seed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import fx
 from fastlora.legality import argument_nodes
 from fastlora.metadata import hint, meta
 from fastlora.rule import Match
+from fastlora.seeds import Seed, seeds
 
 _ALGEBRA = 1e-10
 _SLACK = 1.25
@@ -98,6 +100,7 @@ def _with_gradients(
 def _replay(match: Match, inputs: dict[fx.Node, torch.Tensor], exact: bool) -> list[torch.Tensor]:
     """Runs just the matched nodes, and the identities between them; `exact` erases their casts."""
     view = match.view
+    drawn = {seed.dropout: seed for seed in seeds(match.arguments)}
 
     def run(leaves: dict[fx.Node, torch.Tensor]) -> list[torch.Tensor]:
         values: dict[fx.Node, Any] = {same: leaf for n, leaf in leaves.items() for same in view.value_class(n)}
@@ -105,7 +108,9 @@ def _replay(match: Match, inputs: dict[fx.Node, torch.Tensor], exact: bool) -> l
         def value(node: fx.Node) -> Any:
             if node not in values:
                 term = view.term(node)
-                if exact and (node is not view.producer(node) or (term is not None and term.op == "cast")):
+                if node in drawn and term is not None:
+                    values[node] = drawn[node].replay(value(term.args["input"]))
+                elif exact and (node is not view.producer(node) or (term is not None and term.op == "cast")):
                     values[node] = value(node.all_input_nodes[0])
                 else:
                     values[node] = _call(node, value, exact)
@@ -125,11 +130,14 @@ def _call(node: fx.Node, value: Callable[[fx.Node], Any], exact: bool) -> Any:
 
 def _reference(match: Match, inputs: dict[fx.Node, torch.Tensor], exact: bool) -> list[torch.Tensor]:
     """Runs the op: its reference in fp64, the op itself with its own backward in the traced dtypes."""
+    device = next(iter(inputs.values())).device
 
     def run(leaves: dict[fx.Node, torch.Tensor]) -> list[torch.Tensor]:
         def argument(value: Any) -> Any:
             if isinstance(value, list):
                 return [argument(item) for item in value]
+            if isinstance(value, Seed):
+                return value.fixed(device)
             if isinstance(value, fx.Node):
                 return leaves.get(value, hint(value.meta.get("example_value")))
             return torch.float64 if exact and isinstance(value, torch.dtype) else value

@@ -5,6 +5,7 @@ docstring of a kernel is what one program of it does. Importing this package reg
 """
 
 from fastlora.kernels.gpu import dequantize as dequantize
+from fastlora.kernels.gpu import dropout as dropout
 from fastlora.kernels.gpu import glu as glu
 from fastlora.kernels.gpu import layer_norm as layer_norm
 from fastlora.kernels.gpu import linear_cross_entropy as linear_cross_entropy

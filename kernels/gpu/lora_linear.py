@@ -5,6 +5,7 @@ pass over the output nor a rounding; where cuBLAS is faster it multiplies, and t
 result. The thin ones (`low_rank.py`) are a pass over the activation each, dxa and dB share one.
 
 Adapters are rounded to the dtype of the computation where they are used: in the kernels, or once if they are large.
+An input that a seed drops out is made where it is read, and its gradient is masked while it joins the base layer's.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import Any
 
 import torch
 
+from fastlora.kernels import dropout as masks
 from fastlora.kernels import lora_linear as op
 from fastlora.kernels.forms import Form, laid_out
+from fastlora.kernels.gpu import dropout as mask
 from fastlora.kernels.gpu import low_rank, matmul
 from fastlora.kernels.gpu.launch import FLOATS, capability, supported
 from fastlora.kernels.op import Gradients, Wanted
@@ -105,6 +108,20 @@ def adapter_gradients(
     return gradients, dxa
 
 
+def dropped_out(x: torch.Tensor, seed: torch.Tensor | None, dropout: float | None, dtype: torch.dtype) -> torch.Tensor:
+    """z (T, K) in `dtype`: x behind the dropout of `seed`, if there is one."""
+    tokens = op.rows(x)
+    return tokens.to(dtype) if seed is None or dropout is None else mask.run(tokens, seed, dropout, dtype)
+
+
+def masked_sum(
+    base: torch.Tensor, dz: torch.Tensor, seed: torch.Tensor, dropout: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """dx (T, K) in `dtype` = base + dz * m, in the memory of one of the two where it fits; both are used up."""
+    out = next((t for t in (dz, base) if t.dtype is dtype), None)
+    return mask.run(dz, seed, dropout, dtype, base, out)
+
+
 def serves(
     x: torch.Tensor | None, weight: torch.Tensor, base_dtype: torch.dtype, lora_dtype: torch.dtype, **given: Any
 ) -> bool:
@@ -121,10 +138,14 @@ def forward(
     scaling: float,
     base_dtype: torch.dtype,
     lora_dtype: torch.dtype,
+    seed: torch.Tensor | None = None,
+    dropout: float | None = None,
     **layer: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    masks.check_argument(seed, dropout, x_dropped)
     tokens = op.rows(x).to(base_dtype)
-    z = tokens if x_dropped is None else op.rows(x_dropped).to(base_dtype)
+    given = x if x_dropped is None else x_dropped
+    z = tokens if x_dropped is None and seed is None else dropped_out(given, seed, dropout, base_dtype)
     xa = low_rank.down(z, [lora_a], scaling)
     y = project(tokens, xa, scaling=scaling, **layer)
     return y.view(*x.shape[:-1], y.shape[1]), xa
@@ -151,24 +172,34 @@ def backward(
     x_dropped_dtype: torch.dtype | None,
     scaling: float,
     base_dtype: torch.dtype,
+    seed: torch.Tensor | None = None,
+    dropout: float | None = None,
     **_: Any,
 ) -> Gradients:
     dy = op.rows(grads[0]).to(base_dtype)
-    tokens, dropped = (None if t is None else op.rows(t).to(base_dtype) for t in (x, x_dropped))
+    direct = x_dropped_dtype is None and seed is None  # z is x
+    tokens = None if x is None or not (direct or wanted["weight"]) else op.rows(x).to(base_dtype)
     wants_dz = wanted["x"] if x_dropped_dtype is None else wanted["x_dropped"]
     gradients, dxa = parameter_gradients(
         wanted, wanted["lora_a"] or wants_dz, dy, tokens, xa, weight, bias, lora_b, lora_bias, scaling
     )
     low = None
     if dxa is not None:
-        z = tokens if x_dropped_dtype is None else dropped
-        if wanted["lora_a"] and z is not None:
+        given = x if x_dropped_dtype is None else x_dropped
+        if wanted["lora_a"] and given is not None:
+            z = tokens if direct else dropped_out(given, seed, dropout, base_dtype)
+            assert z is not None
             gradients["lora_a"] = low_rank.down_gradient(dxa, z, lora_a.dtype)
         low = (dxa, lora_a.to(base_dtype))
     shape = (*grads[0].shape[:-1], weight.shape[1])
     if wanted["x"]:
         base = (dy, weight.to(base_dtype))
-        gradients["x"] = total(low if x_dropped_dtype is None else None, [base], None, x_dtype).view(shape)
+        if seed is None or dropout is None:
+            dx = total(low if x_dropped_dtype is None else None, [base], None, x_dtype)
+        else:
+            assert low is not None
+            dx = masked_sum(torch.mm(*base), torch.mm(*low), seed, dropout, x_dtype)
+        gradients["x"] = dx.view(shape)
     if x_dropped_dtype is not None and wanted["x_dropped"]:
         assert low is not None
         gradients["x_dropped"] = torch.mm(*low).to(x_dropped_dtype).view(shape)
@@ -192,8 +223,11 @@ def add_forward(
     scaling: float,
     lora_dtype: torch.dtype,
     out_dtype: torch.dtype,
+    seed: torch.Tensor | None = None,
+    dropout: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    xa = low_rank.down(op.rows(x).to(lora_dtype), [lora_a], scaling)
+    masks.check_argument(seed, dropout)
+    xa = low_rank.down(dropped_out(x, seed, dropout, lora_dtype), [lora_a], scaling)
     y = torch.addmm(op.rows(base), xa, lora_b.to(lora_dtype).t())
     if lora_bias is not None:
         y += lora_bias.to(lora_dtype) * scaling
@@ -216,6 +250,8 @@ def add_backward(
     x_dtype: torch.dtype,
     scaling: float,
     lora_dtype: torch.dtype,
+    seed: torch.Tensor | None = None,
+    dropout: float | None = None,
     **_: Any,
 ) -> Gradients:
     dy = op.rows(grads[0]).to(lora_dtype)
@@ -223,10 +259,10 @@ def add_backward(
     if wanted["lora_a"]:
         assert dxa is not None
         assert x is not None
-        gradients["lora_a"] = low_rank.down_gradient(dxa, op.rows(x).to(lora_dtype), lora_a.dtype)
+        gradients["lora_a"] = low_rank.down_gradient(dxa, dropped_out(x, seed, dropout, lora_dtype), lora_a.dtype)
     if wanted["x"]:
         assert dxa is not None
-        dx = (dxa @ lora_a.to(lora_dtype)).to(x_dtype)
+        dx = dropped_out(dxa @ lora_a.to(lora_dtype), seed, dropout, x_dtype)
         gradients["x"] = dx.view(*grads[0].shape[:-1], lora_a.shape[1])
     return gradients
 

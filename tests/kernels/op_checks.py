@@ -146,19 +146,19 @@ def in_float64(arguments: Arguments) -> Arguments:
 
 @contextmanager
 def backward_calls(op: SemanticOp) -> Iterator[list[tuple[Any, ...]]]:
-    """The arguments of each call of the op's backward operator."""
+    """The arguments of each run of the op's backward."""
     calls: list[tuple[Any, ...]] = []
-    target = op.backward_target
 
-    def spy(*arguments: Any) -> Any:
-        calls.append(arguments)
-        return target(*arguments)
+    def spy(target: Any) -> Any:
+        def run(*arguments: Any) -> Any:
+            calls.append(arguments)
+            return target(*arguments)
 
-    op.backward_target = spy
-    try:
+        return run
+
+    target, run = op.backward_target, op._run_backward  # it is called as it is where the dispatcher has nothing to do
+    with patch.object(op, "backward_target", spy(target)), patch.object(op, "_run_backward", spy(run)):
         yield calls
-    finally:
-        op.backward_target = target
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from op_checks import (
     Case,
     assert_same_but_for_rounding,
     backward_calls,
+    complete,
     evaluate,
     f32,
     f64,
@@ -32,21 +33,34 @@ def together(members: list[dict[str, Any]]) -> Arguments:
 
 
 def arguments(
-    dtype: Scheme | torch.dtype, *x: int, shapes: tuple[tuple[int, int], ...], biases: bool = True
+    dtype: Scheme | torch.dtype,
+    *x: int,
+    shapes: tuple[tuple[int, int], ...],
+    biases: bool = True,
+    p: tuple[float | None, ...] = (),
 ) -> Arguments:
-    """Members of the given (N, rank) over one x."""
+    """Members of the given (N, rank) over one x, with dropout of their own if p is given."""
     scheme = scheme_of(dtype)
     return {
         "x": torch.randn(x, dtype=f64).to(scheme.x),
         **together([layer(scheme, n, x[-1], rank, biases) for n, rank in shapes]),
         **scheme.attributes(),
+        **seeded(*p),
     }
+
+
+def seeded(*p: float | None) -> Arguments:
+    if not p:
+        return {}
+    return {"seed": [None if each is None else torch.tensor([i]) for i, each in enumerate(p)], "dropout": list(p)}
 
 
 CASES = [
     Case("q, k, v", lora_group, arguments, 2, 3, 4, shapes=((4, 2), (2, 1), (2, 1)), biases=False),
     Case("gate, up with biases", lora_group, arguments, 3, 4, shapes=((3, 2), (3, 2))),
     Case("one member", lora_group, arguments, 3, 4, shapes=((3, 2),)),
+    Case("seeds", lora_group, arguments, 2, 3, 4, shapes=((4, 2), (2, 1)), biases=False, p=(0.3, 0.5)),
+    Case("some with seeds", lora_group, arguments, 3, 4, shapes=((3, 2), (3, 1), (2, 1)), p=(None, 0.5, None)),
 ]
 
 
@@ -64,13 +78,17 @@ def test_errors_are_no_larger_than_eager_ones(data: st.DataObject) -> None:
         data.draw(layers(scheme, data.draw(sizes), k, data.draw(sizes))) for _ in range(data.draw(st.integers(1, 3)))
     ]
     x = data.draw(tensors((tokens, k), scheme.x))
-    assert_as_precise(lora_group, {"x": x, **together(members), **scheme.attributes()})
+    p = data.draw(st.lists(st.sampled_from([None, 0.1, 0.5]), min_size=len(members), max_size=len(members)))
+    drawn = {"x": x, **together(members), **scheme.attributes(), **seeded(*p)}
+    assert_as_precise(lora_group, complete(lora_group, drawn))
 
 
+@pytest.mark.parametrize("p", [(), (0.1, 0.1, 0.1)], ids=["", "seeds"])
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-def test_errors_on_average(scheme: Scheme) -> None:
+def test_errors_on_average(scheme: Scheme, p: tuple[float, ...]) -> None:
     torch.manual_seed(0)
-    assert_precise_on_average(lora_group, arguments(scheme, 96, 64, shapes=((64, 8), (32, 8), (32, 4))))
+    given_ = complete(lora_group, arguments(scheme, 96, 64, shapes=((64, 8), (32, 8), (32, 4)), p=p))
+    assert_precise_on_average(lora_group, given_)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -79,18 +97,20 @@ def test_infs_and_nans_propagate(case: Case) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-def test_members_are_lora_linears(scheme: Scheme) -> None:
+@pytest.mark.parametrize("p", [(), (0.4, 0.4), (None, 0.4)], ids=str)
+def test_members_are_lora_linears(scheme: Scheme, p: tuple[float | None, ...]) -> None:
     torch.manual_seed(0)
-    group = arguments(scheme, 5, 8, shapes=((6, 2), (4, 3)))
+    group = complete(lora_group, arguments(scheme, 5, 8, shapes=((6, 2), (4, 3)), p=p))
     for i, y in enumerate(lora_group(**group)):
         member = {name: value[i] if isinstance(value, list) else value for name, value in group.items()}
         assert_same_but_for_rounding(y, lora_linear(**member), f"member {i}")
 
 
+@pytest.mark.parametrize("case", [CASES[0], CASES[4]], ids=str)
 @pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 2), (1, 2)])
-def test_members_without_a_gradient_cost_nothing(used: tuple[int, ...]) -> None:
+def test_members_without_a_gradient_cost_nothing(used: tuple[int, ...], case: Case) -> None:
     """As in eager, their parameters get no gradient, and the backward is not asked for one."""
-    given_ = CASES[0].arguments()
+    given_ = case.arguments()
     gradients = []
     for function in (lora_group, lora_group.reference):
         inputs = {n: t.detach().requires_grad_() for n, t in leaves(given_).items()}

@@ -20,29 +20,45 @@ from op_checks import (
     f32,
     f64,
     leaves,
+    native,
     saved_for_backward,
 )
 from op_precision import assert_as_precise, assert_precise_on_average, assert_propagates, sizes, tensors
 
 from fastlora.kernels.lora_linear import sum_products
-from fastlora.kernels.ops import lora_add, lora_linear
+from fastlora.kernels.op import SemanticOp
+from fastlora.kernels.ops import dropout, lora_add, lora_linear
 
 FORMS = ["pytorch", "triton"]
 
 
 def linear_arguments(
-    dtype: Scheme | torch.dtype, *x: int, n: int, rank: int, dropped: bool, biases: bool = True
+    dtype: Scheme | torch.dtype,
+    *x: int,
+    n: int,
+    rank: int,
+    dropped: bool = False,
+    p: float | None = None,
+    biases: bool = True,
 ) -> Arguments:
+    """With dropout that somebody else did, or of probability p from a seed."""
     scheme = scheme_of(dtype)
     return {
         **layer(scheme, n, x[-1], rank, biases),
         "x": torch.randn(x, dtype=f64).to(scheme.x),
         "x_dropped": torch.randn(x, dtype=f64).to(scheme.x) if dropped else None,
         **scheme.attributes(),
+        **seeded(p),
     }
 
 
-def add_arguments(dtype: Scheme | torch.dtype, *x: int, n: int, rank: int, biases: bool = True) -> Arguments:
+def seeded(p: float | None, seed: int = 2**40 + 7) -> Arguments:
+    return {"seed": None if p is None else torch.tensor([seed]), "dropout": p}
+
+
+def add_arguments(
+    dtype: Scheme | torch.dtype, *x: int, n: int, rank: int, p: float | None = None, biases: bool = True
+) -> Arguments:
     scheme = scheme_of(dtype)
     adapter = layer(scheme, n, x[-1], rank, biases)
     return {
@@ -51,6 +67,7 @@ def add_arguments(dtype: Scheme | torch.dtype, *x: int, n: int, rank: int, biase
         "x": torch.randn(x, dtype=f64).to(scheme.x),
         "lora_dtype": scheme.lora,
         "out_dtype": scheme.out,
+        **seeded(p),
     }
 
 
@@ -60,9 +77,12 @@ CASES = [
     Case("lora_linear, bare", lora_linear, linear_arguments, 2, 3, 5, **_SMALL, dropped=False, biases=False),
     Case("lora_linear, dropout", lora_linear, linear_arguments, 2, 3, 5, **_SMALL, dropped=True),
     Case("lora_linear, dropout, bare", lora_linear, linear_arguments, 3, 5, **_SMALL, dropped=True, biases=False),
+    Case("lora_linear, seed", lora_linear, linear_arguments, 2, 3, 5, **_SMALL, p=0.3),
+    Case("lora_linear, seed, bare", lora_linear, linear_arguments, 3, 5, **_SMALL, p=0.6, biases=False),
     Case("lora_linear, one token", lora_linear, linear_arguments, 5, n=4, rank=1, dropped=False),
     Case("lora_add", lora_add, add_arguments, 2, 3, 5, **_SMALL),
     Case("lora_add, bare", lora_add, add_arguments, 3, 5, **_SMALL, biases=False),
+    Case("lora_add, seed", lora_add, add_arguments, 2, 3, 5, **_SMALL, p=0.3),
 ]
 
 
@@ -78,8 +98,11 @@ def test_errors_are_no_larger_than_eager_ones(data: st.DataObject) -> None:
     n, k, rank = (data.draw(sizes) for _ in range(3))
     tokens = data.draw(st.lists(sizes, min_size=0, max_size=2))
     drawn = data.draw(layers(scheme, n, k, rank)) | {"x": data.draw(tensors((*tokens, k), scheme.x))}
-    if data.draw(st.booleans()):
+    how = data.draw(st.sampled_from(["no dropout", "dropped", "seeded"]))
+    if how == "dropped":
         drawn["x_dropped"] = data.draw(tensors((*tokens, k), scheme.x))
+    if how == "seeded":
+        drawn |= seeded(data.draw(st.sampled_from([0.1, 0.5])), data.draw(st.integers(0, 2**63 - 1)))
     assert_as_precise(lora_linear, complete(lora_linear, drawn | scheme.attributes()))
 
 
@@ -94,21 +117,23 @@ def test_errors_of_the_adapter_alone(data: st.DataObject) -> None:
         "x": data.draw(tensors((tokens, k), scheme.x)),
         "lora_dtype": scheme.lora,
         "out_dtype": scheme.out,
+        **seeded(data.draw(st.sampled_from([None, 0.1, 0.5]))),
     }
     assert_as_precise(lora_add, drawn)
 
 
-@pytest.mark.parametrize("dropped", [False, True], ids=["", "dropout"])
+@pytest.mark.parametrize("how", [{}, {"dropped": True}, {"p": 0.1}], ids=["", "dropout", "seed"])
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-def test_errors_on_average(scheme: Scheme, dropped: bool) -> None:
+def test_errors_on_average(scheme: Scheme, how: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    assert_precise_on_average(lora_linear, linear_arguments(scheme, 96, 64, n=80, rank=8, dropped=dropped))
+    assert_precise_on_average(lora_linear, linear_arguments(scheme, 96, 64, n=80, rank=8, **how))
 
 
+@pytest.mark.parametrize("p", [None, 0.1], ids=["", "seed"])
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-def test_errors_of_the_adapter_alone_on_average(scheme: Scheme) -> None:
+def test_errors_of_the_adapter_alone_on_average(scheme: Scheme, p: float | None) -> None:
     torch.manual_seed(0)
-    assert_precise_on_average(lora_add, add_arguments(scheme, 96, 64, n=80, rank=8))
+    assert_precise_on_average(lora_add, add_arguments(scheme, 96, 64, n=80, rank=8, p=p))
 
 
 def test_sums_of_products_are_rounded_no_more_than_their_dtype_asks() -> None:
@@ -134,9 +159,41 @@ def test_gradients_have_their_arguments_dtypes(scheme: Scheme) -> None:
     result, expected = evaluate(lora_add, given_), evaluate(lora_add.reference, given_)
     assert torch.equal(result.gradient("base"), expected.gradient("base"))
     assert all(result.gradient(name).dtype == t.dtype for name, t in leaves(given_).items())
-    given_ = linear_arguments(scheme, 3, 5, n=4, rank=2, dropped=True)
-    result = evaluate(lora_linear, given_)
-    assert all(result.gradient(name).dtype == t.dtype for name, t in leaves(given_).items())
+    for how in ({"dropped": True}, {"p": 0.5}):
+        given_ = linear_arguments(scheme, 3, 5, n=4, rank=2, **how)
+        result = evaluate(lora_linear, given_)
+        assert all(result.gradient(name).dtype == t.dtype for name, t in leaves(given_).items())
+
+
+@pytest.mark.parametrize("op", [lora_linear, lora_add], ids=repr)
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_a_seed_is_the_dropout_that_it_draws(scheme: Scheme, op: SemanticOp) -> None:
+    """z in memory, as `x_dropped` or as the adapter's input, gives the same output and the same dA and dB."""
+    torch.manual_seed(0)
+    build = linear_arguments if op is lora_linear else add_arguments
+    given_ = complete(op, build(scheme, 6, 5, 16, n=24, rank=8, p=0.4))
+    z = dropout(x=given_["x"], base=None, seed=given_["seed"], p=0.4, out_dtype=scheme.lora)
+    stored = given_ | {"x_dropped" if op is lora_linear else "x": z, **seeded(None)}
+    mine, expected = evaluate(op, given_), evaluate(op, stored)
+    assert torch.equal(mine.outputs[0], expected.outputs[0])
+    for name in ("lora_a", "lora_b", "lora_bias"):
+        assert torch.equal(mine.gradient(name), expected.gradient(name)), name
+
+
+def test_other_seeds_drop_other_elements() -> None:
+    given_ = complete(lora_linear, linear_arguments(native(), 6, 16, n=24, rank=8, p=0.4))
+    results = [lora_linear(**given_ | {"seed": given_["seed"] + step}) for step in (0, 0, 1)]
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(("wrong", "said"), [({"seed": None}, "give both"), ({"dropout": 1.0}, r"p=1\.0 has to be")])
+def test_dropout_that_makes_no_sense_is_refused(wrong: Arguments, said: str) -> None:
+    given_ = complete(lora_linear, linear_arguments(native(), 3, 5, n=4, rank=2, p=0.5))
+    with pytest.raises(ValueError, match=said):
+        lora_linear(**given_ | wrong)
+    with pytest.raises(ValueError, match="leave out seed and dropout"):
+        lora_linear(**given_ | {"x_dropped": given_["x"]})
 
 
 @pytest.mark.float64
@@ -170,21 +227,25 @@ def test_the_reference_is_peft_bit_for_bit(scheme: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "dropped", "saved"),
+    ("wanted", "how", "saved"),
     [
-        ({"x", "lora_a", "lora_b"}, False, {"x"}),
-        ({"x", "lora_a", "lora_b"}, True, {"x_dropped"}),
-        ({"x", "lora_b"}, False, set()),
-        ({"x", "lora_b"}, True, set()),
-        ({"weight"}, True, {"x"}),
-        ({"lora_a", "weight"}, True, {"x", "x_dropped"}),
+        ({"x", "lora_a", "lora_b"}, {}, {"x"}),
+        ({"x", "lora_a", "lora_b"}, {"dropped": True}, {"x_dropped"}),
+        ({"x", "lora_a", "lora_b"}, {"p": 0.5}, {"x"}),
+        ({"x", "lora_b"}, {}, set()),
+        ({"x", "lora_b"}, {"dropped": True}, set()),
+        ({"x", "lora_b"}, {"p": 0.5}, set()),
+        ({"weight"}, {"dropped": True}, {"x"}),
+        ({"weight"}, {"p": 0.5}, {"x"}),
+        ({"lora_a", "weight"}, {"dropped": True}, {"x", "x_dropped"}),
     ],
 )
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_activations_are_saved_only_where_a_gradient_reads_them(
-    wanted: set[str], dropped: bool, saved: set[str], compiled: bool
+    wanted: set[str], how: dict[str, Any], saved: set[str], compiled: bool
 ) -> None:
-    given_ = complete(lora_linear, linear_arguments(f32, 7, 5, n=4, rank=2, dropped=dropped))
+    """No mask, and nothing that the op dropped out itself, is ever one of them."""
+    given_ = complete(lora_linear, linear_arguments(f32, 7, 5, n=4, rank=2, **how))
     for name, tensor in leaves(given_).items():
         tensor.requires_grad_(name in wanted)
     activations = {n: given_[n] * 2 for n in ("x", "x_dropped") if given_[n] is not None}
@@ -193,3 +254,4 @@ def test_activations_are_saved_only_where_a_gradient_reads_them(
         run(**given_ | activations)
     pointers = {t.data_ptr() for t in tensors_}
     assert {n for n, t in activations.items() if t.data_ptr() in pointers} == saved
+    assert sum(t.numel() == 35 for t in tensors_) == len(saved)
