@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any
 
 import torch
 
+from fastlora.kernels import dispatch
 from fastlora.kernels.cost import Cost
 from fastlora.kernels.forms import Form, Forms
 from fastlora.kernels.schema import Leaves, parse
@@ -44,16 +44,6 @@ def _digest(folder: Path) -> str:
 
 NAMESPACE = f"fastlora_{_digest(Path(__file__).parent)}"
 _library = torch.library.Library(NAMESPACE, "DEF")
-
-
-def _run(form: Callable[..., Any], anchor: torch.Tensor, arguments: dict[str, Any]) -> Any:
-    """Runs a form unseen by autograd, on the tensors' GPU, and without autocast, as ops state their dtypes."""
-    with torch._C._AutoDispatchBelowAutograd(), ExitStack() as stack:
-        if anchor.is_cuda and torch.cuda.is_initialized() and anchor.device.index != torch.cuda.current_device():
-            stack.enter_context(torch.cuda.device(anchor.device))
-        if torch.is_autocast_enabled(anchor.device.type):
-            stack.enter_context(torch.autocast(anchor.device.type, enabled=False))
-        return form(**arguments)
 
 
 @dataclass(frozen=True)
@@ -137,6 +127,11 @@ class SemanticOp:
         self.output_leaves, self.residual_leaves = Leaves(self.outputs), Leaves(self.residuals)
         self._result_leaves = Leaves(results)
         self.names, self.result_names = tuple(a.name for a in self.arguments), tuple(r.name for r in results)
+        self._known = set(self.names)
+        self._required = {a.name for a in self.arguments if not a.is_optional}
+        self._lists = [i for i, a in enumerate(self.arguments) if a.is_list]
+        self._saved_at = [(*self.names, *self.result_names).index(a.name) for a in self.saved]
+        self._constants_at = [self.names.index(a.name) for a in self.constants]
         self.saved_if = saved_if or {}
         self._backward_names = (
             *(a.name for a in self.saved),
@@ -159,13 +154,14 @@ class SemanticOp:
 
     def order(self, arguments: dict[str, Any]) -> list[Any]:
         """What to call `target` with: `arguments` in the schema's order; an optional tensor may be left out."""
-        unknown = set(arguments) - {a.name for a in self.arguments}
-        missing = {a.name for a in self.arguments if not a.is_optional} - set(arguments)
-        if unknown or missing:
+        if not self._required <= arguments.keys() <= self._known:
+            unknown, missing = set(arguments) - self._known, self._required - set(arguments)
             raise TypeError(f"{self.name}{self.schema}: unknown {sorted(unknown)}, missing {sorted(missing)}")
-        length = next((len(arguments[a.name]) for a in self.arguments if a.is_list and arguments.get(a.name)), 0)
-        absent = {a.name: [None] * length if a.is_list else None for a in self.arguments}
-        values = [absent[a.name] if arguments.get(a.name) is None else arguments[a.name] for a in self.arguments]
+        values: list[Any] = [arguments.get(name) for name in self.names]
+        if self._lists:
+            length = next((len(values[i]) for i in self._lists if values[i]), 0)
+            for i in self._lists:
+                values[i] = [None] * length if values[i] is None else values[i]
         return [*values, []] if self.foresees else values
 
     def wanted(self, needs: Sequence[bool]) -> Wanted:
@@ -208,7 +204,7 @@ class SemanticOp:
             named["wanted"] = self.wanted(values[-1] or [False] * len(tensors))
         anchor = next(t for t in tensors if t is not None)
         form = self.forms.pytorch if fake else self.forms.forward(anchor, named)
-        results = _run(form.forward, anchor, named)
+        results = dispatch.run(form.forward, anchor, named)
         return results if len(results) > 1 else results[0]
 
     def _run_backward(
@@ -219,16 +215,44 @@ class SemanticOp:
         named["wanted"], named["grads"] = wanted, self.output_leaves.grouped(grads)
         anchor = next(g for g in grads if g is not None)
         form = self.forms.pytorch if fake else self.forms.backward(anchor, named)
-        flat = self.leaves.of_gradients(_run(form.backward, anchor, named), wanted)
+        flat = self.leaves.of_gradients(dispatch.run(form.backward, anchor, named), wanted)
         return [g for g, need in zip(flat, needs, strict=True) if need]
 
     def _run_autograd(self, *values: Any) -> Any:
         tensors = self.leaves.flat(values)
-        if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
-            with torch._C._AutoDispatchBelowAutograd():
-                return self.target(*values)
-        results = self._result_leaves.grouped(_Apply.apply(self, values, *tensors))
-        return tuple(results) if len(results) > 1 else results[0]
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            results = self._result_leaves.grouped(_Apply.apply(self, values, *tensors))
+            return tuple(results) if len(results) > 1 else results[0]
+        return self.below_autograd(tensors, values)
+
+    def below_autograd(self, tensors: Sequence[torch.Tensor | None], values: Sequence[Any]) -> Any:
+        """Runs the forward operator on its `values`, the tensors among which are given as well."""
+        if dispatch.unheard(tensors):
+            return self._run_forward(*values)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.target(*values)
+
+    def differentiate(
+        self, grads: list[torch.Tensor | None], asked: list[bool], saved: Sequence[torch.Tensor | None], *values: Any
+    ) -> list[torch.Tensor]:
+        """Runs the backward operator on its `values`, whose tensors `saved` has as a flat list."""
+        if dispatch.unheard(grads) and dispatch.unheard(saved):
+            return self._run_backward(grads, asked, *values)
+        return self.backward_target(grads, asked, *values)
+
+    def to_save(
+        self, needs: Sequence[bool], values: Sequence[Any], results: Sequence[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        """What the backward takes: tensors, None where no wanted gradient reads one, and dtypes and constants."""
+        everything = (*values[: len(self.names)], *results)
+        saved, constants = [everything[i] for i in self._saved_at], [values[i] for i in self._constants_at]
+        if not self.saved_if:
+            return saved, constants
+        named = dict(zip((*self.names, *self.result_names), everything, strict=True))
+        wanted = self.wanted(needs)
+        dropped = {name for name, hold in self.saved_if.items() if not hold(wanted, named)}
+        saved = [_nothing(t) if a.name in dropped else t for a, t in zip(self.saved, saved, strict=True)]
+        return saved, [*(_dtype(named[name]) for name in self.saved_if), *constants]
 
 
 def _dtype(value: Any) -> torch.dtype | None:
@@ -248,17 +272,10 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, op: SemanticOp, values: tuple[Any, ...], *tensors: torch.Tensor | None) -> Any:
         needs = ctx.needs_input_grad[2:]
-        with torch._C._AutoDispatchBelowAutograd():
-            results = op.target(*values[: len(op.names)], needs) if op.foresees else op.target(*values)
+        results = op.below_autograd(tensors, [*values[: len(op.names)], needs] if op.foresees else values)
         results = results if len(op.result_names) > 1 else (results,)
-        named = dict(zip(op.names, values, strict=False))
-        named.update(zip(op.result_names, results, strict=True))
-        dtypes = [_dtype(named[name]) for name in op.saved_if]
-        ctx.op, ctx.constants = op, [*dtypes, *(named[a.name] for a in op.constants)]
-        if op.saved_if:
-            wanted = op.wanted(needs)
-            named.update({name: _nothing(named[name]) for name, hold in op.saved_if.items() if not hold(wanted, named)})
-        saved = [named[a.name] for a in op.saved]
+        saved, constants = op.to_save(needs, values, results)
+        ctx.op, ctx.constants = op, constants
         ctx.lengths = [len(value) if isinstance(value, list) else None for value in saved]
         ctx.save_for_backward(*op.saved_leaves.flat(saved))
         outputs = op.output_leaves.flat(results)
@@ -280,9 +297,10 @@ class _Apply(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         needs = op.reached(ctx.needs_input_grad[2:], grads)
         asked = op.shared.ask(needs)
-        flat = iter(ctx.saved_tensors)
+        leaves = ctx.saved_tensors
+        flat = iter(leaves)
         saved = [next(flat) if n is None else [next(flat) for _ in range(n)] for n in ctx.lengths]
-        computed = iter(op.backward_target(list(grads), asked, *saved, *ctx.constants) if any(asked) else ())
+        computed = iter(op.differentiate(list(grads), asked, leaves, *saved, *ctx.constants) if any(asked) else ())
         results = [next(computed) if ask else None for ask in asked]
         return (None, None, *op.shared.spread(results, needs, grads[0]))
 

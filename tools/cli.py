@@ -158,12 +158,13 @@ def kernels(
 def page(
     results: Annotated[list[Path], typer.Argument(metavar="RESULTS.json...", help="What `bench kernels` wrote.")],
     output: Annotated[Path, typer.Option(metavar="FILE.md", help="Where the page goes.")] = Path("benchmarks.md"),
+    notes: Annotated[Path | None, typer.Option(metavar="FILE.md", help="What to say below the targets.")] = None,
 ) -> None:
     """Write a page of results: every op against its target, where fastlora loses, all times, all errors."""
     _check_installed()
     from fastlora.tools.bench.page import write
 
-    write(results, output)
+    write(results, output, notes)
 
 
 def main(arguments: list[str] | None = None) -> int:

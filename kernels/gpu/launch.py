@@ -59,6 +59,8 @@ class Rows:
 
     def of(self, t: torch.Tensor) -> torch.Tensor:
         """`t` as a matrix whose rows are contiguous: a view where its strides allow one, else a copy."""
+        if self._order is None and t.dim() == 2:
+            return t if t.stride(1) == 1 else t.contiguous()
         matrix = (t if self._order is None else t.permute(self._order)).reshape(-1, t.shape[-1])
         return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 

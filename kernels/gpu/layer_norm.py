@@ -25,16 +25,21 @@ from fastlora.kernels.op import Gradients, Wanted
 def forward_kernel(
     x_ptr, residual_ptr, w_ptr, b_ptr, y_ptr, total_ptr, mean_ptr, rstd_ptr,
     T, H, x_stride, residual_stride, y_stride, eps,
-    ADD: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+    ADD: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+    READ: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """total = residual + x; y = (total - mean) * rsqrt(mean((total - mean)^2) + eps) * w + b, for BLOCK_T rows."""
     row = tl.arange(0, BLOCK_T)[:, None].to(tl.int64) + tl.program_id(0) * BLOCK_T
     cols = tl.arange(0, BLOCK_H)[None, :]
     in_row = cols < H
     mask = (row < T) & in_row
-    h = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    h = over.read(x_ptr + row * x_stride + cols, mask, READ)
+    if WEIGHT:  # on their way while the row is summed
+        w = tl.load(w_ptr + cols, mask=in_row, other=0.0)
+    if BIAS:
+        b = tl.load(b_ptr + cols, mask=in_row, other=0.0)
     if ADD:
-        residual = tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        residual = over.read(residual_ptr + row * residual_stride + cols, mask, READ)
         total = (residual + h).to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + row * H + cols, total, mask=mask)
         h = total.to(tl.float32)
@@ -45,10 +50,38 @@ def forward_kernel(
     tl.store(rstd_ptr + row, rstd, mask=row < T)
     y = centered * rstd
     if WEIGHT:
-        y = y * tl.load(w_ptr + cols, mask=in_row, other=0.0).to(tl.float32)
+        y = y * w.to(tl.float32)
     if BIAS:
-        y = y + tl.load(b_ptr + cols, mask=in_row, other=0.0).to(tl.float32)
+        y = y + b.to(tl.float32)
     tl.store(y_ptr + row * y_stride + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward_rows(
+    tile, scale, cols, dy_ptr, x_ptr, mean_ptr, rstd_ptr, dtotal_ptr, dx_ptr,
+    T, H, dy_stride, x_stride, dtotal_stride,
+    DTOTAL: tl.constexpr, DX: tl.constexpr, DW: tl.constexpr, READ: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Stores dx of BLOCK_T rows; returns their dy * n, if that is wanted, and their dy."""
+    row = tl.arange(0, BLOCK_T)[:, None].to(tl.int64) + tile * BLOCK_T
+    mask = (row < T) & (cols < H)
+    dy = over.read(dy_ptr + row * dy_stride + cols, mask, READ)
+    n = dy
+    if DX or DW:
+        mean = tl.load(mean_ptr + row, mask=row < T, other=0.0)
+        rstd = tl.load(rstd_ptr + row, mask=row < T, other=0.0)
+        x = over.read(x_ptr + row * x_stride + cols, mask, READ)
+        if DX and DTOTAL:  # on its way while the row is summed
+            through = over.read(dtotal_ptr + row * dtotal_stride + cols, mask, READ)
+        n = tl.where(mask, (x - mean) * rstd, 0.0)
+    if DX:
+        g = dy * scale
+        shift = tl.sum(g, axis=1, keep_dims=True) / H
+        dx = rstd * (g - shift - n * (tl.sum(g * n, axis=1, keep_dims=True) / H))
+        if DTOTAL:
+            dx += through
+        tl.store(dx_ptr + row * H + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    return dy * n, dy
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -56,42 +89,36 @@ def backward_kernel(
     dy_ptr, x_ptr, w_ptr, mean_ptr, rstd_ptr, dtotal_ptr, dx_ptr, dw_ptr, db_ptr,
     T, H, dy_stride, x_stride, dtotal_stride,
     WEIGHT: tl.constexpr, DTOTAL: tl.constexpr, DX: tl.constexpr, DW: tl.constexpr, DB: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+    READ: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """dx = rstd * (g - mean(g) - n * mean(g * n)) + dtotal, and the sums of dy * n and dy, for every
-    num_programs-th BLOCK_T rows."""
+    """dx = rstd * (g - mean(g) - n * mean(g * n)) + dtotal for BLOCK_T rows; if DW or DB for every num_programs-th
+    BLOCK_T of them, and the sums of their dy * n and dy."""
     cols = tl.arange(0, BLOCK_H)[None, :]
-    in_row = cols < H
     scale = tl.full((1, BLOCK_H), 1.0, tl.float32)
     if WEIGHT:
-        scale = tl.load(w_ptr + cols, mask=in_row, other=0.0).to(tl.float32)
-    dw = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
-    db = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.num_programs(0)):
-        row = tl.arange(0, BLOCK_T)[:, None].to(tl.int64) + tile * BLOCK_T
-        mask = (row < T) & in_row
-        g = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
-        if DB:
-            db += g
-        if DX or DW:
-            mean = tl.load(mean_ptr + row, mask=row < T, other=0.0)
-            rstd = tl.load(rstd_ptr + row, mask=row < T, other=0.0)
-            x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
-            n = tl.where(mask, (x - mean) * rstd, 0.0)
+        scale = tl.load(w_ptr + cols, mask=cols < H, other=0.0).to(tl.float32)
+    if DW or DB:
+        dw = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
+        db = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
+        for tile in range(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.num_programs(0)):
+            more_dw, more_db = _backward_rows(
+                tile, scale, cols, dy_ptr, x_ptr, mean_ptr, rstd_ptr, dtotal_ptr, dx_ptr,
+                T, H, dy_stride, x_stride, dtotal_stride, DTOTAL, DX, DW, READ, BLOCK_T,
+            )  # fmt: skip
             if DW:
-                dw += g * n
-            if DX:
-                g = g * scale
-                shift = tl.sum(g, axis=1, keep_dims=True) / H
-                dx = rstd * (g - shift - n * (tl.sum(g * n, axis=1, keep_dims=True) / H))
-                if DTOTAL:
-                    dx += tl.load(dtotal_ptr + row * dtotal_stride + cols, mask=mask, other=0.0).to(tl.float32)
-                tl.store(dx_ptr + row * H + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    share = tl.program_id(0).to(tl.int64) * H + cols
-    if DW:
-        tl.store(dw_ptr + share, tl.sum(dw, axis=0, keep_dims=True), mask=in_row)
-    if DB:
-        tl.store(db_ptr + share, tl.sum(db, axis=0, keep_dims=True), mask=in_row)
+                dw += more_dw
+            if DB:
+                db += more_db
+        share = tl.program_id(0).to(tl.int64) * H + cols
+        if DW:
+            tl.store(dw_ptr + share, tl.sum(dw, axis=0, keep_dims=True), mask=cols < H)
+        if DB:
+            tl.store(db_ptr + share, tl.sum(db, axis=0, keep_dims=True), mask=cols < H)
+    else:
+        _backward_rows(
+            tl.program_id(0), scale, cols, dy_ptr, x_ptr, mean_ptr, rstd_ptr, dtotal_ptr, dx_ptr,
+            T, H, dy_stride, x_stride, dtotal_stride, DTOTAL, DX, DW, READ, BLOCK_T,
+        )  # fmt: skip
 
 
 def _normalise(
@@ -108,12 +135,12 @@ def _normalise(
     added = matrix if residual is None else rows.of(residual)
     y, mean, rstd = rows.empty(H, out_dtype), rows.empty(1, torch.float32), rows.empty(1, torch.float32)
     total = x if residual is None else rows.empty(H, torch.promote_types(x.dtype, residual.dtype))
-    block_t, block_h, warps = over.tile(H)
+    block_t, block_h, warps = over.tile(rows.count, H)
     forward_kernel[(cdiv(rows.count, block_t),)](
         matrix, added, vector(weight), vector(bias), y, total, mean, rstd,
         rows.count, H, matrix.stride(0), added.stride(0), H, eps,
         ADD=residual is not None, WEIGHT=weight is not None, BIAS=bias is not None,
-        BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
+        READ=over.reading(rows.count, H), BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
     )  # fmt: skip
     total = total if residual is None else laid_out(total, x)
     return laid_out(y, x), total, mean.contiguous(), rstd.contiguous()
@@ -134,17 +161,18 @@ def _differentiate(
     rows, H = Rows(x), x.shape[-1]
     matrix, incoming = rows.of(x), rows.of(dy)
     through = incoming if dtotal is None else rows.of(dtotal)
-    block_t, block_h, warps = over.tile(H)
+    walking = (weight is not None and wanted["weight"]) or (bias is not None and wanted["bias"])
+    block_t, block_h, warps = over.tile(rows.count, H, walking)
     programs = cdiv(rows.count, block_t)
-    if (weight is not None and wanted["weight"]) or (bias is not None and wanted["bias"]):
-        programs, warps = over.walkers(programs, x.device), min(16, 2 * warps)  # two sums fill the registers of one
+    if walking:
+        programs = over.walkers(programs, warps, x.device)
     dx = rows.empty(H, x.dtype) if wants_dx else None
     dw, db = over.shares(programs, wanted["weight"], weight), over.shares(programs, wanted["bias"], bias)
     backward_kernel[(programs,)](
         incoming, matrix, vector(weight), rows.of(mean), rows.of(rstd), through, dx, dw, db,
         rows.count, H, incoming.stride(0), matrix.stride(0), through.stride(0),
         WEIGHT=weight is not None, DTOTAL=dtotal is not None, DX=wants_dx, DW=dw is not None, DB=db is not None,
-        BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
+        READ=over.reading(rows.count, H), BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
     )  # fmt: skip
     dx = None if dx is None else laid_out(dx, x)
     return dx, {"weight": over.total(dw, weight), "bias": over.total(db, bias)}

@@ -21,9 +21,9 @@ from fastlora.kernels.op import Gradients, Wanted
 
 
 @triton.jit
-def _scale(w_ptr, cols, mask, offset, SCALE_DTYPE: tl.constexpr):
+def _scale(w, offset, SCALE_DTYPE: tl.constexpr):
     """offset + w, rounded to SCALE_DTYPE as the model has it."""
-    w = tl.load(w_ptr + cols, mask=mask, other=0.0).to(tl.float32).to(SCALE_DTYPE)
+    w = w.to(tl.float32).to(SCALE_DTYPE)
     return (w.to(tl.float32) + offset).to(SCALE_DTYPE).to(tl.float32)
 
 
@@ -32,15 +32,17 @@ def forward_kernel(
     x_ptr, residual_ptr, w_ptr, y_ptr, total_ptr, rstd_ptr,
     T, H, x_stride, residual_stride, y_stride, eps, offset,
     ADD: tl.constexpr, WEIGHT: tl.constexpr, NORM_DTYPE: tl.constexpr, SCALE_DTYPE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+    READ: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """total = residual + x; y = total * rsqrt(mean(total^2) + eps) * (offset + w), for BLOCK_T rows."""
     row = tl.arange(0, BLOCK_T)[:, None].to(tl.int64) + tl.program_id(0) * BLOCK_T
     cols = tl.arange(0, BLOCK_H)[None, :]
     mask = (row < T) & (cols < H)
-    h = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    h = over.read(x_ptr + row * x_stride + cols, mask, READ)
+    if WEIGHT:  # on its way while the row is summed
+        w = tl.load(w_ptr + cols, mask=cols < H, other=0.0)
     if ADD:
-        residual = tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        residual = over.read(residual_ptr + row * residual_stride + cols, mask, READ)
         total = (residual + h).to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + row * H + cols, total, mask=mask)
         h = total.to(tl.float32)
@@ -48,8 +50,30 @@ def forward_kernel(
     tl.store(rstd_ptr + row, rstd, mask=row < T)
     n = (h * rstd).to(NORM_DTYPE).to(tl.float32)
     if WEIGHT:
-        n = n * _scale(w_ptr, cols, cols < H, offset, SCALE_DTYPE)
+        n = n * _scale(w, offset, SCALE_DTYPE)
     tl.store(y_ptr + row * y_stride + cols, n.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward_rows(
+    tile, scale, cols, dy_ptr, x_ptr, rstd_ptr, dtotal_ptr, dx_ptr, T, H, dy_stride, x_stride, dtotal_stride,
+    DTOTAL: tl.constexpr, DX: tl.constexpr, READ: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Stores dx of BLOCK_T rows; returns their dy * n."""
+    row = tl.arange(0, BLOCK_T)[:, None].to(tl.int64) + tile * BLOCK_T
+    mask = (row < T) & (cols < H)
+    rstd = tl.load(rstd_ptr + row, mask=row < T, other=0.0)
+    n = over.read(x_ptr + row * x_stride + cols, mask, READ) * rstd
+    dy = over.read(dy_ptr + row * dy_stride + cols, mask, READ)
+    if DX:
+        if DTOTAL:  # on its way while the row is summed
+            through = over.read(dtotal_ptr + row * dtotal_stride + cols, mask, READ)
+        g = dy * scale
+        dx = rstd * (g - n * (tl.sum(g * n, axis=1, keep_dims=True) / H))
+        if DTOTAL:
+            dx += through
+        tl.store(dx_ptr + row * H + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    return dy * n
 
 
 @triton.jit(do_not_specialize=["T", "offset"])
@@ -57,32 +81,28 @@ def backward_kernel(
     dy_ptr, x_ptr, w_ptr, rstd_ptr, dtotal_ptr, dx_ptr, dw_ptr,
     T, H, dy_stride, x_stride, dtotal_stride, offset,
     WEIGHT: tl.constexpr, DTOTAL: tl.constexpr, DX: tl.constexpr, DW: tl.constexpr, SCALE_DTYPE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+    READ: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """dx = rstd * (g - n * mean(g * n)) + dtotal, and the sum of dy * n, for every num_programs-th BLOCK_T rows."""
+    """dx = rstd * (g - n * mean(g * n)) + dtotal for BLOCK_T rows; if DW for every num_programs-th BLOCK_T of them,
+    and the sum of their dy * n."""
     cols = tl.arange(0, BLOCK_H)[None, :]
-    in_row = cols < H
     scale = tl.full((1, BLOCK_H), 1.0, tl.float32)
     if WEIGHT:
-        scale = _scale(w_ptr, cols, in_row, offset, SCALE_DTYPE)
-    dw = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.num_programs(0)):
-        row = tl.arange(0, BLOCK_T)[:, None].to(tl.int64) + tile * BLOCK_T
-        mask = (row < T) & in_row
-        rstd = tl.load(rstd_ptr + row, mask=row < T, other=0.0)
-        n = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32) * rstd
-        g = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
-        if DW:
-            dw += g * n
-        if DX:
-            g = g * scale
-            dx = rstd * (g - n * (tl.sum(g * n, axis=1, keep_dims=True) / H))
-            if DTOTAL:
-                dx += tl.load(dtotal_ptr + row * dtotal_stride + cols, mask=mask, other=0.0).to(tl.float32)
-            tl.store(dx_ptr + row * H + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        scale = _scale(tl.load(w_ptr + cols, mask=cols < H, other=0.0), offset, SCALE_DTYPE)
     if DW:
+        dw = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
+        for tile in range(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.num_programs(0)):
+            dw += _backward_rows(
+                tile, scale, cols, dy_ptr, x_ptr, rstd_ptr, dtotal_ptr, dx_ptr,
+                T, H, dy_stride, x_stride, dtotal_stride, DTOTAL, DX, READ, BLOCK_T,
+            )  # fmt: skip
         share = tl.sum(dw, axis=0, keep_dims=True)
-        tl.store(dw_ptr + tl.program_id(0).to(tl.int64) * H + cols, share, mask=in_row)
+        tl.store(dw_ptr + tl.program_id(0).to(tl.int64) * H + cols, share, mask=cols < H)
+    else:
+        _backward_rows(
+            tl.program_id(0), scale, cols, dy_ptr, x_ptr, rstd_ptr, dtotal_ptr, dx_ptr,
+            T, H, dy_stride, x_stride, dtotal_stride, DTOTAL, DX, READ, BLOCK_T,
+        )  # fmt: skip
 
 
 def _normalise(
@@ -102,13 +122,13 @@ def _normalise(
     added = matrix if residual is None else rows.of(residual)
     y, rstd = rows.empty(H, out_dtype), rows.empty(1, torch.float32)
     total = x if residual is None else rows.empty(H, torch.promote_types(x.dtype, residual.dtype))
-    block_t, block_h, warps = over.tile(H)
+    block_t, block_h, warps = over.tile(rows.count, H)
     forward_kernel[(cdiv(rows.count, block_t),)](
         matrix, added, vector(weight), y, total, rstd,
         rows.count, H, matrix.stride(0), added.stride(0), H, eps, offset,
         ADD=residual is not None, WEIGHT=weight is not None,
         NORM_DTYPE=TL_DTYPES[norm_dtype], SCALE_DTYPE=TL_DTYPES[scale_dtype],
-        BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
+        READ=over.reading(rows.count, H), BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
     )  # fmt: skip
     return laid_out(y, x), total if residual is None else laid_out(total, x), rstd.contiguous()
 
@@ -128,17 +148,19 @@ def _differentiate(
     rows, H = Rows(x), x.shape[-1]
     matrix, incoming = rows.of(x), rows.of(dy)
     through = incoming if dtotal is None else rows.of(dtotal)
-    block_t, block_h, warps = over.tile(H)
+    walking = wants_dw and weight is not None
+    block_t, block_h, warps = over.tile(rows.count, H, walking)
     programs = cdiv(rows.count, block_t)
-    if wants_dw and weight is not None:
-        programs = over.walkers(programs, x.device)
+    if walking:
+        programs = over.walkers(programs, warps, x.device)
     dx = rows.empty(H, x.dtype) if wants_dx else None
     dw = over.shares(programs, wants_dw, weight)
     backward_kernel[(programs,)](
         incoming, matrix, vector(weight), rows.of(rstd), through, dx, dw,
         rows.count, H, incoming.stride(0), matrix.stride(0), through.stride(0), offset,
         WEIGHT=weight is not None, DTOTAL=dtotal is not None, DX=wants_dx, DW=dw is not None,
-        SCALE_DTYPE=TL_DTYPES[scale_dtype], BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
+        SCALE_DTYPE=TL_DTYPES[scale_dtype], READ=over.reading(rows.count, H),
+        BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
     )  # fmt: skip
     return None if dx is None else laid_out(dx, x), over.total(dw, weight)
 

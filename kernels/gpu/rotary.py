@@ -161,7 +161,7 @@ def _launch(
     todo: Launch, x: Sequence[torch.Tensor], y: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor
 ) -> None:
     i, j = todo.members
-    turn_kernel[(todo.programs,)](x[i], x[j], y[i], y[j], cos, sin, *todo.numbers, **todo.constants, num_warps=4)
+    turn_kernel[(todo.programs,)](x[i], x[j], y[i], y[j], cos, sin, *todo.numbers, **todo.constants)
 
 
 def _serves_group(x: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, **given: Any) -> bool:

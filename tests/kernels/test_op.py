@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora.kernels import op as contract
 from fastlora.kernels import ops
+from fastlora.kernels.dispatch import unheard
 from fastlora.kernels.op import SemanticOp
 
 OPS = [getattr(ops, name) for name in ops.__all__]
@@ -68,3 +71,39 @@ def test_one_tensor_for_two_arguments() -> None:
     arguments = {"gate": x, "up": x, "activation": "silu", "out_dtype": torch.float64}
     mine, expected = (torch.autograd.grad(f(**arguments).sum(), x)[0] for f in (ops.glu, ops.glu.reference))
     torch.testing.assert_close(mine, expected)
+
+
+class _Listener(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.heard.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_who_listens_to_the_dispatcher_hears_the_operators() -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    with _Listener() as listener:
+        y = ops.glu(gate=x, up=x, activation="silu", out_dtype=torch.float32)
+        y.sum().backward()
+    assert {ops.glu.target, ops.glu.backward_target} <= set(listener.heard)
+
+
+def test_only_plain_tensors_pass_the_dispatcher_by() -> None:
+    x = torch.randn(3)
+    assert unheard([x, None, torch.nn.Parameter(x)])
+    assert not unheard([x, torch.empty(3, device="meta")])
+    assert not unheard([torch._neg_view(x)])
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(x)
+        assert not unheard([x])
+    assert not unheard([x, fake])
+    torch.func.vmap(lambda t: [_refused(t)])(x)
+    torch.func.grad(lambda t: _refused(t).sum())(x)
+
+
+def _refused(t: torch.Tensor) -> torch.Tensor:
+    assert not unheard([t])
+    return t

@@ -38,16 +38,23 @@ def device_time(calls: Sequence[Callable[[], object]]) -> float:
     """
     for call in calls:
         call()
-    once = _timed(calls[0])
     if _waits(calls[0]):
         return statistics.median(_timed(call) for _ in range(REPLAYS) for call in calls)
-    repeats = max(1, min(100, int(SHORTEST / max(once, 1e-6)) // len(calls)))
+    graph = _captured(calls, 1)
+    graph.replay()
+    repeats = max(1, min(100, int(SHORTEST / _timed(graph.replay))))  # the host's time would say too few
+    if repeats > 1:
+        graph = _captured(calls, repeats)
+        graph.replay()
+    return statistics.median(_timed(graph.replay) for _ in range(REPLAYS)) / (repeats * len(calls))
+
+
+def _captured(calls: Sequence[Callable[[], object]], repeats: int) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         for call in itertools.chain.from_iterable(itertools.repeat(calls, repeats)):
             call()
-    graph.replay()
-    return statistics.median(_timed(graph.replay) for _ in range(REPLAYS)) / (repeats * len(calls))
+    return graph
 
 
 def _waits(call: Callable[[], object]) -> bool:

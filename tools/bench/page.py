@@ -25,8 +25,10 @@ timed whose error against float64 is above 1.25 times eager's plus one rounding.
 """
 
 
-def write(paths: list[Path], output: Path) -> None:
+def write(paths: list[Path], output: Path, notes: Path | None = None) -> None:
     """Writes the page of one run, or of several on one machine and of one version, of different cases.
+
+    `notes` is a Markdown file that is put below the targets.
 
     Raises:
         UsageError: for a file that is no such result, or runs that do not belong together.
@@ -46,10 +48,10 @@ def write(paths: list[Path], output: Path) -> None:
                     f"{path}: its {name} is {run['conditions'][name]}, that of {paths[0]} is {first[name]}"
                 )
     rows = {name: [row for run in runs for row in run[name]] for name in ("timings", "accuracy")}
-    output.write_text(page({"conditions": first, **rows}))
+    output.write_text(page({"conditions": first, **rows}, notes.read_text() if notes else ""))
 
 
-def page(results: Row) -> str:
+def page(results: Row, notes: str = "") -> str:
     """The page, in Markdown."""
     conditions, rows = results["conditions"], beside(results["timings"])
     head = _HEAD.format(
@@ -59,8 +61,8 @@ def page(results: Row) -> str:
             "copy_bandwidth": conditions["copy_bandwidth"] / 1e12,
         }
     )
-    sections = [head, _targets(rows), _losses(rows), _times(rows), _errors(results["accuracy"])]
-    return "\n".join(sections)
+    sections = [head, _targets(rows), notes, _losses(rows), _times(rows), _errors(results["accuracy"])]
+    return "\n".join(section for section in sections if section)
 
 
 def table(titles: list[str], rows: Iterable[list[str]]) -> str:

@@ -1,0 +1,49 @@
+"""How an op's forms are called: past autograd and autocast, and past the dispatcher where nobody listens to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from functools import cache
+from typing import Any
+
+import torch
+
+
+def run(form: Callable[..., Any], anchor: torch.Tensor, arguments: dict[str, Any]) -> Any:
+    """Runs a form unseen by autograd, on the tensors' GPU, and without autocast, as ops state their dtypes."""
+    device = anchor.device
+    elsewhere = anchor.is_cuda and _several_gpus() and device.index != torch.cuda.current_device()
+    with torch._C._AutoDispatchBelowAutograd():
+        if not elsewhere and not torch.is_autocast_enabled(device.type):
+            return form(**arguments)
+        with ExitStack() as stack:
+            if elsewhere:
+                stack.enter_context(torch.cuda.device(device))
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+            return form(**arguments)
+
+
+def unheard(tensors: Iterable[torch.Tensor | None]) -> bool:
+    """Whether the dispatcher would do nothing, below autograd, but call the op's kernel, which then can be called as it
+    is: the tensors are plain ones in memory, no mode is active (fake tensors, tracing, counting), and no transform of
+    torch.func. A call through the dispatcher takes microseconds."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    plain, keys = _plain_keys(), torch._C._dispatch_keys
+    for t in tensors:  # noqa: SIM110  (a generator takes longer)
+        if t is not None and keys(t).raw_repr() not in plain:
+            return False
+    return True
+
+
+@cache
+def _several_gpus() -> bool:
+    return torch.cuda.device_count() > 1
+
+
+@cache
+def _plain_keys() -> frozenset[int]:
+    """The dispatch keys of plain tensors on the CPU and on GPUs."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return frozenset(torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr() for device in devices)
