@@ -19,7 +19,7 @@ from fastlora.kernels import rotary as op
 from fastlora.kernels.forms import Form
 from fastlora.kernels.gpu import launch
 from fastlora.kernels.gpu.launch import FLOATS, supported
-from fastlora.kernels.gpu.rotary_plan import Launch, inner, plan, shape_of
+from fastlora.kernels.gpu.rotary_plan import HEADS, OLDER_HEADS, Launch, inner, plan, shape_of
 from fastlora.kernels.op import Gradients, Wanted
 
 LAYOUTS = ("half", "flipped", "pairs", "interleaved")
@@ -145,7 +145,8 @@ def _turned(
     *how: Any,
 ) -> list[torch.Tensor]:
     """Each x turned, or turned back, two in a launch where their shapes allow."""
-    todo = plan(back, tuple(map(shape_of, x)), tuple(dtypes), (shape_of(cos), shape_of(sin)), *how)
+    most_heads = HEADS if launch.capability(cos.device) >= (9, 0) else OLDER_HEADS
+    todo = plan(most_heads, back, tuple(map(shape_of, x)), tuple(dtypes), (shape_of(cos), shape_of(sin)), *how)
     results = [
         launch.allocate((size,), dtype, cos.device).as_strided(shape, strides)
         for size, shape, strides, dtype in todo.results

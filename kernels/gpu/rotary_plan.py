@@ -19,7 +19,9 @@ from fastlora.kernels.gpu.launch import TL_DTYPES, cdiv, power_of_two
 
 # Measured on an H200, bfloat16, heads of 128 and 256 entries.
 PAIRS, HEADS, WARPS = 256, 4, 2
-"""Pairs that a warp turns at a time, 8 for each thread; the most heads of a tile; warps of a program.
+OLDER_HEADS = 2
+"""Pairs that a warp turns at a time, 8 for each thread; the most heads of a tile, of which four spill on GPUs older than
+Hopper; warps of a program.
 
 All pairs of a warp belong to one head, so a thread has the same pairs of the same position in every head, and the
 angles that it loads for them are those that it needs."""
@@ -53,6 +55,7 @@ class Plan:
 
 @lru_cache(maxsize=4096)
 def plan(
+    most_heads: int,
     back: bool,
     x: tuple[Shape, ...],
     dtypes: tuple[torch.dtype, ...],
@@ -67,7 +70,7 @@ def plan(
         how = (cos, sin, layout, rotary_dim, compute_dtype, dtype)
         results.append(op.gradient(each, *how) if back else op.forward(each, *how)[0])
     written = [inner(y) for y in results]
-    geometry = _Geometry(inner(cos), inner(sin))
+    geometry = _Geometry(inner(cos), inner(sin), most_heads)
     launches, first = [], 0
     while first < len(x):
         last = first + 1 if geometry.fit_together(inputs[first : first + 2]) else first
@@ -98,7 +101,8 @@ def _direction(back: bool, layout: str, compute_dtype: torch.dtype) -> dict[str,
 class _Geometry:
     """Sizes and strides as (batch, heads, positions), where the angles of a position are those of all heads."""
 
-    def __init__(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    def __init__(self, cos: torch.Tensor, sin: torch.Tensor, most_heads: int) -> None:
+        self._most_heads = most_heads
         self._axes = (0, 1, 2)
         self._tables = [
             self._arranged([0 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True)], 0)
@@ -126,7 +130,7 @@ class _Geometry:
         inputs = [self._arranged(x.stride(), 0) for x, _ in members]
         outputs = [self._arranged(y.stride(), 0) for _, y in members]
         (B, H0, S), H1 = sizes[0], sizes[-1][1]
-        block_s, block_h, block_p = tile(P, math.gcd(H0, H1))
+        block_s, block_h, block_p = tile(P, math.gcd(H0, H1), self._most_heads)
         tiles0 = cdiv(H0, block_h)
         tiles = tiles0 + (cdiv(H1, block_h) if len(members) == 2 else 0)
         groups = (inputs[0], inputs[-1], outputs[0], outputs[-1], *self._tables)
@@ -146,10 +150,10 @@ class _Geometry:
         return cdiv(B * S, block_s) * tiles, numbers, constants
 
 
-def tile(P: int, H: int) -> tuple[int, int, int]:
+def tile(P: int, H: int, most_heads: int) -> tuple[int, int, int]:
     """Positions, heads and pairs of a program's tile; a power of two of the heads, so that none is empty."""
     block_p = power_of_two(P)
-    return max(1, WARPS * PAIRS // block_p), min(H & -H, HEADS), block_p
+    return max(1, WARPS * PAIRS // block_p), min(H & -H, most_heads), block_p
 
 
 def shape_of(t: torch.Tensor) -> Shape:
