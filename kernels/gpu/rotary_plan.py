@@ -20,7 +20,7 @@ from fastlora.kernels.gpu.launch import TL_DTYPES, cdiv, power_of_two
 # Measured on an H200, bfloat16, heads of 128 and 256 entries.
 PAIRS, HEADS, WARPS = 256, 4, 2
 OLDER_HEADS = 2
-"""Pairs that a warp turns at a time, 8 for each thread; the most heads of a tile, of which four spill on GPUs older than
+"""Pairs that a warp turns at a time, 8 for each thread; the most heads of a tile, of which four spill on GPUs before
 Hopper; warps of a program.
 
 All pairs of a warp belong to one head, so a thread has the same pairs of the same position in every head, and the
