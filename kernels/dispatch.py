@@ -37,6 +37,12 @@ def unheard(tensors: Iterable[torch.Tensor | None]) -> bool:
     return True
 
 
+def is_last_backward() -> bool:
+    """Whether autograd, in the backward that is running, frees what a node saved as soon as the node has run: without
+    `retain_graph` nobody else reads it."""
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 @cache
 def _several_gpus() -> bool:
     return torch.cuda.device_count() > 1

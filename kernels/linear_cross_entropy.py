@@ -240,8 +240,8 @@ def solve(problem: Problem) -> Solution:
     return losses, sums.totals | ({} if dx is None else {"x": dx.reshape(x.shape)})
 
 
-def multiplied(t: torch.Tensor, g: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """t times g, one number or one for each row, rounded once."""
+def multiplied(t: torch.Tensor, g: torch.Tensor, dtype: torch.dtype, spent: bool) -> torch.Tensor:
+    """t times g, one number or one for each row, rounded once; nobody else reads a `spent` t."""
     return (t.to(g.dtype) * (g.reshape(*t.shape[:-1], 1) if g.dim() else g)).to(dtype)
 
 
@@ -274,9 +274,10 @@ def make(
 
 def differentiate(
     solve: Callable[[Problem], Solution],
-    multiplied: Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor],
+    multiplied: Callable[[torch.Tensor, torch.Tensor, torch.dtype, bool], torch.Tensor],
     wanted: Wanted,
     grads: list[torch.Tensor],
+    spent: bool,
     x: torch.Tensor | None,
     labels: torch.Tensor | None,
     count: torch.Tensor,
@@ -295,7 +296,7 @@ def differentiate(
     if reduction == "mean" and lifted is not None:
         factor = factor / count.clamp(min=1)
     ready = names if reduction != "none" else [name for name in names if name == "x"]
-    gradients = {name: multiplied(given[f"made_{name}"], factor, given[f"{name}_dtype"]) for name in ready}
+    gradients = {name: multiplied(given[f"made_{name}"], factor, given[f"{name}_dtype"], spent) for name in ready}
     late = tuple(name for name in names if name not in ready)
     if late and x is not None:
         parameters = {name: given[name] for name in late}

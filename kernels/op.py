@@ -92,7 +92,9 @@ class SemanticOp:
     has a condition in `saved_if`, which is asked with `wanted` and the arguments by name; where it fails the backward
     gets None. As it may still have to know the dtype of that tensor, or list, it gets `<name>_dtype` as well. `read_by`
     names arguments that just one output depends on, by its position: without a gradient for that output they get none.
-    An op that `foresees` has its forward told what will be `wanted` of the backward, to make it on the way.
+    An op that `foresees` has its forward told what will be `wanted` of the backward, to make it on the way. Its
+    backward is told by `spent` whether it is the last to read what was saved: gradients that the forward made then need
+    not be copied.
     """
 
     def __init__(
@@ -208,11 +210,18 @@ class SemanticOp:
         return results if len(results) > 1 else results[0]
 
     def _run_backward(
-        self, grads: Sequence[torch.Tensor | None], needs: Sequence[bool], *values: Any, fake: bool = False
+        self,
+        grads: Sequence[torch.Tensor | None],
+        needs: Sequence[bool],
+        *values: Any,
+        fake: bool = False,
+        spent: bool = False,
     ) -> list[Any]:
         wanted = self.wanted(needs)
         named = dict(zip(self._backward_names, values, strict=True))
         named["wanted"], named["grads"] = wanted, self.output_leaves.grouped(grads)
+        if self.foresees:
+            named["spent"] = spent
         anchor = next(g for g in grads if g is not None)
         form = self.forms.pytorch if fake else self.forms.backward(anchor, named)
         flat = self.leaves.of_gradients(dispatch.run(form.backward, anchor, named), wanted)
@@ -237,7 +246,7 @@ class SemanticOp:
     ) -> list[torch.Tensor]:
         """Runs the backward operator on its `values`, whose tensors `saved` has as a flat list."""
         if dispatch.unheard(grads) and dispatch.unheard(saved):
-            return self._run_backward(grads, asked, *values)
+            return self._run_backward(grads, asked, *values, spent=dispatch.is_last_backward())
         return self.backward_target(grads, asked, *values)
 
     def to_save(

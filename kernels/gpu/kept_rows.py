@@ -6,7 +6,33 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.gpu.launch import empty, power_of_two
+from fastlora.kernels.gpu.launch import cdiv, empty, power_of_two
+
+
+@triton.jit(do_not_specialize=["T", "V", "chunk", "chunks", "ignore_index"])
+def rank_kernel(
+    labels_ptr, ranks_ptr, remaining_ptr, count_ptr, usable_ptr,
+    T, V, chunk, chunks, ignore_index, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """How many of the labels up to each one are kept, of all, and of each chunk; and whether all kept ones are below V.
+
+    One program walks over all labels: they are few next to the products that follow.
+    """
+    offsets = tl.arange(0, BLOCK)
+    count = tl.zeros((), tl.int32)
+    unusable = tl.zeros((), tl.int32)
+    for start in range(0, T, BLOCK):
+        at = start + offsets
+        labels = tl.load(labels_ptr + at, mask=at < T, other=ignore_index)
+        kept = labels != ignore_index
+        tl.store(ranks_ptr + at, count + tl.cumsum(kept.to(tl.int32), axis=0), mask=at < T)
+        count += tl.sum(kept.to(tl.int32), axis=0)
+        unusable += tl.sum((kept & ((labels < 0) | (labels >= V))).to(tl.int32), axis=0)
+    tl.store(count_ptr, count)
+    tl.store(usable_ptr, (unusable == 0).to(tl.int32))
+    for start in range(0, chunks, BLOCK):
+        at = start + offsets
+        tl.store(remaining_ptr + at, tl.minimum(tl.maximum(count - at * chunk, 0), chunk), mask=at < chunks)
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
@@ -16,7 +42,7 @@ def gather_kernel(
 ):  # fmt: skip
     """Where one token goes if the kept ones come first, and its row of x there: zeros if it is ignored."""
     token = tl.program_id(0).to(tl.int64)
-    rank = tl.load(ranks_ptr + token)  # kept tokens up to here, this one included
+    rank = tl.load(ranks_ptr + token).to(tl.int64)  # kept tokens up to here, this one included
     kept = tl.load(labels_ptr + token) != ignore_index
     row = tl.where(kept, rank - 1, tl.load(count_ptr) + token - rank)
     tl.store(order_ptr + row, token)
@@ -26,16 +52,24 @@ def gather_kernel(
         tl.store(rows_ptr + row * H + cols, x.to(rows_ptr.dtype.element_ty), mask=cols < H)
 
 
-@triton.jit(do_not_specialize=["start"])
-def scatter_kernel(part_ptr, order_ptr, remaining_ptr, dx_ptr, start, H, BLOCK_H: tl.constexpr):
-    """One row of a chunk's dx to its token; zeros to an ignored one."""
+@triton.jit
+def scatter_kernel(rows_ptr, order_ptr, count_ptr, out_ptr, H, BLOCK_H: tl.constexpr):
+    """One row to its token; zeros to an ignored one."""
     row = tl.program_id(0).to(tl.int64)
-    kept = row < tl.load(remaining_ptr)
-    token = tl.load(order_ptr + start + row)
+    kept = row < tl.load(count_ptr)
+    token = tl.load(order_ptr + row)
     for first in range(0, H, BLOCK_H):
         cols = first + tl.arange(0, BLOCK_H)
-        part = tl.load(part_ptr + row * H + cols, mask=(cols < H) & kept, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + token * H + cols, part.to(dx_ptr.dtype.element_ty), mask=cols < H)
+        t = tl.load(rows_ptr + row * H + cols, mask=(cols < H) & kept, other=0.0)
+        tl.store(out_ptr + token * H + cols, t, mask=cols < H)
+
+
+def refuse_unless(usable: torch.Tensor) -> None:
+    """Raises for labels out of range; on a GPU when it gets there, as PyTorch's own loss does."""
+    if usable.is_cuda:
+        torch._assert_async(usable, "linear_cross_entropy: a label is out of bounds")
+    elif not usable:
+        raise IndexError("linear_cross_entropy: a label is out of bounds")
 
 
 class Kept:
@@ -45,19 +79,32 @@ class Kept:
         rows: (T, H), zeros for ignored tokens.
         order: (T,), which token each row is.
         remaining: how many kept rows each chunk of `chunk` rows has.
+
+    Raises:
+        IndexError: for a label out of range.
     """
 
-    def __init__(self, x: torch.Tensor, labels: torch.Tensor, ignore_index: int, dtype: torch.dtype, chunk: int):
+    def __init__(
+        self, x: torch.Tensor, labels: torch.Tensor, ignore_index: int, vocabulary: int, dtype: torch.dtype, chunk: int
+    ):
         x = x if x.stride(1) == 1 else x.contiguous()
-        (T, H), ranks = x.shape, (labels != ignore_index).cumsum(0)
-        self.rows = empty(T, H, like=x, dtype=dtype)
-        self.order = empty(T, like=x, dtype=torch.int64)
-        self.remaining = (ranks[-1] - torch.arange(0, T, chunk, device=x.device)).clamp_(0, chunk)
+        (T, H), chunks = x.shape, cdiv(x.shape[0], chunk)
+        ranks, self.remaining = empty(T, like=x, dtype=torch.int32), empty(chunks, like=x, dtype=torch.int32)
+        self._count, usable = empty(1, like=x, dtype=torch.int32), empty(1, like=x, dtype=torch.int32)
+        rank_kernel[(1,)](
+            labels, ranks, self.remaining, self._count, usable,
+            T, vocabulary, chunk, chunks, ignore_index, BLOCK=4096, num_warps=16,
+        )  # fmt: skip
+        refuse_unless(usable)
+        self.rows, self.order = empty(T, H, like=x, dtype=dtype), empty(T, like=x, dtype=torch.int64)
         self._block = min(4096, power_of_two(H))
         gather_kernel[(T,)](
-            x, labels, ranks, ranks[-1:], self.rows, self.order, H, x.stride(0), ignore_index, BLOCK_H=self._block
+            x, labels, ranks, self._count, self.rows, self.order, H, x.stride(0), ignore_index, BLOCK_H=self._block
         )
 
-    def put_back(self, part: torch.Tensor, start: int, remaining: torch.Tensor, out: torch.Tensor) -> None:
-        """Rows of a chunk that begins at `start` to their tokens in `out` (T, H), zeros to its ignored tokens."""
-        scatter_kernel[(part.shape[0],)](part, self.order, remaining, out, start, part.shape[1], BLOCK_H=self._block)
+    def put_back(self) -> torch.Tensor:
+        """`rows`, or what was written to them, as (T, H) in the tokens' order, with zeros for ignored tokens."""
+        T, H = self.rows.shape
+        out = empty(T, H, like=self.rows)
+        scatter_kernel[(T,)](self.rows, self.order, self._count, out, H, BLOCK_H=self._block)
+        return out

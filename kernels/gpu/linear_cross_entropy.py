@@ -4,11 +4,13 @@ Tokens that are kept come first, by a permutation that is made on the device; so
 learns.  For each chunk of them one product makes the logits, one kernel turns these in place into dl, and one product
 per gradient follows:
 
+    rank_kernel             labels -> how many are kept up to each
     gather_kernel           x, labels -> the kept rows of x, in order, then zeros; and the permutation
     product of rows         logits = x W^T
     cross_entropy_kernel    logits -> loss, dl
-    product of rows         dl W, which scatter_kernel puts where the tokens are
     product over rows       dW += dl^T x
+    product of rows         dx = dl W, in place of the rows of x
+    scatter_kernel          dx to where the tokens are
 
 A row of logits is read twice, the second time from the cache as long as all rows in flight fit there.  Products go
 through `rows_product` and `depth_product`, which stop at the last row that is worth the work.
@@ -16,7 +18,7 @@ through `rows_product` and `depth_product`, which stop at the last row that is w
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -27,18 +29,19 @@ from fastlora.kernels import linear_cross_entropy as op
 from fastlora.kernels.forms import Form, laid_out
 from fastlora.kernels.gpu import matmul
 from fastlora.kernels.gpu.kept_rows import Kept
-from fastlora.kernels.gpu.launch import FLOATS, TL_DTYPES, cdiv, empty, power_of_two, supported
+from fastlora.kernels.gpu.launch import FLOATS, TL_DTYPES, cdiv, empty, power_of_two, processors, supported
 from fastlora.kernels.linear_head import PARAMETERS, Head, Sums, accumulate
 
-CHUNK_BYTES = 512 << 20
-"""Logits of a chunk. Fewer and larger chunks make dW pass through memory less often."""
+CHUNK_BYTES = 640 << 20
+"""Logits of a chunk, at most; or, if that is more, this share of a gradient of the head that is held anyway:"""
+CHUNK_SHARE = 0.6
 FEW_ROWS = 512
-"""Below, little can be skipped, and cuBLAS, which cuts the summed dimension, is faster where it can read the rows."""
+"""Up to here little can be skipped, and cuBLAS is faster where it can read the rows: it cuts the summed dimension."""
 ADDENDS = 8
 """How many chunks may add to a sum that is rounded to bfloat16 each time; more add up in float32."""
-WIDEST = 16384
-"""Logits of a row that a program holds at a time. Few rows are in flight then, and fit into the cache until they are
-read again. Measured on an H200, bfloat16."""
+WIDEST = 8192
+"""Logits of a row that a program holds at a time; twice as many where there are fewer rows than processors. Few rows
+are in flight then, and fit into the cache until they are read again. Measured on an H200, bfloat16."""
 
 
 @triton.jit
@@ -140,11 +143,14 @@ def cross_entropy_kernel(
 
 
 @triton.jit
-def multiply_kernel(t_ptr, g_ptr, y_ptr, N, H, EACH: tl.constexpr, BLOCK: tl.constexpr):
-    """t times g, one number for all or one for each H elements."""
+def multiply_kernel(t_ptr, g_ptr, y_ptr, N, H, EACH: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
+    """t times g, one number for all or one for each H elements. IN_PLACE: y is t, and there is nothing to do for 1."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < N
     g = tl.load(g_ptr + at // H, mask=mask, other=0.0) if EACH else tl.load(g_ptr)
+    if IN_PLACE and not EACH:  # noqa: SIM102  (the outer is decided when it is compiled)
+        if g == 1.0:
+            return
     t = tl.load(t_ptr + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + at, (t * g).to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -152,9 +158,13 @@ def multiply_kernel(t_ptr, g_ptr, y_ptr, N, H, EACH: tl.constexpr, BLOCK: tl.con
 # ---- products
 
 
+def _library_reads(t: torch.Tensor) -> bool:
+    return t.shape[1] * t.itemsize % 16 == 0
+
+
 def rows_product(left: torch.Tensor, right: torch.Tensor, remaining: torch.Tensor, out: torch.Tensor) -> None:
     """out[:remaining] = left[:remaining] @ right; other rows of out may become anything."""
-    few = left.shape[0] < FEW_ROWS and out.shape[1] * out.itemsize % 16 == 0
+    few = left.shape[0] < FEW_ROWS and _library_reads(out)
     if not few and matmul.readable([(left, right)], out=out) is True:
         matmul.limited_rows(left, right, remaining, out)
     else:
@@ -165,7 +175,8 @@ def depth_product(
     total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, remaining: torch.Tensor, beta: float
 ) -> None:
     """total = beta * total + left[:remaining]^T @ right[:remaining]; both are 0 in the rows from `remaining` on."""
-    if matmul.readable([(left.t(), right)], out=total) is True:
+    few = 1 < left.shape[0] <= FEW_ROWS and _library_reads(total)
+    if not few and matmul.readable([(left.t(), right)], out=total) is True:
         matmul.limited_depth(left.t(), right, remaining, total, add=beta != 0)
     else:
         accumulate(total, left.t(), right, beta)
@@ -195,32 +206,40 @@ def _make_logits(
 
 
 def _input_gradient(
-    head: Head, dl: torch.Tensor, dxa: torch.Tensor | None, remaining: torch.Tensor, like: torch.Tensor
-) -> torch.Tensor:
-    out = empty(dl.shape[0], head.weight.shape[1], like=like, dtype=head.base_dtype)
-    rows_product(dl.to(head.base_dtype), head.weight, remaining, out)
-    out = out.to(head.sum_dtype)
+    head: Head, dl: torch.Tensor, dxa: torch.Tensor | None, remaining: torch.Tensor, out: torch.Tensor
+) -> None:
+    base = out if out.dtype == head.base_dtype else torch.empty_like(out, dtype=head.base_dtype)
+    rows_product(dl.to(head.base_dtype), head.weight, remaining, base)
+    if base is not out:
+        out.copy_(base)
     if dxa is not None and head.lora_a is not None:
         accumulate(out, dxa, head.lora_a)
-    return out
 
 
 # ---- the Triton form
 
 
-def _block(V: int) -> dict[str, int]:
+def _block(rows: int, V: int, device: torch.device) -> dict[str, int]:
     """Lanes of a program, columns of each, and warps: 16 columns for each thread."""
-    block = max(16, min(power_of_two(V), WIDEST))
+    block = max(16, min(power_of_two(V), WIDEST if rows > processors(device) else 2 * WIDEST))
     return {"LANES": block // 8, "WIDTH": 8, "num_warps": max(1, block // 512)}
 
 
-def _refuse_labels(targets: torch.Tensor, ignore_index: int, V: int) -> None:
-    """Raises for a label out of range; on a GPU when it gets there, as PyTorch's own loss does."""
-    usable = (((targets >= 0) & (targets < V)) | (targets == ignore_index)).all()
-    if targets.is_cuda:
-        torch._assert_async(usable, "linear_cross_entropy: a label is out of bounds")
-    elif not usable:
-        raise IndexError("linear_cross_entropy: a label is out of bounds")
+def chunk_rows(T: int, row_bytes: int, width: int, held: int, device: torch.device) -> int:
+    """How many of T tokens to take at a time, with `held` bytes of a gradient of the head at hand: as many as may be,
+    or fewer if that leaves less of the GPU idle at the end of each chunk's product with `width` columns."""
+    most = min(T, op.chunk_rows(row_bytes, 1, max(CHUNK_BYTES, int(CHUNK_SHARE * held))))
+    if most < 512 or most == T:
+        return most
+    return _fullest(T, most, width, device) if matmul.measured(device) else most // 256 * 256
+
+
+@lru_cache(maxsize=1024)
+def _fullest(T: int, most: int, width: int, device: torch.device) -> int:
+    def expected(rows: int) -> float:
+        return T // rows * matmul.expected(rows, width, device) + matmul.expected(T % rows, width, device)
+
+    return min(range(most // 256 * 256, 0, -256), key=expected)
 
 
 def _total_dtype(parameter: torch.Tensor, base_dtype: torch.dtype, chunks: int) -> torch.dtype:
@@ -254,7 +273,7 @@ def _cross_entropy(
         CAPPED=loss.softcap > 0, SMOOTHED=loss.label_smoothing > 0, EACH=problem.g.dim() > 0,
         GRADIENT=bool(problem.names), CLEAR=any(problem.wants(name) for name in PARAMETERS),
         LOGITS_DTYPE=TL_DTYPES[problem.head.logits_dtype],
-        **_block(V),
+        **_block(logits.shape[0], V, logits.device),
     )  # fmt: skip
 
 
@@ -263,16 +282,12 @@ def solve(problem: op.Problem) -> op.Solution:
     """The Triton form's way."""
     x, head = problem.x, problem.head
     targets, H, V = problem.targets.contiguous(), x.shape[-1], head.weight.shape[0]
-    _refuse_labels(targets, problem.loss.ignore_index, V)
-    T, size = targets.numel(), head.sum_dtype.itemsize
-    stride = cdiv(V, 16) * 16
-    chunk = op.chunk_rows(stride, size, CHUNK_BYTES)
-    chunk = min(T, chunk if chunk < 256 else chunk // 256 * 256)
-    dtype = head.base_dtype if head.lora_a is None else x.dtype
-    kept = Kept(x.reshape(T, H), targets, problem.loss.ignore_index, dtype, chunk)
+    T, size, stride = targets.numel(), head.sum_dtype.itemsize, cdiv(V, 16) * 16
+    held = V * H * size if problem.wants("weight") else 0
+    chunk = chunk_rows(T, stride * size, H, held, x.device)
+    kept = Kept(x.reshape(T, H), targets, problem.loss.ignore_index, V, head.sum_dtype, chunk)
     losses = empty(T, like=x, dtype=torch.float32)
     logits = empty(chunk, stride, like=x, dtype=head.sum_dtype)[:, :V]
-    dx = empty(T, H, like=x, dtype=head.sum_dtype) if problem.wants("x") else None
     sums = _sums(problem, len(kept.remaining))
     for i, rows in enumerate(op.chunks(T, chunk)):
         remaining, part = kept.remaining[i], kept.rows[rows]
@@ -283,18 +298,22 @@ def solve(problem: op.Problem) -> op.Solution:
             dxa = head.unproject(dl)
             sums.remaining = remaining
             sums.add(dl, dxa, part, xa)
-            if dx is not None:
-                kept.put_back(_input_gradient(head, dl, dxa, remaining, x), rows.start, remaining, dx)
+            if problem.wants("x"):
+                _input_gradient(head, dl, dxa, remaining, part)
+    del logits, dl
     made = {name: laid_out(total, problem.parameters[name]) for name, total in sums.totals.items()}
-    return losses, made | ({} if dx is None else {"x": dx.reshape(x.shape)})
+    return losses, made | ({"x": kept.put_back().reshape(x.shape)} if problem.wants("x") else {})
 
 
-def multiplied(t: torch.Tensor, g: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """t times g, one number or one for each row, rounded once, and laid out as t."""
+def multiplied(t: torch.Tensor, g: torch.Tensor, dtype: torch.dtype, spent: bool) -> torch.Tensor:
+    """t times g, one number or one for each row, rounded once, and laid out as t; in its place if it is `spent`."""
     t = t if t.stride() == torch.empty_like(t, device="meta").stride() else t.contiguous()
-    y = empty(t.numel(), like=t, dtype=dtype).as_strided(t.shape, t.stride())
-    grid = (cdiv(t.numel(), 4096),)
-    multiply_kernel[grid](t, g.contiguous(), y, t.numel(), t.shape[-1], EACH=g.dim() > 0, BLOCK=4096, num_warps=8)
+    in_place = spent and t.dtype == dtype
+    y = t if in_place else empty(t.numel(), like=t, dtype=dtype).as_strided(t.shape, t.stride())
+    multiply_kernel[(cdiv(t.numel(), 4096),)](
+        t, g.contiguous(), y, t.numel(), t.shape[-1],
+        EACH=g.dim() > 0, IN_PLACE=in_place, BLOCK=4096, num_warps=8,
+    )  # fmt: skip
     return y
 
 

@@ -75,8 +75,8 @@ class Library(NamedTuple):
 
 LIBRARY = {(9, 0): Library(operations=690e6, bytes=3.2e6, added_bytes=4.2e6, call=2.0)}
 
-WIDE_OUT = Tile(128, 128, 64, warps=8, stages=4, wave=1.0)
-"""For an output of 32 bits or one that is added to: smaller, because the output's tile passes through shared memory."""
+WIDE_OUT = Tile(128, 128, 64, warps=4, stages=4, wave=1.0)
+"""For an output of 32 bits: smaller, because the output's tile passes through shared memory."""
 
 GROUP_M = 16
 FEWEST_ROWS = 64
@@ -94,24 +94,33 @@ def _place(tile, rows, cols, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _store(out, acc, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ADD: tl.constexpr):
+def _put(out, t, m, n, ADD: tl.constexpr, INTERPRETED: tl.constexpr):
+    """out[m:, n:] = t, or += t. The copy engine adds where the memory is, so that nobody waits to read what is there;
+    it adds to each element once in a launch, so that no order is left to chance."""
+    t = t.to(out.dtype)
+    if ADD and not INTERPRETED:
+        out.atomic_add([m, n], t)
+    elif ADD:
+        out.store([m, n], out.load([m, n]) + t)
+    else:
+        out.store([m, n], t)
+
+
+@triton.jit
+def _store(out, acc, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ADD: tl.constexpr, INTERPRETED: tl.constexpr):
     """out[m:, n:] = acc, or += acc, in two halves: half the shared memory, which buys the loop one more stage."""
     HALF: tl.constexpr = BLOCK_N // 2
     left, right = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
-    if ADD:
-        left += out.load([m, n]).to(tl.float32)
-    out.store([m, n], left.to(out.dtype))
-    if ADD:
-        right += out.load([m, n + HALF]).to(tl.float32)
-    out.store([m, n + HALF], right.to(out.dtype))
+    _put(out, left, m, n, ADD, INTERPRETED)
+    _put(out, right, m, n + HALF, ADD, INTERPRETED)
 
 
 @triton.jit(do_not_specialize=["M"])
 def sum_kernel(
     out, left0, right0, left1, right1, left2, right2, left3, right3, bias_ptr, count_ptr,
     M, N, K0, K1, K2, K3,
-    LEFT_T: tl.constexpr, RIGHT_T: tl.constexpr, LIMIT: tl.constexpr, ADD: tl.constexpr, PROGRAMS: tl.constexpr,
-    GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    LEFT_T: tl.constexpr, RIGHT_T: tl.constexpr, LIMIT: tl.constexpr, ADD: tl.constexpr, INTERPRETED: tl.constexpr,
+    PROGRAMS: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out (M, N) = the sum of left_i @ right_i, plus the bias; every PROGRAMS-th tile.
 
@@ -166,7 +175,7 @@ def sum_kernel(
         if bias_ptr is not None:
             bias_cols = n + tl.arange(0, BLOCK_N)
             acc += tl.load(bias_ptr + bias_cols, mask=bias_cols < N, other=0.0).to(tl.float32)[None, :]
-        _store(out, acc, m, n, BLOCK_M, BLOCK_N, ADD)
+        _store(out, acc, m, n, BLOCK_M, BLOCK_N, ADD, INTERPRETED)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -209,9 +218,10 @@ def limited_rows(left: torch.Tensor, right: torch.Tensor, count: torch.Tensor, o
 def limited_depth(
     left: torch.Tensor, right: torch.Tensor, count: torch.Tensor, out: torch.Tensor, add: bool = False
 ) -> torch.Tensor:
-    """out = left[:, :count] @ right[:count], or out += that, for a `count` on the device; left (M, T) is the transpose
-    of a contiguous (T, M), and right (T, N) is contiguous. What lies beyond `count` may be anything, nan included."""
-    tile = _tile(out, add)
+    """out = left[:, :count] @ right[:count], or out += that, rounded to out's dtype before and after the addition, for
+    a `count` on the device; left (M, T) is the transpose of a contiguous (T, M), and right (T, N) is contiguous. What
+    lies beyond `count` may be anything, nan included."""
+    tile = _tile(out)
     tails = [_tail(t, count, tile.k) for t in (left.t(), right)]
     return _launch(out, [(left, right), (tails[0].t(), tails[1])], count=count, limit="depth", add=add)
 
@@ -237,9 +247,8 @@ def serves(addends: Sequence[Addend], bias: torch.Tensor | None = None, out: tor
         M, N, K = left.shape[0], right.shape[1], sum(a.shape[1] for a, _ in addends)
         if M < FEWEST_ROWS:
             return f"fewer than {FEWEST_ROWS} rows"
-        programs, found = processors(device), capability(device)
-        ours = _microseconds(_best(M, N, programs, found), M, N, K, programs)
-        if ours > _library_microseconds(M, N, K, len(addends) - 1, found):
+        ours = expected(M, N, device, K)
+        if ours > _library_microseconds(M, N, K, len(addends) - 1, capability(device)):
             return "cuBLAS is faster: the tiles leave the last wave too empty"
     return True
 
@@ -293,6 +302,12 @@ def measured(device: torch.device) -> bool:
     return capability(device) in TILES
 
 
+def expected(M: int, N: int, device: torch.device, K: int = 4096) -> float:
+    """The microseconds that (M, K) @ (K, N) should take here, by the measured waves of tiles."""
+    programs = processors(device)
+    return _microseconds(_best(M, N, programs, capability(device)), M, N, K, programs) if M else 0.0
+
+
 def _microseconds(tile: Tile, M: int, N: int, K: int, programs: int) -> float:
     return cdiv(cdiv(M, tile.m) * cdiv(N, tile.n), programs) * tile.wave * K / 4096 + 2
 
@@ -310,8 +325,8 @@ def _best(M: int, N: int, programs: int, gpu: tuple[int, int]) -> Tile:
     return min(TILES[gpu], key=lambda tile: _microseconds(tile, M, N, 4096, programs))
 
 
-def _tile(out: torch.Tensor, add: bool) -> Tile:
-    if add or out.element_size() > 2:
+def _tile(out: torch.Tensor) -> Tile:
+    if out.element_size() > 2:
         return WIDE_OUT
     M, N = out.shape
     return _best(M, N, processors(out.device), capability(out.device))
@@ -328,7 +343,7 @@ def _launch(
     M, N = out.shape
     if M == 0:
         return out
-    tile = _tile(out, add)
+    tile = _tile(out)
     left_t, right_t = _transposed(addends[0][0]), _transposed(addends[0][1])
     operands: list[TensorDescriptor | None] = []
     depths: list[int] = []
@@ -341,8 +356,8 @@ def _launch(
     sum_kernel[(min(programs, cdiv(M, tile.m) * cdiv(N, tile.n)),)](
         describe(out, tile.m, tile.n // 2), *operands, *[None] * (2 * missing), bias, count,
         M, N, *depths, *[0] * missing,
-        LEFT_T=left_t, RIGHT_T=right_t, LIMIT=limit, ADD=add, PROGRAMS=programs, GROUP_M=GROUP_M,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
+        LEFT_T=left_t, RIGHT_T=right_t, LIMIT=limit, ADD=add, INTERPRETED=triton.knobs.runtime.interpret,
+        PROGRAMS=programs, GROUP_M=GROUP_M, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out

@@ -43,7 +43,7 @@ def launches(capability: int) -> list[Launch]:
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         recorded.append((self, args, kwargs))
 
-    loss = "fastlora.kernels.gpu.linear_cross_entropy._refuse_labels"
+    loss = "fastlora.kernels.gpu.kept_rows.refuse_unless"
     with (
         patch.object(JITFunction, "run", record),
         patch(loss, lambda *_: None),

@@ -150,9 +150,9 @@ def backward_calls(op: SemanticOp) -> Iterator[list[tuple[Any, ...]]]:
     calls: list[tuple[Any, ...]] = []
 
     def spy(target: Any) -> Any:
-        def run(*arguments: Any) -> Any:
+        def run(*arguments: Any, **told: Any) -> Any:
             calls.append(arguments)
-            return target(*arguments)
+            return target(*arguments, **told)
 
         return run
 

@@ -459,10 +459,44 @@ def test_a_second_backward_writes_to_nothing_that_was_saved() -> None:
         loss = linear_cross_entropy(**given_)
         first = torch.autograd.grad(loss, inputs, retain_graph=True)
         made = [t.clone() for t in calls[0][2:] if isinstance(t, torch.Tensor)]
-        second = torch.autograd.grad(loss, inputs)
+        second = torch.autograd.grad(loss, inputs, retain_graph=True)
         again = [t for t in calls[1][2:] if isinstance(t, torch.Tensor)]
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(made, again, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(made, again, strict=True))
+        last = torch.autograd.grad(loss, inputs)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, second, last, strict=True))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("incoming", [1.0, 0.3])
+def test_the_last_backward_makes_gradients_of_what_was_saved(reduction: str, incoming: float) -> None:
+    """In its memory: beside a head's gradient there is no room for a second one."""
+    given_ = complete(linear_cross_entropy, arguments(f32, 7, 4, 5, reduction=reduction))
+    inputs = [given_[name].requires_grad_() for name in ("x", "weight")]
+    with saved_for_backward() as saved:
+        loss = linear_cross_entropy(**given_)
+    g = torch.full_like(loss, incoming)
+    kept = torch.autograd.grad(loss, inputs, g, retain_graph=True)
+    made = {t.data_ptr() for t in saved if t.numel()}
+    assert not any(t.data_ptr() in made for t in kept)
+    last = torch.autograd.grad(loss, inputs, g)
+    assert all(torch.equal(a, b) for a, b in zip(kept, last, strict=True))
+    if restriction() == "triton":
+        assert last[0].data_ptr() in made
+        assert (last[1].data_ptr() in made) == (reduction == "mean")
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs the allocator of a GPU")
+def test_no_second_gradient_of_the_head_is_held() -> None:
+    if restriction() != "triton":
+        pytest.skip("the PyTorch form multiplies into new memory")
+    given_ = complete(linear_cross_entropy, arguments(bf16, 64, 1024, 20000, ignores=False))
+    weight = given_["weight"].requires_grad_()
+    loss = linear_cross_entropy(**given_)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss.backward()
+    assert weight.grad is not None
+    assert torch.cuda.max_memory_allocated() - before < weight.nbytes / 2
 
 
 def test_chunks_cover_the_tokens_within_the_budget() -> None:
@@ -471,6 +505,23 @@ def test_chunks_cover_the_tokens_within_the_budget() -> None:
     assert covered == list(range(1000))
     assert 4 * 128256 * rows <= 64 << 20 < 4 * 128256 * (rows + 1)
     assert module.chunk_rows(1 << 40, 4, 64 << 20) == 1
+
+
+@pytest.mark.parametrize(("T", "vocabulary", "hidden", "trained", "rows"), [
+    (8192, 128256, 4096, False, 2048),  # 16 x 16 tiles on 132 processors are two full waves, 18 x 16 are a third
+    (8192, 256000, 3584, False, 1024),
+    (8192, 256000, 3584, True, 1792),  # 14 x 28 smaller tiles are 2.97 waves
+    (300, 128256, 4096, False, 300),
+    (8192, 128256 << 12, 4096, False, 1),
+])  # fmt: skip
+def test_chunks_on_a_gpu_fill_it(
+    T: int, vocabulary: int, hidden: int, trained: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastlora.kernels.gpu import linear_cross_entropy as gpu
+
+    monkeypatch.setattr(gpu.matmul, "processors", lambda _: 132)
+    held = vocabulary * hidden * 2 if trained else 0
+    assert gpu.chunk_rows(T, vocabulary * 2, hidden, held, torch.device("cpu")) == rows
 
 
 @pytest.mark.parametrize("rows", [1, 5, 64])
