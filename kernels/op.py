@@ -156,7 +156,7 @@ class SemanticOp:
 
     def order(self, arguments: dict[str, Any]) -> list[Any]:
         """What to call `target` with: `arguments` in the schema's order; an optional tensor may be left out."""
-        if not self._required <= arguments.keys() <= self._known:
+        if not (self._required.issubset(arguments) and self._known.issuperset(arguments)):  # as Dynamo can trace it
             unknown, missing = set(arguments) - self._known, self._required - set(arguments)
             raise TypeError(f"{self.name}{self.schema}: unknown {sorted(unknown)}, missing {sorted(missing)}")
         values: list[Any] = [arguments.get(name) for name in self.names]

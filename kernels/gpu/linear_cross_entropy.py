@@ -287,7 +287,9 @@ def solve(problem: op.Problem) -> op.Solution:
     chunk = chunk_rows(T, stride * size, H, held, x.device)
     kept = Kept(x.reshape(T, H), targets, problem.loss.ignore_index, V, head.sum_dtype, chunk)
     losses = empty(T, like=x, dtype=torch.float32)
-    logits = empty(chunk, stride, like=x, dtype=head.sum_dtype)[:, :V]
+    padded = empty(chunk, stride, like=x, dtype=head.sum_dtype)
+    padded[:, V:] = 0  # which is read, though nothing is made of it
+    logits = padded[:, :V]
     sums = _sums(problem, len(kept.remaining))
     for i, rows in enumerate(op.chunks(T, chunk)):
         remaining, part = kept.remaining[i], kept.rows[rows]
@@ -300,7 +302,7 @@ def solve(problem: op.Problem) -> op.Solution:
             sums.add(dl, dxa, part, xa)
             if problem.wants("x"):
                 _input_gradient(head, dl, dxa, remaining, part)
-    del logits, dl
+    del padded, logits, dl  # before dx takes memory
     made = {name: laid_out(total, problem.parameters[name]) for name, total in sums.totals.items()}
     return losses, made | ({"x": kept.put_back().reshape(x.shape)} if problem.wants("x") else {})
 
