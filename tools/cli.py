@@ -217,7 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         result = INTERRUPTED  # some versions of typer return this, others raise
     if result == INTERRUPTED:
-        return _fail("interrupted; nothing was written", INTERRUPTED)
+        return _fail("interrupted", INTERRUPTED)
     return result if isinstance(result, int) else 0
 
 

@@ -49,14 +49,12 @@ def run(race: Race, console: Console) -> bool:
     batches = _check(race)
     with writing(race.output):
         (race.output / LOGS).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="fastlora-step-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="fastlora-step-", ignore_cleanup_errors=True) as scratch:
         track = Track(race, Path(scratch), console)
         track.prepare(batches)
         for rows, length in batches:
             track.measure(rows, length)
-    with writing(race.output):
-        written = results.write(race.output, track.conditions, track.rows)
-    console.print(f"see {race.output}: {', '.join(written)}, {LOGS}", markup=False, highlight=False)
+    console.print(f"see {race.output}: {', '.join(track.written)}, {LOGS}", markup=False, highlight=False)
     return all(row["status"] == results.RANKED for row in track.rows if CONTENDERS[row["contender"]].mine)
 
 
@@ -66,19 +64,23 @@ class Track:
     def __init__(self, race: Race, scratch: Path, console: Console) -> None:
         self.race, self.scratch, self.console = race, scratch, console
         self.layers = race.layers or MODELS[race.model].layers
+        self.environment = results.environment()
         self.ceilings: dict[str, Any] | None = None
+        self.limits: list[dict[str, Any]] = []
         self.rows: list[results.Row] = []
+        self.written: list[str] = []
 
     @property
     def conditions(self) -> results.Row:
         race = self.race
         return {
-            **results.environment(),
+            **self.environment,
             "model": race.model,
             "layers": self.layers,
             "steps": race.steps,
             "warmup": race.warmup,
             "ceilings": self.ceilings,
+            "limits": self.limits,
         }
 
     def prepare(self, batches: list[tuple[int, int]]) -> None:
@@ -91,30 +93,34 @@ class Track:
             self.ceilings = None if self._failed("ceilings", found) else found
 
     def measure(self, rows: int, length: int) -> None:
-        """Everyone at one batch."""
+        """Everyone at one batch. What is known is written after each of them: a long race may be cut short."""
         limited = self._limit(rows, length)
         truth = self._truth(rows, length)
-        found = []
+        before = self.rows
+        found: list[results.Row] = []
         for name in self.race.contenders or CONTENDERS:
-            found.append(self._contend(CONTENDERS[name], rows, length, truth) | limited)
-            row = found[-1]
-            row["share_of_limit"] = _ratio(row.get("limit_seconds"), row.get("seconds"))
+            row = self._contend(CONTENDERS[name], rows, length, truth)
+            row |= {"limit_seconds": limited, "share_of_limit": _ratio(limited, row.get("seconds"))}
             time = f"{row['seconds'] * 1e3:.2f} ms" if row.get("seconds") else "no time"
             self.console.print(f"{rows}x{length} {name}: {row['status']}, {time}", markup=False, highlight=False)
-        found = results.ranked(found)
-        self.rows += found
+            found = results.ranked([*found, row])
+            self.rows = before + found
+            with writing(self.race.output):
+                self.written = results.write(self.race.output, self.conditions, self.rows)
         title = f"{self.race.model}, {self.layers} layers, {rows} x {length} tokens"
         self.console.print(results.table(found, title))
         for line in results.problems(found):
             self.console.print(line, highlight=False, soft_wrap=True)
 
-    def _limit(self, rows: int, length: int) -> results.Row:
+    def _limit(self, rows: int, length: int) -> float | None:
+        """Seconds of a step at the ceilings."""
         if self.ceilings is None:
-            return {"limit_seconds": None, "limit_parts": None}
+            return None
         found = limit(MODELS[self.race.model], self.layers, rows, length, self.ceilings)
+        self.limits.append({"rows": rows, "length": length, **found})
         milliseconds, backend = found["seconds"] * 1e3, found["attention_backend"]
         self.console.print(f"{rows}x{length} limit: {milliseconds:.2f} ms, attention by {backend}", highlight=False)
-        return {"limit_seconds": found["seconds"], "limit_parts": found["parts"]}
+        return found["seconds"]
 
     def _truth(self, rows: int, length: int) -> Truth | None:
         found = self._work("truth", f"truth-{rows}x{length}", rows=rows, length=length)

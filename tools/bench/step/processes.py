@@ -20,7 +20,7 @@ def work(role: str, folder: Path, log: Path, timeout: float, **arguments: Any) -
 
     Each worker has compile caches of its own, which are empty, so that first steps are cold.
     """
-    with tempfile.TemporaryDirectory(dir=folder, prefix="worker-") as own:
+    with tempfile.TemporaryDirectory(dir=folder, prefix="worker-", ignore_cleanup_errors=True) as own:
         place = Path(own)
         spec, result = place / "spec.json", place / "result.json"
         spec.write_text(

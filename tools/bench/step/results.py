@@ -21,7 +21,7 @@ from fastlora.tools.summary import hardware, plain, versions
 Row = dict[str, Any]
 RANKED = "ranked"
 _PEERS = ("liger-kernel", "unsloth", "unsloth_zoo", "bitsandbytes", "xformers")
-_NOT_IN_CSV = ("all_seconds", "described")
+_NOT_IN_CSV = ("all_seconds", "described", "tensor_errors")
 _GIB = 2**30
 
 

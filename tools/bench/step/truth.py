@@ -8,6 +8,8 @@ the loss of the batch is the mean of theirs.
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,27 @@ def write_truth(folder: Path, rows: int, length: int, device: torch.device) -> d
     for name, dtype in ((ROUNDED, torch.bfloat16), (TRUTH, torch.float32)):
         model = weights.adapted(weights.load(folder, device, dtype), folder).train()
         checkpoint(model)
-        losses[name] = _accumulate(model, rows, length, device, autocast=dtype == torch.bfloat16)
+        with _keys_for_each_head():
+            losses[name] = _accumulate(model, rows, length, device, autocast=dtype == torch.bfloat16)
         save_gradients(gradients(model), folder / name)
         del model
         gc.collect()
         torch.cuda.empty_cache()
     return {"loss": losses[TRUTH], "eager_loss": losses[ROUNDED]}
+
+
+@contextmanager
+def _keys_for_each_head() -> Iterator[None]:
+    """Has transformers repeat keys and values for every head. No kernel shares them in float32, and where PyTorch is
+    asked to it falls back to a form whose memory grows with the square of the length."""
+    from transformers.integrations import sdpa_attention
+
+    usual = sdpa_attention.use_gqa_in_sdpa
+    sdpa_attention.use_gqa_in_sdpa = lambda *_: False
+    try:
+        yield
+    finally:
+        sdpa_attention.use_gqa_in_sdpa = usual
 
 
 def _accumulate(model: Any, rows: int, length: int, device: torch.device, autocast: bool) -> float:
