@@ -23,7 +23,6 @@ from fastlora.tools.cli import main
 
 CPU = torch.device("cpu")
 TINY = ["bench", "step", "--model", "tiny", "--batch", "2x16", "--steps", "2", "--warmup", "1"]
-on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is not measured without CUDA")
 
 
 @pytest.fixture(scope="module")
@@ -33,39 +32,27 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def race(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """What the command prints, and where it wrote."""
-    output = tmp_path_factory.mktemp("race") / "out"
+def test_a_race_is_shown_and_recorded(tmp_path: Path) -> None:
+    output = tmp_path / "out"
     command = [sys.executable, "-m", "fastlora.tools.cli", *TINY, "--contenders", "eager,fastlora"]
     done = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, output
+    _check_table(done.stdout)
+    found = json.loads((output / "results.json").read_text())
+    rows = {row["contender"]: row for row in found["steps"]}
+    assert rows.keys() == {"eager", "fastlora"}
+    _check_rows(rows)
+    assert found["conditions"]["model"] == "tiny"
+    assert torch.__version__.startswith(found["conditions"]["versions"]["torch"])
+    with open(output / "steps.csv", newline="") as file:
+        written = {row["contender"]: float(row["seconds"]) for row in csv.DictReader(file)}
+    assert written == {name: row["seconds"] for name, row in rows.items()}
+    if not torch.cuda.is_available():
+        _check_that_what_only_cuda_measures_is_null(found)
+        assert not (output / "frontier.png").exists()
 
 
-@pytest.fixture(scope="module")
-def odd_race(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any]]:
-    """The exit code and the results, by contender, of a race of contenders that go wrong."""
-    output = tmp_path_factory.mktemp("odd") / "out"
-    odd = [
-        Contender("fastlora-halved", "odd_contenders:one_gradient_halved", ratio=RATIO),
-        Contender("raising", "odd_contenders:raising"),
-        Contender("dying", "odd_contenders:dying"),
-    ]
-    names = ["eager", *(each.name for each in odd)]
-    with pytest.MonkeyPatch.context() as patch:
-        for each in odd:
-            patch.setitem(CONTENDERS, each.name, each)
-        there = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-        patch.setenv("PYTHONPATH", os.pathsep.join(there))
-        code = main([*TINY, "--contenders", ",".join(names), "--output", str(output)])
-    steps = json.loads((output / "results.json").read_text())["steps"]
-    assert [row["contender"] for row in steps] == names
-    return code, {row["contender"]: row for row in steps}
-
-
-def test_the_table_names_all_contenders(race: tuple[str, Path]) -> None:
-    printed, _ = race
+def _check_table(printed: str) -> None:
     assert "2x16 fastlora: ranked" in printed
     assert "tiny, 2 layers, 2 x 16 tokens" in printed
     lines = [line.split("│")[1:-1] for line in printed.splitlines() if line.startswith("│")]
@@ -73,10 +60,7 @@ def test_the_table_names_all_contenders(race: tuple[str, Path]) -> None:
     assert sorted(cells[0].strip() for cells in lines) == ["1", "2"]
 
 
-def test_the_results_hold_what_was_measured(race: tuple[str, Path]) -> None:
-    found = json.loads((race[1] / "results.json").read_text())
-    rows = {row["contender"]: row for row in found["steps"]}
-    assert rows.keys() == {"eager", "fastlora"}
+def _check_rows(rows: dict[str, Any]) -> None:
     for row in rows.values():
         assert row["status"] == "ranked"
         assert row["tokens_per_second"] == pytest.approx(32 / row["seconds"])
@@ -89,41 +73,42 @@ def test_the_results_hold_what_was_measured(race: tuple[str, Path]) -> None:
     assert rows["eager"]["times_eager_error"] == pytest.approx(1, abs=0.2)
     assert rows["fastlora"]["loss"] == pytest.approx(rows["eager"]["loss"], rel=1e-2)
     assert rows["fastlora"]["described"]["coverage"]["lora"]["fused"] > 0
-    assert found["conditions"]["model"] == "tiny"
-    assert torch.__version__.startswith(found["conditions"]["versions"]["torch"])
-    with open(race[1] / "steps.csv", newline="") as file:
-        assert {row["contender"]: float(row["seconds"]) for row in csv.DictReader(file)} == {
-            name: row["seconds"] for name, row in rows.items()
-        }
 
 
-@on_cpu
-def test_what_only_cuda_measures_is_null(race: tuple[str, Path]) -> None:
-    found = json.loads((race[1] / "results.json").read_text())
+def _check_that_what_only_cuda_measures_is_null(found: dict[str, Any]) -> None:
     for row in found["steps"]:
         for name in ("peak_bytes", "extra_bytes", "first_step_peak_bytes", "limit_seconds", "share_of_limit"):
             assert row[name] is None
     assert found["conditions"]["ceilings"] is None
-    assert not (race[1] / "frontier.png").exists()
 
 
-def test_a_wrong_gradient_is_not_ranked(odd_race: tuple[int, dict[str, Any]]) -> None:
-    code, rows = odd_race
-    row = rows["fastlora-halved"]
-    assert row["status"] == "wrong"
-    assert "rank" not in row
-    assert row["worst_tensor"].endswith("layers.0.self_attn.q_proj.lora_A.default.weight")
-    assert row["worst_tensor_error"] == pytest.approx(0.5, abs=0.02)
-    assert "gradient" in row["problem"]
-    assert code == 1
-
-
-def test_what_fails_is_listed_with_its_error(odd_race: tuple[int, dict[str, Any]]) -> None:
-    _, rows = odd_race
-    assert rows["eager"]["rank"] == 1
-    assert rows["raising"]["status"] == rows["dying"]["status"] == "failed"
-    assert rows["raising"]["problem"] == "RuntimeError: no kernel for this shape"
-    assert rows["dying"]["problem"] == "ended with exit code 3: last words"
+def test_who_is_wrong_or_fails_is_listed_and_not_ranked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = [
+        Contender("fastlora-halved", "odd_contenders:one_gradient_halved", ratio=RATIO),
+        Contender("raising", "odd_contenders:raising"),
+        Contender("dying", "odd_contenders:dying"),
+    ]
+    for each in odd:
+        monkeypatch.setitem(CONTENDERS, each.name, each)
+    there = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(there))
+    names = ["fastlora-halved", "raising", "dying", "eager"]
+    assert main([*TINY, "--contenders", ",".join(names), "--output", str(tmp_path / "out")]) == 1
+    steps = json.loads((tmp_path / "out" / "results.json").read_text())["steps"]
+    assert [row["contender"] for row in steps] == ["eager", "fastlora-halved", "raising", "dying"]
+    assert [row.get("rank") for row in steps] == [1, None, None, None]
+    assert [row["status"] for row in steps] == ["ranked", "wrong", "failed", "failed"]
+    _, halved, raising, dying = steps
+    assert halved["worst_tensor"].endswith("layers.0.self_attn.q_proj.lora_A.default.weight")
+    assert halved["worst_tensor_error"] == pytest.approx(0.5, abs=0.02)
+    assert "gradient" in halved["problem"]
+    assert raising["problem"] == "RuntimeError: no kernel for this shape"
+    assert dying["problem"] == "ended with exit code 3: last words"
+    printed = capsys.readouterr()
+    assert "dying failed: ended with exit code 3: last words" in printed.out
+    assert printed.err.startswith("error: fastlora is not among the ranked everywhere")
 
 
 def test_a_worker_is_stopped_in_time(tmp_path: Path) -> None:

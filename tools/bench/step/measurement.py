@@ -1,7 +1,9 @@
 """Running and measuring training steps in a contender's process.
 
 A step is forward with the loss, backward, AdamW and zero_grad, under bfloat16 autocast. Steps are not waited for one by
-one, as in a training loop that does not look at its loss.
+one, as in a training loop that does not look at its loss. The first one is timed from its call until the device has
+finished, its compilation included: a worker's compile caches are empty (`processes.py`). What a contender does before,
+from its imports to the model that is ready, is `prepare_seconds`.
 
 Memory, on CUDA only: `peak_bytes` is the most that PyTorch's allocator had given out during the timed steps, and
 `extra_bytes` that less what any contender must hold: the bytes on the device of parameters, buffers, optimizer states

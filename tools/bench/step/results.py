@@ -22,6 +22,10 @@ Row = dict[str, Any]
 RANKED = "ranked"
 _PEERS = ("liger-kernel", "unsloth", "unsloth_zoo", "bitsandbytes", "xformers")
 _NOT_IN_CSV = ("all_seconds", "described", "tensor_errors")
+_CAPTION = (
+    "extra: above weights, optimizer states and the batch; first step: cold, compilation included;\n"
+    "error: of all first gradients against float32, over eager's"
+)
 _GIB = 2**30
 
 
@@ -48,7 +52,7 @@ def ranked(rows: Iterable[Row]) -> list[Row]:
 
 def table(rows: list[Row], title: str) -> Table:
     """One batch: `ranked` rows."""
-    shown = Table(title=title, caption="error: of all first gradients against float32, over eager's")
+    shown = Table(title=title, caption=_CAPTION)
     shown.add_column("")
     shown.add_column("contender", no_wrap=True)
     for heading in ("ms", "tokens/s", "x eager", "of limit", "extra GiB", "peak GiB", "first step s", "loss", "error"):
