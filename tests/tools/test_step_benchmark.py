@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -115,6 +118,28 @@ def test_a_worker_is_stopped_in_time(tmp_path: Path) -> None:
     found = work("save", tmp_path, tmp_path / "log", timeout=0.05, model="tiny", layers=1)
     assert found == {"error": "stopped after --timeout 0.05 seconds"}
     assert {path.name for path in tmp_path.iterdir()} == {"log"}
+
+
+def test_a_worker_ends_with_the_command(tmp_path: Path) -> None:
+    given = "from fastlora.tools.bench.step.processes import work; from pathlib import Path; "
+    call = f"work('save', Path({str(tmp_path)!r}), Path({str(tmp_path / 'log')!r}), 60, model='tiny', layers=1)"
+    command = subprocess.Popen([sys.executable, "-c", given + call])
+    while not list(tmp_path.glob("worker-*/spec.json")) or not (tmp_path / "log").exists():
+        assert command.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.2)  # the worker is started, and takes seconds to import torch
+    command.terminate()
+    assert command.wait(20) == 128 + signal.SIGTERM
+    assert not list(tmp_path.glob("worker-*"))
+    assert not any(str(tmp_path / "worker-") in line for line in _running())
+
+
+def _running() -> list[str]:
+    lines = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            lines.append((process / "cmdline").read_bytes().decode(errors="replace"))
+    return lines
 
 
 def test_the_truth_is_that_of_the_whole_batch(saved: Path) -> None:

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +39,29 @@ def work(role: str, folder: Path, log: Path, timeout: float, **arguments: Any) -
 
 def _run(command: list[str], place: Path, output: Any, timeout: float) -> int | None:
     """The exit code; None after the timeout, when all that the process has started is stopped with it."""
-    process = subprocess.Popen(
-        command, cwd=place, env=_environment(place), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-    )
+    with _sigterm_raises():
+        process = subprocess.Popen(
+            command, cwd=place, env=_environment(place), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            return process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            _stop(process)
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """A worker has a session of its own, and would go on holding the GPU if this process were just ended."""
+    if threading.current_thread() is not threading.main_thread():  # where Python lets nobody handle signals
+        yield
+        return
+    usual = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        return process.wait(timeout)
-    except subprocess.TimeoutExpired:
-        return None
+        yield
     finally:
-        _stop(process)
+        signal.signal(signal.SIGTERM, usual)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
