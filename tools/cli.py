@@ -13,6 +13,8 @@ from fastlora.tools.settings import Lower, Settings
 
 DEFAULTS = Settings()
 INTERRUPTED = 130
+FILE_WIDTH = 130
+"""Columns of a table that is not printed on a terminal."""
 # The base of all complaints of the argument parser, which typer keeps in a private module.
 ARGUMENT_ERROR: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 NEEDED = ("accelerate", "datasets", "matplotlib")
@@ -155,6 +157,42 @@ def kernels(
 
 
 @bench.command()
+def step(
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where tables, picture and logs go.")] = Path(
+        "fastlora-bench-step"
+    ),
+    model: Annotated[str, typer.Option(help="Model whose sizes to take, with random weights.")] = "Llama-3.1-8B",
+    layers: Annotated[int | None, typer.Option(help="Layers.", show_default="the model's own number")] = None,
+    batch: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ROWSxLENGTH", help="Sequences x tokens in each; may be repeated.", show_default="4x2048"),
+    ] = None,
+    contenders: Annotated[
+        list[str] | None, typer.Option(help="Who takes part, with commas between; may be repeated.", show_default="all")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps to time.")] = 10,
+    warmup: Annotated[int, typer.Option(help="Steps after the first one that are not timed.")] = 3,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a contender is stopped.")] = 900,
+) -> None:
+    """Time a whole LoRA training step, and its memory, beside eager, torch.compile, Liger and Unsloth."""
+    _check_installed()
+    from fastlora.tools.bench.step.command import Race, run
+
+    race = Race(
+        output=output,
+        model=model,
+        layers=layers,
+        batches=_split(batch) or ["4x2048"],
+        contenders=_split(contenders),
+        steps=steps,
+        warmup=warmup,
+        timeout=timeout,
+    )
+    if not run(race, Console(width=None if sys.stdout.isatty() else FILE_WIDTH)):
+        raise RunError("fastlora is not among the ranked everywhere; the lines above say why")
+
+
+@bench.command()
 def page(
     results: Annotated[list[Path], typer.Argument(metavar="RESULTS.json...", help="What `bench kernels` wrote.")],
     output: Annotated[Path, typer.Option(metavar="FILE.md", help="Where the page goes.")] = Path("benchmarks.md"),
@@ -179,13 +217,18 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         result = INTERRUPTED  # some versions of typer return this, others raise
     if result == INTERRUPTED:
-        return _fail("interrupted; nothing was written", INTERRUPTED)
+        return _fail("interrupted", INTERRUPTED)
     return result if isinstance(result, int) else 0
 
 
 def _fail(message: str, code: int) -> int:
     print("error: " + " ".join(message.split()), file=sys.stderr)
     return code
+
+
+def _split(given: list[str] | None) -> list[str]:
+    """The names in options that may be repeated, or hold several with commas between; each once."""
+    return list(dict.fromkeys(name for text in given or [] for name in text.split(",") if name))
 
 
 def _check_installed() -> None:

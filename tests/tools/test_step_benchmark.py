@@ -1,0 +1,219 @@
+"""`fastlora bench step`: from its arguments to its table and files, with real processes on a tiny model."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastlora.tools.bench.step import results, weights
+from fastlora.tools.bench.step.contenders import CONTENDERS, RATIO, Contender
+from fastlora.tools.bench.step.measurement import gradients, loss_of
+from fastlora.tools.bench.step.processes import work
+from fastlora.tools.bench.step.truth import TRUTH, write_truth
+from fastlora.tools.cli import main
+
+CPU = torch.device("cpu")
+TINY = ["bench", "step", "--model", "tiny", "--batch", "2x16", "--steps", "2", "--warmup", "1"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    weights.save("tiny", 2, folder, CPU)
+    return folder
+
+
+def test_a_race_is_shown_and_recorded(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "fastlora.tools.cli", *TINY, "--contenders", "eager,fastlora"]
+    done = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    _check_table(done.stdout)
+    found = json.loads((output / "results.json").read_text())
+    rows = {row["contender"]: row for row in found["steps"]}
+    assert rows.keys() == {"eager", "fastlora"}
+    _check_rows(rows)
+    assert found["conditions"]["model"] == "tiny"
+    assert torch.__version__.startswith(found["conditions"]["versions"]["torch"])
+    with open(output / "steps.csv", newline="") as file:
+        written = {row["contender"]: float(row["seconds"]) for row in csv.DictReader(file)}
+    assert written == {name: row["seconds"] for name, row in rows.items()}
+    if not torch.cuda.is_available():
+        _check_that_what_only_cuda_measures_is_null(found)
+        assert not (output / "frontier.png").exists()
+
+
+def _check_table(printed: str) -> None:
+    assert "2x16 fastlora: ranked" in printed
+    assert "tiny, 2 layers, 2 x 16 tokens" in printed
+    lines = [line.split("│")[1:-1] for line in printed.splitlines() if line.startswith("│")]
+    assert {cells[1].strip() for cells in lines} == {"eager", "fastlora"}
+    assert sorted(cells[0].strip() for cells in lines) == ["1", "2"]
+
+
+def _check_rows(rows: dict[str, Any]) -> None:
+    for row in rows.values():
+        assert row["status"] == "ranked"
+        assert row["tokens_per_second"] == pytest.approx(32 / row["seconds"])
+        assert len(row["all_seconds"]) == 2
+        assert 0 < row["seconds"] <= row["first_step_seconds"]
+        assert row["gradient_error"] <= RATIO * row["eager_gradient_error"]
+        assert len(row["tensor_errors"]) == 2 * 7 * 2
+        assert row["gradient_norm"] > 0
+    assert rows["eager"]["times_eager"] == 1
+    assert rows["eager"]["times_eager_error"] == pytest.approx(1, abs=0.2)
+    assert rows["fastlora"]["loss"] == pytest.approx(rows["eager"]["loss"], rel=1e-2)
+    assert rows["fastlora"]["described"]["coverage"]["lora"]["fused"] > 0
+
+
+def _check_that_what_only_cuda_measures_is_null(found: dict[str, Any]) -> None:
+    for row in found["steps"]:
+        for name in ("peak_bytes", "extra_bytes", "first_step_peak_bytes", "limit_seconds", "share_of_limit"):
+            assert row[name] is None
+    assert found["conditions"]["ceilings"] is None
+
+
+def test_who_is_wrong_or_fails_is_listed_and_not_ranked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = [
+        Contender("fastlora-halved", "odd_contenders:one_gradient_halved", ratio=RATIO),
+        Contender("raising", "odd_contenders:raising"),
+        Contender("dying", "odd_contenders:dying"),
+    ]
+    for each in odd:
+        monkeypatch.setitem(CONTENDERS, each.name, each)
+    there = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(there))
+    names = ["fastlora-halved", "raising", "dying", "eager"]
+    assert main([*TINY, "--contenders", ",".join(names), "--output", str(tmp_path / "out")]) == 1
+    steps = json.loads((tmp_path / "out" / "results.json").read_text())["steps"]
+    assert [row["contender"] for row in steps] == ["eager", "fastlora-halved", "raising", "dying"]
+    assert [row.get("rank") for row in steps] == [1, None, None, None]
+    assert [row["status"] for row in steps] == ["ranked", "wrong", "failed", "failed"]
+    _, halved, raising, dying = steps
+    assert halved["worst_tensor"].endswith("layers.0.self_attn.q_proj.lora_A.default.weight")
+    assert halved["worst_tensor_error"] == pytest.approx(0.5, abs=0.02)
+    assert "gradient" in halved["problem"]
+    assert raising["problem"] == "RuntimeError: no kernel for this shape"
+    assert dying["problem"] == "ended with exit code 3: last words"
+    printed = capsys.readouterr()
+    assert "dying failed: ended with exit code 3: last words" in printed.out
+    assert printed.err.startswith("error: fastlora is not among the ranked everywhere")
+
+
+def test_a_worker_is_stopped_in_time(tmp_path: Path) -> None:
+    found = work("save", tmp_path, tmp_path / "log", timeout=0.05, model="tiny", layers=1)
+    assert found == {"error": "stopped after --timeout 0.05 seconds"}
+    assert {path.name for path in tmp_path.iterdir()} == {"log"}
+
+
+def test_a_worker_ends_with_the_command(tmp_path: Path) -> None:
+    given = "from fastlora.tools.bench.step.processes import work; from pathlib import Path; "
+    call = f"work('save', Path({str(tmp_path)!r}), Path({str(tmp_path / 'log')!r}), 60, model='tiny', layers=1)"
+    command = subprocess.Popen([sys.executable, "-c", given + call])
+    while not list(tmp_path.glob("worker-*/spec.json")) or not (tmp_path / "log").exists():
+        assert command.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.2)  # the worker is started, and takes seconds to import torch
+    command.terminate()
+    assert command.wait(20) == 128 + signal.SIGTERM
+    assert not list(tmp_path.glob("worker-*"))
+    assert not any(str(tmp_path / "worker-") in line for line in _running())
+
+
+def _running() -> list[str]:
+    lines = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            lines.append((process / "cmdline").read_bytes().decode(errors="replace"))
+    return lines
+
+
+def test_the_truth_is_that_of_the_whole_batch(saved: Path) -> None:
+    from safetensors.torch import load_file
+
+    found = write_truth(saved, rows=3, length=8, device=CPU)
+    model = weights.adapted(weights.load(saved, CPU, torch.float32), saved).train()
+    loss = loss_of(model, weights.batch(model.config.vocab_size, 3, 8, CPU), CPU, autocast=False)
+    loss.backward()
+    assert found["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    truth = load_file(saved / TRUTH)
+    whole = gradients(model)
+    assert whole.keys() == truth.keys()
+    for name, value in whole.items():
+        assert value.norm() > 0
+        torch.testing.assert_close(truth[name], value, rtol=1e-4, atol=1e-5 * value.abs().max().item())
+
+
+def test_adapters_that_are_not_the_saved_ones_are_refused(saved: Path) -> None:
+    model = weights.adapted(weights.load(saved, CPU), saved)
+    model.get_input_embeddings().weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="29 tensors are trained, where the adapters are 28"):
+        weights.load_adapters(model, saved)
+    model = weights.adapted(weights.load(saved, CPU), saved)
+    with pytest.raises(ValueError, match="is not what was saved"):
+        weights.load_adapters(model.bfloat16(), saved)
+
+
+def test_every_contender_can_be_prepared_by_something() -> None:
+    for contender in CONTENDERS.values():
+        module, _, function = contender.prepare.partition(":")
+        assert callable(getattr(import_module(module), function))
+    assert {name for name, contender in CONTENDERS.items() if contender.mine} == {
+        "fastlora",
+        "fastlora-inductor",
+        "fastlora-checkpointing",
+        "fastlora-inductor-checkpointing",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--model", "GPT-9"], "--model GPT-9: unknown"),
+        (["--contenders", "eager,nobody"], "--contenders nobody: unknown"),
+        (["--batch", "4"], "--batch 4: must be sequences x tokens"),
+        (["--batch", "0x16"], "--batch 0x16: must be"),
+        (["--batch", "2x1"], "--batch 2x1: must be"),
+        (["--layers", "0"], "--layers 0: must be"),
+        (["--steps", "0"], "--steps 0: must be"),
+        (["--timeout", "0"], "--timeout 0: must be"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], named: str
+) -> None:
+    output = tmp_path / "out"
+    assert main(["bench", "step", "--output", str(output), *arguments]) == 2
+    assert named in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_the_picture_joins_those_that_none_beats(tmp_path: Path) -> None:
+    def row(contender: str, seconds: float, gib: float, status: str = "ranked") -> dict[str, Any]:
+        measured = {"seconds": seconds, "extra_bytes": gib * 2**30, "tokens_per_second": 8192 / seconds}
+        return {"contender": contender, "status": status, "rows": 4, "length": 2048, "limit_seconds": 0.2, **measured}
+
+    rows = [row("eager", 0.4, 40), row("fastlora", 0.25, 10), row("small", 0.3, 5), row("late", 0.5, 6)]
+    assert [each["contender"] for each in results.frontier(rows)] == ["small", "fastlora"]
+    conditions = {"model": "Llama-3.1-8B", "layers": 16, "device": "a GPU"}
+    unranked = row("wrong", 0.1, 1, status="wrong")
+    written = results.write(tmp_path, conditions, [*rows, unranked])
+    assert "frontier.png" in written
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert results.ranked([unranked, *rows])[-1] is unranked
+    assert rows[1]["rank"] == 1
+    assert rows[1]["times_eager"] == pytest.approx(1.6)

@@ -1,0 +1,206 @@
+"""Runs `fastlora bench step`: a process for each contender, a check of its gradients, a table."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from fastlora.tools.bench.step import results
+from fastlora.tools.bench.step.agreement import Truth, disagreement, errors, relative
+from fastlora.tools.bench.step.contenders import CONTENDERS, Contender
+from fastlora.tools.bench.step.limit import limit
+from fastlora.tools.bench.step.models import MODELS
+from fastlora.tools.bench.step.processes import work
+from fastlora.tools.bench.step.truth import ROUNDED, TRUTH
+from fastlora.tools.output import writing
+from fastlora.tools.problems import RunError, UsageError
+
+LOGS = "logs"
+
+
+@dataclass(frozen=True)
+class Race:
+    """What to measure; no layers means the model's own number, no contenders means all."""
+
+    output: Path
+    model: str = "Llama-3.1-8B"
+    layers: int | None = None
+    batches: list[str] = field(default_factory=lambda: ["4x2048"])
+    contenders: list[str] = field(default_factory=list)
+    steps: int = 10
+    warmup: int = 3
+    timeout: float = 900.0
+
+
+def run(race: Race, console: Console) -> bool:
+    """Measures a race; False if fastlora was wrong or failed somewhere.
+
+    Raises:
+        UsageError: for an argument that makes no sense.
+        RunError: if the weights cannot be made, or the results cannot be written.
+    """
+    batches = _check(race)
+    with writing(race.output):
+        (race.output / LOGS).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="fastlora-step-", ignore_cleanup_errors=True) as scratch:
+        track = Track(race, Path(scratch), console)
+        track.prepare(batches)
+        for rows, length in batches:
+            track.measure(rows, length)
+    console.print(f"see {race.output}: {', '.join(track.written)}, {LOGS}", markup=False, highlight=False)
+    return all(row["status"] == results.RANKED for row in track.rows if CONTENDERS[row["contender"]].mine)
+
+
+class Track:
+    """The place of a race: its scratch folder with the weights, what it has measured so far."""
+
+    def __init__(self, race: Race, scratch: Path, console: Console) -> None:
+        self.race, self.scratch, self.console = race, scratch, console
+        self.layers = race.layers or MODELS[race.model].layers
+        self.environment = results.environment()
+        self.ceilings: dict[str, Any] | None = None
+        self.limits: list[dict[str, Any]] = []
+        self.rows: list[results.Row] = []
+        self.written: list[str] = []
+
+    @property
+    def conditions(self) -> results.Row:
+        race = self.race
+        return {
+            **self.environment,
+            "model": race.model,
+            "layers": self.layers,
+            "steps": race.steps,
+            "warmup": race.warmup,
+            "ceilings": self.ceilings,
+            "limits": self.limits,
+        }
+
+    def prepare(self, batches: list[tuple[int, int]]) -> None:
+        """Makes the weights, and measures the ceilings on CUDA."""
+        made = self._work("save", "save", model=self.race.model, layers=self.layers)
+        if "error" in made:
+            raise RunError(f"{self.race.model} with {self.layers} layers could not be made: {made['error']}")
+        if torch.cuda.is_available():
+            found = self._work("ceilings", "ceilings", model=self.race.model, batches=batches)
+            self.ceilings = None if self._failed("ceilings", found) else found
+
+    def measure(self, rows: int, length: int) -> None:
+        """Everyone at one batch. What is known is written after each of them: a long race may be cut short."""
+        limited = self._limit(rows, length)
+        truth = self._truth(rows, length)
+        before = self.rows
+        found: list[results.Row] = []
+        for name in self.race.contenders or CONTENDERS:
+            row = self._contend(CONTENDERS[name], rows, length, truth)
+            row |= {"limit_seconds": limited, "share_of_limit": _ratio(limited, row.get("seconds"))}
+            time = f"{row['seconds'] * 1e3:.2f} ms" if row.get("seconds") else "no time"
+            self.console.print(f"{rows}x{length} {name}: {row['status']}, {time}", markup=False, highlight=False)
+            found = results.ranked([*found, row])
+            self.rows = before + found
+            with writing(self.race.output):
+                self.written = results.write(self.race.output, self.conditions, self.rows)
+        title = f"{self.race.model}, {self.layers} layers, {rows} x {length} tokens"
+        self.console.print(results.table(found, title))
+        for line in results.problems(found):
+            self.console.print(line, highlight=False, soft_wrap=True)
+
+    def _limit(self, rows: int, length: int) -> float | None:
+        """Seconds of a step at the ceilings."""
+        if self.ceilings is None:
+            return None
+        found = limit(MODELS[self.race.model], self.layers, rows, length, self.ceilings)
+        self.limits.append({"rows": rows, "length": length, **found})
+        milliseconds, backend = found["seconds"] * 1e3, found["attention_backend"]
+        self.console.print(f"{rows}x{length} limit: {milliseconds:.2f} ms, attention by {backend}", highlight=False)
+        return found["seconds"]
+
+    def _truth(self, rows: int, length: int) -> Truth | None:
+        found = self._work("truth", f"truth-{rows}x{length}", rows=rows, length=length)
+        if self._failed("float32 reference", found):
+            return None
+        path = self.scratch / TRUTH
+        return Truth(path, found["loss"], errors(self.scratch / ROUNDED, path), found["eager_loss"])
+
+    def _contend(self, contender: Contender, rows: int, length: int, truth: Truth | None) -> results.Row:
+        gradients = self.scratch / "gradients.safetensors"
+        gradients.unlink(missing_ok=True)
+        found = self._work(
+            "contend",
+            f"{contender.name}-{rows}x{length}",
+            prepare=contender.prepare,
+            options=contender.options,
+            rows=rows,
+            length=length,
+            steps=self.race.steps,
+            warmup=self.race.warmup,
+            gradients=str(gradients),
+        )
+        row = {"contender": contender.name, "rows": rows, "length": length, "extra_bytes": None}
+        if "error" in found:
+            return row | {"status": "failed", "problem": found["error"]}
+        return row | found | judged(contender, gradients, found["loss"], truth)
+
+    def _work(self, role: str, name: str, **arguments: Any) -> dict[str, Any]:
+        log = self.race.output.resolve() / LOGS / f"{name}.log"
+        return work(role, self.scratch, log, self.race.timeout, **arguments)
+
+    def _failed(self, what: str, found: dict[str, Any]) -> bool:
+        if "error" in found:
+            self.console.print(f"[red]no {what}:[/] {escape(found['error'])}", highlight=False, soft_wrap=True)
+        return "error" in found
+
+
+def judged(contender: Contender, gradients: Path, loss: float, truth: Truth | None) -> results.Row:
+    """What is known of a contender's exactness, and whether it may be ranked."""
+    if truth is None:
+        return {"status": "unchecked", "problem": "there is no float32 reference to compare with; try fewer --layers"}
+    found = errors(gradients, truth.path)
+    problem = disagreement(found, loss, truth, contender.ratio)
+    worst = found.worst if found.tensors else None
+    return {
+        "status": "wrong" if problem else results.RANKED,
+        "problem": problem,
+        "loss_error": relative(loss, truth.loss),
+        "eager_loss_error": truth.eager_loss_error,
+        "gradient_error": found.step,
+        "eager_gradient_error": truth.eager.step,
+        "times_eager_error": _ratio(found.step, truth.eager.step),
+        "worst_tensor": worst,
+        "worst_tensor_error": found.tensors[worst] if worst else None,
+        "tensor_errors": found.tensors,
+    }
+
+
+def _ratio(value: float | None, other: float | None) -> float | None:
+    return value / other if value is not None and other else None
+
+
+def _check(race: Race) -> list[tuple[int, int]]:
+    """The batches as numbers."""
+    if race.model not in MODELS:
+        raise UsageError(f"--model {race.model}: unknown; choose from {', '.join(MODELS)}")
+    for name in race.contenders:
+        if name not in CONTENDERS:
+            raise UsageError(f"--contenders {name}: unknown; choose from {', '.join(CONTENDERS)}")
+    least = {"--layers": (race.layers, 1), "--steps": (race.steps, 1), "--warmup": (race.warmup, 0)}
+    for option, (number, bound) in least.items():
+        if number is not None and number < bound:
+            raise UsageError(f"{option} {number}: must be a whole number of at least {bound}")
+    if not race.timeout > 0:
+        raise UsageError(f"--timeout {race.timeout:g}: must be more than 0 seconds")
+    return [_batch(text) for text in race.batches]
+
+
+def _batch(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None or int(match[2]) < 2:
+        raise UsageError(f"--batch {text}: must be sequences x tokens in each, at least 2 of them, such as 4x2048")
+    return int(match[1]), int(match[2])

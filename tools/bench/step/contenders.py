@@ -1,0 +1,53 @@
+"""Who takes part. A contender is named here and prepared in its own process, by a function of `preparations`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+MINE, EAGER = "fastlora", "eager"
+RATIO = 1.25
+"""fastlora's error may be so many times eager's, as everywhere in this project."""
+OTHERS_RATIO = 4.0
+"""Others may round differently, and their errors are shown; beyond this they compute something else."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`prepare` is `module:function`, called with a `Place` and the options; it returns a `Prepared`."""
+
+    name: str
+    prepare: str
+    options: dict[str, Any] = field(default_factory=dict)
+    ratio: float = OTHERS_RATIO
+
+    @property
+    def mine(self) -> bool:
+        return self.name.split("-")[0] == MINE
+
+
+def _here(function: str) -> str:
+    return f"fastlora.tools.bench.step.preparations:{function}"
+
+
+def _mine(name: str, **options: Any) -> Contender:
+    return Contender(name, _here("with_fastlora"), options, RATIO)
+
+
+CONTENDERS = {
+    contender.name: contender
+    for contender in (
+        Contender(EAGER, _here("eager")),
+        _mine(MINE),
+        _mine("fastlora-inductor", lower="inductor"),
+        Contender("compile-layers", _here("compiled_layers")),
+        Contender("compile", _here("compiled_whole")),
+        Contender("liger", _here("with_liger")),
+        Contender("liger+compile", _here("with_liger"), {"compiled": True}),
+        Contender("unsloth", _here("with_unsloth")),
+        Contender("eager-checkpointing", _here("eager"), {"checkpointing": True}),
+        _mine("fastlora-checkpointing", checkpointing=True),
+        _mine("fastlora-inductor-checkpointing", lower="inductor", checkpointing=True),
+        Contender("unsloth-checkpointing", _here("with_unsloth"), {"checkpointing": True}),
+    )
+}

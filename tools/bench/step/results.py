@@ -1,0 +1,132 @@
+"""What the benchmark of a step leaves behind: a table to print, JSON, CSV, and a picture of speed against memory."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.markup import escape
+from rich.table import Table
+
+from fastlora.tools.bench.step.contenders import EAGER, MINE
+from fastlora.tools.summary import hardware, plain, versions
+
+Row = dict[str, Any]
+RANKED = "ranked"
+_PEERS = ("liger-kernel", "unsloth", "unsloth_zoo", "bitsandbytes", "xformers")
+_NOT_IN_CSV = ("all_seconds", "described", "tensor_errors")
+_CAPTION = (
+    "extra: above weights, optimizer states and the batch; first step: cold, compilation included;\n"
+    "error: of all first gradients against float32, over eager's"
+)
+_GIB = 2**30
+
+
+def environment() -> Row:
+    """The conditions that a number has to be read with."""
+    found = versions()
+    for package in _PEERS:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"date": datetime.now(timezone.utc).date().isoformat(), **hardware(), "versions": found}
+
+
+def ranked(rows: Iterable[Row]) -> list[Row]:
+    """The rows of one batch, the fastest first, with their speed beside eager's; behind them what is not ranked."""
+    rows = list(rows)
+    able = sorted((row for row in rows if row["status"] == RANKED), key=lambda row: row["seconds"])
+    eager = next((row["seconds"] for row in able if row["contender"] == EAGER), None)
+    for position, row in enumerate(able, 1):
+        row |= {"rank": position, "times_eager": eager / row["seconds"] if eager else None}
+    return able + [row for row in rows if row["status"] != RANKED]
+
+
+def table(rows: list[Row], title: str) -> Table:
+    """One batch: `ranked` rows."""
+    shown = Table(title=title, caption=_CAPTION)
+    shown.add_column("")
+    shown.add_column("contender", no_wrap=True)
+    for heading in ("ms", "tokens/s", "x eager", "of limit", "extra GiB", "peak GiB", "first step s", "loss", "error"):
+        shown.add_column(heading, justify="right")
+    for row in rows:
+        numbers = [
+            _shown(row, "seconds", "{:.2f}", 1e3),
+            _shown(row, "tokens_per_second", "{:,.0f}"),
+            _shown(row, "times_eager", "{:.2f}"),
+            _shown(row, "share_of_limit", "{:.0%}"),
+            _shown(row, "extra_bytes", "{:.2f}", 1 / _GIB),
+            _shown(row, "peak_bytes", "{:.2f}", 1 / _GIB),
+            _shown(row, "first_step_seconds", "{:.1f}"),
+            _shown(row, "loss", "{:.4f}"),
+            _shown(row, "times_eager_error", "{:.2f}"),
+        ]
+        style = None if row["status"] == RANKED else "red"
+        shown.add_row(str(row.get("rank", "-")), row["contender"], *numbers, style=style)
+    return shown
+
+
+def problems(rows: list[Row]) -> list[str]:
+    """Why some are not ranked, one line each, as rich's markup."""
+    return [f"[red]{row['contender']}[/] {row['status']}: {escape(row['problem'])}" for row in rows if row["problem"]]
+
+
+def _shown(row: Row, name: str, form: str, factor: float = 1) -> str:
+    value = row.get(name)
+    return "-" if value is None else form.format(value * factor)
+
+
+def write(folder: Path, conditions: Row, rows: list[Row]) -> list[str]:
+    """Writes results.json, steps.csv and, where memory was measured, frontier.png; returns their names."""
+    everything = plain({"conditions": conditions, "steps": rows})
+    (folder / "results.json").write_text(json.dumps(everything, indent=1, allow_nan=False) + "\n")
+    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in _NOT_IN_CSV]
+    with open(folder / "steps.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    points = [row for row in rows if row["status"] == RANKED and row["extra_bytes"] is not None]
+    if points:
+        plot(folder / "frontier.png", conditions, points)
+    return ["results.json", "steps.csv", *(["frontier.png"] if points else [])]
+
+
+def plot(path: Path, conditions: Row, rows: list[Row]) -> None:
+    """Tokens per second against memory, one panel per batch; a line joins those that no other beats in both."""
+    batches = list(dict.fromkeys((row["rows"], row["length"]) for row in rows))
+    figure = Figure(figsize=(7 * len(batches), 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, batch in zip(figure.subplots(1, len(batches), squeeze=False).flat, batches, strict=True):
+        points = [row for row in rows if (row["rows"], row["length"]) == batch]
+        for row in points:
+            color = "tab:blue" if row["contender"].split("-")[0] == MINE else "tab:gray"
+            place = (row["extra_bytes"] / _GIB, row["tokens_per_second"])
+            axes.scatter(*place, color=color)
+            axes.annotate(row["contender"], place, xytext=(4, 4), textcoords="offset points", fontsize=8)
+        best = [(row["extra_bytes"] / _GIB, row["tokens_per_second"]) for row in frontier(points)]
+        axes.plot(*zip(*best, strict=True), color="tab:blue", linewidth=1, alpha=0.5)
+        if limit := points[0].get("limit_seconds"):
+            axes.axhline(batch[0] * batch[1] / limit, linestyle="--", color="black", linewidth=1, label="limit")
+            axes.legend()
+        axes.set(title=f"{batch[0]} x {batch[1]} tokens", xlabel="GiB above model and optimizer", ylabel="tokens/s")
+        axes.set(xlim=(0, None), ylim=(0, None))
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"{conditions['model']}, {conditions['layers']} layers, LoRA, {conditions['device']}")
+    figure.savefig(path, dpi=130)
+
+
+def frontier(rows: list[Row]) -> list[Row]:
+    """Those that no other one beats in both speed and memory, the smallest first."""
+    best: list[Row] = []
+    for row in sorted(rows, key=lambda row: (row["extra_bytes"], row["seconds"])):
+        if not best or row["seconds"] < best[-1]["seconds"]:
+            best.append(row)
+    return best
