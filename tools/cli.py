@@ -136,6 +136,7 @@ def kernels(
     ranks: Annotated[list[int] | None, typer.Option(help="Rank of the adapters; may be repeated.")] = None,
     contenders: Annotated[list[str] | None, typer.Option(help="Whom to compare with; may be repeated.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    timed: Annotated[bool, typer.Option("--time/--only-check", help="Whether to time what passes the check.")] = True,
     seconds: Annotated[float | None, typer.Option(help="Start no further case after this time.")] = None,
 ) -> None:
     """Time every op's kernels on this GPU beside eager PyTorch, torch.compile, Liger and Unsloth."""
@@ -150,6 +151,7 @@ def kernels(
         ranks=ranks or [],
         contenders=contenders or [],
         dtype=dtype,
+        timed=timed,
         seconds=seconds,
     )
     if not run(sweep, Console()):

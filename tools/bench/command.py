@@ -32,6 +32,7 @@ class Sweep:
     ranks: list[int] = field(default_factory=list)
     contenders: list[str] = field(default_factory=list)
     dtype: str = "bfloat16"
+    timed: bool = True
     seconds: float | None = None
 
 
@@ -57,7 +58,9 @@ def run(sweep: Sweep, console: Console) -> bool:
             wrong.append(case)
             console.print(f"[red]not timed, its error is too large:[/] {case}")
             continue
-        rows = list(measure(case, names, dtype))
+        if not sweep.timed:
+            continue
+        rows = measure(case, names, dtype)
         timings += [results.timing_row(timing) for timing in rows]
         console.print(_line(case, rows), highlight=False)
     conditions = results.environment(ceilings(dtype), dtype)

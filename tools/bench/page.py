@@ -18,15 +18,16 @@ _HEAD = """\
 
 Measured on {date} on one {gpu} (compute capability {capability}, torch {torch}, triton {triton}) in {dtype}, by
 `fastlora bench kernels`. Times are GPU times of captured CUDA graphs, the median of several replays, on data that does
-not fit in the caches; "call" is the time of one call from Python, launches included. The limit of an op is the larger
-of its floating-point operations over {product_rate:.0f} TFLOP/s and its bytes, each counted once, over
-{copy_bandwidth:.2f} TB/s: a product of 8192 x 8192 matrices and a copy of 1 GiB, measured in the same run. No case is
-timed whose error against float64 is above 1.25 times eager's plus one rounding.
+not fit in the caches, and the better of two turns; "call" is the time of one call from Python, launches included. The
+limit of an op is the larger of its floating-point operations over {product_rate:.0f} TFLOP/s and its bytes, each counted
+once, over {copy_bandwidth:.2f} TB/s: a product of 8192 x 8192 matrices and a copy of 1 GiB, measured in the same run. No
+case is timed whose error against float64 is above 1.25 times eager's plus one rounding.
 """
 
 
 def write(paths: list[Path], output: Path, notes: Path | None = None) -> None:
-    """Writes the page of one run, or of several on one machine and of one version, of different cases.
+    """Writes the page of one run, or of several on one machine and of one version, of different cases. Those that only
+    checked may be in other dtypes.
 
     `notes` is a Markdown file that is put below the targets.
 
@@ -40,12 +41,12 @@ def write(paths: list[Path], output: Path, notes: Path | None = None) -> None:
             runs[-1]["conditions"], runs[-1]["timings"], runs[-1]["accuracy"]
         except (OSError, ValueError, KeyError, TypeError) as problem:
             raise UsageError(f"{path}: not results of `fastlora bench kernels` ({type(problem).__name__})") from problem
-    first = runs[0]["conditions"]
+    first = next((run for run in runs if run["timings"]), runs[0])["conditions"]
     for path, run in zip(paths, runs, strict=True):
-        for name in ("gpu", "torch", "triton", "dtype"):
+        for name in ("gpu", "torch", "triton", *(["dtype"] if run["timings"] else [])):
             if run["conditions"][name] != first[name]:
                 raise UsageError(
-                    f"{path}: its {name} is {run['conditions'][name]}, that of {paths[0]} is {first[name]}"
+                    f"{path}: its {name} is {run['conditions'][name]}, that of the others is {first[name]}"
                 )
     rows = {name: [row for run in runs for row in run[name]] for name in ("timings", "accuracy")}
     output.write_text(page({"conditions": first, **rows}, notes.read_text() if notes else ""))

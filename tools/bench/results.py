@@ -71,7 +71,7 @@ def accuracy_row(found: Accuracy) -> Row:
 
 
 def write(folder: Path, conditions: Row, timings: list[Row], accuracies: list[Row]) -> None:
-    """Writes timings.csv, accuracy.csv, results.json and shares.png into `folder`."""
+    """Writes timings.csv, accuracy.csv, results.json and, if anything was timed, shares.png into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("timings", timings), ("accuracy", accuracies)):
         with open(folder / f"{name}.csv", "w", newline="") as file:
@@ -80,7 +80,9 @@ def write(folder: Path, conditions: Row, timings: list[Row], accuracies: list[Ro
             writer.writerows(rows)
     everything = {"conditions": conditions, "timings": timings, "accuracy": accuracies}
     (folder / "results.json").write_text(json.dumps(everything, indent=1))
-    _plot(folder / "shares.png", conditions, timings)
+    timed = [row for row in timings if row["device_us"] is not None]
+    if timed:
+        _plot(folder / "shares.png", conditions, timed)
 
 
 def _plot(path: Path, conditions: Row, timings: list[Row]) -> None:
@@ -91,7 +93,7 @@ def _plot(path: Path, conditions: Row, timings: list[Row]) -> None:
     figure = Figure(figsize=(4 * columns, 3 * lines), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (op, direction) in zip(figure.subplots(lines, columns, squeeze=False).flat, panels, strict=False):
-        rows = [r for r in timings if (r["op"], r["direction"]) == (op, direction) and r["share_of_limit"] is not None]
+        rows = [r for r in timings if (r["op"], r["direction"]) == (op, direction)]
         for name in dict.fromkeys(r["contender"] for r in rows):
             points = _means([(r["tokens"], r["share_of_limit"]) for r in rows if r["contender"] == name])
             style = {"linewidth": 2.5, "color": "tab:blue"} if name == MINE else {"linewidth": 1}
