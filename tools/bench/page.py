@@ -19,9 +19,9 @@ _HEAD = """\
 Measured on {date} on one {gpu} (compute capability {capability}, torch {torch}, triton {triton}) in {dtype}, by
 `fastlora bench kernels`. Times are GPU times of captured CUDA graphs, the median of several replays, on data that does
 not fit in the caches, and the better of two turns; "call" is the time of one call from Python, launches included. The
-limit of an op is the larger of its floating-point operations over {product_rate:.0f} TFLOP/s and its bytes, each counted
-once, over {copy_bandwidth:.2f} TB/s: a product of 8192 x 8192 matrices and a copy of 1 GiB, measured in the same run. No
-case is timed whose error against float64 is above 1.25 times eager's plus one rounding.
+limit of an op is the larger of its floating-point operations over {product_rate:.0f} TFLOP/s and its bytes, each
+counted once, over {copy_bandwidth:.2f} TB/s: a product of 8192 x 8192 matrices and a copy of 1 GiB, measured in the
+same run. No case is timed whose error against float64 is above 1.25 times eager's plus one rounding.
 """
 
 
