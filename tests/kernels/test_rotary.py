@@ -185,6 +185,26 @@ def test_strides_are_the_elementwise_ones(view: str, layout: str, dtype: torch.d
     assert rotary(**partial).is_contiguous()
 
 
+def test_positions_of_tokens_in_time_height_and_width() -> None:
+    """A token of an image has three positions, and each pair of a head turns with one of them: as complex numbers."""
+    torch.manual_seed(0)
+    positions = torch.randint(0, 50, (3, 2, 5)).double()  # axis, sequence, token
+    axis = torch.tensor([0, 1, 1, 2])
+    angles = positions[axis].permute(1, 2, 0) * 50.0 ** -torch.linspace(0, 1, 4, dtype=f64)
+    tables = {name: on_device(getattr(angles.repeat(1, 1, 2), name)()[:, None].to(f32)) for name in ("cos", "sin")}
+    given_ = group_arguments(f32, "half", 8, 4, 2)
+    x = [torch.randn(2, heads, 5, 8) for heads in (4, 2)]
+    turned = rotary_group(**(given_ | tables | {"x": [on_device(t) for t in x]}))
+    for before, after in zip(x, turned, strict=True):
+        turns = torch.polar(torch.ones_like(angles), angles)[:, None]
+        expected = torch.complex(before[..., :4].double(), before[..., 4:].double()) * turns
+        assert_float32_near(after, torch.cat((expected.real, expected.imag), dim=-1))
+
+
+def assert_float32_near(value: torch.Tensor, truth: torch.Tensor) -> None:
+    assert (value.cpu().double() - truth).abs().max() <= 8 * torch.finfo(value.dtype).eps
+
+
 def on_the_device(given_: Arguments) -> Arguments:
     return {name: on_device(value) for name, value in given_.items()}
 

@@ -93,6 +93,37 @@ def test_a_rotary_embedding_of_a_part_of_each_head_is_one_op(function: Function,
     outcome.assert_close()
 
 
+SECTIONS = [1, 1, 2]
+
+
+def multimodal(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The tables have a row for each axis, of which each section of the head takes its own."""
+    cos, sin = (
+        torch.cat([part[i % 3] for i, part in enumerate(table.split(SECTIONS * 2, dim=-1))], dim=-1).unsqueeze(1)
+        for table in (cos, sin)
+    )
+    return x * cos + rotate_half(x) * sin
+
+
+def test_sections_that_turn_with_positions_of_their_own_are_one_op() -> None:
+    tables = [randn(3, 2, 3, 8, seed=s, grad=False) for s in (1, 2)]
+    outcome = analyse(multimodal, randn(2, 4, 3, 8), *tables)
+    assert outcome.ops == ["rotary"]
+    assert not outcome.misses
+    outcome.assert_close()
+
+
+def test_positions_are_looked_up_by_index() -> None:
+    def indexed(x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> Tensor:
+        return rotary(x, cos[position_ids].unsqueeze(1), sin[position_ids].unsqueeze(1))
+
+    tables = [randn(20, 8, seed=s, grad=False) for s in (1, 2)]
+    outcome = analyse(indexed, randn(2, 4, 3, 8), *tables, torch.tensor([[3, 7, 19], [0, 0, 1]]))
+    assert outcome.ops == ["rotary"]
+    assert not outcome.misses
+    outcome.assert_close()
+
+
 def transposed(x: Tensor, heads: int) -> Tensor:
     return x.view(2, 3, heads, 8).transpose(1, 2)
 
