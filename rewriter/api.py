@@ -38,7 +38,9 @@ def compile(
     Args:
         model: a PEFT model, a transformers model, or any `nn.Module`.
         memory_budget: not planned for yet; anything but None raises.
-        mode: `default`, or Inductor's `reduce-overhead` or `max-autotune`.
+        mode: `default` replays regions as CUDA graphs while batches are small, where launching kernels takes longer
+            than running them; `reduce-overhead` does for batches of any size, at the price of memory that stays taken;
+            `max-autotune` is Inductor's.
         lower: `eager` runs the rewritten graphs as they are, `inductor` compiles what no pattern covered, `auto`
             chooses (`eager`, unless `mode` asks for Inductor).
         rules: the rules to apply, in place of `fastlora.default_rules()`.

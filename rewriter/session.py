@@ -18,6 +18,7 @@ from fastlora.engine import AnyRule, Rewrite, rewrite
 from fastlora.errors import FastLoRAError, StrictError
 from fastlora.findings import misses, sites
 from fastlora.lowering import lower, pretend
+from fastlora.replay import Replays
 from fastlora.report import Coverage, Miss, Report, Seconds, Site
 
 LOWERINGS = ("auto", "eager", "inductor")
@@ -55,25 +56,26 @@ class Options:
             raise FastLoRAError(f"lower={self.lower!r} is none of {', '.join(LOWERINGS)}")
         if self.mode not in MODES:
             raise FastLoRAError(f"mode={self.mode!r} is none of {', '.join(MODES)}")
-        if self.mode != "default" and self.lower == "eager":
+        if self.mode == "max-autotune" and self.lower == "eager":
             raise FastLoRAError(f"mode={self.mode!r} is Inductor's: use lower='inductor', or mode='default'")
 
     @property
     def lowering(self) -> str:
-        """`auto` runs the rewritten graph, in which fused ops carry the weight, unless a mode asks for Inductor."""
+        """`auto` runs the rewritten graph, in which fused ops carry the weight, unless the mode is Inductor's own."""
         if self.lower == "auto":
-            return "eager" if self.mode == "default" else "inductor"
+            return "inductor" if self.mode == "max-autotune" else "eager"
         return self.lower
 
 
 @dataclass
 class TracedGraph:
-    """A graph that TorchDynamo handed over: its rewrites, the region it was traced in, and the code frame it is of."""
+    """A graph that TorchDynamo handed over: its rewrites, the region and the code frame it is of, and what runs it."""
 
     gm: fx.GraphModule
     rewrites: list[Rewrite]
     name: str
     frame: int
+    replays: Replays | None = None
 
 
 class Session:
@@ -112,8 +114,9 @@ class Session:
         if self.options.strict:
             self._insist(traced)
         start = time.perf_counter()
-        options = self.options
-        run = pretend(gm) if options.dry else lower(gm, inputs, options.lowering, options.mode)
+        if not self.options.dry:
+            traced.replays = self._lowered(gm, inputs)
+        run = traced.replays or pretend(gm)
         self._entered = time.perf_counter()
         self.seconds.lower += self._entered - start
 
@@ -122,6 +125,18 @@ class Session:
             return run(*args)
 
         return served
+
+    def _lowered(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Replays:
+        options = self.options
+        return Replays(
+            run=lower(gm, inputs, options.lowering, options.mode),
+            always=options.mode == "reduce-overhead",
+            note=self._note,
+        )
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
 
     def _insist(self, traced: TracedGraph) -> None:
         left = [miss for r in traced.rewrites for miss in misses(r, traced.name, 1)]
@@ -150,6 +165,9 @@ class Session:
             key = name if name not in report.code else f"{name} ({len(report.code)})"
             report.code[key] = traced.gm.print_readable(print_output=False)
         self._report_loss(report)
+        recorded = sum(traced.replays.recorded for traced in self.graphs if traced.replays is not None)
+        if recorded:
+            report.notes.append(f"{recorded} recordings of regions are replayed as CUDA graphs")
         report.breaks = [reason for reason, n in (_graph_breaks() - self._breaks_before).items() if n > 0]
         report.notes += [f"{count} calls ran uncompiled: {reason}" for reason, count in self.bypassed.items()]
         return report

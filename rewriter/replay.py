@@ -1,0 +1,282 @@
+"""Replaying a region's forward and backward as CUDA graphs, where launching kernels takes longer than running them.
+
+A region that has run a few times on inputs of the same kind is recorded once: its forward into one CUDA graph, its
+backward into another, on inputs that stay where they are. From then on a call copies its activations there, replays,
+and copies the results out, so nothing that the caller holds is ever written to again. Parameters are read where they
+lie: an optimizer changes them in place, and a parameter that has moved makes the inputs another kind.
+
+What a recording saves for its backward is its own memory, so a recording serves one forward at a time: until that one's
+backward has run, or its results are gone, further calls (a second batch before the first one's backward, a layer used
+twice) run as if there were none. So do calls whose saved tensors go through hooks, such as checkpointing's: these have
+to see the same tensors in every run.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+Runnable = Callable[..., Any]
+
+RUNS_BEFORE = 2
+"""Runs of a kind before it is recorded: kernels are compiled, tuned and loaded in the first."""
+MOST_KINDS = 4096
+"""Kinds that are counted; where parameters move with every call, none comes back."""
+FEW_TOKENS = 4096
+"""Up to here a layer of a large model is bound by launches. Measured on an H200."""
+
+
+class Recorder(Protocol):
+    """Runs a function once, and gives its result, which stays in its place, and what does the same again there."""
+
+    def __call__(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]: ...
+
+
+def record(function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+    """Records what a function does into a CUDA graph.
+
+    All graphs of a device share a pool. What one has freed by its end, another may overwrite, which is right as long as
+    they are replayed one after the other.
+    """
+    graph = torch.cuda.CUDAGraph()
+    device = torch.cuda.current_device()
+    pool, stream = _pool(device)
+    stream.wait_stream(torch.cuda.current_stream())
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream), _uncached_casts():
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            result = function()
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+    return result, graph.replay
+
+
+@cache
+def _pool(device: int) -> tuple[Any, torch.cuda.Stream]:
+    return torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+
+
+@contextmanager
+def _uncached_casts() -> Iterator[None]:
+    """Without autocast's cache, as a parameter that was cast before would stay in a recording as it was then."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+@dataclass
+class Replays:
+    """Runs a lowered graph, by replaying recordings where there are some.
+
+    Args:
+        run: the graph; its arguments are parameters, activations and plain values.
+        always: record for any number of tokens, not just for few.
+        recorder: what records.
+        note: is told, once, why something is not recorded.
+    """
+
+    run: Runnable
+    always: bool
+    note: Callable[[str], None]
+    recorder: Recorder = record
+    _recordings: dict[Hashable, _Recording | None] = field(default_factory=dict)
+    _runs: Counter[Hashable] = field(default_factory=Counter)
+
+    def __call__(self, *args: Any) -> Any:
+        kind = self._kind(args)
+        if kind is None:
+            return self.run(*args)
+        if kind in self._recordings:
+            recording = self._recordings[kind]
+            return self.run(*args) if recording is None or recording.busy else recording(args)
+        self._runs[kind] += 1
+        if self._runs[kind] <= RUNS_BEFORE or torch._C._current_graph_task_id() != -1:
+            return self._observed(kind, args)
+        try:
+            self._recordings[kind] = _Recording(self.run, args, self.recorder)
+        except Exception as problem:  # whatever a graph does that cannot be recorded, it can be run
+            self._decline(kind, f"{type(problem).__name__}: {problem}".partition("\n")[0])
+            return self.run(*args)
+        return self(*args)
+
+    @property
+    def recorded(self) -> int:
+        """How many recordings there are: one for each kind of inputs, so at least one for each layer."""
+        return sum(recording is not None for recording in self._recordings.values())
+
+    def _observed(self, kind: Hashable, args: Sequence[Any]) -> Any:
+        """A run that tells whether the graph can be recorded."""
+        versions = [t._version for t in args if isinstance(t, torch.Tensor)]
+        results = self.run(*args)
+        if versions != [t._version for t in args if isinstance(t, torch.Tensor)]:
+            self._decline(kind, "it writes to its inputs")
+        elif not _apart(results, args):
+            self._decline(kind, "its results share memory with each other or with its inputs, or are no plain tensors")
+        return results
+
+    def _decline(self, kind: Hashable, reason: str) -> None:
+        self._recordings[kind] = None
+        self.note(f"a region is not replayed as CUDA graphs: {reason}")
+
+    def _kind(self, args: Sequence[Any]) -> Hashable | None:
+        """What has to be equal for a recording to serve; None where none may."""
+        if not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            return None
+        kind: list[Hashable] = []
+        tokens = 0
+        for arg in args:
+            if not isinstance(arg, torch.Tensor):
+                if not isinstance(arg, (int, float, bool, str, type(None))):
+                    return None
+                kind.append(arg)
+            elif isinstance(arg, nn.Parameter):
+                kind += (arg.data_ptr(), arg.requires_grad)
+            elif type(arg) is not torch.Tensor or not self._records(arg.device):
+                return None
+            else:
+                kind += (arg.shape, arg.stride(), arg.dtype, arg.device, arg.requires_grad)
+                tokens = max(tokens, arg.shape[:-1].numel() if arg.is_floating_point() else 0)
+        if not self.always and not 0 < tokens <= FEW_TOKENS:
+            return None
+        key = tuple(kind)
+        return key if key in self._runs or len(self._runs) < MOST_KINDS else None
+
+    def _records(self, device: torch.device) -> bool:
+        return device.type == "cuda" or self.recorder is not record
+
+
+def _apart(results: Sequence[Any], args: Sequence[Any]) -> bool:
+    tensors = [t for t in results if isinstance(t, torch.Tensor)]
+    memories = [t.untyped_storage().data_ptr() for t in tensors]
+    taken = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+    plain = all(type(t) is torch.Tensor for t in tensors)
+    return plain and len(set(memories)) == len(memories) and taken.isdisjoint(memories)
+
+
+class _Recording:
+    """A graph's forward and backward, recorded for one kind of inputs."""
+
+    def __init__(self, run: Runnable, args: Sequence[Any], record: Recorder) -> None:
+        self._run = run
+        self._static = [_static(arg) for arg in args]
+        self._activations = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and not _is_parameter(a)]
+        self._differentiable = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and arg.requires_grad]
+        self._results, self._forward = record(self._run_forward)
+        self._incoming = [torch.empty_like(t) for t in self._live]
+        self._backward: Callable[[], None] | None = None
+        if self._live:
+            (self._outgoing, self._flat), self._backward = record(self._run_backward)
+        self._pending: weakref.ref[_Pass] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a forward's backward is still to come, for which memory has to stay as it is."""
+        return self._pending is not None and self._pending() is not None
+
+    def __call__(self, args: Sequence[Any]) -> Any:
+        results = _Replay.apply(self, args, *(args[i] for i in self._differentiable))
+        tensors = iter(results)
+        return tuple(next(tensors) if isinstance(t, torch.Tensor) else t for t in self._results)
+
+    def _run_forward(self) -> list[Any]:
+        results = self._run(*self._static)
+        tensors = [t for t in results if isinstance(t, torch.Tensor)]
+        self.is_live = [t.requires_grad for t in tensors]
+        self._live = [t for t in tensors if t.requires_grad]
+        return [t.detach() if isinstance(t, torch.Tensor) else t for t in results]
+
+    def _run_backward(self) -> tuple[list[torch.Tensor | None], dict[torch.dtype, torch.Tensor]]:
+        """Gradients of activations, and those of parameters, which are many and small, as one tensor for each dtype."""
+        inputs = [self._static[i] for i in self._differentiable]
+        found = torch.autograd.grad(self._live, inputs, self._incoming, retain_graph=True, allow_unused=True)
+        self._shapes = [None if g is None else (g.shape, g.dtype) for g in found]
+        flat: dict[torch.dtype, list[torch.Tensor]] = {}
+        for i, gradient in zip(self._differentiable, found, strict=True):
+            if gradient is not None and i not in self._activations:
+                flat.setdefault(gradient.dtype, []).append(gradient.reshape(-1))
+        activations = [g if i in self._activations else None for i, g in zip(self._differentiable, found, strict=True)]
+        return activations, {dtype: torch.cat(parts) for dtype, parts in flat.items()}
+
+    def forward(self, args: Sequence[Any]) -> tuple[_Pass, list[torch.Tensor]]:
+        with torch.no_grad():
+            torch._foreach_copy_([self._static[i] for i in self._activations], [args[i] for i in self._activations])
+        self._forward()
+        begun = _Pass()
+        self._pending = weakref.ref(begun)
+        return begun, [t.clone() for t in self._results if isinstance(t, torch.Tensor)]
+
+    def backward(self, begun: _Pass, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """The gradients of the differentiable arguments, in memory of their own."""
+        if self._pending is None or self._pending() is not begun:
+            raise RuntimeError(
+                "backward through a region a second time, after what it saved was freed; "
+                "use retain_graph=True in the first backward"
+            )
+        for static, gradient in zip(self._incoming, grads, strict=True):
+            static.zero_() if gradient is None else static.copy_(gradient)
+        assert self._backward is not None
+        self._backward()
+        parts = {dtype: flat.clone() for dtype, flat in self._flat.items()}
+        taken = dict.fromkeys(parts, 0)
+        results: list[torch.Tensor | None] = []
+        for activation, shape in zip(self._outgoing, self._shapes, strict=True):
+            if shape is None or activation is not None:
+                results.append(None if activation is None else activation.clone())
+                continue
+            size, dtype = shape
+            results.append(parts[dtype][taken[dtype] : taken[dtype] + size.numel()].view(size))
+            taken[dtype] += size.numel()
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            self._pending = None
+        return results
+
+
+class _Pass:
+    """A forward whose backward may come: autograd's graph holds it as long as that is so."""
+
+
+def _is_parameter(t: torch.Tensor) -> bool:
+    return isinstance(t, nn.Parameter)
+
+
+def _static(arg: Any) -> Any:
+    """What a recording reads in place of an argument: parameters where they lie, everything else in a copy."""
+    if not isinstance(arg, torch.Tensor):
+        return arg
+    if not _is_parameter(arg):
+        return torch.empty_like(arg).copy_(arg.detach()).requires_grad_(arg.requires_grad)
+    return arg.detach().requires_grad_() if arg.requires_grad else arg  # hooks of the parameter's own see one gradient
+
+
+class _Replay(torch.autograd.Function):
+    """Connects a recording's forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, recording: _Recording, args: Sequence[Any], *differentiable: torch.Tensor) -> Any:
+        ctx.recording = recording
+        ctx.begun, results = recording.forward(args)
+        ctx.mark_non_differentiable(*(t for t, live in zip(results, recording.is_live, strict=True) if not live))
+        ctx.set_materialize_grads(False)
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a replayed region has no second derivative: backward cannot run under create_graph=True"
+            )
+        live = [g for g, is_live in zip(grads, ctx.recording.is_live, strict=True) if is_live]
+        return (None, None, *ctx.recording.backward(ctx.begun, live))

@@ -1,0 +1,53 @@
+"""Training steps whose regions are replayed as CUDA graphs, beside eager ones."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny_models import batch, build
+from torch import Tensor, nn
+
+import fastlora
+from fastlora.replay import RUNS_BEFORE
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+
+STEPS = 2 * (RUNS_BEFORE + 2)
+
+
+def train(model: nn.Module, lengths: list[int], accumulate: int = 1, autocast: bool = False) -> list[Tensor]:
+    """The losses of some steps, each on a batch of its own."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for i in range(STEPS):
+        for part in range(accumulate):
+            inputs = {k: v.cuda() for k, v in batch(lengths[i % len(lengths)], seed=10 * i + part).items()}
+            with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+                loss = model(**inputs).loss
+            loss.backward()
+            losses.append(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("lengths", [[16], [16, 24]], ids=["one length", "two lengths"])
+@pytest.mark.parametrize("accumulate", [1, 2], ids=["", "accumulated"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "bert"])
+def test_losses_are_eagers_while_regions_are_replayed(
+    family: str, accumulate: int, lengths: list[int], autocast: bool
+) -> None:
+    eager = build(family).cuda()
+    model = fastlora.compile(copy.deepcopy(eager))
+    expected, found = (train(m, lengths, accumulate, autocast) for m in (eager, model))
+    assert torch.allclose(torch.stack(found), torch.stack(expected), rtol=3e-2 if autocast else 1e-4)
+    notes = fastlora.report(model).notes
+    assert not [note for note in notes if "not replayed" in note], notes
+    assert _recordings(model) > 0
+
+
+def _recordings(model: nn.Module) -> int:
+    return sum(graph.replays.recorded for graph in model._compiled_call_impl.session.graphs)

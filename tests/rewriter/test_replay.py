@@ -1,0 +1,286 @@
+"""Replaying regions, with a stand-in for CUDA graphs that runs what was recorded again, in the same memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from fastlora import replay as module
+from fastlora.replay import RUNS_BEFORE, Replays
+
+
+def rerun(function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+    result = function()
+
+    def again() -> None:
+        with torch.enable_grad():
+            new = function()
+        for old, value in zip(tree_leaves(result), tree_leaves(new), strict=True):
+            if isinstance(old, Tensor):
+                old.copy_(value)
+
+    return result, again
+
+
+class Region:
+    """Two layers with a parameter each, one of which is frozen; counts how often it runs as it is."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.frozen = nn.Parameter(torch.randn(4, 4), requires_grad=False)
+        self.trained, self.bias = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
+        self.notes: list[str] = []
+        self.runs = 0
+        self.replays = Replays(self.run, always=True, note=self.notes.append, recorder=rerun)
+
+    def run(self, x: Tensor, frozen: Tensor, trained: Tensor, bias: Tensor, power: int) -> tuple[Any, ...]:
+        self.runs += 1
+        h = torch.tanh(x @ frozen.t()) @ trained.t() + bias
+        return h**power, h.detach().argmax(-1), power
+
+    def arguments(self, x: Tensor, power: int = 2) -> tuple[Any, ...]:
+        return x, self.frozen, self.trained, self.bias, power
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [self.trained, self.bias]
+
+    def warm(self, x: Tensor, power: int = 2) -> None:
+        """Enough runs for the next one of the kind to be a replay."""
+        for _ in range(RUNS_BEFORE + 1):
+            self.replays(*self.arguments(x, power))
+        self.runs = 0
+
+
+def rows(n: int = 3, seed: int = 0, grad: bool = True) -> Tensor:
+    return torch.randn(n, 4, generator=torch.Generator().manual_seed(seed)).requires_grad_(grad)
+
+
+def gradients(region: Region, run: Callable[..., Any], x: Tensor, power: int = 2) -> list[Tensor]:
+    y, _, _ = run(*region.arguments(x, power))
+    return list(torch.autograd.grad(y.sin().sum(), [x, *region.parameters]))
+
+
+def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
+    for value, truth in zip(found, expected, strict=True):
+        assert torch.equal(value, truth)
+
+
+def test_results_and_gradients_are_those_of_the_graph() -> None:
+    region = Region()
+    region.warm(rows())
+    for seed in range(3):
+        x = rows(seed=seed)
+        y, index, power = region.replays(*region.arguments(x))
+        expected, at, _ = region.run(*region.arguments(x))
+        assert torch.equal(y, expected)
+        assert torch.equal(index, at)
+        assert not index.requires_grad
+        assert power == 2
+        assert_equal(gradients(region, region.replays, x), gradients(region, region.run, x))
+
+
+def test_a_kind_is_run_as_it_is_before_it_is_recorded() -> None:
+    region = Region()
+    for n in range(RUNS_BEFORE):
+        region.replays(*region.arguments(rows()))
+        assert region.runs == n + 1
+        assert not region.replays._recordings
+
+
+def test_parameters_that_are_changed_in_place_are_read_anew() -> None:
+    region = Region()
+    region.warm(rows())
+    before = gradients(region, region.replays, rows())
+    with torch.no_grad():
+        region.trained.mul_(2)
+    after = gradients(region, region.replays, rows())
+    assert not torch.equal(before[0], after[0])
+    assert_equal(after, gradients(region, region.run, rows()))
+
+
+@pytest.mark.parametrize("other", ["length", "value", "frozen input", "moved parameter"])
+def test_inputs_of_another_kind_are_not_replayed(other: str) -> None:
+    region = Region()
+    region.warm(rows())
+    x, power = rows(5 if other == "length" else 3, grad=other != "frozen input"), 3 if other == "value" else 2
+    if other == "moved parameter":
+        region.trained.data = region.trained.data.clone()
+    y, _, _ = region.replays(*region.arguments(x, power))
+    assert region.runs == 1
+    assert torch.equal(y, region.run(*region.arguments(x, power))[0])
+
+
+def test_a_second_batch_before_the_backward_of_the_first_leaves_that_ones_memory_alone() -> None:
+    region = Region()
+    region.warm(rows())
+    first, second = rows(seed=1), rows(seed=2)
+    one, two = (region.replays(*region.arguments(x))[0] for x in (first, second))
+    found = torch.autograd.grad(one.sin().sum() + two.sin().sum(), [first, second, *region.parameters])
+    one, two = (region.run(*region.arguments(x))[0] for x in (first, second))
+    expected = torch.autograd.grad(one.sin().sum() + two.sin().sum(), [first, second, *region.parameters])
+    assert all(torch.allclose(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_results_that_were_dropped_make_way_for_the_next_batch() -> None:
+    region = Region()
+    region.warm(rows())
+    for _ in range(2):
+        y = region.replays(*region.arguments(rows()))
+        recorded = region.runs
+        del y
+        gc.collect()
+    assert region.runs == recorded
+
+
+def test_what_the_caller_holds_is_never_written_to() -> None:
+    region = Region()
+    region.warm(rows())
+    held = []
+    for seed in range(2):
+        x = rows(seed=seed)
+        y, _, _ = region.replays(*region.arguments(x))
+        found = torch.autograd.grad(y.sum(), [x, *region.parameters])
+        held.append([y.detach(), *found])
+        if seed == 0:
+            copies = [t.clone() for t in held[0]]
+    assert_equal(held[0], copies)
+
+
+def test_gradients_add_up_over_batches() -> None:
+    region = Region()
+    region.warm(rows())
+    expected = [torch.zeros_like(p) for p in region.parameters]
+    for p in region.parameters:
+        p.grad = None
+    for seed in range(3):
+        x = rows(seed=seed)
+        for total, gradient in zip(expected, gradients(region, region.run, x)[1:], strict=True):
+            total += gradient
+        region.replays(*region.arguments(x))[0].sin().sum().backward()
+    for p, total in zip(region.parameters, expected, strict=True):
+        assert p.grad is not None
+        assert torch.allclose(p.grad, total)
+
+
+def test_a_retained_graph_can_be_run_through_twice_and_a_freed_one_cannot() -> None:
+    region = Region()
+    region.warm(rows())
+    x = rows()
+    y, _, _ = region.replays(*region.arguments(x))
+    first = torch.autograd.grad(y.sum(), region.trained, retain_graph=True)
+    second = torch.autograd.grad(y.sum(), region.trained)
+    assert torch.equal(first[0], second[0])
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(y.sum(), region.trained)
+
+
+def test_second_derivatives_are_refused() -> None:
+    region = Region()
+    region.warm(rows())
+    x = rows()
+    y, _, _ = region.replays(*region.arguments(x))
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_sees_the_same_tensors_in_every_run(reentrant: bool) -> None:
+    region = Region()
+    region.warm(rows())
+
+    def run(x: Tensor) -> Tensor:
+        result: Tensor = region.replays(*region.arguments(x))[0]
+        return result
+
+    x = rows()
+    y = checkpoint(run, x, use_reentrant=reentrant)
+    found = torch.autograd.grad(y.sin().sum(), x) if not reentrant else [_backward(y, x)]
+    assert_equal(list(found), gradients(region, region.run, rows())[:1])
+
+
+def _backward(y: Tensor, x: Tensor) -> Tensor:
+    y.sin().sum().backward()
+    assert x.grad is not None
+    return x.grad
+
+
+def test_no_recording_begins_inside_a_backward() -> None:
+    region = Region()
+    for _ in range(RUNS_BEFORE):
+        region.replays(*region.arguments(rows()))
+    x = rows()
+    checkpoint(lambda x: region.replays(*region.arguments(x))[0], x, use_reentrant=True).sum().backward()
+    assert not region.replays._recordings
+
+
+def test_parameters_hooks_see_each_gradient_once() -> None:
+    region = Region()
+    seen: list[Tensor] = []
+    region.trained.register_hook(seen.append)
+    region.warm(rows())
+    assert not seen
+    region.replays(*region.arguments(rows()))[0].sum().backward()
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("run", [
+    lambda x, w: (x.add_(1) @ w,),
+    lambda x, w: (x,),
+    lambda x, w: (lambda y: (y, y.view(-1)))(x @ w),
+    lambda x, w: (nn.Parameter(x @ w),),
+], ids=["writes to its input", "returns its input", "returns a view", "returns no plain tensor"])  # fmt: skip
+def test_graphs_that_cannot_be_replayed_say_so_once(run: Callable[..., Any]) -> None:
+    notes: list[str] = []
+    replays = Replays(run, always=True, note=notes.append, recorder=rerun)
+    w = nn.Parameter(torch.randn(4, 4))
+    for _ in range(5):
+        replays(rows(grad=False), w)
+    assert len(notes) == 1
+    assert list(replays._recordings.values()) == [None]
+
+
+def test_a_graph_that_cannot_be_recorded_runs_as_it_is() -> None:
+    def refuse(_: Callable[[], Any]) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    region = Region()
+    region.replays.recorder = refuse
+    for _ in range(5):
+        x = rows()
+        assert_equal(gradients(region, region.replays, x), gradients(region, region.run, x))
+    assert len(region.notes) == 1
+    assert "not permitted" in region.notes[0]
+
+
+def test_large_batches_are_not_recorded_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FEW_TOKENS", 3)
+    region = Region()
+    region.replays.always = False
+    for n in (3, 4):
+        for _ in range(RUNS_BEFORE + 1):
+            region.replays(*region.arguments(rows(n)))
+    assert len(region.replays._recordings) == 1
+
+
+def test_parameters_that_move_with_every_call_are_not_counted_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_KINDS", 5)
+    region = Region()
+    for n in range(1, 10):
+        region.replays(*region.arguments(rows(n)))
+    assert len(region.replays._runs) == 5
+
+
+def test_nothing_is_recorded_on_a_cpu() -> None:
+    region = Region()
+    region.replays.recorder = module.record
+    for _ in range(5):
+        region.replays(*region.arguments(rows()))
+    assert not region.replays._runs
