@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fastlora.kernels import residual_add
 from fastlora.kernels.cost import Cost, Work
 from fastlora.kernels.forms import laid_out
 from fastlora.kernels.op import Gradients, op
@@ -146,13 +147,10 @@ def add_backward(
     **_: Any,
 ) -> Gradients:
     dy, dtotal = grads
-    if dy is None:  # only the sum was used
-        assert dtotal is not None
-        return {"residual": laid_out(dtotal.clone(), total)}
+    if dy is None:
+        return residual_add.backward(wanted, None, dtotal, total)
     dh, gradients = _backward(wanted["residual"], wanted, dy, total, weight, bias, mean, rstd)
-    if dh is not None:
-        dh = laid_out((dh if dtotal is None else dh + dtotal).to(total.dtype), total)
-    return {**gradients, "residual": dh}
+    return gradients | residual_add.backward(wanted, dh, dtotal, total)
 
 
 add_layer_norm = op(

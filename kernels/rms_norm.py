@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from fastlora.kernels import residual_add
 from fastlora.kernels.cost import Cost, Work
 from fastlora.kernels.forms import laid_out
 from fastlora.kernels.op import Gradients, op
@@ -37,23 +38,6 @@ def _scale(weight: torch.Tensor, offset: float, scale_dtype: torch.dtype) -> tor
     return weight + offset if offset else weight
 
 
-def reference(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    eps: float,
-    offset: float,
-    compute_dtype: torch.dtype,
-    norm_dtype: torch.dtype,
-    scale_dtype: torch.dtype,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    """RMSNorm as the models write it. Returns y of x's shape in `out_dtype`."""
-    h = x.to(compute_dtype)
-    n = (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)).to(norm_dtype)
-    y = n if weight is None else n * _scale(weight, offset, scale_dtype)
-    return y.to(out_dtype)
-
-
 def forward(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -64,12 +48,20 @@ def forward(
     scale_dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns y and the residual rstd, of shape (..., 1) in `compute_dtype`."""
+    """RMSNorm as the models write it.
+
+    Returns y of x's shape in `out_dtype`, and the residual rstd, of shape (..., 1) in `compute_dtype`.
+    """
     h = x.to(compute_dtype)
     rstd = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
     n = (h * rstd).to(norm_dtype)
     y = n if weight is None else n * _scale(weight, offset, scale_dtype)
     return y.to(out_dtype), rstd
+
+
+def reference(x: torch.Tensor, weight: torch.Tensor | None, **attributes: Any) -> torch.Tensor:
+    """y alone."""
+    return forward(x, weight, **attributes)[0]
 
 
 def _backward(
@@ -147,13 +139,10 @@ def add_backward(
     **_: Any,
 ) -> Gradients:
     dy, dtotal = grads
-    if dy is None:  # only the sum was used
-        assert dtotal is not None
-        return {"residual": laid_out(dtotal.clone(), total)}
+    if dy is None:
+        return residual_add.backward(wanted, None, dtotal, total)
     dh, dw = _backward(wanted["residual"], wanted["weight"], dy, total, weight, rstd, offset, scale_dtype)
-    if dh is not None:
-        dh = laid_out((dh if dtotal is None else dh + dtotal).to(total.dtype), total)
-    return {"residual": dh, "weight": dw}
+    return {"weight": dw} | residual_add.backward(wanted, dh, dtotal, total)
 
 
 add_rms_norm = op(

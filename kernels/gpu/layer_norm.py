@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels import layer_norm as op
+from fastlora.kernels import residual_add
 from fastlora.kernels.forms import Form, laid_out
 from fastlora.kernels.gpu import rows as over
-from fastlora.kernels.gpu.launch import TL_DTYPES, Rows, cdiv, supported, vector
+from fastlora.kernels.gpu.launch import TL_DTYPES, Rows, supported, vector
 from fastlora.kernels.op import Gradients, Wanted
 
 
@@ -135,12 +136,11 @@ def _normalise(
     added = matrix if residual is None else rows.of(residual)
     y, mean, rstd = rows.empty(H, out_dtype), rows.empty(1, torch.float32), rows.empty(1, torch.float32)
     total = x if residual is None else rows.empty(H, torch.promote_types(x.dtype, residual.dtype))
-    block_t, block_h, warps = over.tile(rows.count, H)
-    forward_kernel[(cdiv(rows.count, block_t),)](
+    programs, plan = over.plan(rows.count, H, x.device)
+    forward_kernel[(programs,)](
         matrix, added, vector(weight), vector(bias), y, total, mean, rstd,
         rows.count, H, matrix.stride(0), added.stride(0), H, eps,
-        ADD=residual is not None, WEIGHT=weight is not None, BIAS=bias is not None,
-        READ=over.reading(rows.count, H), BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
+        ADD=residual is not None, WEIGHT=weight is not None, BIAS=bias is not None, **plan,
     )  # fmt: skip
     total = total if residual is None else laid_out(total, x)
     return laid_out(y, x), total, mean.contiguous(), rstd.contiguous()
@@ -162,17 +162,13 @@ def _differentiate(
     matrix, incoming = rows.of(x), rows.of(dy)
     through = incoming if dtotal is None else rows.of(dtotal)
     walking = (weight is not None and wanted["weight"]) or (bias is not None and wanted["bias"])
-    block_t, block_h, warps = over.tile(rows.count, H, walking)
-    programs = cdiv(rows.count, block_t)
-    if walking:
-        programs = over.walkers(programs, warps, x.device)
+    programs, plan = over.plan(rows.count, H, x.device, walking)
     dx = rows.empty(H, x.dtype) if wants_dx else None
     dw, db = over.shares(programs, wanted["weight"], weight), over.shares(programs, wanted["bias"], bias)
     backward_kernel[(programs,)](
         incoming, matrix, vector(weight), rows.of(mean), rows.of(rstd), through, dx, dw, db,
         rows.count, H, incoming.stride(0), matrix.stride(0), through.stride(0),
-        WEIGHT=weight is not None, DTOTAL=dtotal is not None, DX=wants_dx, DW=dw is not None, DB=db is not None,
-        READ=over.reading(rows.count, H), BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
+        WEIGHT=weight is not None, DTOTAL=dtotal is not None, DX=wants_dx, DW=dw is not None, DB=db is not None, **plan,
     )  # fmt: skip
     dx = None if dx is None else laid_out(dx, x)
     return dx, {"weight": over.total(dw, weight), "bias": over.total(db, bias)}
@@ -228,9 +224,8 @@ def add_backward(
     **saved: Any,
 ) -> Gradients:
     dy, dtotal = grads
-    if dy is None:  # only the sum was used
-        assert dtotal is not None
-        return {"residual": laid_out(dtotal.clone(), total)}
+    if dy is None:
+        return residual_add.backward(wanted, None, dtotal, total)
     dx, gradients = _differentiate(wanted["residual"], wanted, dy, dtotal, total, **saved)
     return {**gradients, "residual": dx}
 

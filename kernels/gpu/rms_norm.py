@@ -13,10 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlora.kernels import residual_add
 from fastlora.kernels import rms_norm as op
 from fastlora.kernels.forms import Form, laid_out
 from fastlora.kernels.gpu import rows as over
-from fastlora.kernels.gpu.launch import TL_DTYPES, Rows, cdiv, supported, vector
+from fastlora.kernels.gpu.launch import TL_DTYPES, Rows, supported, vector
 from fastlora.kernels.op import Gradients, Wanted
 
 
@@ -122,13 +123,12 @@ def _normalise(
     added = matrix if residual is None else rows.of(residual)
     y, rstd = rows.empty(H, out_dtype), rows.empty(1, torch.float32)
     total = x if residual is None else rows.empty(H, torch.promote_types(x.dtype, residual.dtype))
-    block_t, block_h, warps = over.tile(rows.count, H)
-    forward_kernel[(cdiv(rows.count, block_t),)](
+    programs, plan = over.plan(rows.count, H, x.device)
+    forward_kernel[(programs,)](
         matrix, added, vector(weight), y, total, rstd,
         rows.count, H, matrix.stride(0), added.stride(0), H, eps, offset,
         ADD=residual is not None, WEIGHT=weight is not None,
-        NORM_DTYPE=TL_DTYPES[norm_dtype], SCALE_DTYPE=TL_DTYPES[scale_dtype],
-        READ=over.reading(rows.count, H), BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
+        NORM_DTYPE=TL_DTYPES[norm_dtype], SCALE_DTYPE=TL_DTYPES[scale_dtype], **plan,
     )  # fmt: skip
     return laid_out(y, x), total if residual is None else laid_out(total, x), rstd.contiguous()
 
@@ -149,18 +149,14 @@ def _differentiate(
     matrix, incoming = rows.of(x), rows.of(dy)
     through = incoming if dtotal is None else rows.of(dtotal)
     walking = wants_dw and weight is not None
-    block_t, block_h, warps = over.tile(rows.count, H, walking)
-    programs = cdiv(rows.count, block_t)
-    if walking:
-        programs = over.walkers(programs, warps, x.device)
+    programs, plan = over.plan(rows.count, H, x.device, walking)
     dx = rows.empty(H, x.dtype) if wants_dx else None
     dw = over.shares(programs, wants_dw, weight)
     backward_kernel[(programs,)](
         incoming, matrix, vector(weight), rows.of(rstd), through, dx, dw,
         rows.count, H, incoming.stride(0), matrix.stride(0), through.stride(0), offset,
         WEIGHT=weight is not None, DTOTAL=dtotal is not None, DX=wants_dx, DW=dw is not None,
-        SCALE_DTYPE=TL_DTYPES[scale_dtype], READ=over.reading(rows.count, H),
-        BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
+        SCALE_DTYPE=TL_DTYPES[scale_dtype], **plan,
     )  # fmt: skip
     return None if dx is None else laid_out(dx, x), over.total(dw, weight)
 
@@ -222,9 +218,8 @@ def add_backward(
     **_: Any,
 ) -> Gradients:
     dy, dtotal = grads
-    if dy is None:  # only the sum was used
-        assert dtotal is not None
-        return {"residual": laid_out(dtotal.clone(), total)}
+    if dy is None:
+        return residual_add.backward(wanted, None, dtotal, total)
     wants = wanted["residual"], wanted["weight"]
     dx, dw = _differentiate(*wants, dy, dtotal, total, weight, rstd, offset, scale_dtype)
     return {"residual": dx, "weight": dw}
