@@ -131,6 +131,8 @@ def _normalise(
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """y, the sum (x if there is no residual), mean and rstd."""
+    if residual is not None:
+        x = over.as_summed(x, residual)
     rows, H = Rows(x), x.shape[-1]
     matrix = rows.of(x)
     added = matrix if residual is None else rows.of(residual)

@@ -46,6 +46,17 @@ def _tile(H: int, few: bool) -> tuple[int, int, int]:
     return block_t, block_h, min(16, max(1, threads // 32, 4 if few and block_t * block_h >= SMALL_TILE else 1))
 
 
+def as_summed(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """`x` in the layout that PyTorch gives residual + x: a copy where it has another."""
+    if x.stride() == residual.stride():
+        return x
+    left, right = (torch.empty_strided(t.shape, t.stride(), device="meta") for t in (residual, x))
+    strides = (left + right).stride()
+    if strides == torch.empty_like(x, device="meta").stride():
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+
+
 def shares(programs: int, wanted: bool, parameter: torch.Tensor | None) -> torch.Tensor | None:
     """Memory for what each program sums of a parameter's gradient, if that is wanted."""
     if parameter is None or not wanted:
