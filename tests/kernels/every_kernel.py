@@ -1,7 +1,8 @@
 """Launches every kernel on this GPU, for tools that watch it: `compute-sanitizer --tool memcheck python FILE`.
 
-Every op runs forward and backward at the places of two models, for a number of tokens that no tile divides, in every
-dtype, with the gradients that LoRA wants and with all. To see single buffers, set PYTORCH_NO_CUDA_MEMORY_CACHING=1.
+Every op runs forward and backward at the places of two models, for a number of tokens that no tile divides, and with
+dropout; in every dtype, with the gradients that LoRA wants and with all. To see single buffers, set
+PYTORCH_NO_CUDA_MEMORY_CACHING=1.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import sys
 
 import torch
+from dropout_cases import dropout_cases
 
 from fastlora.kernels import forms
 from fastlora.tools.bench.accuracy import cotangents, flat, leaves
@@ -34,7 +36,7 @@ def main() -> int:
     count = 0
     with forms.only("triton"):
         for name in ("Qwen3-0.6B", "BERT-large"):
-            for case in cases(SHAPES[name], TOKENS, [16]):
+            for case in (*cases(SHAPES[name], TOKENS, [16]), *dropout_cases()):
                 for dtype in (torch.bfloat16, torch.float16, torch.float32):
                     for everything in (False, True):
                         run(case, dtype, everything)
