@@ -64,13 +64,11 @@ def backward(
     gradients: Gradients = {}
     if not (wanted["residual"] or wanted["x"]):
         return gradients
-    if dh is None:
-        assert dtotal is not None
-        everything = dtotal.clone()  # an operator may not return what it was given
-    else:
-        everything = dh if dtotal is None else dh + dtotal
+    everything = dtotal if dh is None else dh if dtotal is None else dh + dtotal
+    assert everything is not None
     if wanted["residual"]:
-        gradients["residual"] = laid_out(everything.to(total.dtype), total)
+        own = everything.to(total.dtype, copy=dh is None)  # an operator may not return what it was given
+        gradients["residual"] = laid_out(own, total)
     if wanted["x"]:
         gradients["x"] = laid_out(masks.dropped_out(everything, seed, dropout, total.dtype), total)
     return gradients

@@ -1,7 +1,8 @@
 """Dropout from a seed: `kernels/dropout.py` has the formulas.
 
 A program draws one block of four words for each four elements. It reads what it needs once and writes once, so where
-the mask is drawn again costs a pass over the activation and no memory.
+the mask is drawn again costs a pass over the activation and no memory. Kernels that hold whole rows for another reason
+draw it on the way, by `row_factors`, and save the pass.
 """
 
 from __future__ import annotations

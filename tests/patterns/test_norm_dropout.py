@@ -140,6 +140,15 @@ def test_of_two_dropouts_one_becomes_a_seed(op: str) -> None:
     assert outcome.targets().count("dropout") == outcome.targets().count("randint") == 1
 
 
+@pytest.mark.parametrize("op", NORMS)
+def test_a_value_is_added_to_its_own_dropout(op: str) -> None:
+    def function(drop: Callable[..., Tensor]) -> Function:
+        return lambda x, w: NORMS[op](drop(x, P) + x, w)
+
+    outcome = check(function(F.dropout), function(drop), X, W, ops=[op])
+    assert "dropout" not in outcome.targets()
+
+
 def test_a_chain_of_blocks_draws_its_seeds_in_order() -> None:
     """Where the masks were, among other random numbers."""
 
@@ -296,6 +305,25 @@ def test_a_checkpoint_draws_its_seeds_again() -> None:
         assert outcome.ops == ["add_layer_norm", "add_rms_norm"]
         assert "dropout" not in outcome.targets()
     assert_same(recomputed.rewritten, plain.rewritten, 0)
+
+
+def test_aot_autograd_draws_each_seed_once() -> None:
+    """Forward and backward of what it makes of the rewritten graph have one mask."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    compile_ = aot_autograd(
+        fw_compiler=lambda gm, _: make_boxed_func(gm), partition_fn=min_cut_rematerialization_partition
+    )
+
+    def backend(gm: torch.fx.GraphModule, given: Any) -> Any:
+        rewrite(gm, default_rules())
+        return compile_(gm, given)
+
+    torch._dynamo.reset()
+    compiled = evaluate(torch.compile(block, backend=backend, fullgraph=True), (X, Y, W))
+    assert_same(compiled, analyse(block, X, Y, W).rewritten)
 
 
 def bert(p: float) -> torch.nn.Module:
