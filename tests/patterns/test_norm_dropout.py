@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import Function, Outcome, Run, analyse, bf16, distance, evaluate, f32, randn, trace
+from graphs import Function, Outcome, analyse, bf16, evaluate, f32, randn, trace
+from seeded_dropout import P, assert_same, check, drop, through_aot_autograd
 from tiny_models import FAMILIES, batch, relative, step
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -18,13 +19,11 @@ from torch.utils.checkpoint import checkpoint
 import fastlora
 from fastlora.engine import rewrite
 from fastlora.kernels import ops
-from fastlora.kernels.dropout import SEEDS, reference
 from fastlora.lowering import lower
 from fastlora.pattern import Scalar, raised, seeded
 from fastlora.rule import fuse
 from fastlora.session import default_rules
 
-P = 0.4
 X, Y, W = randn(2, 3, 16), randn(2, 3, 16, seed=1), randn(16)
 
 
@@ -45,11 +44,6 @@ def masks_are_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastlora.patterns.lora.is_cheap", lambda t: True)
 
 
-def drop(x: Tensor, p: float = P) -> Tensor:
-    """What the rewritten graph computes in the place of `F.dropout(x, p)`."""
-    return reference(x, None, torch.randint(SEEDS, (1,)), p, x.dtype)
-
-
 def summed(norm: Function, drop: Callable[..., Tensor], left: bool = False, ends: bool = False) -> Function:
     """A norm of a sum of which x is dropped out."""
 
@@ -58,25 +52,6 @@ def summed(norm: Function, drop: Callable[..., Tensor], left: bool = False, ends
         return norm(total, w) if ends else (norm(total, w), total)
 
     return run
-
-
-def check(function: Function, own: Function, *inputs: Any, ops: list[str], tolerance: float = 2e-6) -> Outcome:
-    """The function, rewritten, is `own` for the same random state, and holds these ops."""
-    outcome = analyse(function, *inputs)
-    assert outcome.ops == ops, outcome.turned_down()
-    assert not outcome.misses
-    outcome.assert_tidy()
-    assert_same(outcome.rewritten, evaluate(own, inputs), tolerance)
-    return outcome
-
-
-def assert_same(mine: Run, its: Run, tolerance: float = 2e-6) -> None:
-    assert [t.stride() for t in mine.outputs] == [t.stride() for t in its.outputs]
-    for one, other in zip(mine.tensors(), its.tensors(), strict=True):
-        assert (one is None) == (other is None)
-        if one is not None and other is not None:
-            assert one.dtype == other.dtype
-            assert distance(one, other) <= tolerance
 
 
 def assert_stays(outcome: Outcome, op: str) -> None:
@@ -309,21 +284,7 @@ def test_a_checkpoint_draws_its_seeds_again() -> None:
 
 def test_aot_autograd_draws_each_seed_once() -> None:
     """Forward and backward of what it makes of the rewritten graph have one mask."""
-    from functorch.compile import make_boxed_func
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._functorch.partitioners import min_cut_rematerialization_partition
-
-    compile_ = aot_autograd(
-        fw_compiler=lambda gm, _: make_boxed_func(gm), partition_fn=min_cut_rematerialization_partition
-    )
-
-    def backend(gm: torch.fx.GraphModule, given: Any) -> Any:
-        rewrite(gm, default_rules())
-        return compile_(gm, given)
-
-    torch._dynamo.reset()
-    compiled = evaluate(torch.compile(block, backend=backend, fullgraph=True), (X, Y, W))
-    assert_same(compiled, analyse(block, X, Y, W).rewritten)
+    assert_same(through_aot_autograd(block, X, Y, W), analyse(block, X, Y, W).rewritten)
 
 
 def bert(p: float) -> torch.nn.Module:
