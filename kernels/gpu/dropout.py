@@ -44,7 +44,7 @@ def random_words(seed, counter):
 
 
 @triton.jit
-def row_factors(seed_ptr, row, H, threshold, scale, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, FOURS: tl.constexpr):
+def row_factors(row, H, seed_ptr, threshold, scale, FOURS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
     """m of the first BLOCK_H elements of rows that have H, for a column of BLOCK_T row numbers (int64).
 
     Where H is a multiple of four (FOURS), no two rows share a counter, and each is drawn once; else once an element.
@@ -78,19 +78,16 @@ def dropout_kernel(x_ptr, base_ptr, seed_ptr, out_ptr, size, threshold, scale, B
     tl.store(out_ptr + i, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def drawing(x: torch.Tensor, seed: torch.Tensor | None, p: float | None) -> dict[str, Any]:
-    """The arguments of a kernel that drops out the rows of `x` by `row_factors`, or does not if there is no seed."""
+def drawing(
+    x: torch.Tensor, seed: torch.Tensor | None, p: float | None
+) -> tuple[torch.Tensor | None, int, float, bool]:
+    """The arguments seed_ptr, threshold, scale and FOURS of a kernel that drops out the rows of `x` by `row_factors`,
+    or does not: then seed_ptr is None."""
     op.check_argument(seed, p)
     if seed is None or p is None:
-        return {"seed_ptr": None, "threshold": 0, "scale": 1.0, "FOURS": False}
+        return None, 0, 1.0, False
     op.check(x, None, seed, p)
-    return {
-        "seed_ptr": seed,
-        "threshold": op.threshold(p),
-        "scale": op.inverse(p),
-        "FOURS": x.shape[-1] % 4 == 0,
-        "enable_fp_fusion": False,  # the product is rounded before a sum, as in the PyTorch form
-    }
+    return seed, op.threshold(p), op.inverse(p), x.shape[-1] % 4 == 0
 
 
 def run(

@@ -26,8 +26,8 @@ from fastlora.kernels.op import Gradients, Wanted
 @triton.jit(do_not_specialize=["T", "eps", "threshold", "scale"])
 def forward_kernel(
     x_ptr, residual_ptr, w_ptr, b_ptr, y_ptr, total_ptr, mean_ptr, rstd_ptr,
-    seed_ptr, T, H, x_stride, residual_stride, y_stride, eps, threshold, scale,
-    ADD: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, FOURS: tl.constexpr,
+    T, H, x_stride, residual_stride, y_stride, eps, seed_ptr, threshold, scale, FOURS: tl.constexpr,
+    ADD: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
     READ: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """total = residual + x (* m); y = (total - mean) * rsqrt(mean((total - mean)^2) + eps) * w + b: BLOCK_T rows."""
@@ -43,7 +43,7 @@ def forward_kernel(
     if ADD:
         residual = over.read(residual_ptr + row * residual_stride + cols, mask, READ)
         if seed_ptr is not None:
-            h *= row_factors(seed_ptr, row, H, threshold, scale, BLOCK_T, BLOCK_H, FOURS)
+            h *= row_factors(row, H, seed_ptr, threshold, scale, FOURS, BLOCK_T, BLOCK_H)
             h = h.to(x_ptr.dtype.element_ty).to(tl.float32)
         total = (residual + h).to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + row * H + cols, total, mask=mask)
@@ -63,9 +63,9 @@ def forward_kernel(
 
 @triton.jit
 def _backward_rows(
-    tile, weight, cols, dy_ptr, h_ptr, mean_ptr, rstd_ptr, dtotal_ptr, seed_ptr, dh_ptr, dx_ptr,
-    T, H, dy_stride, h_stride, dtotal_stride, threshold, scale,
-    DTOTAL: tl.constexpr, DH: tl.constexpr, DX: tl.constexpr, DW: tl.constexpr, FOURS: tl.constexpr,
+    tile, weight, cols, dy_ptr, h_ptr, mean_ptr, rstd_ptr, dtotal_ptr, dh_ptr, dx_ptr,
+    T, H, dy_stride, h_stride, dtotal_stride, seed_ptr, threshold, scale, FOURS: tl.constexpr,
+    DTOTAL: tl.constexpr, DH: tl.constexpr, DX: tl.constexpr, DW: tl.constexpr,
     READ: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Stores dh and dx of BLOCK_T rows; returns their dy * n, if that is wanted, and their dy."""
@@ -89,17 +89,17 @@ def _backward_rows(
         if DH:
             tl.store(dh_ptr + row * H + cols, dh.to(dh_ptr.dtype.element_ty), mask=mask)
         if DX:
-            dx = dh * row_factors(seed_ptr, row, H, threshold, scale, BLOCK_T, BLOCK_H, FOURS)
+            dx = dh * row_factors(row, H, seed_ptr, threshold, scale, FOURS, BLOCK_T, BLOCK_H)
             tl.store(dx_ptr + row * H + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     return dy * n, dy
 
 
 @triton.jit(do_not_specialize=["T", "threshold", "scale"])
 def backward_kernel(
-    dy_ptr, h_ptr, w_ptr, mean_ptr, rstd_ptr, dtotal_ptr, seed_ptr, dh_ptr, dx_ptr, dw_ptr, db_ptr,
-    T, H, dy_stride, h_stride, dtotal_stride, threshold, scale,
+    dy_ptr, h_ptr, w_ptr, mean_ptr, rstd_ptr, dtotal_ptr, dh_ptr, dx_ptr, dw_ptr, db_ptr,
+    T, H, dy_stride, h_stride, dtotal_stride, seed_ptr, threshold, scale, FOURS: tl.constexpr,
     WEIGHT: tl.constexpr, DTOTAL: tl.constexpr, DH: tl.constexpr, DX: tl.constexpr, DW: tl.constexpr, DB: tl.constexpr,
-    FOURS: tl.constexpr, READ: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+    READ: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """dh = rstd * (g - mean(g) - n * mean(g * n)) + dtotal, and dx = dh * m, for BLOCK_T rows; if DW or DB for every
     num_programs-th BLOCK_T of them, and the sums of their dy * n and dy."""
@@ -112,9 +112,9 @@ def backward_kernel(
         db = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
         for tile in range(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.num_programs(0)):
             more_dw, more_db = _backward_rows(
-                tile, weight, cols, dy_ptr, h_ptr, mean_ptr, rstd_ptr, dtotal_ptr, seed_ptr, dh_ptr, dx_ptr,
-                T, H, dy_stride, h_stride, dtotal_stride, threshold, scale,
-                DTOTAL, DH, DX, DW, FOURS, READ, BLOCK_T, BLOCK_H,
+                tile, weight, cols, dy_ptr, h_ptr, mean_ptr, rstd_ptr, dtotal_ptr, dh_ptr, dx_ptr,
+                T, H, dy_stride, h_stride, dtotal_stride, seed_ptr, threshold, scale, FOURS,
+                DTOTAL, DH, DX, DW, READ, BLOCK_T, BLOCK_H,
             )  # fmt: skip
             if DW:
                 dw += more_dw
@@ -127,9 +127,9 @@ def backward_kernel(
             tl.store(db_ptr + share, tl.sum(db, axis=0, keep_dims=True), mask=cols < H)
     else:
         _backward_rows(
-            tl.program_id(0), weight, cols, dy_ptr, h_ptr, mean_ptr, rstd_ptr, dtotal_ptr, seed_ptr, dh_ptr, dx_ptr,
-            T, H, dy_stride, h_stride, dtotal_stride, threshold, scale,
-            DTOTAL, DH, DX, DW, FOURS, READ, BLOCK_T, BLOCK_H,
+            tl.program_id(0), weight, cols, dy_ptr, h_ptr, mean_ptr, rstd_ptr, dtotal_ptr, dh_ptr, dx_ptr,
+            T, H, dy_stride, h_stride, dtotal_stride, seed_ptr, threshold, scale, FOURS,
+            DTOTAL, DH, DX, DW, READ, BLOCK_T, BLOCK_H,
         )  # fmt: skip
 
 
@@ -151,11 +151,11 @@ def _normalise(
     added = matrix if residual is None else rows.of(residual)
     y, mean, rstd = rows.empty(H, out_dtype), rows.empty(1, torch.float32), rows.empty(1, torch.float32)
     total = x if residual is None else rows.empty(H, torch.promote_types(x.dtype, residual.dtype))
-    programs, plan = over.plan(rows.count, H, x.device)
+    programs, plan = over.plan(rows.count, H, x.device, rounding=seed is not None)
     forward_kernel[(programs,)](
         matrix, added, vector(weight), vector(bias), y, total, mean, rstd,
-        T=rows.count, H=H, x_stride=matrix.stride(0), residual_stride=added.stride(0), y_stride=H, eps=eps,
-        ADD=residual is not None, WEIGHT=weight is not None, BIAS=bias is not None, **drawing(x, seed, dropout), **plan,
+        rows.count, H, matrix.stride(0), added.stride(0), H, eps, *drawing(x, seed, dropout),
+        ADD=residual is not None, WEIGHT=weight is not None, BIAS=bias is not None, **plan,
     )  # fmt: skip
     total = total if residual is None else laid_out(total, x)
     return laid_out(y, x), total, mean.contiguous(), rstd.contiguous()
@@ -185,11 +185,10 @@ def _differentiate(
     dh, dx = (rows.empty(H, h.dtype) if wants else None for wants in (wants_dh, wants_dx))
     dw, db = over.shares(programs, wanted["weight"], weight), over.shares(programs, wanted["bias"], bias)
     backward_kernel[(programs,)](
-        incoming, matrix, vector(weight), rows.of(mean), rows.of(rstd), through,
-        dh_ptr=dh, dx_ptr=dx, dw_ptr=dw, db_ptr=db, T=rows.count, H=H,
-        dy_stride=incoming.stride(0), h_stride=matrix.stride(0), dtotal_stride=through.stride(0),
+        incoming, matrix, vector(weight), rows.of(mean), rows.of(rstd), through, dh, dx, dw, db,
+        rows.count, H, incoming.stride(0), matrix.stride(0), through.stride(0), *drawing(h, seed, dropout),
         WEIGHT=weight is not None, DTOTAL=dtotal is not None, DH=wants_dh, DX=wants_dx,
-        DW=dw is not None, DB=db is not None, **drawing(h, seed, dropout), **plan,
+        DW=dw is not None, DB=db is not None, **plan,
     )  # fmt: skip
     dh, dx = (None if gradient is None else laid_out(gradient, h) for gradient in (dh, dx))
     return dh, dx, {"weight": over.total(dw, weight), "bias": over.total(db, bias)}

@@ -32,8 +32,8 @@ def _scale(w, offset, SCALE_DTYPE: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "eps", "offset", "threshold", "scale"])
 def forward_kernel(
     x_ptr, residual_ptr, w_ptr, y_ptr, total_ptr, rstd_ptr,
-    seed_ptr, T, H, x_stride, residual_stride, y_stride, eps, offset, threshold, scale,
-    ADD: tl.constexpr, WEIGHT: tl.constexpr, NORM_DTYPE: tl.constexpr, SCALE_DTYPE: tl.constexpr, FOURS: tl.constexpr,
+    T, H, x_stride, residual_stride, y_stride, eps, offset, seed_ptr, threshold, scale, FOURS: tl.constexpr,
+    ADD: tl.constexpr, WEIGHT: tl.constexpr, NORM_DTYPE: tl.constexpr, SCALE_DTYPE: tl.constexpr,
     READ: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """total = residual + x (* m); y = total * rsqrt(mean(total^2) + eps) * (offset + w), for BLOCK_T rows."""
@@ -46,7 +46,7 @@ def forward_kernel(
     if ADD:
         residual = over.read(residual_ptr + row * residual_stride + cols, mask, READ)
         if seed_ptr is not None:
-            h *= row_factors(seed_ptr, row, H, threshold, scale, BLOCK_T, BLOCK_H, FOURS)
+            h *= row_factors(row, H, seed_ptr, threshold, scale, FOURS, BLOCK_T, BLOCK_H)
             h = h.to(x_ptr.dtype.element_ty).to(tl.float32)
         total = (residual + h).to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + row * H + cols, total, mask=mask)
@@ -61,9 +61,9 @@ def forward_kernel(
 
 @triton.jit
 def _backward_rows(
-    tile, weight, cols, dy_ptr, h_ptr, rstd_ptr, dtotal_ptr, seed_ptr, dh_ptr, dx_ptr,
-    T, H, dy_stride, h_stride, dtotal_stride, threshold, scale,
-    DTOTAL: tl.constexpr, DH: tl.constexpr, DX: tl.constexpr, FOURS: tl.constexpr,
+    tile, weight, cols, dy_ptr, h_ptr, rstd_ptr, dtotal_ptr, dh_ptr, dx_ptr,
+    T, H, dy_stride, h_stride, dtotal_stride, seed_ptr, threshold, scale, FOURS: tl.constexpr,
+    DTOTAL: tl.constexpr, DH: tl.constexpr, DX: tl.constexpr,
     READ: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Stores dh and dx of BLOCK_T rows; returns their dy * n."""
@@ -82,17 +82,17 @@ def _backward_rows(
         if DH:
             tl.store(dh_ptr + row * H + cols, dh.to(dh_ptr.dtype.element_ty), mask=mask)
         if DX:
-            dx = dh * row_factors(seed_ptr, row, H, threshold, scale, BLOCK_T, BLOCK_H, FOURS)
+            dx = dh * row_factors(row, H, seed_ptr, threshold, scale, FOURS, BLOCK_T, BLOCK_H)
             tl.store(dx_ptr + row * H + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     return dy * n
 
 
 @triton.jit(do_not_specialize=["T", "offset", "threshold", "scale"])
 def backward_kernel(
-    dy_ptr, h_ptr, w_ptr, rstd_ptr, dtotal_ptr, seed_ptr, dh_ptr, dx_ptr, dw_ptr,
-    T, H, dy_stride, h_stride, dtotal_stride, offset, threshold, scale,
+    dy_ptr, h_ptr, w_ptr, rstd_ptr, dtotal_ptr, dh_ptr, dx_ptr, dw_ptr,
+    T, H, dy_stride, h_stride, dtotal_stride, offset, seed_ptr, threshold, scale, FOURS: tl.constexpr,
     WEIGHT: tl.constexpr, DTOTAL: tl.constexpr, DH: tl.constexpr, DX: tl.constexpr, DW: tl.constexpr,
-    SCALE_DTYPE: tl.constexpr, FOURS: tl.constexpr, READ: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+    SCALE_DTYPE: tl.constexpr, READ: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """dh = rstd * (g - n * mean(g * n)) + dtotal, and dx = dh * m, for BLOCK_T rows; if DW for every num_programs-th
     BLOCK_T of them, and the sum of their dy * n."""
@@ -104,17 +104,17 @@ def backward_kernel(
         dw = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
         for tile in range(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.num_programs(0)):
             dw += _backward_rows(
-                tile, weight, cols, dy_ptr, h_ptr, rstd_ptr, dtotal_ptr, seed_ptr, dh_ptr, dx_ptr,
-                T, H, dy_stride, h_stride, dtotal_stride, threshold, scale,
-                DTOTAL, DH, DX, FOURS, READ, BLOCK_T, BLOCK_H,
+                tile, weight, cols, dy_ptr, h_ptr, rstd_ptr, dtotal_ptr, dh_ptr, dx_ptr,
+                T, H, dy_stride, h_stride, dtotal_stride, seed_ptr, threshold, scale, FOURS,
+                DTOTAL, DH, DX, READ, BLOCK_T, BLOCK_H,
             )  # fmt: skip
         share = tl.sum(dw, axis=0, keep_dims=True)
         tl.store(dw_ptr + tl.program_id(0).to(tl.int64) * H + cols, share, mask=cols < H)
     else:
         _backward_rows(
-            tl.program_id(0), weight, cols, dy_ptr, h_ptr, rstd_ptr, dtotal_ptr, seed_ptr, dh_ptr, dx_ptr,
-            T, H, dy_stride, h_stride, dtotal_stride, threshold, scale,
-            DTOTAL, DH, DX, FOURS, READ, BLOCK_T, BLOCK_H,
+            tl.program_id(0), weight, cols, dy_ptr, h_ptr, rstd_ptr, dtotal_ptr, dh_ptr, dx_ptr,
+            T, H, dy_stride, h_stride, dtotal_stride, seed_ptr, threshold, scale, FOURS,
+            DTOTAL, DH, DX, READ, BLOCK_T, BLOCK_H,
         )  # fmt: skip
 
 
@@ -139,12 +139,12 @@ def _normalise(
     added = matrix if residual is None else rows.of(residual)
     y, rstd = rows.empty(H, out_dtype), rows.empty(1, torch.float32)
     total = x if residual is None else rows.empty(H, torch.promote_types(x.dtype, residual.dtype))
-    programs, plan = over.plan(rows.count, H, x.device)
+    programs, plan = over.plan(rows.count, H, x.device, rounding=seed is not None)
     forward_kernel[(programs,)](
         matrix, added, vector(weight), y, total, rstd,
-        T=rows.count, H=H, x_stride=matrix.stride(0), residual_stride=added.stride(0), y_stride=H,
-        eps=eps, offset=offset, ADD=residual is not None, WEIGHT=weight is not None,
-        NORM_DTYPE=TL_DTYPES[norm_dtype], SCALE_DTYPE=TL_DTYPES[scale_dtype], **drawing(x, seed, dropout), **plan,
+        rows.count, H, matrix.stride(0), added.stride(0), H, eps, offset, *drawing(x, seed, dropout),
+        ADD=residual is not None, WEIGHT=weight is not None,
+        NORM_DTYPE=TL_DTYPES[norm_dtype], SCALE_DTYPE=TL_DTYPES[scale_dtype], **plan,
     )  # fmt: skip
     return laid_out(y, x), total if residual is None else laid_out(total, x), rstd.contiguous()
 
@@ -173,11 +173,10 @@ def _differentiate(
     dh, dx = (rows.empty(H, h.dtype) if wants else None for wants in (wants_dh, wants_dx))
     dw = over.shares(programs, wants_dw, weight)
     backward_kernel[(programs,)](
-        incoming, matrix, vector(weight), rows.of(rstd), through,
-        dh_ptr=dh, dx_ptr=dx, dw_ptr=dw, T=rows.count, H=H,
-        dy_stride=incoming.stride(0), h_stride=matrix.stride(0), dtotal_stride=through.stride(0), offset=offset,
+        incoming, matrix, vector(weight), rows.of(rstd), through, dh, dx, dw,
+        rows.count, H, incoming.stride(0), matrix.stride(0), through.stride(0), offset, *drawing(h, seed, dropout),
         WEIGHT=weight is not None, DTOTAL=dtotal is not None, DH=wants_dh, DX=wants_dx, DW=dw is not None,
-        SCALE_DTYPE=TL_DTYPES[scale_dtype], **drawing(h, seed, dropout), **plan,
+        SCALE_DTYPE=TL_DTYPES[scale_dtype], **plan,
     )  # fmt: skip
     dh, dx = (None if gradient is None else laid_out(gradient, h) for gradient in (dh, dx))
     return dh, dx, over.total(dw, weight)

@@ -27,14 +27,21 @@ WALKING_WARPS = 16
 """Warps on each processor where programs walk over the rows, each summing over its own."""
 
 
-def plan(rows: int, H: int, device: torch.device, walking: bool = False) -> tuple[int, dict[str, Any]]:
-    """How many programs to start, and the kernels' arguments that say what each does: tile, warps, and how it reads."""
+def plan(
+    rows: int, H: int, device: torch.device, walking: bool = False, rounding: bool = False
+) -> tuple[int, dict[str, Any]]:
+    """How many programs to start, and the kernel's arguments that say what each does: tile, warps, and how it reads.
+
+    `walking` programs go over the rows until all are done. `rounding` ones round each product before it is summed, as
+    PyTorch does, instead of with the sum.
+    """
     block_t, block_h, warps = _tile(H, rows * H < FEW and not walking)
     programs = cdiv(rows, block_t)
     if walking:
         programs = min(programs, max(1, WALKING_WARPS // warps) * processors(device))
     read = "evict_first" if rows * H in STREAMED else ""
-    return programs, {"READ": read, "BLOCK_T": block_t, "BLOCK_H": block_h, "num_warps": warps}
+    options = {"READ": read, "BLOCK_T": block_t, "BLOCK_H": block_h, "num_warps": warps}
+    return programs, options | {"enable_fp_fusion": False} if rounding else options
 
 
 @cache
