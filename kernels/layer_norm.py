@@ -1,6 +1,7 @@
 """LayerNorm, alone and with the residual addition before it.
 
-    h = x.to(compute)                     for add_layer_norm x is the sum, residual + x, rounded to its own dtype
+    h = x.to(compute)                     for add_layer_norm x is the sum, residual + x, rounded to its own dtype;
+                                          `residual_add.py` has it, and the dropout that x may go through before
     m = mean(h)                           over the last dimension, one number per row
     r = rsqrt(mean((h - m)^2) + eps)      the same
     n = (h - m) * r
@@ -13,10 +14,10 @@ Backward, with g = dy * w:
 because dn = r * (dh - mean(dh) - n * mean(n * dh)), a symmetric map: it projects a row off the constants and off n, the
 two directions that a shift and a scaling of the row, which leave n alone, would move it in.  Saved: x, m and r (two
 numbers per row).  n is recomputed, which costs a subtraction and a multiplication and saves a tensor of x's size.  For
-the sum, both operands receive dh plus the gradient that the sum itself receives.
+the sum, both operands receive dh plus the gradient that the sum itself receives; x that times its mask, if it has one.
 
-Shapes: x (..., H), weight and bias (H,) or None; y and dx are laid out in memory as x is.  `compute` is x's dtype, or
-float32 where that is narrower: half precision is rounded once, at the end.
+Shapes: x (..., H), weight and bias (H,) or None, seed one int64; y and dx are laid out in memory as x, or the sum, is.
+`compute` is x's dtype, or float32 where that is narrower: half precision is rounded once, at the end.
 Source: Ba, Kiros and Hinton, "Layer Normalization" (2016).
 """
 
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fastlora.kernels import residual_add
 from fastlora.kernels.cost import Cost, Work
 from fastlora.kernels.forms import laid_out
 from fastlora.kernels.op import Gradients, op
@@ -123,14 +125,26 @@ layer_norm = op(
 )
 
 
-def add_reference(residual: torch.Tensor, x: torch.Tensor, **attributes: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm of the sum, and the sum, which goes on as the residual stream."""
-    total = residual + x
+def add_reference(
+    residual: torch.Tensor,
+    x: torch.Tensor,
+    seed: torch.Tensor | None = None,
+    dropout: float | None = None,
+    **attributes: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm of the sum, and the sum, which goes on as the residual stream.
+
+    Raises:
+        ValueError: if only one of `seed` and `dropout` is given, or no mask can be drawn from them.
+    """
+    total = residual_add.reference(residual, x, seed, dropout)
     return reference(total, **attributes), total
 
 
-def add_forward(residual: torch.Tensor, x: torch.Tensor, **attributes: Any) -> tuple[torch.Tensor, ...]:
-    total = residual + x
+def add_forward(
+    residual: torch.Tensor, x: torch.Tensor, seed: torch.Tensor | None, dropout: float | None, **attributes: Any
+) -> tuple[torch.Tensor, ...]:
+    total = residual_add.forward(residual, x, seed, dropout)
     y, mean, rstd = forward(total, **attributes)
     return y, total, mean, rstd
 
@@ -143,31 +157,34 @@ def add_backward(
     bias: torch.Tensor | None,
     mean: torch.Tensor,
     rstd: torch.Tensor,
+    seed: torch.Tensor | None,
+    dropout: float | None,
     **_: Any,
 ) -> Gradients:
     dy, dtotal = grads
-    if dy is None:  # only the sum was used
-        assert dtotal is not None
-        return {"residual": laid_out(dtotal.clone(), total)}
-    dh, gradients = _backward(wanted["residual"], wanted, dy, total, weight, bias, mean, rstd)
-    if dh is not None:
-        dh = laid_out((dh if dtotal is None else dh + dtotal).to(total.dtype), total)
-    return {**gradients, "residual": dh}
+    if dy is None:
+        return residual_add.backward(wanted, None, dtotal, total, seed, dropout)
+    dh, gradients = _backward(wanted["residual"] or wanted["x"], wanted, dy, total, weight, bias, mean, rstd)
+    return gradients | residual_add.backward(wanted, dh, dtotal, total, seed, dropout)
 
 
 add_layer_norm = op(
     "add_layer_norm",
     family="norm",
-    schema=f"(Tensor residual, Tensor x, {_ATTRIBUTES}) -> (Tensor y, Tensor total, Tensor mean, Tensor rstd)",
+    schema=(
+        f"(Tensor residual, Tensor x, {_ATTRIBUTES}, Tensor? seed, float? dropout) "
+        "-> (Tensor y, Tensor total, Tensor mean, Tensor rstd)"
+    ),
     outputs=2,
     reference=add_reference,
     forward=add_forward,
     backward=add_backward,
-    saves=("total", "weight", "bias", "mean", "rstd"),
+    saves=("total", "weight", "bias", "mean", "rstd", "seed"),
     tied=("residual", "x"),
+    untied_by="seed",
     read_by={"weight": 0, "bias": 0},
     cost=Cost(
-        forward=Work(flops="8*T*H", bytes="4*T*H*b + 2*H*w + 8*T"),
-        backward=Work(flops="10*T*H", bytes="4*T*H*b + H*w + 8*T"),
+        forward=Work(flops="(8 + 2*S)*T*H", bytes="4*T*H*b + 2*H*w + 8*T"),
+        backward=Work(flops="(10 + 2*S)*T*H", bytes="(4 + S)*T*H*b + H*w + 8*T"),
     ),
 )

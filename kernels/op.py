@@ -48,7 +48,7 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 
 @dataclass(frozen=True)
 class _SharedGradients:
-    """Gradients that are one tensor: an operator may not return a tensor twice, nor one of its inputs.
+    """Gradients that are one tensor in some call: an operator may not return a tensor twice, nor one of its inputs.
 
     `tied` names arguments with one gradient (the operands of a sum), `passthrough` those whose gradient is the incoming
     one of the first output.
@@ -92,6 +92,7 @@ class SemanticOp:
     has a condition in `saved_if`, which is asked with `wanted` and the arguments by name; where it fails the backward
     gets None. As it may still have to know the dtype of that tensor, or list, it gets `<name>_dtype` as well. `read_by`
     names arguments that just one output depends on, by its position: without a gradient for that output they get none.
+    `tied` arguments share one gradient, that of the first, unless the optional argument `untied_by` is given.
     An op that `foresees` has its forward told what will be `wanted` of the backward, to make it on the way. Its
     backward is told by `spent` whether it is the last to read what was saved: gradients that the forward made then need
     not be copied.
@@ -110,6 +111,7 @@ class SemanticOp:
         saves: tuple[str, ...],
         saved_if: dict[str, SavedIf] | None = None,
         tied: tuple[str, ...] = (),
+        untied_by: str | None = None,
         passthrough: tuple[str, ...] = (),
         read_by: dict[str, int] | None = None,
         foresees: bool = False,
@@ -122,7 +124,8 @@ class SemanticOp:
         self.outputs, self.residuals = results[:outputs], results[outputs:]
         self.tensors = tuple(a for a in self.arguments if a.is_tensor)
         self.constants = tuple(a for a in self.arguments if not a.is_tensor)
-        self.shared = _SharedGradients([a.name for a in self.tensors], tied, passthrough)
+        names = [a.name for a in self.tensors]
+        self._tied, self._untied = (_SharedGradients(names, together, passthrough) for together in (tied, ()))
         named = {a.name: a for a in (*self.tensors, *results)}
         self.saved = tuple(named[s] for s in saves)
         self.leaves, self.saved_leaves = Leaves(self.arguments), Leaves(self.saved)
@@ -133,6 +136,7 @@ class SemanticOp:
         self._required = {a.name for a in self.arguments if not a.is_optional}
         self._lists = [i for i, a in enumerate(self.arguments) if a.is_list]
         self._saved_at = [(*self.names, *self.result_names).index(a.name) for a in self.saved]
+        self._untied_at = None if untied_by is None else self.names.index(untied_by)
         self._constants_at = [self.names.index(a.name) for a in self.constants]
         self.saved_if = saved_if or {}
         self._backward_names = (
@@ -183,6 +187,10 @@ class SemanticOp:
                 if isinstance(need, list):
                     wanted[name] = [n and a for n, a in zip(need, alive, strict=True)]
         return self.leaves.of_gradients(wanted, wanted)
+
+    def sharing(self, values: Sequence[Any]) -> _SharedGradients:
+        """Which gradients are one tensor in a call with these `values`, in the schema's order."""
+        return self._tied if self._untied_at is None or values[self._untied_at] is None else self._untied
 
     def _register(self, schema: str) -> None:
         saved = "".join(f", Tensor?{'[]' * a.is_list} {a.name}" for a in self.saved)
@@ -284,7 +292,7 @@ class _Apply(torch.autograd.Function):
         results = op.below_autograd(tensors, [*values[: len(op.names)], needs] if op.foresees else values)
         results = results if len(op.result_names) > 1 else (results,)
         saved, constants = op.to_save(needs, values, results)
-        ctx.op, ctx.constants = op, constants
+        ctx.op, ctx.constants, ctx.shared = op, constants, op.sharing(values)
         ctx.lengths = [len(value) if isinstance(value, list) else None for value in saved]
         ctx.save_for_backward(*op.saved_leaves.flat(saved))
         outputs = op.output_leaves.flat(results)
@@ -305,13 +313,13 @@ class _Apply(torch.autograd.Function):
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
         needs = op.reached(ctx.needs_input_grad[2:], grads)
-        asked = op.shared.ask(needs)
+        asked = ctx.shared.ask(needs)
         leaves = ctx.saved_tensors
         flat = iter(leaves)
         saved = [next(flat) if n is None else [next(flat) for _ in range(n)] for n in ctx.lengths]
         computed = iter(op.differentiate(list(grads), asked, leaves, *saved, *ctx.constants) if any(asked) else ())
         results = [next(computed) if ask else None for ask in asked]
-        return (None, None, *op.shared.spread(results, needs, grads[0]))
+        return (None, None, *ctx.shared.spread(results, needs, grads[0]))
 
 
 def op(name: str, **declaration: Any) -> SemanticOp:

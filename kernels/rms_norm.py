@@ -1,6 +1,7 @@
 """RMSNorm, alone and with the residual addition before it.
 
-    h = x.to(compute)                     for add_rms_norm x is the sum, residual + x, rounded to its own dtype
+    h = x.to(compute)                     for add_rms_norm x is the sum, residual + x, rounded to its own dtype;
+                                          `residual_add.py` has it, and the dropout that x may go through before
     r = rsqrt(mean(h^2) + eps)            over the last dimension, one number per row
     n = (h * r).to(norm_dtype)            models differ in whether the weight meets n before or after this rounding
     y = (n * (offset + w)).to(out_dtype)  offset is 0, or 1 for models that store the weight's distance from one
@@ -10,9 +11,10 @@ Backward, with g = dy * (offset + w):
     dh = r * (g - n * mean(g * n))        dw = sum over rows of dy * n
 
 because dr/dh = -r^3 h / H.  Saved: x and r (one number per row).  n is recomputed, which costs one multiplication and
-saves a tensor of x's size.  For the sum, both operands receive dh plus the gradient that the sum itself receives.
+saves a tensor of x's size.  For the sum, both operands receive dh plus the gradient that the sum itself receives; x
+that times its mask, if it has one.
 
-Shapes: x (..., H), weight (H,) or None; y and dx are laid out in memory as x is.
+Shapes: x (..., H), weight (H,) or None, seed one int64; y and dx are laid out in memory as x, or the sum, is.
 Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
 """
 
@@ -22,6 +24,7 @@ from typing import Any
 
 import torch
 
+from fastlora.kernels import residual_add
 from fastlora.kernels.cost import Cost, Work
 from fastlora.kernels.forms import laid_out
 from fastlora.kernels.op import Gradients, op
@@ -37,23 +40,6 @@ def _scale(weight: torch.Tensor, offset: float, scale_dtype: torch.dtype) -> tor
     return weight + offset if offset else weight
 
 
-def reference(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    eps: float,
-    offset: float,
-    compute_dtype: torch.dtype,
-    norm_dtype: torch.dtype,
-    scale_dtype: torch.dtype,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    """RMSNorm as the models write it. Returns y of x's shape in `out_dtype`."""
-    h = x.to(compute_dtype)
-    n = (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)).to(norm_dtype)
-    y = n if weight is None else n * _scale(weight, offset, scale_dtype)
-    return y.to(out_dtype)
-
-
 def forward(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -64,12 +50,20 @@ def forward(
     scale_dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns y and the residual rstd, of shape (..., 1) in `compute_dtype`."""
+    """RMSNorm as the models write it.
+
+    Returns y of x's shape in `out_dtype`, and the residual rstd, of shape (..., 1) in `compute_dtype`.
+    """
     h = x.to(compute_dtype)
     rstd = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
     n = (h * rstd).to(norm_dtype)
     y = n if weight is None else n * _scale(weight, offset, scale_dtype)
     return y.to(out_dtype), rstd
+
+
+def reference(x: torch.Tensor, weight: torch.Tensor | None, **attributes: Any) -> torch.Tensor:
+    """y alone."""
+    return forward(x, weight, **attributes)[0]
 
 
 def _backward(
@@ -124,14 +118,26 @@ rms_norm = op(
 )
 
 
-def add_reference(residual: torch.Tensor, x: torch.Tensor, **attributes: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm of the sum, and the sum, which goes on as the residual stream."""
-    total = residual + x
+def add_reference(
+    residual: torch.Tensor,
+    x: torch.Tensor,
+    seed: torch.Tensor | None = None,
+    dropout: float | None = None,
+    **attributes: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm of the sum, and the sum, which goes on as the residual stream.
+
+    Raises:
+        ValueError: if only one of `seed` and `dropout` is given, or no mask can be drawn from them.
+    """
+    total = residual_add.reference(residual, x, seed, dropout)
     return reference(total, **attributes), total
 
 
-def add_forward(residual: torch.Tensor, x: torch.Tensor, **attributes: Any) -> tuple[torch.Tensor, ...]:
-    total = residual + x
+def add_forward(
+    residual: torch.Tensor, x: torch.Tensor, seed: torch.Tensor | None, dropout: float | None, **attributes: Any
+) -> tuple[torch.Tensor, ...]:
+    total = residual_add.forward(residual, x, seed, dropout)
     y, rstd = forward(total, **attributes)
     return y, total, rstd
 
@@ -144,31 +150,35 @@ def add_backward(
     rstd: torch.Tensor,
     offset: float,
     scale_dtype: torch.dtype,
+    seed: torch.Tensor | None,
+    dropout: float | None,
     **_: Any,
 ) -> Gradients:
     dy, dtotal = grads
-    if dy is None:  # only the sum was used
-        assert dtotal is not None
-        return {"residual": laid_out(dtotal.clone(), total)}
-    dh, dw = _backward(wanted["residual"], wanted["weight"], dy, total, weight, rstd, offset, scale_dtype)
-    if dh is not None:
-        dh = laid_out((dh if dtotal is None else dh + dtotal).to(total.dtype), total)
-    return {"residual": dh, "weight": dw}
+    if dy is None:
+        return residual_add.backward(wanted, None, dtotal, total, seed, dropout)
+    wants = wanted["residual"] or wanted["x"], wanted["weight"]
+    dh, dw = _backward(*wants, dy, total, weight, rstd, offset, scale_dtype)
+    return {"weight": dw} | residual_add.backward(wanted, dh, dtotal, total, seed, dropout)
 
 
 add_rms_norm = op(
     "add_rms_norm",
     family="norm",
-    schema=f"(Tensor residual, Tensor x, {_ATTRIBUTES}) -> (Tensor y, Tensor total, Tensor rstd)",
+    schema=(
+        f"(Tensor residual, Tensor x, {_ATTRIBUTES}, Tensor? seed, float? dropout) "
+        "-> (Tensor y, Tensor total, Tensor rstd)"
+    ),
     outputs=2,
     reference=add_reference,
     forward=add_forward,
     backward=add_backward,
-    saves=("total", "weight", "rstd"),
+    saves=("total", "weight", "rstd", "seed"),
     tied=("residual", "x"),
+    untied_by="seed",
     read_by={"weight": 0},
     cost=Cost(
-        forward=Work(flops="5*T*H", bytes="4*T*H*b + H*w + 4*T"),
-        backward=Work(flops="8*T*H", bytes="4*T*H*b + H*w + 4*T"),
+        forward=Work(flops="(5 + 2*S)*T*H", bytes="4*T*H*b + H*w + 4*T"),
+        backward=Work(flops="(8 + 2*S)*T*H", bytes="(4 + S)*T*H*b + H*w + 4*T"),
     ),
 )

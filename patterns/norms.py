@@ -1,8 +1,10 @@
-"""RMSNorm and LayerNorm, alone and after a residual addition.
+"""RMSNorm and LayerNorm, alone, after a residual addition, and after one whose branch is dropped out before it.
 
 Models differ in four ways, all arguments of the op: whether the weight is stored as its distance from one (`offset`),
 whether the normalised value is rounded before it meets the weight (`norm_dtype`), in which dtype the weight is read
 (`scale_dtype`), and what comes out (`out_dtype`).
+
+A dropout of either operand becomes a part of the op where LoRA's does, on a GPU: see `patterns/lora.py`.
 """
 
 import torch
@@ -21,10 +23,12 @@ from fastlora.pattern import (
     mean,
     raised,
     rsqrt,
+    seeded,
     sqrt,
     variance,
     widened,
 )
+from fastlora.patterns.lora import cheap_to_draw_again
 from fastlora.rule import Match, dtype_of, fuse, rule
 
 
@@ -129,22 +133,28 @@ def _written_weight_fits(match):
     return _last_dimension(match)
 
 
+def _sum(residual: Pattern, x: Pattern, p: Pattern) -> Pattern:
+    """The dropout is looked for on both sides before the sum is taken as it is."""
+    dropped = seeded("seed", x, p, where=cheap_to_draw_again)
+    return either(seeded=residual + dropped, plain=residual + x)
+
+
 @fuse(ops.add_rms_norm)
-def add_rms_norm(residual, x):
-    total = residual + x
+def add_rms_norm(residual, x, dropout: Scalar = None):
+    total = _sum(residual, x, dropout)
     return raised(ops.rms_norm, x=total), total
 
 
 @fuse(ops.add_layer_norm)
-def add_layer_norm(residual, x):
-    total = residual + x
+def add_layer_norm(residual, x, dropout: Scalar = None):
+    total = _sum(residual, x, dropout)
     return raised(ops.layer_norm, x=total), total
 
 
 @add_rms_norm.where
 @add_layer_norm.where
 def _same_operands(match):
-    """The op adds without broadcasting or promotion, as its gradient is one tensor for both."""
+    """The op adds without broadcasting or promotion, as its operands' gradients are the sum's."""
     residual, x = match.tensor("residual"), match.tensor("x")
     return (same_shape(residual, x) and residual.dtype == x.dtype) or "the operands of the sum differ in shape or dtype"
 

@@ -69,6 +69,14 @@ def seeds(arguments: dict[str, Any]) -> list[Seed]:
     return [leaf for leaf in leaves if isinstance(leaf, Seed)]
 
 
+def _uses(view: View, node: fx.Node) -> int:
+    """How many times a value is read; one user may do so twice, and the two have to stay equal."""
+    read: list[fx.Node] = []
+    for user in dict.fromkeys(view.users(node)):
+        fx.node.map_arg((user.args, user.kwargs), lambda argument: read.append(view.producer(argument)))
+    return read.count(node)
+
+
 class Seeded(Kept):
     """A dropout of `x` that the match takes over; captures the seed as `name`, the probability as p is matched."""
 
@@ -92,8 +100,8 @@ class Seeded(Kept):
         p = term.args["p"] if term is not None else None
         if not isinstance(p, float) or not 0 < p < 1:
             return f"{describe(value)} has the probability {p}, which is not between 0 and 1"
-        if len(view.users(view.producer(value))) != 1:
-            return f"{describe(value)} has other users"
+        if _uses(view, view.producer(value)) != 1:
+            return f"{describe(value)} has other uses"
         verdict = self.where(view, value)
         if verdict is True:
             return None

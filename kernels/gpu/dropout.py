@@ -1,7 +1,8 @@
 """Dropout from a seed: `kernels/dropout.py` has the formulas.
 
 A program draws one block of four words for each four elements. It reads what it needs once and writes once, so where
-the mask is drawn again costs a pass over the activation and no memory.
+the mask is drawn again costs a pass over the activation and no memory. Kernels that hold whole rows for another reason
+draw it on the way, by `row_factors`, and save the pass.
 """
 
 from __future__ import annotations
@@ -22,13 +23,42 @@ BLOCK = 2048
 
 
 @triton.jit
-def random_words(seed, counter):
-    """The words of 4 n consecutive elements from a block of n counters (int64), in the elements' order."""
+def _drawn(seed, counter):
+    """The four words of each counter (int64)."""
     low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
     zero = tl.zeros_like(low)
-    first, second, third, fourth = tl.philox(seed, low, high, zero, zero, n_rounds=10)
-    pairs = tl.join(tl.join(first, third), tl.join(second, fourth))
-    return pairs.reshape(4 * counter.shape[0])
+    return tl.philox(seed, low, high, zero, zero, n_rounds=10)
+
+
+@triton.jit
+def _in_order(words):
+    """Each counter's words side by side, in two dimensions of two behind the counters'."""
+    first, second, third, fourth = words
+    return tl.join(tl.join(first, third), tl.join(second, fourth))
+
+
+@triton.jit
+def random_words(seed, counter):
+    """The words of 4 n consecutive elements from a block of n counters, in the elements' order."""
+    return _in_order(_drawn(seed, counter)).reshape(4 * counter.shape[0])
+
+
+@triton.jit
+def row_factors(row, H, seed_ptr, threshold, scale, FOURS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
+    """m of the first BLOCK_H elements of rows that have H, for a column of BLOCK_T row numbers (int64).
+
+    Where H is a multiple of four (FOURS), no two rows share a counter, and each is drawn once; else once an element.
+    """
+    seed = tl.load(seed_ptr)
+    if FOURS:
+        counter = row * (H // 4) + tl.arange(0, BLOCK_H // 4)[None, :]
+        words = _in_order(_drawn(seed, counter)).reshape(BLOCK_T, BLOCK_H)
+    else:
+        i = row * H + tl.arange(0, BLOCK_H)[None, :]
+        first, second, third, fourth = _drawn(seed, i >> 2)
+        even, odd = tl.where(i & 2 == 0, first, third), tl.where(i & 2 == 0, second, fourth)
+        words = tl.where(i & 1 == 0, even, odd)
+    return tl.where(words.to(tl.int64) >= threshold, scale, 0.0)
 
 
 @triton.jit(do_not_specialize=["threshold", "scale"])
@@ -46,6 +76,18 @@ def dropout_kernel(x_ptr, base_ptr, seed_ptr, out_ptr, size, threshold, scale, B
     if base_ptr is not None:
         out += tl.load(base_ptr + i, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + i, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def drawing(
+    x: torch.Tensor, seed: torch.Tensor | None, p: float | None
+) -> tuple[torch.Tensor | None, int, float, bool]:
+    """The arguments seed_ptr, threshold, scale and FOURS of a kernel that drops out the rows of `x` by `row_factors`,
+    or does not: then seed_ptr is None."""
+    op.check_argument(seed, p)
+    if seed is None or p is None:
+        return None, 0, 1.0, False
+    op.check(x, None, seed, p)
+    return seed, op.threshold(p), op.inverse(p), x.shape[-1] % 4 == 0
 
 
 def run(

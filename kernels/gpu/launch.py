@@ -44,12 +44,13 @@ def processors(device: torch.device) -> int:
 class Rows:
     """The rows of `x` (..., H) in the order they lie in memory, and other tensors of its shape in that order.
 
-    Heads that were transposed stay transposed in memory, as in PyTorch's elementwise operators, and cost no copy.
+    Heads that were transposed stay transposed in memory, as in PyTorch's elementwise operators, and cost no copy;
+    unless the kernel has to know which row is which, which then are `numbered` in x's own order.
     """
 
-    def __init__(self, x: torch.Tensor) -> None:
+    def __init__(self, x: torch.Tensor, numbered: bool = False) -> None:
         self._order: list[int] | None = None
-        if not x.is_contiguous():
+        if not numbered and not x.is_contiguous():
             strides = torch.empty_like(x, device="meta").stride()
             leading = sorted(range(x.dim() - 1), key=lambda dim: -strides[dim])
             self._order = [*leading, x.dim() - 1]

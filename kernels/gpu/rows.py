@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -23,30 +24,44 @@ FEW = 1 << 20
 STREAMED = range(1 << 22, 1 << 24)
 """Elements of which the results fit into the cache if what is read does not stay there. Fewer fit with it."""
 WALKING_WARPS = 16
-"""Warps on each processor that walk over rows."""
+"""Warps on each processor where programs walk over the rows, each summing over its own."""
 
 
-def tile(rows: int, H: int, walking: bool = False) -> tuple[int, int, int]:
-    """Rows and columns of a program's tile, and its warps."""
-    return _tile(H, rows * H < FEW and not walking)
+def plan(
+    rows: int, H: int, device: torch.device, walking: bool = False, rounding: bool = False
+) -> tuple[int, dict[str, Any]]:
+    """How many programs to start, and the kernel's arguments that say what each does: tile, warps, and how it reads.
+
+    `walking` programs go over the rows until all are done. `rounding` ones round each product before it is summed, as
+    PyTorch does, instead of with the sum.
+    """
+    block_t, block_h, warps = _tile(H, rows * H < FEW and not walking)
+    programs = cdiv(rows, block_t)
+    if walking:
+        programs = min(programs, max(1, WALKING_WARPS // warps) * processors(device))
+    read = "evict_first" if rows * H in STREAMED else ""
+    options = {"READ": read, "BLOCK_T": block_t, "BLOCK_H": block_h, "num_warps": warps}
+    return programs, options | {"enable_fp_fusion": False} if rounding else options
 
 
 @cache
 def _tile(H: int, few: bool) -> tuple[int, int, int]:
+    """Rows and columns of a program's tile, and its warps."""
     block_h = power_of_two(H)
     block_t = max(1, min(16, (SMALL_TILE if few else TILE) // block_h))
     threads = block_t * block_h // ELEMENTS
     return block_t, block_h, min(16, max(1, threads // 32, 4 if few and block_t * block_h >= SMALL_TILE else 1))
 
 
-def reading(rows: int, H: int) -> str:
-    """The eviction policy of what is read once."""
-    return "evict_first" if rows * H in STREAMED else ""
-
-
-def walkers(tiles: int, warps: int, device: torch.device) -> int:
-    """How many programs share the tiles where each sums over its own."""
-    return min(tiles, max(1, WALKING_WARPS // warps) * processors(device))
+def as_summed(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """`x` in the layout that PyTorch gives residual + x: a copy where it has another."""
+    if x.stride() == residual.stride():
+        return x
+    left, right = (torch.empty_strided(t.shape, t.stride(), device="meta") for t in (residual, x))
+    strides = (left + right).stride()
+    if strides == torch.empty_like(x, device="meta").stride():
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
 
 
 def shares(programs: int, wanted: bool, parameter: torch.Tensor | None) -> torch.Tensor | None:
@@ -58,7 +73,7 @@ def shares(programs: int, wanted: bool, parameter: torch.Tensor | None) -> torch
 
 @triton.jit
 def read(ptr, mask, READ: tl.constexpr):
-    """What is read once, in float32."""
+    """What is read once, in float32; READ is the eviction policy."""
     return tl.load(ptr, mask=mask, other=0.0, eviction_policy=READ).to(tl.float32)
 
 

@@ -18,15 +18,16 @@ from unittest.mock import patch
 
 import torch
 import triton
+from dropout_cases import dropout_cases
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fastlora.kernels import forms, ops
+from fastlora.kernels import forms
 from fastlora.kernels.gpu import launch
 from fastlora.kernels.op import SemanticOp
 from fastlora.tools.bench.accuracy import flat
-from fastlora.tools.bench.cases import Arguments, Case, Randn, cases
+from fastlora.tools.bench.cases import Case, cases
 from fastlora.tools.bench.shapes import SHAPES
 
 SHARED_MEMORY = {70: 96, 75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
@@ -61,18 +62,7 @@ def _cases() -> Iterator[Case]:
     for name in ("Qwen3-0.6B", "Gemma-2-9B", "BERT-large"):
         for tokens in (1, 300, 8192):
             yield from cases(SHAPES[name], tokens, [8, 64])
-    yield from (_dropout(added) for added in (False, True))
-
-
-def _dropout(added: bool) -> Case:
-    """Benchmarks have none."""
-
-    def build(randn: Randn, dtype: torch.dtype) -> Arguments:
-        x = randn(300, 64)
-        seed = torch.zeros(1, dtype=torch.int64, device=x.device)
-        return {"x": x, "base": randn(300, 64) if added else None, "seed": seed, "p": 0.1, "out_dtype": dtype}
-
-    return Case(ops.dropout, "any", "dropout", 300, 0, {"T": 300, "K": 64}, build, ("x",))
+    yield from dropout_cases()
 
 
 def _run(case: Case, dtype: torch.dtype) -> None:

@@ -1,9 +1,9 @@
 """Launches every kernel on this GPU, for tools that watch it: `compute-sanitizer --tool memcheck python FILE`.
 
-Every op runs forward and backward at the places of two models, for a number of tokens that no tile divides, in every
-dtype (or in those that are named on the command line), with the gradients that LoRA wants and with all. To see single
-buffers, set PYTORCH_NO_CUDA_MEMORY_CACHING=1. Neither racecheck nor initcheck follows Hopper's copy engine, which
-products of 16 bits use: `FILE float32` has none.
+Every op runs forward and backward at the places of two models, for a number of tokens that no tile divides, and with
+dropout; in every dtype (or in those that are named on the command line), with the gradients that LoRA wants and with
+all. To see single buffers, set PYTORCH_NO_CUDA_MEMORY_CACHING=1. Neither racecheck nor initcheck follows Hopper's copy
+engine, which products of 16 bits use: `FILE float32` has none.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import sys
 
 import torch
+from dropout_cases import dropout_cases
 
 from fastlora.kernels import forms
 from fastlora.tools.bench.accuracy import cotangents, flat, leaves
@@ -41,7 +42,7 @@ def main() -> int:
     count, dtypes = 0, [getattr(torch, name) for name in asked.dtypes]
     with forms.only("triton"):
         for name in ("Qwen3-0.6B", "BERT-large"):
-            for case in cases(SHAPES[name], asked.tokens, [16]):
+            for case in (*cases(SHAPES[name], asked.tokens, [16]), *dropout_cases()):
                 for dtype in dtypes:
                     for everything in (False, True):
                         run(case, dtype, everything)

@@ -243,12 +243,13 @@ def check_every_subset_of_gradients(case: Case) -> None:
             else:
                 assert gradient is None, f"{name} got a gradient when only {wanted} wanted one"
         asked = [{n for n, need in labelled(op.wanted(needs)).items() if need} for _, needs, *_ in calls]
-        assert made == asked == [expected for expected in [_computed(op, wanted)] if expected]
+        assert made == asked == [expected for expected in [_computed(op, arguments, wanted)] if expected]
 
 
-def _computed(op: SemanticOp, wanted: Collection[str]) -> set[str]:
+def _computed(op: SemanticOp, arguments: Arguments, wanted: Collection[str]) -> set[str]:
     """What has to be computed for `wanted`: tied arguments share the first's gradient, a passed-through one is free."""
-    tied, passthrough = op.shared.tied, op.shared.passthrough
+    shared = op.sharing(op.order(arguments))
+    tied, passthrough = shared.tied, shared.passthrough
     return {tied[0] if name in tied else name for name in wanted if name not in passthrough}
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import Function, Outcome, Run, analyse, bf16, distance, evaluate, f32, lora, randn, trace
+from graphs import Function, analyse, bf16, evaluate, f32, lora, randn, trace
+from seeded_dropout import P, assert_same, check, drop, through_aot_autograd
 from tiny_models import batch, build, relative, step
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -17,13 +18,11 @@ from torch.utils.checkpoint import checkpoint
 import fastlora
 from fastlora.engine import rewrite
 from fastlora.kernels import ops
-from fastlora.kernels.dropout import SEEDS, reference
 from fastlora.lowering import lower
 from fastlora.pattern import Opt, Param, Scalar, linear, seeded
 from fastlora.rule import dtype_of, rule
 from fastlora.session import default_rules
 
-P = 0.4
 X = randn(2, 3, 16)
 
 
@@ -37,11 +36,6 @@ def masks_are_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastlora.patterns.lora.is_cheap", lambda t: True)
 
 
-def drop(x: Tensor, p: float = P) -> Tensor:
-    """What the rewritten graph computes in the place of `F.dropout(x, p)`."""
-    return reference(x, None, torch.randint(SEEDS, (1,)), p, x.dtype)
-
-
 def drawn(x: Tensor, w: Tensor, a: Tensor, b: Tensor, p: float = P) -> Tensor:
     """`lora` with the dropout of a seed."""
     result = F.linear(x, w)
@@ -50,24 +44,6 @@ def drawn(x: Tensor, w: Tensor, a: Tensor, b: Tensor, p: float = P) -> Tensor:
 
 def dropped(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return lora(x, w, a, b, p=P)
-
-
-def assert_same(mine: Run, its: Run, tolerance: float = 2e-6) -> None:
-    for one, other in zip(mine.tensors(), its.tensors(), strict=True):
-        assert (one is None) == (other is None)
-        if one is not None and other is not None:
-            assert one.dtype == other.dtype
-            assert distance(one, other) <= tolerance
-
-
-def check(function: Function, own: Function, *inputs: Any, ops: list[str], tolerance: float = 2e-6) -> Outcome:
-    """The function, rewritten, is `own` for the same random state, and holds these ops."""
-    outcome = analyse(function, *inputs)
-    assert outcome.ops == ops, outcome.turned_down()
-    assert not outcome.misses
-    outcome.assert_tidy()
-    assert_same(outcome.rewritten, evaluate(own, inputs), tolerance)
-    return outcome
 
 
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
@@ -272,18 +248,7 @@ def test_a_checkpoint_draws_its_seeds_again() -> None:
 @pytest.mark.parametrize("function", [block, checkpointed], ids=lambda f: f.__name__)
 def test_aot_autograd_draws_each_seed_once(function: Function) -> None:
     """Forward and backward of what it makes of the rewritten graph have one mask, recomputed or not."""
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._functorch.partitioners import min_cut_rematerialization_partition
-
-    compile_ = aot_autograd(fw_compiler=lambda gm, _: gm, partition_fn=min_cut_rematerialization_partition)
-
-    def backend(gm: torch.fx.GraphModule, given: Any) -> Any:
-        rewrite(gm, default_rules())
-        return compile_(gm, given)
-
-    torch._dynamo.reset()
-    compiled = evaluate(torch.compile(function, backend=backend, fullgraph=True), BLOCK)
-    assert_same(compiled, analyse(block, *BLOCK).rewritten)
+    assert_same(through_aot_autograd(function, *BLOCK), analyse(block, *BLOCK).rewritten)
 
 
 @pytest.mark.parametrize("how", ["train", "checkpointing", "verified"])

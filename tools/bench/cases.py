@@ -105,7 +105,7 @@ def _norms(shape: Shape, T: int) -> Iterator[Case]:
 
     alone, added = (ops.rms_norm, ops.add_rms_norm) if rms else (ops.layer_norm, ops.add_layer_norm)
     yield Case(alone, shape.name, "norm", T, 0, {"T": T, "H": H}, build, ("x",))
-    yield Case(added, shape.name, "residual + norm", T, 0, {"T": T, "H": H}, add_build, ("x", "residual"))
+    yield Case(added, shape.name, "residual + norm", T, 0, {"T": T, "H": H, "S": 0}, add_build, ("x", "residual"))
 
 
 def _rotary(shape: Shape, T: int) -> Iterator[Case]:
