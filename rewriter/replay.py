@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -40,30 +39,30 @@ class Recorder(Protocol):
     def __call__(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]: ...
 
 
-def record(function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-    """Records what a function does into a CUDA graph.
+class CudaGraphs:
+    """Records what a function does on a GPU into a CUDA graph.
 
-    All graphs of a device share a pool. What one has freed by its end, another may overwrite, which is right as long as
-    they are replayed one after the other.
+    The graphs of a device share memory that is kept as long as this object or one of them is. What one has freed by its
+    end, another may overwrite, which is right as long as they are replayed one after the other.
     """
-    graph = torch.cuda.CUDAGraph()
-    device = torch.cuda.current_device()
-    pool, stream = _pool(device)
-    stream.wait_stream(torch.cuda.current_stream())
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream), _uncached_casts():
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        try:
-            result = function()
-        finally:
-            graph.capture_end()
-    torch.cuda.current_stream().wait_stream(stream)
-    return result, graph.replay
 
+    def __init__(self) -> None:
+        self._places: dict[int, tuple[torch.cuda.MemPool, torch.cuda.Stream]] = {}
 
-@cache
-def _pool(device: int) -> tuple[Any, torch.cuda.Stream]:
-    return torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+    def __call__(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        graph = torch.cuda.CUDAGraph()
+        device = torch.cuda.current_device()
+        if device not in self._places:
+            self._places[device] = torch.cuda.MemPool(), torch.cuda.Stream(device)
+        pool, stream = self._places[device]
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream), _uncached_casts():
+            graph.capture_begin(pool=pool.id, capture_error_mode="thread_local")
+            try:
+                result = function()
+            finally:
+                graph.capture_end()
+        return result, graph.replay
 
 
 @contextmanager
@@ -83,15 +82,15 @@ class Replays:
 
     Args:
         run: the graph; its arguments are parameters, activations and plain values.
-        always: record for any number of tokens, not just for few.
         recorder: what records.
-        note: is told, once, why something is not recorded.
+        always: record for any number of tokens, not just for few.
+        note: is told why something is not recorded.
     """
 
     run: Runnable
+    recorder: Recorder
     always: bool
     note: Callable[[str], None]
-    recorder: Recorder = record
     _recordings: dict[Hashable, _Recording | None] = field(default_factory=dict)
     _runs: Counter[Hashable] = field(default_factory=Counter)
 
@@ -155,7 +154,7 @@ class Replays:
         return key if key in self._runs or len(self._runs) < MOST_KINDS else None
 
     def _records(self, device: torch.device) -> bool:
-        return device.type == "cuda" or self.recorder is not record
+        return device.type == "cuda" or not isinstance(self.recorder, CudaGraphs)
 
 
 def _apart(results: Sequence[Any], args: Sequence[Any]) -> bool:

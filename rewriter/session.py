@@ -18,7 +18,7 @@ from fastlora.engine import AnyRule, Rewrite, rewrite
 from fastlora.errors import FastLoRAError, StrictError
 from fastlora.findings import misses, sites
 from fastlora.lowering import lower, pretend
-from fastlora.replay import Replays
+from fastlora.replay import CudaGraphs, Replays
 from fastlora.report import Coverage, Miss, Report, Seconds, Site
 
 LOWERINGS = ("auto", "eager", "inductor")
@@ -91,6 +91,7 @@ class Session:
         self.seconds = Seconds()
         self.head: str | None = None
         self.region = ""
+        self._recorder = CudaGraphs()
         self._serving: dict[tuple[str, int], TracedGraph] = {}
         self._breaks_before = _graph_breaks()
         self._entered = time.perf_counter()
@@ -130,6 +131,7 @@ class Session:
         options = self.options
         return Replays(
             run=lower(gm, inputs, options.lowering, options.mode),
+            recorder=self._recorder,
             always=options.mode == "reduce-overhead",
             note=self._note,
         )
