@@ -31,7 +31,8 @@ def total(
 ) -> torch.Tensor:
     """low_left @ low_right + sum of left @ right (+ bias), rounded to `dtype`.
 
-    `products` holds at least one. Without the thin `low`, which has the first place in a kernel's sum, cuBLAS adds.
+    `products` has at least one. Our kernel makes only sums with a thin `low`, and those only where it is faster; the
+    rest is cuBLAS's.
     """
     lows = [] if low is None else [low]
     if lows and matmul.serves([*lows, *products], bias) is True:
