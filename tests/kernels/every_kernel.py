@@ -12,6 +12,7 @@ import argparse
 import sys
 
 import torch
+from op_checks import require_every_gradient
 
 from fastlora.kernels import forms
 from fastlora.tools.bench.accuracy import cotangents, flat, leaves
@@ -24,9 +25,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 def run(case: Case, dtype: torch.dtype, everything: bool) -> None:
     arguments = case.arguments(dtype, torch.device("cuda"))
     if everything and case.wanted:
-        for value in [t for v in arguments.values() for t in (v if isinstance(v, list) else [v])]:
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                value.requires_grad_()
+        require_every_gradient(arguments)
     outputs = flat(case.op(**arguments))
     wanted = list(leaves(arguments).values())
     if wanted:

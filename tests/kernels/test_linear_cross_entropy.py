@@ -22,7 +22,6 @@ from op_checks import (
     f16,
     f32,
     f64,
-    in_float64,
     native,
     replaced,
     saved_for_backward,
@@ -44,6 +43,7 @@ from op_precision import (
 from fastlora.kernels import linear_cross_entropy as module
 from fastlora.kernels.forms import restriction
 from fastlora.kernels.ops import linear_cross_entropy
+from fastlora.tools.bench.accuracy import in_float64
 
 FORMS = ["pytorch", "triton"]
 
