@@ -170,5 +170,6 @@ def is_cheap(t: torch.Tensor) -> bool:
     """Whether a kernel draws the masks of tensors like this; in PyTorch's integer arithmetic they cost too much."""
     if t.device.type != "cuda" or not runs_kernels(t.device):
         return False
-    newer = torch.cuda.get_device_capability(t.device) >= (8, 0)
-    return t.dtype in (torch.float32, torch.float16) or (t.dtype is torch.bfloat16 and newer)
+    from fastlora.kernels.gpu.launch import computes  # where kernels run there is Triton, which it imports
+
+    return computes(t.dtype, t.device)

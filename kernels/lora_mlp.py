@@ -39,13 +39,24 @@ _TYPES = {
     "lora_bias": "Tensor?",
     "scaling": "float",
 }
-_PROJECTIONS = ("gate", "up", "down")
-_PARAMETERS = ", ".join(f"{kind} {p}_{name}" for p in _PROJECTIONS for name, kind in _TYPES.items())
+INNER = ("gate", "up")
+PROJECTIONS = (*INNER, "down")
+_PARAMETERS = ", ".join(f"{kind} {p}_{name}" for p in PROJECTIONS for name, kind in _TYPES.items())
 
 
-def _of(projection: str, values: dict[str, Any], *more: str) -> dict[str, Any]:
+def of(projection: str, values: dict[str, Any], names: tuple[str, ...] = tuple(_TYPES)) -> dict[str, Any]:
     """The values of one of the three layers, under the names that `lora_linear` knows them by."""
-    return {name: values[f"{projection}_{name}"] for name in (*_TYPES, *more)}
+    return {name: values[f"{projection}_{name}"] for name in names}
+
+
+def wants_of(projection: str, wanted: Wanted) -> Wanted:
+    """Which gradients are wanted of one of the three layers' parameters."""
+    return of(projection, wanted, single.PARAMETERS)
+
+
+def gradients_of(projection: str, gradients: Gradients) -> Gradients:
+    """The gradients of one of the three layers' parameters, under the names that this op knows them by."""
+    return {f"{projection}_{name}": gradient for name, gradient in gradients.items()}
 
 
 def reference(
@@ -61,7 +72,7 @@ def reference(
     """The MLP as the models and PEFT write it. Returns y in `out_dtype`."""
 
     def project(projection: str, z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        layer = _of(projection, parameters)
+        layer = of(projection, parameters)
         return single.reference(z, None, **layer, base_dtype=base_dtype, lora_dtype=lora_dtype, out_dtype=dtype)
 
     gate, up = project("gate", x, proj_dtype), project("up", x, proj_dtype)
@@ -79,7 +90,7 @@ def forward(
     **parameters: Any,
 ) -> tuple[torch.Tensor, ...]:
     def project(projection: str, z: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        layer = _of(projection, parameters)
+        layer = of(projection, parameters)
         return single.forward(z, None, **layer, base_dtype=base_dtype, lora_dtype=lora_dtype, out_dtype=dtype)
 
     gate, gate_xa = project("gate", x, proj_dtype)
@@ -104,19 +115,18 @@ def backward(
     **saved: Any,
 ) -> Gradients:
     gradients: Gradients = {}
-    ranks = [len(saved[f"{p}_lora_a"]) for p in ("gate", "up")]
+    ranks = [len(saved[f"{p}_lora_a"]) for p in INNER]
     saved["gate_xa"], saved["up_xa"] = inner_xa.split(ranks, dim=1)
 
     def through(projection: str, wants_z: bool, dy: torch.Tensor, z: torch.Tensor | None) -> list[single.Addend]:
-        want = {name: wanted[f"{projection}_{name}"] for name in single.PARAMETERS}
-        layer = _of(projection, saved, "xa")
+        layer = of(projection, saved, (*_TYPES, "xa"))
         found, dz = single.projection_backward(
-            want, wants_z, dy, z, base_dtype=base_dtype, lora_dtype=lora_dtype, **layer
+            wants_of(projection, wanted), wants_z, dy, z, base_dtype=base_dtype, lora_dtype=lora_dtype, **layer
         )
-        gradients.update({f"{projection}_{name}": gradient for name, gradient in found.items()})
+        gradients.update(gradients_of(projection, found))
         return dz
 
-    wants = {p: wanted["x"] or any(wanted[f"{p}_{name}"] for name in single.PARAMETERS) for p in ("gate", "up")}
+    wants = {p: wanted["x"] or any(wants_of(p, wanted).values()) for p in INNER}
     hidden = None
     if wanted["down_weight"] or wanted["down_lora_a"]:
         (hidden,) = glu.forward(gate, up, activation, hidden_dtype)
@@ -125,7 +135,7 @@ def backward(
         return gradients
     dh = single.sum_products(dhidden, hidden_dtype).reshape(gate.shape)
     inner = glu.backward(wants, [dh], gate, up, activation)
-    addends = [a for p in ("gate", "up") if wants[p] for a in through(p, wanted["x"], inner[p], x)]
+    addends = [a for p in INNER if wants[p] for a in through(p, wanted["x"], inner[p], x)]
     if wanted["x"]:
         gradients["x"] = single.sum_products(addends, x_dtype).reshape(*gate.shape[:-1], saved["gate_weight"].shape[1])
     return gradients
@@ -145,12 +155,10 @@ lora_mlp = op(
     backward=backward,
     saves=(
         "x",
-        *(f"{p}_{name}" for p in _PROJECTIONS for name in single.PARAMETERS),
+        *(f"{p}_{name}" for p in PROJECTIONS for name in single.PARAMETERS),
         *("gate", "up", "inner_xa", "down_xa"),
     ),
-    saved_if={
-        "x": lambda wanted, _: any(wanted[f"{p}_{name}"] for p in ("gate", "up") for name in ("weight", "lora_a"))
-    },
+    saved_if={"x": lambda wanted, _: any(wanted[f"{p}_{name}"] for p in INNER for name in ("weight", "lora_a"))},
     cost=Cost(
         forward=Work(flops="6*T*H*I + 6*T*R*(H + I)", bytes="(2*T*H + 2*T*I + 3*T*R)*b + 3*H*I*w + 3*R*(H + I)*p"),
         backward=Work(flops="6*T*H*I + 12*T*R*(H + I)", bytes="(3*T*H + 2*T*I + 3*T*R)*b + 3*H*I*w + 6*R*(H + I)*p"),

@@ -178,6 +178,9 @@ def backward(
     return {"x": dx, **({} if x is None else table_gradients(wanted, grads, [x], *how))}
 
 
+_PASS = Work(flops="3*T*M*D", bytes="(2*T*M*D + 2*T*D)*b")
+_COST = Cost(forward=_PASS, backward=_PASS)
+
 rotary = op(
     "rotary",
     family="rotary",
@@ -191,10 +194,7 @@ rotary = op(
     backward=backward,
     saves=("x", "cos", "sin"),
     saved_if={"x": lambda wanted, _: wanted["cos"] or wanted["sin"]},
-    cost=Cost(
-        forward=Work(flops="3*T*M*D", bytes="(2*T*M*D + 2*T*D)*b"),
-        backward=Work(flops="3*T*M*D", bytes="(2*T*M*D + 2*T*D)*b"),
-    ),
+    cost=_COST,
 )
 
 
@@ -247,8 +247,5 @@ rotary_group = op(
     backward=group_backward,
     saves=("x", "cos", "sin"),
     saved_if={"x": lambda wanted, _: wanted["cos"] or wanted["sin"]},
-    cost=Cost(
-        forward=Work(flops="3*T*M*D", bytes="(2*T*M*D + 2*T*D)*b"),
-        backward=Work(flops="3*T*M*D", bytes="(2*T*M*D + 2*T*D)*b"),
-    ),
+    cost=_COST,
 )

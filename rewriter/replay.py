@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -57,7 +57,7 @@ class CudaGraphs:
         pool, stream = self._places[device]
         torch.cuda.synchronize()
         with torch.cuda.stream(stream), _uncached_casts():
-            graph.capture_begin(pool=pool.id, capture_error_mode="thread_local")
+            graph.capture_begin(pool=cast(Any, pool.id), capture_error_mode="thread_local")
             try:
                 result = function()
             finally:

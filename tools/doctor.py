@@ -79,8 +79,5 @@ def command(folder: str, verbose: bool) -> list[str]:
     """What runs the tests, with settings that it writes into `folder`."""
     tests = next(path for path in _TESTS if path.is_dir())
     settings = Path(folder) / "pytest.ini"
-    settings.write_text(
-        f"[pytest]\npythonpath = {tests}\naddopts = --import-mode=importlib -p no:cacheprovider\n"
-        "markers =\n    float64: the test needs a form that computes in float64\n"
-    )
+    settings.write_text(f"[pytest]\npythonpath = {tests}\naddopts = --import-mode=importlib -p no:cacheprovider\n")
     return [sys.executable, "-m", "pytest", "-c", str(settings), str(tests), "-v" if verbose else "-q"]

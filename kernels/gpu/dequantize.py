@@ -15,7 +15,7 @@ import triton.language as tl
 
 from fastlora.kernels import dequantize as op
 from fastlora.kernels.forms import Form
-from fastlora.kernels.gpu.launch import FLOATS, capability, cdiv, empty
+from fastlora.kernels.gpu.launch import cdiv, computes, empty
 
 UNITS, WARPS = 128, 2
 """Stored units that a program decodes, and its warps. Measured on an H200, bfloat16."""
@@ -97,8 +97,7 @@ def decode_into(
 
 
 def serves(packed: torch.Tensor, absmax: torch.Tensor, rows: int, cols: int, dtype: torch.dtype, **_: Any) -> bool:
-    whole = absmax.is_contiguous() and rows * cols > 0
-    return whole and dtype in FLOATS and (dtype is not torch.bfloat16 or capability(packed.device) >= (8, 0))
+    return absmax.is_contiguous() and rows * cols > 0 and computes(dtype, packed.device)
 
 
 def forward(packed: torch.Tensor, rows: int, cols: int, dtype: torch.dtype, **format_: Any) -> tuple[torch.Tensor]:

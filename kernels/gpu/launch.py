@@ -16,15 +16,6 @@ FLOATS = (torch.float32, *HALVES)
 
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
-
-def supported(*tensors: torch.Tensor | None) -> bool:
-    """Whether kernels can load and store these: floats of 16 and 32 bits, bfloat16 only where the GPU computes it."""
-    for t in tensors:
-        if t is not None and (t.dtype not in FLOATS or (t.dtype is torch.bfloat16 and capability(t.device) < (8, 0))):
-            return False
-    return True
-
-
 STAND_IN = (9, 0)
 """The compute capability of what is no GPU: of the interpreter, or of a device that kernels are compiled for ahead."""
 
@@ -33,6 +24,19 @@ STAND_IN = (9, 0)
 def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability of a device."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else STAND_IN
+
+
+def computes(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether kernels compute in this dtype: floats of 16 and 32 bits, bfloat16 only where the GPU has it."""
+    return capability(device) >= (8, 0) if dtype is torch.bfloat16 else dtype in FLOATS
+
+
+def supported(*tensors: torch.Tensor | None) -> bool:
+    """Whether kernels can load and store these."""
+    for t in tensors:  # noqa: SIM110  (a generator takes longer)
+        if t is not None and not computes(t.dtype, t.device):
+            return False
+    return True
 
 
 @cache

@@ -119,8 +119,15 @@ def _masked_sum(
     return dx
 
 
-def serves(x: torch.Tensor | None, weight: list[torch.Tensor], **given: Any) -> bool:
-    return all(layer.serves(x, w, **given) for w in weight)
+def serves(
+    x: torch.Tensor | None,
+    weight: list[torch.Tensor],
+    base_dtype: torch.dtype,
+    lora_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    **_: Any,
+) -> bool:
+    return all(layer.serves(x, w, base_dtype, lora_dtype, out_dtype) for w in weight)
 
 
 def forward(
@@ -146,9 +153,8 @@ def forward(
     return [y.view(*x.shape[:-1], y.shape[1]) for y in ys], xa
 
 
-def serves_backward(grads: list[list[torch.Tensor | None]], weight: list[torch.Tensor], **given: Any) -> bool:
-    dtypes = {n: given[n] for n in ("base_dtype", "lora_dtype", "out_dtype")}
-    return serves(None, weight, **dtypes) and all(dy is None or dy.numel() > 0 for dy in grads[0])
+def serves_backward(grads: list[list[torch.Tensor | None]], **given: Any) -> bool:
+    return serves(**given) and all(dy is None or dy.numel() > 0 for dy in grads[0])
 
 
 def backward(

@@ -20,7 +20,7 @@ from fastlora.kernels import lora_linear as op
 from fastlora.kernels.forms import Form, laid_out
 from fastlora.kernels.gpu import dropout as mask
 from fastlora.kernels.gpu import low_rank, matmul
-from fastlora.kernels.gpu.launch import FLOATS, capability, supported
+from fastlora.kernels.gpu.launch import FLOATS, computes, supported
 from fastlora.kernels.op import Gradients, Wanted
 
 Addend = op.Addend
@@ -29,7 +29,11 @@ Addend = op.Addend
 def total(
     low: Addend | None, products: Sequence[Addend], bias: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """low_left @ low_right + sum of left @ right (+ bias), rounded to `dtype`; `products` may be the thin one alone."""
+    """low_left @ low_right + sum of left @ right (+ bias), rounded to `dtype`.
+
+    `products` has at least one. Our kernel makes only sums with a thin `low`, and those only where it is faster; the
+    rest is cuBLAS's.
+    """
     lows = [] if low is None else [low]
     if lows and matmul.serves([*lows, *products], bias) is True:
         return matmul.sum_of_products([*lows, *products], bias, dtype=dtype)
@@ -123,12 +127,16 @@ def masked_sum(
 
 
 def serves(
-    x: torch.Tensor | None, weight: torch.Tensor, base_dtype: torch.dtype, lora_dtype: torch.dtype, **given: Any
+    x: torch.Tensor | None,
+    weight: torch.Tensor,
+    base_dtype: torch.dtype,
+    lora_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    **_: Any,
 ) -> bool:
     """Both paths compute in one dtype, which the GPU has; otherwise roundings differ between them."""
-    fits = base_dtype is lora_dtype and base_dtype in FLOATS and given["out_dtype"] in FLOATS
-    halved = base_dtype is torch.bfloat16 and capability(weight.device) < (8, 0)
-    return fits and not halved and weight.dim() == 2 and weight.numel() > 0 and (x is None or x.numel() > 0)
+    fits = base_dtype is lora_dtype and computes(base_dtype, weight.device) and out_dtype in FLOATS
+    return fits and weight.dim() == 2 and weight.numel() > 0 and (x is None or x.numel() > 0)
 
 
 def forward(
@@ -151,10 +159,8 @@ def forward(
     return y.view(*x.shape[:-1], y.shape[1]), xa
 
 
-def serves_backward(grads: list[torch.Tensor], weight: torch.Tensor, **given: Any) -> bool:
-    return serves(None, weight, **{n: given[n] for n in ("base_dtype", "lora_dtype", "out_dtype")}) and bool(
-        grads[0].numel()
-    )
+def serves_backward(grads: list[torch.Tensor], **given: Any) -> bool:
+    return serves(**given) and grads[0].numel() > 0
 
 
 def backward(
@@ -235,8 +241,7 @@ def add_forward(
 
 
 def serves_add_backward(grads: list[torch.Tensor], lora_a: torch.Tensor, lora_dtype: torch.dtype, **_: Any) -> bool:
-    halved = lora_dtype is torch.bfloat16 and capability(lora_a.device) < (8, 0)
-    return lora_dtype in FLOATS and not halved and grads[0].numel() > 0 and lora_a.numel() > 0
+    return computes(lora_dtype, lora_a.device) and grads[0].numel() > 0 and lora_a.numel() > 0
 
 
 def add_backward(

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.gpu.launch import HALVES, allocate, cdiv, processors
+from fastlora.kernels.gpu.launch import HALVES, allocate, cdiv, power_of_two, processors
 from fastlora.kernels.gpu.matmul import describable, describe, measured
 
 REDUCED = 256
@@ -161,7 +161,7 @@ def _shares(blocks: int, size: int, step: int, device: torch.device) -> tuple[in
 
 
 def _block(R: int) -> int:
-    return max(16, 1 << (R - 1).bit_length())
+    return max(16, power_of_two(R))
 
 
 def _stages(sweep: Sweep, thin: int, held: int = 0) -> int:

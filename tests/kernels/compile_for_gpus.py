@@ -19,14 +19,13 @@ from unittest.mock import patch
 import torch
 import triton
 from dropout_cases import dropout_cases
+from op_checks import require_every_gradient
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from fastlora.kernels import forms
 from fastlora.kernels.gpu import launch
-from fastlora.kernels.op import SemanticOp
-from fastlora.tools.bench.accuracy import flat
 from fastlora.tools.bench.cases import Case, cases
 from fastlora.tools.bench.shapes import SHAPES
 
@@ -76,18 +75,12 @@ def _run(case: Case, dtype: torch.dtype) -> None:
     below = patch.object(op, "target", op._run_forward), patch.object(op, "backward_target", op._run_backward)
     with below[0], below[1]:
         for everything in (False, True):
-            for value in [t for a in arguments.values() for t in (a if isinstance(a, list) else [a])]:
-                if everything and isinstance(value, torch.Tensor) and value.is_floating_point() and case.wanted:
-                    value.requires_grad_()
-            outputs = flat(op._run_autograd(*op.order(arguments)))[: len(flat_outputs(op, arguments))]
+            if everything and case.wanted:
+                require_every_gradient(arguments)
+            results = op._run_autograd(*op.order(arguments))
+            outputs = op.output_leaves.flat(results if len(op.result_names) > 1 else (results,))
             if case.wanted:
                 torch.autograd.backward(outputs, [torch.empty_like(t) for t in outputs])
-
-
-def flat_outputs(op: SemanticOp, arguments: dict[str, Any]) -> list[Any]:
-    """As many entries as the op has outputs, lists of them counted by their members."""
-    members = next((len(v) for v in arguments.values() if isinstance(v, list)), 1)
-    return [None for output in op.outputs for _ in range(members if output.is_list else 1)]
 
 
 def compiled(made: Launch, capability: int) -> tuple[str, Any]:

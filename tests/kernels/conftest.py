@@ -13,12 +13,22 @@ from lora_cases import Scheme, served
 
 from fastlora.kernels import forms
 
+PYTORCH_ONLY = {
+    "pytorch_form": "the test is about the PyTorch form alone",
+    "float64": "the test computes in float64, which kernels do not",
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, meaning in PYTORCH_ONLY.items():  # here, and so for whoever runs these tests with settings of his own
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "form" in metafunc.fixturenames:
         forms = getattr(metafunc.module, "FORMS", ["pytorch"])
-        needs_float64 = metafunc.definition.get_closest_marker("float64")
-        metafunc.parametrize("form", ["pytorch"] if needs_float64 else forms, indirect=True)
+        pytorch_only = any(metafunc.definition.get_closest_marker(name) for name in PYTORCH_ONLY)
+        metafunc.parametrize("form", ["pytorch"] if pytorch_only else forms, indirect=True)
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ import sys
 
 import torch
 from dropout_cases import dropout_cases
+from op_checks import require_every_gradient
 
 from fastlora.kernels import forms
 from fastlora.tools.bench.accuracy import cotangents, flat, leaves
@@ -25,9 +26,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 def run(case: Case, dtype: torch.dtype, everything: bool) -> None:
     arguments = case.arguments(dtype, torch.device("cuda"))
     if everything and case.wanted:
-        for value in [t for v in arguments.values() for t in (v if isinstance(v, list) else [v])]:
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                value.requires_grad_()
+        require_every_gradient(arguments)
     outputs = flat(case.op(**arguments))
     wanted = list(leaves(arguments).values())
     if wanted:

@@ -22,8 +22,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from fastlora.kernels import forms
 from fastlora.kernels.forms import Form, restriction
 from fastlora.kernels.op import SemanticOp
+from fastlora.tools.bench.accuracy import flat, labelled
+from fastlora.tools.bench.cases import Arguments
 
-Arguments = dict[str, Any]
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -64,21 +65,14 @@ def complete(op: SemanticOp, arguments: Arguments) -> Arguments:
     return {a.name: on_device(v) for a, v in zip(op.arguments, op.order(arguments), strict=False)}
 
 
-def flat(value: Any) -> list[torch.Tensor]:
-    return [value] if isinstance(value, torch.Tensor) else [t for v in value for t in flat(v)]
-
-
-def labelled(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with every list's members by themselves, as `name[0]`, `name[1]`, ..."""
-    named: dict[str, Any] = {}
-    for name, value in values.items():
-        named |= {f"{name}[{i}]": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
-    return named
-
-
 def leaves(arguments: Arguments) -> dict[str, torch.Tensor]:
     """The floating-point tensors by name."""
     return {n: t for n, t in labelled(arguments).items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
+
+
+def require_every_gradient(arguments: Arguments) -> None:
+    for t in leaves(arguments).values():
+        t.requires_grad_()
 
 
 def replaced(arguments: Arguments, new: dict[str, torch.Tensor]) -> Arguments:
@@ -112,8 +106,9 @@ class Result:
         return outputs | {f"gradient of {n}": g for n, g in self.gradients.items() if g is not None}
 
 
-def cotangents(outputs: Sequence[torch.Tensor], seed: int = 1) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+def cotangents(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Random incoming gradients, the same on every device and with all the digits of float64."""
+    generator = torch.Generator().manual_seed(1)
     return [torch.randn(t.shape, dtype=f64, generator=generator).to(t.dtype).to(t.device) for t in outputs]
 
 
@@ -136,12 +131,6 @@ def evaluate(
         found = torch.autograd.grad(tensors, tuple(inputs.values()), incoming, allow_unused=True)
         gradients |= dict(zip(inputs, found, strict=True))
     return Result([t.detach() for t in outputs], gradients)
-
-
-def in_float64(arguments: Arguments) -> Arguments:
-    """The same numbers and the same computation, with every dtype in it float64."""
-    wide = {n: f64 if isinstance(v, torch.dtype) else v for n, v in arguments.items()}
-    return replaced(wide, {n: t.double() for n, t in leaves(arguments).items()})
 
 
 @contextmanager

@@ -34,7 +34,6 @@ from op_checks import (
     cotangents,
     evaluate,
     f64,
-    in_float64,
     leaves,
     on_device,
     replaced,
@@ -44,6 +43,7 @@ from torch.utils._pytree import tree_map_only
 
 from fastlora.kernels.forms import restriction
 from fastlora.kernels.op import SemanticOp
+from fastlora.tools.bench.accuracy import in_float64
 
 hypothesis.settings.register_profile("ops", max_examples=25, deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("ops")

@@ -218,7 +218,7 @@ def test_arguments_that_say_half_are_refused() -> None:
         check_argument(seed(), 0.5, torch.ones(3))
 
 
-@pytest.mark.float64
+@pytest.mark.pytorch_form
 def test_only_gpus_draw_masks_again() -> None:
     assert is_cheap(torch.empty(1, device=DEVICE)) is (DEVICE.type == "cuda")
     assert not is_cheap(torch.empty(1))

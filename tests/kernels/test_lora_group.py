@@ -17,13 +17,13 @@ from op_checks import (
     evaluate,
     f32,
     f64,
-    flat,
     leaves,
     replaced,
 )
 from op_precision import assert_as_precise, assert_precise_on_average, assert_propagates, sizes, tensors
 
 from fastlora.kernels.ops import lora_group, lora_linear
+from fastlora.tools.bench.accuracy import flat
 
 FORMS = ["pytorch", "triton"]
 

@@ -196,7 +196,7 @@ def test_dropout_that_makes_no_sense_is_refused(wrong: Arguments, said: str) -> 
         lora_linear(**given_ | {"x_dropped": given_["x"]})
 
 
-@pytest.mark.float64
+@pytest.mark.pytorch_form
 @pytest.mark.parametrize("scheme", ["bfloat16", "float32 adapters on bfloat16", "autocast", "float32"])
 def test_the_reference_is_peft_bit_for_bit(scheme: str) -> None:
     """Output and gradients, so "eager" in these tests is what users run; the op's output has the same bits."""

@@ -43,16 +43,21 @@ def flat(value: Any) -> list[torch.Tensor]:
     return [value] if isinstance(value, torch.Tensor) else [t for v in value for t in flat(v)]
 
 
-def leaves(arguments: Arguments) -> dict[str, torch.Tensor]:
-    """The tensors whose gradients are wanted, by name."""
-    named: dict[str, torch.Tensor] = {}
-    for name, value in arguments.items():
-        members = {f"{name}[{i}]": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
-        named |= {n: t for n, t in members.items() if isinstance(t, torch.Tensor) and t.requires_grad}
+def labelled(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with every list's members by themselves, as `name[0]`, `name[1]`, ..."""
+    named: dict[str, Any] = {}
+    for name, value in values.items():
+        named |= {f"{name}[{i}]": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
     return named
 
 
+def leaves(arguments: Arguments) -> dict[str, torch.Tensor]:
+    """The tensors whose gradients are wanted, by name."""
+    return {n: t for n, t in labelled(arguments).items() if isinstance(t, torch.Tensor) and t.requires_grad}
+
+
 def cotangents(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Random incoming gradients, drawn where the outputs are, which may be large."""
     generator = torch.Generator(outputs[0].device).manual_seed(1)
     return [torch.randn(t.shape, generator=generator, device=t.device).to(t.dtype) for t in outputs]
 
@@ -67,9 +72,14 @@ def results(function: Callable[..., Any], arguments: Arguments, like: list[torch
     return named | {f"gradient of {n}": g for n, g in zip(wanted, found, strict=True)}
 
 
-def in_float64(value: Any) -> Any:
+def in_float64(arguments: Arguments) -> Arguments:
+    """The same numbers and the same computation, with every dtype in it float64."""
+    return {name: _in_float64(value) for name, value in arguments.items()}
+
+
+def _in_float64(value: Any) -> Any:
     if isinstance(value, list):
-        return [in_float64(v) for v in value]
+        return [_in_float64(v) for v in value]
     if isinstance(value, torch.dtype):
         return torch.float64
     if isinstance(value, torch.Tensor) and value.is_floating_point():
@@ -83,7 +93,7 @@ def accuracy(case: Case, dtype: torch.dtype, device: torch.device) -> list[Accur
     mine = results(case.op, arguments)
     outputs = [t for name, t in mine.items() if name.startswith("output")]
     eager = results(case.op.reference, arguments)
-    truth = results(case.op.reference, {n: in_float64(v) for n, v in arguments.items()}, like=outputs)
+    truth = results(case.op.reference, in_float64(arguments), like=outputs)
     return [
         Accuracy(
             case,

@@ -17,6 +17,10 @@ from fastlora.tools.bench.measure import ceilings, device_time, extra_memory, ho
 
 _CACHED = 512 << 20
 """Bytes of data that do not fit in any cache."""
+_SETS = 4
+"""Sets of arguments at least, if they are no larger than `_LARGE` bytes: where memory lies makes a tenth of a copy's
+time, so no contender's should depend on one place."""
+_LARGE = 8 << 30
 _FAILED = "none"
 """The direction of a contender that failed."""
 
@@ -73,7 +77,9 @@ def _attempt(case: Case, name: str, prepare: Contender, dtype: torch.dtype) -> l
 def _measure(case: Case, name: str, prepare: Contender, dtype: torch.dtype) -> Iterator[Timing]:
     directions = case.directions
     moved = sum(case.work(direction, dtype)[1] for direction in directions)
-    sets = [case.arguments(dtype, torch.device("cuda"), seed) for seed in range(min(16, 1 + int(_CACHED // moved)))]
+    count = min(16, 1 + int(_CACHED // moved))
+    count = max(count, _SETS) if moved <= _LARGE else count
+    sets = [case.arguments(dtype, torch.device("cuda"), seed) for seed in range(count)]
     passes = [_passes(prepare, arguments) for arguments in sets]
     for direction in directions:
         limit = ceilings(dtype).limit(*case.work(direction, dtype))
