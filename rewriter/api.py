@@ -40,7 +40,7 @@ def compile(
         memory_budget: not planned for yet; anything but None raises.
         mode: `default` replays regions as CUDA graphs while batches are small, where launching kernels takes longer
             than running them; `reduce-overhead` does for batches of any size, at the price of memory that stays taken;
-            `max-autotune` is Inductor's.
+            `max-autotune` is Inductor's. With `lower="inductor"` all of them are Inductor's.
         lower: `eager` runs the rewritten graphs as they are, `inductor` compiles what no pattern covered, `auto`
             chooses (`eager`, unless `mode` asks for Inductor).
         rules: the rules to apply, in place of `fastlora.default_rules()`.

@@ -21,15 +21,13 @@ def lower(gm: fx.GraphModule, inputs: Sequence[Any], how: str, mode: str) -> Run
     Args:
         gm, inputs: the graph and the example inputs that TorchDynamo gave with it.
         how: `eager` runs the graph as it is; `inductor` compiles what no pattern covered.
-        mode: `max-autotune` for Inductor's; without meaning for `eager`.
+        mode: Inductor's mode, e.g. `max-autotune`; without meaning for `eager`.
     """
     if how == "inductor":
         from torch._inductor.compile_fx import compile_fx
 
-        patches = torch._inductor.list_mode_options(mode) if mode == "max-autotune" else None
-        # a recording runs its backward many times on what one forward saved
-        with torch._functorch.config.patch(donated_buffer=False):
-            compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
+        patches = None if mode == "default" else torch._inductor.list_mode_options(mode)
+        compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
         return compiled
     keep_random_state(gm)
     return gm.forward

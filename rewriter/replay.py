@@ -29,6 +29,8 @@ RUNS_BEFORE = 2
 """Runs of a kind before it is recorded: kernels are compiled, tuned and loaded in the first."""
 MOST_KINDS = 4096
 """Kinds that are counted; where parameters move with every call, none comes back."""
+MOST_RECORDINGS = 8
+"""Recordings for the same parameters: each keeps memory of its own."""
 FEW_TOKENS = 4096
 """Up to here a layer of a large model is bound by launches. Measured on an H200."""
 
@@ -93,6 +95,7 @@ class Replays:
     note: Callable[[str], None]
     _recordings: dict[Hashable, _Recording | None] = field(default_factory=dict)
     _runs: Counter[Hashable] = field(default_factory=Counter)
+    _at: Counter[Hashable] = field(default_factory=Counter)
 
     def __call__(self, *args: Any) -> Any:
         kind = self._kind(args)
@@ -104,6 +107,11 @@ class Replays:
         self._runs[kind] += 1
         if self._runs[kind] <= RUNS_BEFORE or torch._C._current_graph_task_id() != -1:
             return self._observed(kind, args)
+        places = tuple(arg.data_ptr() for arg in args if isinstance(arg, nn.Parameter))
+        self._at[places] += 1
+        if self._at[places] > MOST_RECORDINGS:
+            self._decline(kind, f"it is for {MOST_RECORDINGS} other shapes already")
+            return self.run(*args)
         try:
             self._recordings[kind] = _Recording(self.run, args, self.recorder)
         except Exception as problem:  # whatever a graph does that cannot be recorded, it can be run

@@ -115,9 +115,10 @@ class Session:
         if self.options.strict:
             self._insist(traced)
         start = time.perf_counter()
-        if not self.options.dry:
-            traced.replays = self._lowered(gm, inputs)
-        run = traced.replays or pretend(gm)
+        options = self.options
+        run = pretend(gm) if options.dry else lower(gm, inputs, options.lowering, options.mode)
+        if not options.dry and options.lowering == "eager":  # Inductor has replays of its own
+            run = traced.replays = self._replays(run)
         self._entered = time.perf_counter()
         self.seconds.lower += self._entered - start
 
@@ -127,14 +128,8 @@ class Session:
 
         return served
 
-    def _lowered(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Replays:
-        options = self.options
-        return Replays(
-            run=lower(gm, inputs, options.lowering, options.mode),
-            recorder=self._recorder,
-            always=options.mode == "reduce-overhead",
-            note=self._note,
-        )
+    def _replays(self, run: Callable[..., Any]) -> Replays:
+        return Replays(run, self._recorder, always=self.options.mode == "reduce-overhead", note=self._note)
 
     def _note(self, text: str) -> None:
         if text not in self.notes:

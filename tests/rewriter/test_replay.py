@@ -278,6 +278,17 @@ def test_parameters_that_move_with_every_call_are_not_counted_for_ever(monkeypat
     assert len(region.replays._runs) == 5
 
 
+def test_only_so_many_shapes_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_RECORDINGS", 2)
+    region = Region()
+    for n in (2, 3, 4, 5):
+        region.warm(rows(n))
+        x = rows(n)
+        assert_equal(gradients(region, region.replays, x), gradients(region, region.run, x))
+    assert region.replays.recorded == 2
+    assert len(set(region.notes)) == 1
+
+
 def test_nothing_is_recorded_on_a_cpu() -> None:
     region = Region()
     region.replays.recorder = module.CudaGraphs()

@@ -28,3 +28,4 @@ def test_the_shipped_tests_can_be_collected_from_anywhere(tmp_path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "test_rms_norm" in done.stdout
+    assert "test_compiles_for_gpus" not in done.stdout
