@@ -7,18 +7,20 @@ lie: an optimizer changes them in place, and a parameter that has moved makes th
 
 What a recording saves for its backward is its own memory, so a recording serves one forward at a time: until that one's
 backward has run, or its results are gone, further calls (a second batch before the first one's backward, a layer used
-twice) run as if there were none. So do calls whose saved tensors go through hooks, such as checkpointing's: these have
-to see the same tensors in every run.
+twice) run as if there were none. So do calls that would overwrite what another recording has saved, and calls whose
+saved tensors go through hooks, such as checkpointing's: these have to see the same tensors in every run.
 """
 
 from __future__ import annotations
 
+import itertools
 import weakref
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -35,30 +37,69 @@ FEW_TOKENS = 4096
 """Up to here a layer of a large model is bound by launches. Measured on an H200."""
 
 
-class Recorder(Protocol):
-    """Runs a function once, and gives its result, which stays in its place, and what does the same again there."""
+class Recorder(ABC):
+    """Records functions so that they can be done again in the same memory, and knows what that overwrites."""
 
-    def __call__(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]: ...
+    def __init__(self) -> None:
+        self._numbers = itertools.count()
+        self._begun: dict[int, _Recording] = {}
+
+    @abstractmethod
+    def record(self, function: Callable[[], Any], transient: bool) -> tuple[Any, Callable[[], None]]:
+        """Runs a function once; returns its result, which stays in its place, and what does the same again there.
+
+        A `transient` result is copied as soon as it is there; any other is kept, with what the function saved for its
+        backward, until nobody wants it.
+        """
+
+    @abstractmethod
+    def place(self) -> torch.device | None:
+        """The device that can be recorded now."""
+
+    def number(self) -> int:
+        return next(self._numbers)
+
+    def begin(self, recording: _Recording) -> None:
+        """Tells that a forward was replayed whose backward may come."""
+        self._begun[recording.number] = recording
+
+    def is_free(self, recording: _Recording) -> bool:
+        """Whether replaying its forward now overwrites nothing that is wanted.
+
+        What a forward has freed by its end, those that were recorded after it may keep their results in.
+        """
+        self._begun = {number: other for number, other in self._begun.items() if other.busy}
+        return all(number < recording.number for number in self._begun)
 
 
-class CudaGraphs:
-    """Records what a function does on a GPU into a CUDA graph.
+class CudaGraphs(Recorder):
+    """Records on GPUs, into CUDA graphs.
 
-    The graphs of a device share memory that is kept as long as this object or one of them is. What one has freed by its
-    end, another may overwrite, which is right as long as they are replayed one after the other.
+    The graphs of a device have their memory from two pools, forwards from one, so that what they save is never what a
+    backward overwrites. Graphs that share a pool have to be replayed one after the other, hence on one stream.
     """
 
     def __init__(self) -> None:
-        self._places: dict[int, tuple[torch.cuda.MemPool, torch.cuda.Stream]] = {}
+        super().__init__()
+        self._pools: dict[tuple[int, bool], torch.cuda.MemPool] = {}
+        self._streams: dict[int, torch.cuda.Stream] = {}
+        self._replays_on: dict[int, int] = {}
 
-    def __call__(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        graph = torch.cuda.CUDAGraph()
+    def place(self) -> torch.device | None:
+        if not torch.cuda.is_initialized():
+            return None
         device = torch.cuda.current_device()
-        if device not in self._places:
-            self._places[device] = torch.cuda.MemPool(), torch.cuda.Stream(device)
-        pool, stream = self._places[device]
+        stream = torch.cuda.current_stream(device).cuda_stream
+        return torch.device("cuda", device) if self._replays_on.setdefault(device, stream) == stream else None
+
+    def record(self, function: Callable[[], Any], transient: bool) -> tuple[Any, Callable[[], None]]:
+        graph, device = torch.cuda.CUDAGraph(), torch.cuda.current_device()
+        if (device, transient) not in self._pools:
+            self._pools[device, transient] = torch.cuda.MemPool()
+            self._streams.setdefault(device, torch.cuda.Stream(device))
+        pool = self._pools[device, transient]
         torch.cuda.synchronize()
-        with torch.cuda.stream(stream), _uncached_casts():
+        with torch.cuda.stream(self._streams[device]), _uncached_casts():
             graph.capture_begin(pool=cast(Any, pool.id), capture_error_mode="thread_local")
             try:
                 result = function()
@@ -103,7 +144,8 @@ class Replays:
             return self.run(*args)
         if kind in self._recordings:
             recording = self._recordings[kind]
-            return self.run(*args) if recording is None or recording.busy else recording(args)
+            free = recording is not None and not recording.busy and self.recorder.is_free(recording)
+            return recording(args) if recording is not None and free else self.run(*args)
         self._runs[kind] += 1
         if self._runs[kind] <= RUNS_BEFORE or torch._C._current_graph_task_id() != -1:
             return self._observed(kind, args)
@@ -142,27 +184,29 @@ class Replays:
         """What has to be equal for a recording to serve; None where none may."""
         if not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             return None
-        kind: list[Hashable] = []
+        place = self.recorder.place()
+        if place is None:
+            return None
+        kind: list[Hashable] = [place]
         tokens = 0
         for arg in args:
             if not isinstance(arg, torch.Tensor):
                 if not isinstance(arg, (int, float, bool, str, type(None))):
                     return None
                 kind.append(arg)
+            elif arg.device != place:
+                return None
             elif isinstance(arg, nn.Parameter):
-                kind += (arg.data_ptr(), arg.requires_grad)
-            elif type(arg) is not torch.Tensor or not self._records(arg.device):
+                kind += (arg.data_ptr(), arg.dtype, arg.requires_grad)
+            elif type(arg) is not torch.Tensor:
                 return None
             else:
-                kind += (arg.shape, arg.stride(), arg.dtype, arg.device, arg.requires_grad)
+                kind += (arg.shape, arg.stride(), arg.dtype, arg.requires_grad)
                 tokens = max(tokens, arg.shape[:-1].numel() if arg.is_floating_point() else 0)
         if not self.always and not 0 < tokens <= FEW_TOKENS:
             return None
         key = tuple(kind)
         return key if key in self._runs or len(self._runs) < MOST_KINDS else None
-
-    def _records(self, device: torch.device) -> bool:
-        return device.type == "cuda" or not isinstance(self.recorder, CudaGraphs)
 
 
 def _apart(results: Sequence[Any], args: Sequence[Any]) -> bool:
@@ -176,16 +220,16 @@ def _apart(results: Sequence[Any], args: Sequence[Any]) -> bool:
 class _Recording:
     """A graph's forward and backward, recorded for one kind of inputs."""
 
-    def __init__(self, run: Runnable, args: Sequence[Any], record: Recorder) -> None:
-        self._run = run
+    def __init__(self, run: Runnable, args: Sequence[Any], recorder: Recorder) -> None:
+        self._run, self._recorder, self.number = run, recorder, recorder.number()
         self._static = [_static(arg) for arg in args]
         self._activations = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and not _is_parameter(a)]
         self._differentiable = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and arg.requires_grad]
-        self._results, self._forward = record(self._run_forward)
+        self._results, self._forward = recorder.record(self._run_forward, transient=False)
         self._incoming = [torch.empty_like(t) for t in self._live]
         self._backward: Callable[[], None] | None = None
         if self._live:
-            (self._outgoing, self._flat), self._backward = record(self._run_backward)
+            (self._outgoing, self._flat), self._backward = recorder.record(self._run_backward, transient=True)
         self._pending: weakref.ref[_Pass] | None = None
 
     @property
@@ -223,6 +267,7 @@ class _Recording:
         self._forward()
         begun = _Pass()
         self._pending = weakref.ref(begun)
+        self._recorder.begin(self)
         return begun, [t.clone() for t in self._results if isinstance(t, torch.Tensor)]
 
     def backward(self, begun: _Pass, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -13,24 +12,34 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from fastlora import replay as module
-from fastlora.replay import RUNS_BEFORE, Replays
+from fastlora.replay import RUNS_BEFORE, Recorder, Replays
 
 
-def rerun(function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-    result = function()
+class Rerun(Recorder):
+    """Runs what was recorded again, and copies the results to where they were."""
 
-    def again() -> None:
-        with torch.enable_grad():
-            new = function()
-        for old, value in zip(tree_leaves(result), tree_leaves(new), strict=True):
-            if isinstance(old, Tensor):
-                old.copy_(value)
+    replaying = False
 
-    return result, again
+    def place(self) -> torch.device:
+        return torch.device("cpu")
+
+    def record(self, function: Callable[[], Any], transient: bool) -> tuple[Any, Callable[[], None]]:
+        result = function()
+
+        def again() -> None:
+            self.replaying = True
+            with torch.enable_grad():
+                new = function()
+            self.replaying = False
+            for old, value in zip(tree_leaves(result), tree_leaves(new), strict=True):
+                if isinstance(old, Tensor):
+                    old.copy_(value)
+
+        return result, again
 
 
 class Region:
-    """Two layers with a parameter each, one of which is frozen; counts how often it runs as it is."""
+    """Two layers with a parameter each, one of which is frozen; counts how often it runs other than in a replay."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -38,10 +47,11 @@ class Region:
         self.trained, self.bias = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
         self.notes: list[str] = []
         self.runs = 0
-        self.replays = Replays(self.run, always=True, note=self.notes.append, recorder=rerun)
+        self.recorder = Rerun()
+        self.replays = Replays(self.run, self.recorder, always=True, note=self.notes.append)
 
     def run(self, x: Tensor, frozen: Tensor, trained: Tensor, bias: Tensor, power: int) -> tuple[Any, ...]:
-        self.runs += 1
+        self.runs += not self.recorder.replaying
         h = torch.tanh(x @ frozen.t()) @ trained.t() + bias
         return h**power, h.detach().argmax(-1), power
 
@@ -77,8 +87,9 @@ def test_results_and_gradients_are_those_of_the_graph() -> None:
     region = Region()
     region.warm(rows())
     for seed in range(3):
-        x = rows(seed=seed)
+        x, region.runs = rows(seed=seed), 0
         y, index, power = region.replays(*region.arguments(x))
+        assert region.runs == 0
         expected, at, _ = region.run(*region.arguments(x))
         assert torch.equal(y, expected)
         assert torch.equal(index, at)
@@ -129,15 +140,31 @@ def test_a_second_batch_before_the_backward_of_the_first_leaves_that_ones_memory
     assert all(torch.allclose(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def test_a_forward_does_not_overwrite_what_later_recordings_have_saved() -> None:
+    """Their results may lie where it puts what it needs only for a moment."""
+    first, second = Region(), Region()
+    second.recorder = second.replays.recorder = first.recorder
+    for region in (first, second):
+        region.warm(rows())
+    x = rows(seed=1)
+    in_order = [region.replays(*region.arguments(x)) for region in (first, second)]
+    assert (first.runs, second.runs) == (0, 0)
+    del in_order
+    held = second.replays(*second.arguments(x))
+    first.replays(*first.arguments(x))
+    assert (first.runs, second.runs) == (1, 0)
+    held[0].sum().backward()
+    first.replays(*first.arguments(x))
+    assert first.runs == 1
+
+
 def test_results_that_were_dropped_make_way_for_the_next_batch() -> None:
     region = Region()
     region.warm(rows())
     for _ in range(2):
         y = region.replays(*region.arguments(rows()))
-        recorded = region.runs
         del y
-        gc.collect()
-    assert region.runs == recorded
+    assert region.runs == 0
 
 
 def test_what_the_caller_holds_is_never_written_to() -> None:
@@ -239,7 +266,7 @@ def test_parameters_hooks_see_each_gradient_once() -> None:
 ], ids=["writes to its input", "returns its input", "returns a view", "returns no plain tensor"])  # fmt: skip
 def test_graphs_that_cannot_be_replayed_say_so_once(run: Callable[..., Any]) -> None:
     notes: list[str] = []
-    replays = Replays(run, always=True, note=notes.append, recorder=rerun)
+    replays = Replays(run, always=True, note=notes.append, recorder=Rerun())
     w = nn.Parameter(torch.randn(4, 4))
     for _ in range(5):
         replays(rows(grad=False), w)
@@ -247,12 +274,12 @@ def test_graphs_that_cannot_be_replayed_say_so_once(run: Callable[..., Any]) -> 
     assert list(replays._recordings.values()) == [None]
 
 
-def test_a_graph_that_cannot_be_recorded_runs_as_it_is() -> None:
-    def refuse(_: Callable[[], Any]) -> Any:
+def test_a_graph_that_cannot_be_recorded_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     region = Region()
-    region.replays.recorder = refuse
+    monkeypatch.setattr(region.replays.recorder, "record", refuse)
     for _ in range(5):
         x = rows()
         assert_equal(gradients(region, region.replays, x), gradients(region, region.run, x))
