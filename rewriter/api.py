@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -38,9 +39,9 @@ def compile(
     Args:
         model: a PEFT model, a transformers model, or any `nn.Module`.
         memory_budget: not planned for yet; anything but None raises.
-        mode: `default` replays regions as CUDA graphs while batches are small, where launching kernels takes longer
-            than running them; `reduce-overhead` does for batches of any size, at the price of memory that stays taken;
-            `max-autotune` is Inductor's. With `lower="inductor"` all of them are Inductor's.
+        mode: `default`; `reduce-overhead`, which replays each region as CUDA graphs from the third step of a shape on,
+            for small batches, where launching kernels takes longer than running them: each shape keeps memory;
+            `max-autotune`, which is Inductor's. With `lower="inductor"` all of them are Inductor's.
         lower: `eager` runs the rewritten graphs as they are, `inductor` compiles what no pattern covered, `auto`
             chooses (`eager`, unless `mode` asks for Inductor).
         rules: the rules to apply, in place of `fastlora.default_rules()`.
@@ -60,11 +61,14 @@ def compile(
     session = Session(Options(lower, mode, strict, verify, defer_logits), rules)
     disable(model)
     _install(model, session)
+    weakref.finalize(model, _forget, weakref.ref(session)).atexit = False
     return model
 
 
 def disable(model: Model) -> Model:
     """Undoes `compile`: the model is what it was."""
+    if isinstance(model._compiled_call_impl, ModelGate):
+        model._compiled_call_impl.session.forget()
     for module in model.modules():
         if isinstance(module._compiled_call_impl, (Gate, ModelGate, DeferringHead)):
             module._compiled_call_impl = None
@@ -114,6 +118,13 @@ def report(model: nn.Module | None = None) -> Report:
     if not isinstance(gate, ModelGate):
         raise FastLoRAError("model is not compiled by fastlora; call fastlora.compile(model) first")
     return gate.session.report()
+
+
+def _forget(session: weakref.ref[Session]) -> None:
+    """TorchDynamo keeps what it compiled, and thereby a session, longer than the model."""
+    alive = session()
+    if alive is not None:
+        alive.forget()
 
 
 def _install(model: nn.Module, session: Session) -> None:

@@ -18,24 +18,28 @@ import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fastlora.errors import FastLoRAError
 
 Runnable = Callable[..., Any]
 
 RUNS_BEFORE = 2
-"""Runs of a kind before it is recorded: kernels are compiled, tuned and loaded in the first."""
+"""Runs of a kind, forward and backward, before it is recorded: kernels are compiled, tuned and loaded in the first."""
 MOST_KINDS = 4096
 """Kinds that are counted; where parameters move with every call, none comes back."""
 MOST_RECORDINGS = 8
 """Recordings for the same parameters: each keeps memory of its own."""
-FEW_TOKENS = 2048
-"""Up to here launching a layer of a large model takes longer than running it. (An H200 takes 19 ms for a replayed step
-of 16 layers of Llama-3.1-8B and 512 tokens, growing with the tokens, and some 70 ms where each kernel is launched.)"""
+MOST_SHARE = 0.25
+"""Of a device's memory, in all recordings of a model."""
+LARGE = 16 << 20
+"""Bytes of integers that are taken for weights, which nobody wants to copy in every call."""
 
 
 class Recorder(ABC):
@@ -57,8 +61,17 @@ class Recorder(ABC):
     def place(self) -> torch.device | None:
         """The device that can be recorded now."""
 
+    @property
+    @abstractmethod
+    def full(self) -> bool:
+        """Whether recordings have taken as much memory as they may."""
+
     def number(self) -> int:
         return next(self._numbers)
+
+    def forget(self) -> None:
+        """Lets go of all memory that no forward's backward wants any more."""
+        self._begun.clear()
 
     def begin(self, recording: _Recording) -> None:
         """Tells that a forward was replayed whose backward may come."""
@@ -85,15 +98,41 @@ class CudaGraphs(Recorder):
         self._pools: dict[tuple[int, bool], torch.cuda.MemPool] = {}
         self._streams: dict[int, torch.cuda.Stream] = {}
         self._replays_on: dict[int, int] = {}
+        self._taken: Counter[int] = Counter()
+        self._failed = False
+
+    @property
+    def full(self) -> bool:
+        device = torch.cuda.current_device()
+        return self._taken[device] > MOST_SHARE * torch.cuda.get_device_properties(device).total_memory
+
+    def forget(self) -> None:
+        super().forget()
+        self._pools.clear()
+        self._taken.clear()
 
     def place(self) -> torch.device | None:
-        if not torch.cuda.is_initialized():
+        if self._failed or not torch.cuda.is_initialized():
             return None
         device = torch.cuda.current_device()
         stream = torch.cuda.current_stream(device).cuda_stream
         return torch.device("cuda", device) if self._replays_on.setdefault(device, stream) == stream else None
 
     def record(self, function: Callable[[], Any], transient: bool) -> tuple[Any, Callable[[], None]]:
+        before, device = torch.cuda.memory_allocated(), torch.cuda.current_device()
+        try:
+            recorded = self._capture(function, transient)
+        except BaseException:
+            # what failed may have left generators and pools in the middle of a capture: one that succeeds ends that
+            self._failed = True
+            self._pools.clear()
+            with suppress(Exception):
+                self._capture(lambda: torch.zeros(1, device="cuda"), transient)
+            raise
+        self._taken[device] += max(0, torch.cuda.memory_allocated() - before)
+        return recorded
+
+    def _capture(self, function: Callable[[], Any], transient: bool) -> tuple[Any, Callable[[], None]]:
         graph, device = torch.cuda.CUDAGraph(), torch.cuda.current_device()
         if (device, transient) not in self._pools:
             self._pools[device, transient] = torch.cuda.MemPool()
@@ -127,13 +166,11 @@ class Replays:
     Args:
         run: the graph; its arguments are parameters, activations and plain values.
         recorder: what records.
-        always: record for any number of tokens, not just for few.
         note: is told why something is not recorded.
     """
 
     run: Runnable
     recorder: Recorder
-    always: bool
     note: Callable[[str], None]
     _recordings: dict[Hashable, _Recording | None] = field(default_factory=dict)
     _runs: Counter[Hashable] = field(default_factory=Counter)
@@ -147,16 +184,10 @@ class Replays:
             recording = self._recordings[kind]
             free = recording is not None and not recording.busy and self.recorder.is_free(recording)
             return recording(args) if recording is not None and free else self.run(*args)
-        self._runs[kind] += 1
-        if self._runs[kind] <= RUNS_BEFORE or torch._C._current_graph_task_id() != -1:
+        if self._runs[kind] < RUNS_BEFORE or torch._C._current_graph_task_id() != -1:
             return self._observed(kind, args)
-        places = tuple(arg.data_ptr() for arg in args if isinstance(arg, nn.Parameter))
-        self._at[places] += 1
-        if self._at[places] > MOST_RECORDINGS:
-            self._decline(kind, f"it is for {MOST_RECORDINGS} other shapes already")
-            return self.run(*args)
         try:
-            self._recordings[kind] = _Recording(self.run, args, self.recorder)
+            self._recordings[kind] = self._record(args)
         except Exception as problem:  # whatever a graph does that cannot be recorded, it can be run
             self._decline(kind, f"{type(problem).__name__}: {problem}".partition("\n")[0])
             return self.run(*args)
@@ -167,14 +198,34 @@ class Replays:
         """How many recordings there are: one for each kind of inputs, so at least one for each layer."""
         return sum(recording is not None for recording in self._recordings.values())
 
+    def forget(self) -> None:
+        """Drops all recordings, but for those whose backward is still to come."""
+        for everything in (self._recordings, self._runs, self._at):
+            everything.clear()
+
+    def _record(self, args: Sequence[Any]) -> _Recording:
+        places = tuple(arg.data_ptr() for arg in args if isinstance(arg, nn.Parameter))
+        self._at[places] += 1
+        if self._at[places] > MOST_RECORDINGS:
+            raise FastLoRAError(f"it is for {MOST_RECORDINGS} other shapes already")
+        if self.recorder.full:
+            raise FastLoRAError(f"recordings have taken {MOST_SHARE:.0%} of the device's memory")
+        return _Recording(self.run, args, self.recorder)
+
     def _observed(self, kind: Hashable, args: Sequence[Any]) -> Any:
         """A run that tells whether the graph can be recorded."""
         versions = [t._version for t in args if isinstance(t, torch.Tensor)]
         results = self.run(*args)
-        if versions != [t._version for t in args if isinstance(t, torch.Tensor)]:
-            self._decline(kind, "it writes to its inputs")
-        elif not _apart(results, args):
+        live = [t for t in results if isinstance(t, torch.Tensor) and t.requires_grad]
+        if not _apart(results, args):
             self._decline(kind, "its results share memory with each other or with its inputs, or are no plain tensors")
+        elif versions != [t._version for t in args if isinstance(t, torch.Tensor)]:
+            self._decline(kind, "it writes to its inputs")
+        elif len(live) != 1:  # of several, some may get no gradient, which is not the same as zeros
+            self._decline(kind, f"{len(live)} of its results have gradients, not one")
+        else:
+            self._runs[kind] += 0
+            live[0].register_hook(lambda _: self._runs.update([kind]))
         return results
 
     def _decline(self, kind: Hashable, reason: str) -> None:
@@ -189,33 +240,31 @@ class Replays:
         if place is None:
             return None
         kind: list[Hashable] = [place]
-        tokens = 0
         for arg in args:
             if not isinstance(arg, torch.Tensor):
                 if not isinstance(arg, (int, float, bool, str, type(None))):
                     return None
-                kind.append(arg)
-            elif arg.device != place:
+                kind += [type(arg).__name__, arg]
+            elif arg.device != place or arg.is_inference() or is_traceable_wrapper_subclass(arg):
                 return None
             elif isinstance(arg, nn.Parameter):
                 kind += (arg.data_ptr(), arg.dtype, arg.requires_grad)
-            elif type(arg) is not torch.Tensor:
+            elif type(arg) is not torch.Tensor or (not arg.is_floating_point() and arg.nbytes > LARGE):
                 return None
             else:
                 kind += (arg.shape, arg.stride(), arg.dtype, arg.requires_grad)
-                tokens = max(tokens, arg.shape[:-1].numel() if arg.is_floating_point() else 0)
-        if not self.always and not 0 < tokens <= FEW_TOKENS:
-            return None
         key = tuple(kind)
-        return key if key in self._runs or len(self._runs) < MOST_KINDS else None
+        known = key in self._runs or key in self._recordings
+        return key if known or len(self._runs) + len(self._recordings) < MOST_KINDS else None
 
 
 def _apart(results: Sequence[Any], args: Sequence[Any]) -> bool:
     tensors = [t for t in results if isinstance(t, torch.Tensor)]
+    if any(type(t) is not torch.Tensor for t in tensors):  # asking a deferred product for its memory would make it
+        return False
     memories = [t.untyped_storage().data_ptr() for t in tensors]
     taken = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
-    plain = all(type(t) is torch.Tensor for t in tensors)
-    return plain and len(set(memories)) == len(memories) and taken.isdisjoint(memories)
+    return len(set(memories)) == len(memories) and taken.isdisjoint(memories)
 
 
 class _Recording:
@@ -227,10 +276,8 @@ class _Recording:
         self._activations = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and not _is_parameter(a)]
         self._differentiable = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and arg.requires_grad]
         self._results, self._forward = recorder.record(self._run_forward, transient=False)
-        self._incoming = [torch.empty_like(t) for t in self._live]
-        self._backward: Callable[[], None] | None = None
-        if self._live:
-            (self._outgoing, self._flat), self._backward = recorder.record(self._run_backward, transient=True)
+        self._incoming = torch.empty_like(self._live)
+        (self._outgoing, self._flat), self._backward = recorder.record(self._run_backward, transient=True)
         self._pending: weakref.ref[_Pass] | None = None
 
     @property
@@ -247,13 +294,14 @@ class _Recording:
         results = self._run(*self._static)
         tensors = [t for t in results if isinstance(t, torch.Tensor)]
         self.is_live = [t.requires_grad for t in tensors]
-        self._live = [t for t in tensors if t.requires_grad]
+        self._live = tensors[self.is_live.index(True)]
         return [t.detach() if isinstance(t, torch.Tensor) else t for t in results]
 
     def _run_backward(self) -> tuple[list[torch.Tensor | None], dict[torch.dtype, torch.Tensor]]:
         """Gradients of activations, and those of parameters, which are many and small, as one tensor for each dtype."""
         inputs = [self._static[i] for i in self._differentiable]
-        found = torch.autograd.grad(self._live, inputs, self._incoming, retain_graph=True, allow_unused=True)
+        with torch.autocast(self._live.device.type, enabled=False):  # under which nobody calls a backward
+            found = torch.autograd.grad(self._live, inputs, self._incoming, retain_graph=True, allow_unused=True)
         self._shapes = [None if g is None else (g.shape, g.dtype) for g in found]
         flat: dict[torch.dtype, list[torch.Tensor]] = {}
         for i, gradient in zip(self._differentiable, found, strict=True):
@@ -263,24 +311,23 @@ class _Recording:
         return activations, {dtype: torch.cat(parts) for dtype, parts in flat.items()}
 
     def forward(self, args: Sequence[Any]) -> tuple[_Pass, list[torch.Tensor]]:
-        with torch.no_grad():
-            torch._foreach_copy_([self._static[i] for i in self._activations], [args[i] for i in self._activations])
+        if self._activations:
+            with torch.no_grad():
+                torch._foreach_copy_([self._static[i] for i in self._activations], [args[i] for i in self._activations])
         self._forward()
         begun = _Pass()
         self._pending = weakref.ref(begun)
         self._recorder.begin(self)
         return begun, [t.clone() for t in self._results if isinstance(t, torch.Tensor)]
 
-    def backward(self, begun: _Pass, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    def backward(self, begun: _Pass, gradient: torch.Tensor) -> list[torch.Tensor | None]:
         """The gradients of the differentiable arguments, in memory of their own."""
         if self._pending is None or self._pending() is not begun:
             raise RuntimeError(
                 "backward through a region a second time, after what it saved was freed; "
                 "use retain_graph=True in the first backward"
             )
-        for static, gradient in zip(self._incoming, grads, strict=True):
-            static.zero_() if gradient is None else static.copy_(gradient)
-        assert self._backward is not None
+        self._incoming.copy_(gradient)
         self._backward()
         parts = {dtype: flat.clone() for dtype, flat in self._flat.items()}
         taken = dict.fromkeys(parts, 0)
@@ -320,6 +367,8 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, recording: _Recording, args: Sequence[Any], *differentiable: torch.Tensor) -> Any:
         ctx.recording = recording
+        ctx.parameters = [arg for arg in args if isinstance(arg, nn.Parameter)]
+        ctx.read = _state(ctx.parameters)
         ctx.begun, results = recording.forward(args)
         ctx.mark_non_differentiable(*(t for t, live in zip(results, recording.is_live, strict=True) if not live))
         ctx.set_materialize_grads(False)
@@ -331,5 +380,15 @@ class _Replay(torch.autograd.Function):
             raise RuntimeError(
                 "a replayed region has no second derivative: backward cannot run under create_graph=True"
             )
-        live = [g for g, is_live in zip(grads, ctx.recording.is_live, strict=True) if is_live]
-        return (None, None, *ctx.recording.backward(ctx.begun, live))
+        if _state(ctx.parameters) != ctx.read:
+            raise RuntimeError(
+                "a parameter of a replayed region was modified or moved between forward and backward; "
+                "compile with mode='default', which replays nothing"
+            )
+        gradient = grads[ctx.recording.is_live.index(True)]
+        return (None, None, *ctx.recording.backward(ctx.begun, gradient))
+
+
+def _state(parameters: Sequence[nn.Parameter]) -> list[tuple[int, int]]:
+    """Where parameters lie, and how often they were written to."""
+    return [(p.data_ptr(), p._version) for p in parameters]

@@ -14,7 +14,7 @@ from torch import fx
 
 from fastlora.boundary import defer_escaping_logits
 from fastlora.deferred import Tally
-from fastlora.engine import AnyRule, Rewrite, rewrite
+from fastlora.engine import AnyRule, Rewrite, bodies, rewrite
 from fastlora.errors import FastLoRAError, StrictError
 from fastlora.findings import misses, sites
 from fastlora.lowering import lower, pretend
@@ -117,8 +117,8 @@ class Session:
         start = time.perf_counter()
         options = self.options
         run = pretend(gm) if options.dry else lower(gm, inputs, options.lowering, options.mode)
-        if not options.dry and options.lowering == "eager":  # Inductor has replays of its own
-            run = traced.replays = self._replays(run)
+        traced.replays = self._replays(gm, run)
+        run = traced.replays or run
         self._entered = time.perf_counter()
         self.seconds.lower += self._entered - start
 
@@ -128,8 +128,22 @@ class Session:
 
         return served
 
-    def _replays(self, run: Callable[..., Any]) -> Replays:
-        return Replays(run, self._recorder, always=self.options.mode == "reduce-overhead", note=self._note)
+    def _replays(self, gm: fx.GraphModule, run: Callable[..., Any]) -> Replays | None:
+        """What replays a graph if that was asked for; Inductor has replays of its own."""
+        options = self.options
+        if options.dry or options.mode != "reduce-overhead" or options.lowering != "eager":
+            return None
+        if _computes_on_a_cpu(gm):  # whatever that is, a recording would have it as it was once
+            self._note("a region is not replayed as CUDA graphs: it computes on a CPU")
+            return None
+        return Replays(run, self._recorder, self._note)
+
+    def forget(self) -> None:
+        """Drops the recordings of all graphs."""
+        for traced in self.graphs:
+            if traced.replays is not None:
+                traced.replays.forget()
+        self._recorder.forget()
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
@@ -184,6 +198,11 @@ class Session:
             )
         for line, count in self.tally.materialised.items():
             report.notes.append(f"logits were multiplied out {count} times, by {line}")
+
+
+def _computes_on_a_cpu(gm: fx.GraphModule) -> bool:
+    examples = (node.meta.get("example_value") for body in bodies(gm) for node in body.graph.nodes)
+    return any(isinstance(example, torch.Tensor) and example.device.type == "cpu" for example in examples)
 
 
 def _common_name(names: list[str]) -> str:

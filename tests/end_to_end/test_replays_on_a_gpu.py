@@ -41,7 +41,7 @@ def test_losses_are_eagers_while_regions_are_replayed(
     family: str, accumulate: int, lengths: list[int], autocast: bool
 ) -> None:
     eager = build(family).cuda()
-    model = fastlora.compile(copy.deepcopy(eager))
+    model = fastlora.compile(copy.deepcopy(eager), mode="reduce-overhead")
     expected, found = (train(m, lengths, accumulate, autocast) for m in (eager, model))
     assert torch.allclose(torch.stack(found), torch.stack(expected), rtol=3e-2 if autocast else 1e-4)
     notes = fastlora.report(model).notes
@@ -50,4 +50,5 @@ def test_losses_are_eagers_while_regions_are_replayed(
 
 
 def _recordings(model: nn.Module) -> int:
-    return sum(graph.replays.recorded for graph in model._compiled_call_impl.session.graphs)
+    graphs = model._compiled_call_impl.session.graphs
+    return sum(graph.replays.recorded for graph in graphs if graph.replays is not None)

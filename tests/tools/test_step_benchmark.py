@@ -174,6 +174,7 @@ def test_every_contender_can_be_prepared_by_something() -> None:
         assert callable(getattr(import_module(module), function))
     assert {name for name, contender in CONTENDERS.items() if contender.mine} == {
         "fastlora",
+        "fastlora-graphs",
         "fastlora-inductor",
         "fastlora-checkpointing",
         "fastlora-inductor-checkpointing",

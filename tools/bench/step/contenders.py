@@ -39,6 +39,7 @@ CONTENDERS = {
     for contender in (
         Contender(EAGER, _here("eager")),
         _mine(MINE),
+        _mine("fastlora-graphs", mode="reduce-overhead"),
         _mine("fastlora-inductor", lower="inductor"),
         Contender("compile-layers", _here("compiled_layers")),
         Contender("compile", _here("compiled_whole")),

@@ -51,11 +51,11 @@ def compiled_whole(place: Place) -> Prepared:
     return Prepared(model)
 
 
-def with_fastlora(place: Place, lower: str = "auto", checkpointing: bool = False) -> Prepared:
-    """fastlora, in one of the ways to lower its graphs."""
+def with_fastlora(place: Place, lower: str = "auto", mode: str = "default", checkpointing: bool = False) -> Prepared:
+    """fastlora, in one of its modes and of the ways to lower its graphs."""
     import fastlora
 
-    model = fastlora.compile(_adapted(place, checkpointing), lower=lower)
+    model = fastlora.compile(_adapted(place, checkpointing), lower=lower, mode=mode)
 
     def describe() -> dict[str, Any]:
         report = fastlora.report(model)
