@@ -18,7 +18,8 @@ from fastlora.engine import AnyRule, Rewrite, bodies, rewrite
 from fastlora.errors import FastLoRAError, StrictError
 from fastlora.findings import misses, sites
 from fastlora.lowering import lower, pretend
-from fastlora.replay import CudaGraphs, Replays
+from fastlora.recorder import CudaGraphs
+from fastlora.replay import Replays
 from fastlora.report import Coverage, Miss, Report, Seconds, Site
 
 LOWERINGS = ("auto", "eager", "inductor")

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from fastlora import replay as module
-from fastlora.replay import RUNS_BEFORE, Recorder, Replays
+from fastlora.recorder import CudaGraphs, Recorder
+from fastlora.replay import RUNS_BEFORE, Replays
 
 
 class Rerun(Recorder):
@@ -426,7 +427,7 @@ def test_only_so_many_shapes_are_recorded(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_nothing_is_recorded_on_a_cpu() -> None:
     region = Region()
-    region.replays.recorder = module.CudaGraphs()
+    region.replays.recorder = CudaGraphs()
     for _ in range(5):
         region.replays(*region.arguments(rows()))
     assert not region.replays._runs
