@@ -1,0 +1,105 @@
+"""A stand-in for CUDA graphs that has their memory: operators are taped on addresses, in pools that reuse what is free.
+
+What a recording has freed by its end, a later one may be given, and replaying the first then overwrites it, as on a
+GPU.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fastlora.recorder import Recorder
+
+ALIGNMENT = 1024
+
+
+class Block(np.ndarray):
+    """Memory that is in use as long as this is referred to, which a tensor that was made from it does."""
+
+
+class Pool:
+    """Blocks of memory, those that were freed first first."""
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []
+        self.at: dict[int, np.ndarray] = {}
+
+    def allocate(self, nbytes: int) -> np.ndarray:
+        size = -(-nbytes // ALIGNMENT) * ALIGNMENT
+        memory = next((m for m in self._free if m.nbytes == size), None)
+        if memory is None:
+            memory = np.zeros(size, np.uint8)
+            self.at[memory.ctypes.data] = memory
+        else:
+            self._free = [m for m in self._free if m is not memory]
+        block = memory.view(Block)
+        weakref.finalize(block, lambda: self._free.append(memory))
+        return block
+
+
+class Tape(TorchDispatchMode):
+    """Runs operators, puts their results into a pool, and can do the same again at the same addresses."""
+
+    def __init__(self, pool: Pool) -> None:
+        super().__init__()
+        self._pool, self._steps = pool, []  # type: ignore[var-annotated]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if any(r.alias_info is not None for r in func._schema.returns):
+            if any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments):
+                self._steps.append((func, *tree_map(self._unowned, (args, kwargs)), None))
+            return result
+        result = tree_map(self._placed, result)
+        self._steps.append((func, *tree_map(self._unowned, (args, kwargs, result))))
+        return result
+
+    def replay(self) -> None:
+        with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+            for func, args, kwargs, result in self._steps:
+                again = func(*args, **kwargs)
+                for old, new in zip(tree_leaves(result), tree_leaves(again), strict=False):
+                    if isinstance(old, torch.Tensor):
+                        old.copy_(new)
+
+    def _placed(self, t: Any) -> Any:
+        if not isinstance(t, torch.Tensor) or t.numel() == 0:
+            return t
+        memory = torch.from_numpy(self._pool.allocate(t.nbytes)).view(t.dtype)
+        return memory.as_strided(t.size(), torch.empty_like(t, device="meta").stride()).copy_(t)
+
+    def _unowned(self, t: Any) -> Any:
+        """A tensor of the pool by its address, which keeps no block in use."""
+        if not isinstance(t, torch.Tensor):
+            return t
+        memory = self._pool.at.get(t.untyped_storage().data_ptr())
+        if memory is None:
+            return t.detach()
+        return torch.from_numpy(memory).view(t.dtype).as_strided(t.size(), t.stride(), t.storage_offset())
+
+
+class Taped(Recorder):
+    """Records on tapes, forwards and backwards in a pool each."""
+
+    full = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pools = Pool(), Pool()
+
+    def place(self) -> torch.device:
+        return torch.device("cpu")
+
+    def record(self, function: Callable[[], Any], transient: bool) -> tuple[Any, Callable[[], None]]:
+        tape = Tape(self._pools[transient])
+        with tape:
+            result = function()
+        return result, tape.replay
