@@ -254,7 +254,7 @@ class SemanticOp:
     ) -> list[torch.Tensor]:
         """Runs the backward operator on its `values`, whose tensors `saved` has as a flat list."""
         if dispatch.unheard(grads) and dispatch.unheard(saved):
-            return self._run_backward(grads, asked, *values, spent=dispatch.is_last_backward())
+            return self._run_backward(grads, asked, *values, spent=self.foresees and dispatch.is_last_backward())
         return self.backward_target(grads, asked, *values)
 
     def to_save(

@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastlora.errors import FastLoRAError
+from fastlora.kernels.dispatch import is_last_backward
 from fastlora.recorder import MOST_SHARE, Recorder
 
 Runnable = Callable[..., Any]
@@ -152,8 +153,9 @@ class _Recording:
     def __init__(self, run: Runnable, args: Sequence[Any], recorder: Recorder) -> None:
         self._run, self._recorder, self.number = run, recorder, recorder.number()
         self._static = [_static(arg) for arg in args]
-        self._activations = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and not _is_parameter(a)]
-        self._differentiable = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and arg.requires_grad]
+        tensors = {i: arg for i, arg in enumerate(args) if isinstance(arg, torch.Tensor)}
+        self._activations = [i for i, t in tensors.items() if not isinstance(t, nn.Parameter)]
+        self._differentiable = [i for i, t in tensors.items() if t.requires_grad]
         self._results, self._forward = recorder.record(self._run_forward, transient=False)
         self._incoming = torch.empty_like(self._live)
         (self._outgoing, self._flat), self._backward = recorder.record(self._run_backward, transient=True)
@@ -172,8 +174,8 @@ class _Recording:
     def _run_forward(self) -> list[Any]:
         results = self._run(*self._static)
         tensors = [t for t in results if isinstance(t, torch.Tensor)]
-        self.is_live = [t.requires_grad for t in tensors]
-        self._live = tensors[self.is_live.index(True)]
+        self.live_at = next(i for i, t in enumerate(tensors) if t.requires_grad)
+        self._live = tensors[self.live_at]
         return [t.detach() if isinstance(t, torch.Tensor) else t for t in results]
 
     def _run_backward(self) -> tuple[list[torch.Tensor | None], dict[torch.dtype, torch.Tensor]]:
@@ -218,7 +220,7 @@ class _Recording:
             size, dtype = shape
             results.append(parts[dtype][taken[dtype] : taken[dtype] + size.numel()].view(size))
             taken[dtype] += size.numel()
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+        if is_last_backward():
             self._pending = None
         return results
 
@@ -227,15 +229,11 @@ class _Pass:
     """A forward whose backward may come: autograd's graph holds it as long as that is so."""
 
 
-def _is_parameter(t: torch.Tensor) -> bool:
-    return isinstance(t, nn.Parameter)
-
-
 def _static(arg: Any) -> Any:
     """What a recording reads in place of an argument: parameters where they lie, everything else in a copy."""
     if not isinstance(arg, torch.Tensor):
         return arg
-    if not _is_parameter(arg):
+    if not isinstance(arg, nn.Parameter):
         return torch.empty_like(arg).copy_(arg.detach()).requires_grad_(arg.requires_grad)
     return arg.detach().requires_grad_() if arg.requires_grad else arg  # hooks of the parameter's own see one gradient
 
@@ -249,7 +247,7 @@ class _Replay(torch.autograd.Function):
         ctx.parameters = [arg for arg in args if isinstance(arg, nn.Parameter)]
         ctx.read = _state(ctx.parameters)
         ctx.begun, results = recording.forward(args)
-        ctx.mark_non_differentiable(*(t for t, live in zip(results, recording.is_live, strict=True) if not live))
+        ctx.mark_non_differentiable(*(t for i, t in enumerate(results) if i != recording.live_at))
         ctx.set_materialize_grads(False)
         return tuple(results)
 
@@ -264,8 +262,7 @@ class _Replay(torch.autograd.Function):
                 "a parameter of a replayed region was modified or moved between forward and backward; "
                 "compile with mode='default', which replays nothing"
             )
-        gradient = grads[ctx.recording.is_live.index(True)]
-        return (None, None, *ctx.recording.backward(ctx.begun, gradient))
+        return (None, None, *ctx.recording.backward(ctx.begun, grads[ctx.recording.live_at]))
 
 
 def _state(parameters: Sequence[nn.Parameter]) -> list[tuple[int, int]]:

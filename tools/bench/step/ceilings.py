@@ -21,8 +21,8 @@ _BACKENDS = {
 
 def measured(shape: Shape, batches: list[tuple[int, int]]) -> dict[str, Any]:
     """Rates, and seconds of attention for each batch of (rows, length)."""
+    found = ceilings(torch.bfloat16)
     with torch.cuda.stream(torch.cuda.Stream()):  # nothing can be captured on the default one
-        found = ceilings(torch.bfloat16)
         attention = [attention_seconds(shape, rows, length) for rows, length in batches]
     return {"bandwidth": found.bandwidth, "rate": found.rate, "attention": attention}
 

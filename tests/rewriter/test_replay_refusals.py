@@ -1,0 +1,159 @@
+"""What is not recorded, what is not replayed, and when recordings end."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from replayed_region import Region, Rerun, assert_equal, gradients, rows
+from torch import Tensor, nn
+
+from fastlora import replay as module
+from fastlora.recorder import CudaGraphs
+from fastlora.replay import RUNS_BEFORE, Replays
+
+
+@pytest.mark.parametrize("run", [
+    lambda x, w: (x.add_(1) @ w,),
+    lambda x, w: (x,),
+    lambda x, w: (lambda y: (y, y.view(-1)))(x @ w),
+    lambda x, w: (nn.Parameter(x @ w),),
+    lambda x, w: (x @ w, w * 2),
+    lambda x, w: ((x @ w).detach(),),
+], ids=[
+    "writes to its input",
+    "returns its input",
+    "returns a view",
+    "returns no plain tensor",
+    "has two results with gradients",
+    "has none",
+])  # fmt: skip
+def test_graphs_that_cannot_be_replayed_say_so_once(run: Callable[..., Any]) -> None:
+    notes: list[str] = []
+    replays = Replays(run, Rerun(), notes.append)
+    w = nn.Parameter(torch.randn(4, 4))
+    for _ in range(5):
+        replays(rows(grad=False), w)
+    assert len(notes) == 1
+    assert list(replays._recordings.values()) == [None]
+
+
+def test_a_graph_that_cannot_be_recorded_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    region = Region()
+    monkeypatch.setattr(region.replays.recorder, "record", refuse)
+    for _ in range(5):
+        x = rows()
+        assert_equal(gradients(region, region.replays, x), gradients(region, region.run, x))
+    assert len(region.notes) == 1
+    assert "not permitted" in region.notes[0]
+
+
+def test_parameters_that_move_with_every_call_are_not_counted_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_KINDS", 5)
+    region = Region()
+    for n in range(1, 10):
+        region.replays(*region.arguments(rows(n)))
+    assert len(region.replays._runs) <= 5
+
+
+@pytest.mark.parametrize("change", ["written to", "moved"])
+def test_a_parameter_that_changes_before_the_backward_is_refused(change: str) -> None:
+    region = Region()
+    region.warm(rows())
+    y, _, _ = region.replays(*region.arguments(rows()))
+    if change == "moved":
+        region.frozen.data = region.frozen.data.clone()
+    else:
+        with torch.no_grad():
+            region.trained.mul_(2)
+    with pytest.raises(RuntimeError, match="modified or moved"):
+        y.sum().backward()
+
+
+def test_tensors_that_wrap_others_are_left_alone() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    def run(x: Tensor, w: Tensor) -> tuple[Tensor]:
+        return ((x @ w).to(torch.float32),)
+
+    notes: list[str] = []
+    replays = Replays(run, Rerun(), notes.append)
+    w = nn.Parameter(TwoTensor(torch.randn(4, 4), torch.randn(4, 4)))
+    for _ in range(RUNS_BEFORE + 2):
+        replays(rows(), w)
+    assert not replays._runs
+    assert not replays._recordings
+
+
+def test_quantised_weights_in_buffers_are_not_copied_in_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LARGE", 15)
+    replays = Replays(lambda x, q: (x @ q.float(),), Rerun(), lambda _: None)
+    for _ in range(RUNS_BEFORE + 2):
+        replays(rows(), torch.ones(4, 4, dtype=torch.int8))[0].sum().backward()
+    assert not replays.recorded
+
+
+def test_forgotten_recordings_are_freed_after_their_backward() -> None:
+    region = Region()
+    region.warm(rows())
+    held = weakref.ref(next(iter(region.replays._recordings.values())))
+    x = rows()
+    y, _, _ = region.replays(*region.arguments(x))
+    region.replays.forget()
+    region.recorder.forget()
+    assert torch.equal(
+        torch.autograd.grad(y.sum(), x)[0], torch.autograd.grad(region.run(*region.arguments(x))[0].sum(), x)[0]
+    )
+    assert held() is not None
+    del y
+    gc.collect()
+    assert held() is None
+
+
+def test_recordings_are_forgotten_with_the_model_and_by_disable(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fastlora
+    from fastlora.session import Session
+
+    forgotten: list[Session] = []
+    monkeypatch.setattr(Session, "forget", lambda session: forgotten.append(session))
+    model = fastlora.compile(nn.Sequential(nn.Linear(2, 2), nn.Tanh()))
+    fastlora.disable(model)
+    assert len(forgotten) == 1
+    kept = fastlora.compile(model)._compiled_call_impl.session
+    del model
+    gc.collect()
+    assert kept in forgotten[1:]
+
+
+def test_memory_that_recordings_may_take_is_limited() -> None:
+    region = Region()
+    region.recorder.full = True
+    region.warm(rows())
+    assert region.replays.recorded == 0
+    assert "of the device's memory" in region.notes[0]
+
+
+def test_only_so_many_shapes_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_RECORDINGS", 2)
+    region = Region()
+    for n in (2, 3, 4, 5):
+        region.warm(rows(n))
+        x = rows(n)
+        assert_equal(gradients(region, region.replays, x), gradients(region, region.run, x))
+    assert region.replays.recorded == 2
+    assert len(set(region.notes)) == 1
+
+
+def test_nothing_is_recorded_on_a_cpu() -> None:
+    region = Region()
+    region.replays.recorder = CudaGraphs()
+    for _ in range(5):
+        region.replays(*region.arguments(rows()))
+    assert not region.replays._runs
