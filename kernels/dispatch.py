@@ -10,8 +10,16 @@ from typing import Any
 import torch
 
 
-def run(form: Callable[..., Any], anchor: torch.Tensor, arguments: dict[str, Any]) -> Any:
-    """Runs a form unseen by autograd, on the tensors' GPU, and without autocast, as ops state their dtypes."""
+def run(name: str, form: Callable[..., Any], anchor: torch.Tensor, arguments: dict[str, Any]) -> Any:
+    """Runs a form unseen by autograd, on the tensors' GPU, and without autocast, as ops state their dtypes. PyTorch's
+    profiler sees it under its operator's name, which it would not where the dispatcher is passed over."""
+    if torch.autograd._profiler_enabled():
+        with torch.profiler.record_function(f"fastlora::{name}"):
+            return _run(form, anchor, arguments)
+    return _run(form, anchor, arguments)
+
+
+def _run(form: Callable[..., Any], anchor: torch.Tensor, arguments: dict[str, Any]) -> Any:
     device = anchor.device
     elsewhere = anchor.is_cuda and _several_gpus() and device.index != torch.cuda.current_device()
     with torch._C._AutoDispatchBelowAutograd():

@@ -214,7 +214,7 @@ class SemanticOp:
             named["wanted"] = self.wanted(values[-1] or [False] * len(tensors))
         anchor = next(t for t in tensors if t is not None)
         form = self.forms.pytorch if fake else self.forms.forward(anchor, named)
-        results = dispatch.run(form.forward, anchor, named)
+        results = dispatch.run(self.name, form.forward, anchor, named)
         return results if len(results) > 1 else results[0]
 
     def _run_backward(
@@ -232,7 +232,8 @@ class SemanticOp:
             named["spent"] = spent
         anchor = next(g for g in grads if g is not None)
         form = self.forms.pytorch if fake else self.forms.backward(anchor, named)
-        flat = self.leaves.of_gradients(dispatch.run(form.backward, anchor, named), wanted)
+        gradients = dispatch.run(f"{self.name}_backward", form.backward, anchor, named)
+        flat = self.leaves.of_gradients(gradients, wanted)
         return [g for g, need in zip(flat, needs, strict=True) if need]
 
     def _run_autograd(self, *values: Any) -> Any:

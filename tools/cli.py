@@ -175,6 +175,7 @@ def step(
     steps: Annotated[int, typer.Option(help="Steps to time.")] = 10,
     warmup: Annotated[int, typer.Option(help="Steps after the first one that are not timed.")] = 3,
     timeout: Annotated[float, typer.Option(help="Seconds after which a contender is stopped.")] = 900,
+    profile: Annotated[bool, typer.Option("--profile", help="Also show where each contender's GPU time goes.")] = False,
 ) -> None:
     """Time a whole LoRA training step, and its memory, beside eager, torch.compile, Liger and Unsloth."""
     _check_installed()
@@ -189,6 +190,7 @@ def step(
         steps=steps,
         warmup=warmup,
         timeout=timeout,
+        profile=profile,
     )
     if not run(race, Console(width=None if sys.stdout.isatty() else FILE_WIDTH)):
         raise RunError("fastlora is not among the ranked everywhere; the lines above say why")

@@ -37,6 +37,7 @@ class Race:
     steps: int = 10
     warmup: int = 3
     timeout: float = 900.0
+    profile: bool = False
 
 
 def run(race: Race, console: Console) -> bool:
@@ -109,8 +110,15 @@ class Track:
                 self.written = results.write(self.race.output, self.conditions, self.rows)
         title = f"{self.race.model}, {self.layers} layers, {rows} x {length} tokens"
         self.console.print(results.table(found, title))
+        for row in found:
+            if "profile" in row:
+                self.console.print(results.profile_table(row, self._limits_of(rows, length)))
         for line in results.problems(found):
             self.console.print(line, highlight=False, soft_wrap=True)
+
+    def _limits_of(self, rows: int, length: int) -> dict[str, float]:
+        """The seconds of each part at the ceilings, if they were measured."""
+        return next((each["parts"] for each in self.limits if (each["rows"], each["length"]) == (rows, length)), {})
 
     def _limit(self, rows: int, length: int) -> float | None:
         """Seconds of a step at the ceilings."""
@@ -142,6 +150,7 @@ class Track:
             steps=self.race.steps,
             warmup=self.race.warmup,
             gradients=str(gradients),
+            profile=self.race.profile,
         )
         row = {"contender": contender.name, "rows": rows, "length": length, "extra_bytes": None}
         if "error" in found:

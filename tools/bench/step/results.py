@@ -16,17 +16,20 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastlora.tools.bench.step.contenders import EAGER, MINE
+from fastlora.tools.bench.step.profile import beside_limit
 from fastlora.tools.summary import hardware, plain, versions
 
 Row = dict[str, Any]
 RANKED = "ranked"
 _PEERS = ("liger-kernel", "unsloth", "unsloth_zoo", "bitsandbytes", "xformers")
-_NOT_IN_CSV = ("all_seconds", "described", "tensor_errors")
+_NOT_IN_CSV = ("all_seconds", "described", "tensor_errors", "profile")
 _CAPTION = (
     "extra: above weights, optimizer states and the batch; first step: cold, compilation included;\n"
     "error: of all first gradients against float32, over eager's"
 )
 _GIB = 2**30
+_SMALL = 0.002
+"""The share of a step below which a kernel has no line of its own."""
 
 
 def environment() -> Row:
@@ -71,6 +74,23 @@ def table(rows: list[Row], title: str) -> Table:
         ]
         style = None if row["status"] == RANKED else "red"
         shown.add_row(str(row.get("rank", "-")), row["contender"], *numbers, style=style)
+    return shown
+
+
+def profile_table(row: Row, limits: dict[str, float]) -> Table:
+    """Where a contender's step spends its GPU time, beside the least that each kind of work can take."""
+    kinds = row["profile"]
+    total = sum(sum(parts.values()) for parts in kinds.values())
+    shown = Table(title=f"{row['contender']}: GPU time of a step", caption=f"{total * 1e3:.2f} ms in all")
+    shown.add_column("work")
+    for heading in ("ms", "share", "limit ms", "x limit"):
+        shown.add_column(heading, justify="right")
+    for kind, seconds, least in beside_limit(kinds, limits):
+        limited = [f"{least * 1e3:.2f}", f"{seconds / least:.2f}"] if least else ["-", "-"]
+        shown.add_row(kind, f"{seconds * 1e3:.2f}", f"{seconds / total:.1%}", *limited)
+        for name, part in kinds[kind].items():
+            if len(kinds[kind]) > 1 and part > _SMALL * total:
+                shown.add_row(f"  {name[:60]}", f"{part * 1e3:.2f}", f"{part / total:.1%}", "", "", style="dim")
     return shown
 
 

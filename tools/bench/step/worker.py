@@ -52,18 +52,23 @@ def contend(
     steps: int,
     warmup: int,
     gradients: str,
+    profile: bool,
 ) -> dict[str, Any]:
     """Prepares a contender and measures its steps."""
     from fastlora.tools.bench.step import weights
     from fastlora.tools.bench.step.measurement import Trainer, measure
     from fastlora.tools.bench.step.preparations import Place
+    from fastlora.tools.bench.step.profile import time_by_work
 
     module, _, function = prepare.partition(":")
     started = time.perf_counter()
     prepared = getattr(import_module(module), function)(Place(folder, device, length), **options)
     seconds = time.perf_counter() - started
     batch = weights.batch(prepared.model.config.vocab_size, rows, length, device)
-    measured = measure(Trainer(prepared.model, batch, device), steps, warmup, Path(gradients))
+    trainer = Trainer(prepared.model, batch, device)
+    measured = measure(trainer, steps, warmup, Path(gradients))
+    if profile and device.type == "cuda":
+        measured["profile"] = time_by_work(trainer)
     return measured | {"prepare_seconds": seconds, "described": prepared.describe()}
 
 
