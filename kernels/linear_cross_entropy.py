@@ -265,11 +265,16 @@ def make(
     names = tuple(n for n in (("x",) if reduction == "none" else ("x", *parameters)) if wanted[n])
     g = assumed(count, reduction, lift(loss.scale, head.base_dtype, head.lora_dtype), head.wide)
     losses, made = solve(Problem(x, targets, head, loss, names, parameters, g))
-    total = losses if reduction == "none" else losses.sum(dtype=torch.float64)  # it is one number: rounded once
+    total = losses if reduction == "none" else losses.sum(dtype=_sum_dtype(losses))
     total = total / count if reduction == "mean" else total
     made = {n: t if n == "x" else t.to(made_dtype(parameters[n].dtype)) for n, t in made.items()}
     residuals = [made[name] if name in made else x.new_empty(0) for name in ("x", *PARAMETERS)]
     return total.to(head.logits_dtype), *residuals, count
+
+
+def _sum_dtype(losses: torch.Tensor) -> torch.dtype:
+    """The loss of all tokens is one number, which is to be rounded once: summed in float64, where the device has it."""
+    return torch.float64 if losses.device.type in ("cpu", "cuda", "meta") else losses.dtype
 
 
 def differentiate(
