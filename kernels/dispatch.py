@@ -23,7 +23,7 @@ def _run(form: Callable[..., Any], anchor: torch.Tensor, arguments: dict[str, An
     device = anchor.device
     elsewhere = anchor.is_cuda and _several_gpus() and device.index != torch.cuda.current_device()
     with torch._C._AutoDispatchBelowAutograd():
-        if not elsewhere and not torch.is_autocast_enabled(device.type):
+        if anchor.is_meta or (not elsewhere and not torch.is_autocast_enabled(device.type)):
             return form(**arguments)
         with ExitStack() as stack:
             if elsewhere:

@@ -10,6 +10,7 @@ Whatever the form, the results have the shapes, dtypes and strides of the PyTorc
 from __future__ import annotations
 
 import importlib.util
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,7 +66,8 @@ class Forms:
         return self._first(anchor, lambda form: form.serves_backward(**arguments))
 
     def _first(self, anchor: torch.Tensor, serves: Callable[[Form], bool]) -> Form:
-        if _only is None and not (anchor.is_cuda and runs_kernels(anchor.device)):
+        on_gpu = (anchor.is_cuda and runs_kernels(anchor.device)) or (anchor.is_meta and _thread.rehearses)
+        if _only is None and not on_gpu:
             return self.pytorch
         if _only == self.pytorch.name:
             return self.pytorch
@@ -94,6 +96,23 @@ def only(name: str) -> Iterator[None]:
         yield
     finally:
         _only = before
+
+
+class _Thread(threading.local):
+    rehearses = False
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def rehearsed() -> Iterator[None]:
+    """In this thread, tensors without memory count as tensors on a GPU, for which forms are chosen."""
+    before, _thread.rehearses = _thread.rehearses, True
+    try:
+        yield
+    finally:
+        _thread.rehearses = before
 
 
 def restriction() -> str | None:

@@ -258,6 +258,21 @@ class SemanticOp:
             return self._run_backward(grads, asked, *values, spent=self.foresees and dispatch.is_last_backward())
         return self.backward_target(grads, asked, *values)
 
+    def rehearse(self, values: Sequence[Any], needs: Sequence[bool]) -> None:
+        """Runs forward and backward on tensors without memory, for what the forms do on the way.
+
+        Args:
+            values: the arguments in the schema's order, tensors on the device "meta".
+            needs: which gradients of the tensor leaves are wanted.
+        """
+        results = self._run_forward(*values[: len(self.names)], *([needs] if self.foresees else []))
+        results = results if len(self.result_names) > 1 else (results,)
+        grads = [None if t is None else torch.empty_like(t) for t in self.output_leaves.flat(results)]
+        asked = self.sharing(values).ask(self.reached(needs, grads))
+        if any(asked):
+            saved, constants = self.to_save(needs, values, results)
+            self._run_backward(grads, asked, *saved, *constants)
+
     def to_save(
         self, needs: Sequence[bool], values: Sequence[Any], results: Sequence[Any]
     ) -> tuple[list[Any], list[Any]]:

@@ -138,7 +138,7 @@ def _install(model: nn.Module, session: Session) -> None:
         else:
             region.module._compiled_call_impl = gate
     if head is not None and defers and inner is None:
-        session.head = name
+        session.head, session.head_layer = name, head  # type: ignore[assignment]
         head._compiled_call_impl = DeferringHead(head, session.tally)  # type: ignore[arg-type]
     model._compiled_call_impl = ModelGate(model, session, inner)  # type: ignore[assignment]
 

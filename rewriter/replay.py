@@ -101,7 +101,7 @@ class Replays:
             self._decline(kind, "its results share memory with each other or with its inputs, or are no plain tensors")
         elif versions != [t._version for t in args if isinstance(t, torch.Tensor)]:
             self._decline(kind, "it writes to its inputs")
-        elif not live:  # what leads to no parameter that is trained has no backward to replay
+        elif not any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):  # nothing trained leads here
             self._recordings[kind] = None
         elif len(live) != 1:  # of several, some may get no gradient, which is not the same as zeros
             self._decline(kind, f"{len(live)} of its results have gradients, not one")

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fastlora.boundary import defer_escaping_logits
 from fastlora.deferred import Tally
 from fastlora.engine import AnyRule, Rewrite, bodies, rewrite
 from fastlora.errors import FastLoRAError, StrictError
 from fastlora.findings import misses, sites
+from fastlora.foresight import calls, loss_call
+from fastlora.kernels.rehearsal import compile_kernels
 from fastlora.lowering import lower, pretend
+from fastlora.metadata import meta
+from fastlora.progress import progress
 from fastlora.recorder import CudaGraphs
 from fastlora.replay import Replays
 from fastlora.report import Coverage, Miss, Report, Seconds, Site
@@ -91,6 +95,7 @@ class Session:
         self.notes: list[str] = []
         self.seconds = Seconds()
         self.head: str | None = None
+        self.head_layer: nn.Linear | None = None
         self.region = ""
         self._recorder = CudaGraphs()
         self._serving: dict[tuple[str, int], TracedGraph] = {}
@@ -104,6 +109,10 @@ class Session:
 
     def compile_graph(self, gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         """A TorchDynamo backend: rewrites the graph and lowers it."""
+        with progress(f"compiling {self.region or 'the model'}"):
+            return self._compile_graph(gm, inputs)
+
+    def _compile_graph(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         start = time.perf_counter()
         self.seconds.trace += start - self._entered
         frame = torch._guards.CompileContext.current_compile_id()
@@ -118,6 +127,8 @@ class Session:
         start = time.perf_counter()
         options = self.options
         run = pretend(gm) if options.dry else lower(gm, inputs, options.lowering, options.mode)
+        if not options.dry:
+            self._compile_kernels(traced)
         traced.replays = self._replays(gm, run)
         run = traced.replays or run
         self._entered = time.perf_counter()
@@ -128,6 +139,20 @@ class Session:
             return run(*args)
 
         return served
+
+    def _compile_kernels(self, traced: TracedGraph) -> None:
+        """Compiles the kernels of a graph side by side, and with those of the first one those of the loss."""
+        found = list(calls(traced.gm, traced.rewrites))
+        if self.head_layer is not None and (loss := loss_call(traced.gm, self.head_layer)) is not None:
+            self.head_layer = None
+            found.append(loss)
+        device = next((t.device for t in _examples(traced.gm) if t.is_cuda), None)
+        if device is None:
+            return
+        try:
+            compile_kernels(found, device)
+        except Exception as problem:  # then they are compiled one by one, where the problem shows if it is one
+            self._note(f"kernels could not be compiled ahead: {type(problem).__name__}: {problem}".partition("\n")[0])
 
     def _replays(self, gm: fx.GraphModule, run: Callable[..., Any]) -> Replays | None:
         """What replays a graph if that was asked for; Inductor has replays of its own."""
@@ -202,8 +227,13 @@ class Session:
 
 
 def _computes_on_a_cpu(gm: fx.GraphModule) -> bool:
-    examples = (node.meta.get("example_value") for body in bodies(gm) for node in body.graph.nodes)
-    return any(isinstance(example, torch.Tensor) and example.device.type == "cpu" for example in examples)
+    return any(example.device.type == "cpu" for example in _examples(gm))
+
+
+def _examples(gm: fx.GraphModule) -> Iterator[torch.Tensor]:
+    """The values that tracing saw."""
+    for body in bodies(gm):
+        yield from (example for node in body.graph.nodes if (example := meta(node)) is not None)
 
 
 def _common_name(names: list[str]) -> str:

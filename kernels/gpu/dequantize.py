@@ -10,18 +10,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 
 from fastlora.kernels import dequantize as op
 from fastlora.kernels.forms import Form
+from fastlora.kernels.gpu import ahead
 from fastlora.kernels.gpu.launch import cdiv, computes, empty
 
 UNITS, WARPS = 128, 2
 """Stored units that a program decodes, and its warps. Measured on an H200, bfloat16."""
 
 
-@triton.jit
+@ahead.kernel()
 def kernel(
     packed_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, code_ptr, out_ptr,
     K, units, out_stride,

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from fastlora.kernels import dropout as op
 from fastlora.kernels.forms import Form
+from fastlora.kernels.gpu import ahead
 from fastlora.kernels.gpu.launch import FLOATS, cdiv, empty, supported
 from fastlora.kernels.op import Gradients, Wanted
 
@@ -61,7 +62,7 @@ def row_factors(row, H, seed_ptr, threshold, scale, FOURS: tl.constexpr, BLOCK_T
     return tl.where(words.to(tl.int64) >= threshold, scale, 0.0)
 
 
-@triton.jit(do_not_specialize=["threshold", "scale"])
+@ahead.kernel(do_not_specialize=["threshold", "scale"])
 def dropout_kernel(x_ptr, base_ptr, seed_ptr, out_ptr, size, threshold, scale, BLOCK: tl.constexpr):
     """out = x * (scale where the element's word is no less than threshold, else 0) (+ base), for BLOCK elements.
 

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from fastlora.kernels import glu as op
 from fastlora.kernels.forms import Form, laid_out
+from fastlora.kernels.gpu import ahead
 from fastlora.kernels.gpu.launch import FLOATS, Rows, cdiv, power_of_two, supported
 from fastlora.kernels.op import Gradients, Wanted
 
@@ -67,7 +68,7 @@ def _offsets(I, ONE_ROW: tl.constexpr, BLOCK_I: tl.constexpr):
     return row, start, cols, cols < I - start
 
 
-@triton.jit
+@ahead.kernel()
 def forward_kernel(
     gate_ptr, up_ptr, y_ptr, I, gate_stride, up_stride, y_stride,
     ACTIVATION: tl.constexpr, ONE_ROW: tl.constexpr, BLOCK_I: tl.constexpr,
@@ -80,7 +81,7 @@ def forward_kernel(
     tl.store(y_ptr + row * y_stride + start + cols, (act * up).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@ahead.kernel()
 def backward_kernel(
     dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, y_ptr,
     I, dy_stride, gate_stride, up_stride, dgate_stride, dup_stride, y_stride,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
+from fastlora.kernels.gpu import ahead
 from fastlora.kernels.gpu.launch import cdiv, empty, power_of_two
 
 
-@triton.jit(do_not_specialize=["T", "V", "chunk", "chunks", "ignore_index"])
+@ahead.kernel(do_not_specialize=["T", "V", "chunk", "chunks", "ignore_index"])
 def rank_kernel(
     labels_ptr, ranks_ptr, remaining_ptr, count_ptr, usable_ptr,
     T, V, chunk, chunks, ignore_index, BLOCK: tl.constexpr,
@@ -35,7 +35,7 @@ def rank_kernel(
         tl.store(remaining_ptr + at, tl.minimum(tl.maximum(count - at * chunk, 0), chunk), mask=at < chunks)
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@ahead.kernel(do_not_specialize=["ignore_index"])
 def gather_kernel(
     x_ptr, labels_ptr, ranks_ptr, count_ptr, rows_ptr, order_ptr,
     H, x_stride, ignore_index, BLOCK_H: tl.constexpr,
@@ -52,7 +52,7 @@ def gather_kernel(
         tl.store(rows_ptr + row * H + cols, x.to(rows_ptr.dtype.element_ty), mask=cols < H)
 
 
-@triton.jit
+@ahead.kernel()
 def scatter_kernel(rows_ptr, order_ptr, count_ptr, out_ptr, H, BLOCK_H: tl.constexpr):
     """One row to its token; zeros to an ignored one."""
     row = tl.program_id(0).to(tl.int64)
@@ -66,7 +66,7 @@ def scatter_kernel(rows_ptr, order_ptr, count_ptr, out_ptr, H, BLOCK_H: tl.const
 
 def refuse_unless(usable: torch.Tensor) -> None:
     """Raises for labels out of range; on a GPU when it gets there, as PyTorch's own loss does."""
-    if usable.is_cuda:
+    if usable.device.type != "cpu":
         torch._assert_async(usable, "linear_cross_entropy: a label is out of bounds")
     elif not usable:
         raise IndexError("linear_cross_entropy: a label is out of bounds")

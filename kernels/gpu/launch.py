@@ -7,6 +7,7 @@ float32 first, and round once, when they store.
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -16,14 +17,39 @@ FLOATS = (torch.float32, *HALVES)
 
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
-STAND_IN = (9, 0)
-"""The compute capability of what is no GPU: of the interpreter, or of a device that kernels are compiled for ahead."""
+
+class Gpu(NamedTuple):
+    """What kernels are chosen by: compute capability, and the number of streaming multiprocessors."""
+
+    capability: tuple[int, int]
+    processors: int
+
+
+INTERPRETER = Gpu((9, 0), 4)
+"""Programs run one by one there, so a few are enough."""
+stand_in = INTERPRETER
+"""The GPU that tensors without memory are taken to be on; see `rehearsal.py`."""
 
 
 @cache
+def real(device: torch.device) -> Gpu:
+    """What a CUDA device is."""
+    return Gpu(torch.cuda.get_device_capability(device), torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _gpu(device: torch.device) -> Gpu:
+    return real(device) if device.type == "cuda" else stand_in if device.type == "meta" else INTERPRETER
+
+
+def take_for(gpu: Gpu) -> None:
+    """Has tensors without memory be on such a GPU from now on."""
+    global stand_in
+    stand_in = gpu
+
+
 def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability of a device."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else STAND_IN
+    return _gpu(device).capability
 
 
 def computes(dtype: torch.dtype, device: torch.device) -> bool:
@@ -39,10 +65,9 @@ def supported(*tensors: torch.Tensor | None) -> bool:
     return True
 
 
-@cache
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors; on a CPU, where the interpreter runs programs one by one, a few."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    """The streaming multiprocessors of a device."""
+    return _gpu(device).processors
 
 
 class Rows:

@@ -17,13 +17,14 @@ import triton.language as tl
 from fastlora.kernels import layer_norm as op
 from fastlora.kernels import residual_add
 from fastlora.kernels.forms import Form, laid_out
+from fastlora.kernels.gpu import ahead
 from fastlora.kernels.gpu import rows as over
 from fastlora.kernels.gpu.dropout import drawing, row_factors
 from fastlora.kernels.gpu.launch import TL_DTYPES, Rows, supported, vector
 from fastlora.kernels.op import Gradients, Wanted
 
 
-@triton.jit(do_not_specialize=["T", "eps", "threshold", "scale"])
+@ahead.kernel(do_not_specialize=["T", "eps", "threshold", "scale"])
 def forward_kernel(
     x_ptr, residual_ptr, w_ptr, b_ptr, y_ptr, total_ptr, mean_ptr, rstd_ptr,
     T, H, x_stride, residual_stride, y_stride, eps, seed_ptr, threshold, scale, FOURS: tl.constexpr,
@@ -94,7 +95,7 @@ def _backward_rows(
     return dy * n, dy
 
 
-@triton.jit(do_not_specialize=["T", "threshold", "scale"])
+@ahead.kernel(do_not_specialize=["T", "threshold", "scale"])
 def backward_kernel(
     dy_ptr, h_ptr, w_ptr, mean_ptr, rstd_ptr, dtotal_ptr, dh_ptr, dx_ptr, dw_ptr, db_ptr,
     T, H, dy_stride, h_stride, dtotal_stride, seed_ptr, threshold, scale, FOURS: tl.constexpr,

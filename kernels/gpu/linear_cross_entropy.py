@@ -27,7 +27,7 @@ import triton.language as tl
 
 from fastlora.kernels import linear_cross_entropy as op
 from fastlora.kernels.forms import Form, laid_out
-from fastlora.kernels.gpu import matmul
+from fastlora.kernels.gpu import ahead, matmul
 from fastlora.kernels.gpu.kept_rows import Kept
 from fastlora.kernels.gpu.launch import FLOATS, TL_DTYPES, cdiv, empty, power_of_two, processors, supported
 from fastlora.kernels.linear_head import PARAMETERS, Head, Sums, accumulate
@@ -92,7 +92,7 @@ def _log_sum_exp(
     return highest, tl.sum(total, axis=0), tl.sum(plain, axis=0)
 
 
-@triton.jit
+@ahead.kernel()
 def cross_entropy_kernel(
     logits_ptr, labels_ptr, order_ptr, remaining_ptr, g_ptr, loss_ptr,
     V, logits_stride, scale, softcap, smoothing, z_loss,
@@ -142,7 +142,7 @@ def cross_entropy_kernel(
             tl.store(row_ptr + cols, dl.to(logits_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@ahead.kernel()
 def multiply_kernel(t_ptr, g_ptr, y_ptr, N, H, EACH: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
     """t times g, one number for all or one for each H elements. IN_PLACE: y is t, and there is nothing to do for 1."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

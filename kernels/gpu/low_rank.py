@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlora.kernels.gpu import ahead
 from fastlora.kernels.gpu.launch import HALVES, allocate, cdiv, power_of_two, processors
 from fastlora.kernels.gpu.matmul import describable, describe, measured
 
@@ -52,7 +53,7 @@ BOTH_WIDE = Sweep(64, 512, warps=4, stages=3)
 """Measured on an H200. For many columns, if a rank up to 16 leaves registers for 512: half as many shares of dxa."""
 
 
-@triton.jit(do_not_specialize=["T", "scaling", "SHARE", "share_stride"])
+@ahead.kernel(do_not_specialize=["T", "scaling", "SHARE", "share_stride"])
 def rows_kernel(
     x, factor, out_ptr, scaling, T, K, R, factor_stride, SHARE, share_stride, out_stride,
     FACTOR_T: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -79,7 +80,7 @@ def rows_kernel(
     tl.store(out_ptr, (acc * scaling).to(out_ptr.dtype.element_ty), mask=(row < T) & (r < R))
 
 
-@triton.jit(do_not_specialize=["T", "scaling", "SHARE", "share_stride"])
+@ahead.kernel(do_not_specialize=["T", "scaling", "SHARE", "share_stride"])
 def columns_kernel(
     x, thin_ptr, columns_ptr, factor_ptr, rows_ptr, scaling, T, C, R,
     thin_stride, column_stride, r_stride, share_stride, factor_stride, factor_r_stride, SHARE,
@@ -125,7 +126,7 @@ def _add_shares(shares_ptr, out_ptr, block, count, size, width, stride, BLOCK: t
     tl.store(out_ptr + (i // width).to(tl.int64) * stride + i % width, acc.to(out_ptr.dtype.element_ty), mask=i < size)
 
 
-@triton.jit(do_not_specialize=["count0", "count1"])
+@ahead.kernel(do_not_specialize=["count0", "count1"])
 def reduce_kernel(
     shares0_ptr, out0_ptr, count0, size0, width0, stride0, shares1_ptr, out1_ptr, count1, size1, width1, stride1,
     BLOCK: tl.constexpr, SHARES: tl.constexpr,

@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastlora.kernels.gpu import ahead
 from fastlora.kernels.gpu.launch import HALVES, allocate, capability, cdiv, processors
 
 Addend = tuple[torch.Tensor, torch.Tensor]
@@ -115,7 +116,7 @@ def _store(out, acc, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ADD: tl
     _put(out, right, m, n + HALF, ADD, INTERPRETED)
 
 
-@triton.jit(do_not_specialize=["M"])
+@ahead.kernel(do_not_specialize=["M"])
 def sum_kernel(
     out, left0, right0, left1, right1, left2, right2, left3, right3, bias_ptr, count_ptr,
     M, N, K0, K1, K2, K3,
@@ -178,7 +179,7 @@ def sum_kernel(
         _store(out, acc, m, n, BLOCK_M, BLOCK_N, ADD, INTERPRETED)
 
 
-@triton.jit(do_not_specialize=["T"])
+@ahead.kernel(do_not_specialize=["T"])
 def tail_kernel(t_ptr, out_ptr, count_ptr, T, C, t_stride, out_stride, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
     """out (BLOCK_K, C) = the rows of t (T, C) from the last multiple of BLOCK_K up to count, then zeros."""
     count = min(T, tl.load(count_ptr).to(tl.int64))
@@ -243,7 +244,7 @@ def serves(addends: Sequence[Addend], bias: torch.Tensor | None = None, out: tor
         return answer
     left, right = addends[0]
     device = left.device
-    if device.type == "cuda":
+    if device.type != "cpu":
         M, N, K = left.shape[0], right.shape[1], sum(a.shape[1] for a, _ in addends)
         if M < FEWEST_ROWS:
             return f"fewer than {FEWEST_ROWS} rows"

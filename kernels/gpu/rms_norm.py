@@ -16,6 +16,7 @@ import triton.language as tl
 from fastlora.kernels import residual_add
 from fastlora.kernels import rms_norm as op
 from fastlora.kernels.forms import Form, laid_out
+from fastlora.kernels.gpu import ahead
 from fastlora.kernels.gpu import rows as over
 from fastlora.kernels.gpu.dropout import drawing, row_factors
 from fastlora.kernels.gpu.launch import TL_DTYPES, Rows, supported, vector
@@ -29,7 +30,7 @@ def _scale(w, offset, SCALE_DTYPE: tl.constexpr):
     return (w.to(tl.float32) + offset).to(SCALE_DTYPE).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["T", "eps", "offset", "threshold", "scale"])
+@ahead.kernel(do_not_specialize=["T", "eps", "offset", "threshold", "scale"])
 def forward_kernel(
     x_ptr, residual_ptr, w_ptr, y_ptr, total_ptr, rstd_ptr,
     T, H, x_stride, residual_stride, y_stride, eps, offset, seed_ptr, threshold, scale, FOURS: tl.constexpr,
@@ -87,7 +88,7 @@ def _backward_rows(
     return dy * n
 
 
-@triton.jit(do_not_specialize=["T", "offset", "threshold", "scale"])
+@ahead.kernel(do_not_specialize=["T", "offset", "threshold", "scale"])
 def backward_kernel(
     dy_ptr, h_ptr, w_ptr, rstd_ptr, dtotal_ptr, dh_ptr, dx_ptr, dw_ptr,
     T, H, dy_stride, h_stride, dtotal_stride, offset, seed_ptr, threshold, scale, FOURS: tl.constexpr,

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from fastlora.kernels import rotary as op
 from fastlora.kernels.forms import Form
-from fastlora.kernels.gpu import launch
+from fastlora.kernels.gpu import ahead, launch
 from fastlora.kernels.gpu.launch import FLOATS, supported
 from fastlora.kernels.gpu.rotary_plan import HEADS, OLDER_HEADS, Launch, inner, plan, shape_of
 from fastlora.kernels.op import Gradients, Wanted
@@ -97,7 +97,7 @@ def _turn(
         tl.store(y_ptr + y_at + 2 * P + cols, passing.to(y_ptr.dtype.element_ty), mask=mask & (cols < REST))
 
 
-@triton.jit(do_not_specialize=["N", "S"])
+@ahead.kernel(do_not_specialize=["N", "S"])
 def turn_kernel(
     x0_ptr, x1_ptr, y0_ptr, y1_ptr, cos_ptr, sin_ptr, N, S, H0, H1, tiles0, tiles,
     x0_batch, x0_head, x0_position, x1_batch, x1_head, x1_position,

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlora.kernels.gpu import ahead
 from fastlora.kernels.gpu.launch import cdiv, empty, power_of_two, processors
 
 WIDEST = 65536
@@ -77,7 +78,7 @@ def read(ptr, mask, READ: tl.constexpr):
     return tl.load(ptr, mask=mask, other=0.0, eviction_policy=READ).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["P"])
+@ahead.kernel(do_not_specialize=["P"])
 def total_kernel(shares_ptr, total_ptr, P, H, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr):
     """The sum of P rows, for BLOCK_H columns, in an order that depends on nothing but P."""
     cols = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]

@@ -22,33 +22,27 @@ from dropout_cases import dropout_cases
 from op_checks import require_every_gradient
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.runtime.jit import create_function_from_signature
 
 from fastlora.kernels import forms
-from fastlora.kernels.gpu import launch
+from fastlora.kernels.gpu import ahead, launch, matmul
 from fastlora.tools.bench.cases import Case, cases
 from fastlora.tools.bench.shapes import SHAPES
 
 SHARED_MEMORY = {70: 96, 75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
 """KiB that one program can have, by compute capability."""
 
-Launch = tuple[JITFunction, tuple[Any, ...], dict[str, Any]]
+PROCESSORS = 132
 
 
-def launches(capability: int) -> list[Launch]:
+def launches(capability: int) -> list[ahead.Launch]:
     """What the ops launch at the places of a large and a small model, in training, for one token and for many."""
-    launch.STAND_IN = divmod(capability, 10)
-    recorded: list[Launch] = []
-
-    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        recorded.append((self, args, kwargs))
-
-    loss = "fastlora.kernels.gpu.kept_rows.refuse_unless"
+    launch.take_for(launch.Gpu(divmod(capability, 10), PROCESSORS))
     with (
-        patch.object(JITFunction, "run", record),
-        patch(loss, lambda *_: None),
-        patch("torch.is_autocast_enabled", lambda _: False),  # it knows no meta tensors
+        patch.object(matmul, "serves", matmul.readable),  # also where cuBLAS is faster
         forms.only("triton"),
+        forms.rehearsed(),
+        ahead.recorded() as recorded,
     ):
         for dtype in [torch.float16, *([torch.bfloat16] if capability >= 80 else []), torch.float32]:
             for case in _cases():
@@ -70,20 +64,15 @@ def _run(case: Case, dtype: torch.dtype) -> None:
     def empty(*shape: int, dtype: torch.dtype = dtype, **_: Any) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    op = case.op
     arguments = case.made_of(empty, dtype)
-    below = patch.object(op, "target", op._run_forward), patch.object(op, "backward_target", op._run_backward)
-    with below[0], below[1]:
-        for everything in (False, True):
-            if everything and case.wanted:
-                require_every_gradient(arguments)
-            results = op._run_autograd(*op.order(arguments))
-            outputs = op.output_leaves.flat(results if len(op.result_names) > 1 else (results,))
-            if case.wanted:
-                torch.autograd.backward(outputs, [torch.empty_like(t) for t in outputs])
+    for everything in (False, True):
+        if everything and case.wanted:
+            require_every_gradient(arguments)
+        values = case.op.order(arguments)
+        case.op.rehearse(values, [t is not None and t.requires_grad for t in case.op.leaves.flat(values)])
 
 
-def compiled(made: Launch, capability: int) -> tuple[str, Any]:
+def compiled(made: ahead.Launch, capability: int) -> tuple[str, Any]:
     """The kernel's name and specialisation, and what the compiler makes of it."""
     function, args, kwargs = made
     target = GPUTarget("cuda", capability, 32)

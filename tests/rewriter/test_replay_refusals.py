@@ -42,6 +42,15 @@ def test_graphs_that_cannot_be_replayed_say_so_once(run: Callable[..., Any]) -> 
     assert list(replays._recordings.values()) == [None]
 
 
+def test_a_graph_of_frozen_parameters_alone_has_no_backward_to_replay_and_says_nothing() -> None:
+    notes: list[str] = []
+    replays = Replays(lambda x, w: (x @ w,), Rerun(), notes.append)
+    for _ in range(5):
+        replays(rows(grad=False), nn.Parameter(torch.randn(4, 4), requires_grad=False))
+    assert notes == []
+    assert replays.recorded == 0
+
+
 def test_a_graph_that_cannot_be_recorded_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")

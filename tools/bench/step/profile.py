@@ -80,8 +80,7 @@ def attributed(events: Iterable[Event]) -> dict[str, dict[str, float]]:
         kind = next((found for name in around if (found := _kind(name))), REST)
         named = [name for name in around if not name.startswith("autograd::engine")]
         kinds[kind][named[0] if kind == REST and named else each["name"]] += each["dur"]
-    kinds[IDLE][IDLE] = _idle(work)
-    return kinds
+    return {**kinds, IDLE: {IDLE: _idle(work)}}
 
 
 def _idle(work: list[Event]) -> float:

@@ -1,0 +1,87 @@
+"""Kernels that can be compiled before they are launched, many at a time.
+
+Triton compiles a kernel in its first launch, and a first step has dozens of them, one behind the other: most of that
+time Python waits for the assembler, and for the C compiler that builds what launches a kernel. Here an op runs on
+tensors without memory, for which a GPU stands in; its launches are recorded instead of made, and then compiled side by
+side. The launches that follow find their kernels in Triton's cache.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.runtime.jit import JITFunction
+
+MOST_THREADS = 16
+
+
+class Launch(NamedTuple):
+    """A kernel with the arguments and options of one launch."""
+
+    function: JITFunction
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+class _Recorder(threading.local):
+    launches: list[Launch] | None = None
+
+
+_recorder = _Recorder()
+
+
+class Kernel(JITFunction):
+    """What `triton.jit` makes of a function, but for launches that are recorded."""
+
+    def run(self, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        if _recorder.launches is None:
+            return super().run(*args, grid=grid, warmup=warmup, **options)
+        _recorder.launches.append(Launch(self, args, options))
+        return None
+
+
+def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """`triton.jit` for what is launched, and not called by other kernels."""
+    return lambda function: (triton.jit if triton.knobs.runtime.interpret else Kernel)(function, **options)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """The launches that this thread would make, in order; none is made."""
+    launches: list[Launch] = []
+    before, _recorder.launches = _recorder.launches, launches
+    try:
+        yield launches
+    finally:
+        _recorder.launches = before
+
+
+def compile_all(launches: Sequence[Launch], device: torch.device) -> None:
+    """Compiles and loads the kernels of these launches for a GPU, those that are not there yet.
+
+    Raises:
+        Exception: whatever the compiler raises; other kernels are compiled all the same.
+    """
+    with torch.cuda.device(device), ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
+        with triton.AsyncCompileMode(threads):
+            found = [
+                JITFunction.run(each.function, *each.args, grid=None, warmup=True, **each.options) for each in launches
+            ]
+        kernels = {id(made): made for each in found if (made := each.result() if hasattr(each, "result") else each)}
+        list(threads.map(lambda made: _load(made, device), kernels.values()))
+
+
+def _compiled(launch: Launch) -> Any:
+    return JITFunction.run(launch.function, *launch.args, grid=None, warmup=True, **launch.options)
+
+
+def _load(made: Any, device: torch.device) -> None:
+    torch.cuda.set_device(device)  # a thread of its own has none
+    made.run  # noqa: B018  (which builds what launches the kernel, and loads it)
