@@ -87,15 +87,17 @@ class SemanticOp:
         cost: the least work of a forward and a backward.
         forms: the implementations; the `forward` and `backward` given here are its PyTorch form.
         target: the registered operator, which returns outputs and residuals.
+        run: a function that does the same for a graph that runs eagerly, past the dispatcher; it keeps residuals.
 
     `saves` names what the backward takes, out of arguments, outputs and residuals. One that only some gradients read
     has a condition in `saved_if`, which is asked with `wanted` and the arguments by name; where it fails the backward
     gets None. As it may still have to know the dtype of that tensor, or list, it gets `<name>_dtype` as well. `read_by`
     names arguments that just one output depends on, by its position: without a gradient for that output they get none.
     `tied` arguments share one gradient, that of the first, unless the optional argument `untied_by` is given.
-    An op that `foresees` has its forward told what will be `wanted` of the backward, to make it on the way. Its
+    An op that `foresees` has its forward told what will be `wanted` of the backward, to make it on the way. The
     backward is told by `spent` whether it is the last to read what was saved: gradients that the forward made then need
-    not be copied.
+    not be copied. The backward of one that `spends` is told the same of its residuals where only `run` had them: it may
+    then write over them.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class SemanticOp:
         passthrough: tuple[str, ...] = (),
         read_by: dict[str, int] | None = None,
         foresees: bool = False,
+        spends: bool = False,
         cost: Cost | None = None,
     ) -> None:
         self.name, self.family, self.schema = name, family, schema
@@ -145,7 +148,7 @@ class SemanticOp:
             *(a.name for a in self.constants),
         )
         self._read_by = read_by or {}
-        self.foresees = foresees
+        self.foresees, self.spends = foresees, spends
         self.cost = cost
         self._register(schema)
 
@@ -206,6 +209,7 @@ class SemanticOp:
             _library.impl(name, run, "CompositeExplicitAutograd")
             torch.library.register_fake(f"{NAMESPACE}::{name}", partial(run, fake=True), lib=_library)
         _library.impl(self.name, self._run_autograd, "Autograd")
+        self.run = _function(self.name, partial(self._differentiable, handed_out=self.output_leaves))
 
     def _run_forward(self, *values: Any, fake: bool = False) -> Any:
         tensors = self.leaves.flat(values)
@@ -228,7 +232,7 @@ class SemanticOp:
         wanted = self.wanted(needs)
         named = dict(zip(self._backward_names, values, strict=True))
         named["wanted"], named["grads"] = wanted, self.output_leaves.grouped(grads)
-        if self.foresees:
+        if self.foresees or self.spends:
             named["spent"] = spent
         anchor = next(g for g in grads if g is not None)
         form = self.forms.pytorch if fake else self.forms.backward(anchor, named)
@@ -237,10 +241,14 @@ class SemanticOp:
         return [g for g, need in zip(flat, needs, strict=True) if need]
 
     def _run_autograd(self, *values: Any) -> Any:
+        return self._differentiable(values, self._result_leaves)
+
+    def _differentiable(self, values: tuple[Any, ...], handed_out: Leaves) -> Any:
+        """Runs the op, and has autograd know of it; hands out results, or outputs only, as one tensor or a tuple."""
         tensors = self.leaves.flat(values)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-            results = self._result_leaves.grouped(_Apply.apply(self, values, *tensors))
-            return tuple(results) if len(results) > 1 else results[0]
+            results = handed_out.grouped(_Apply.apply(self, values, handed_out is self.output_leaves, *tensors))
+            return tuple(results) if len(self.result_names) > 1 else results[0]
         return self.below_autograd(tensors, values)
 
     def below_autograd(self, tensors: Sequence[torch.Tensor | None], values: Sequence[Any]) -> Any:
@@ -251,11 +259,18 @@ class SemanticOp:
             return self.target(*values)
 
     def differentiate(
-        self, grads: list[torch.Tensor | None], asked: list[bool], saved: Sequence[torch.Tensor | None], *values: Any
+        self,
+        grads: list[torch.Tensor | None],
+        asked: list[bool],
+        saved: Sequence[torch.Tensor | None],
+        *values: Any,
+        owned: bool,
     ) -> list[torch.Tensor]:
-        """Runs the backward operator on its `values`, whose tensors `saved` has as a flat list."""
+        """Runs the backward operator on its `values`, whose tensors `saved` has as a flat list; residuals among them
+        are `owned` if nobody else has them."""
         if dispatch.unheard(grads) and dispatch.unheard(saved):
-            return self._run_backward(grads, asked, *values, spent=self.foresees and dispatch.is_last_backward())
+            may_spend = self.foresees or (self.spends and owned)
+            return self._run_backward(grads, asked, *values, spent=may_spend and dispatch.is_last_backward())
         return self.backward_target(grads, asked, *values)
 
     def rehearse(self, values: Sequence[Any], needs: Sequence[bool]) -> None:
@@ -288,6 +303,16 @@ class SemanticOp:
         return saved, [*(_dtype(named[name]) for name in self.saved_if), *constants]
 
 
+def _function(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """A plain function of that name, as graphs want them as targets."""
+
+    def run(*values: Any) -> Any:
+        return call(values)
+
+    run.__name__ = run.__qualname__ = name
+    return run
+
+
 def _dtype(value: Any) -> torch.dtype | None:
     """A tensor's dtype, or that of the tensors of a list."""
     if isinstance(value, list):
@@ -303,19 +328,21 @@ class _Apply(torch.autograd.Function):
     """Connects an op's forward and backward operators; the leaves of its tensor arguments come flat."""
 
     @staticmethod
-    def forward(ctx: Any, op: SemanticOp, values: tuple[Any, ...], *tensors: torch.Tensor | None) -> Any:
-        needs = ctx.needs_input_grad[2:]
+    def forward(ctx: Any, op: SemanticOp, values: tuple[Any, ...], owns: bool, *tensors: torch.Tensor | None) -> Any:
+        needs = ctx.needs_input_grad[3:]
         results = op.below_autograd(tensors, [*values[: len(op.names)], needs] if op.foresees else values)
         results = results if len(op.result_names) > 1 else (results,)
         saved, constants = op.to_save(needs, values, results)
-        ctx.op, ctx.constants, ctx.shared = op, constants, op.sharing(values)
+        ctx.op, ctx.constants, ctx.shared, ctx.owns = op, constants, op.sharing(values), owns
         ctx.lengths = [len(value) if isinstance(value, list) else None for value in saved]
         ctx.save_for_backward(*op.saved_leaves.flat(saved))
         outputs = op.output_leaves.flat(results)
-        residuals = op.residual_leaves.flat(results[len(op.outputs) :])
         ctx.outputs = len(outputs)
-        ctx.mark_non_differentiable(*residuals)
         ctx.set_materialize_grads(False)
+        if owns:
+            return tuple(outputs)
+        residuals = op.residual_leaves.flat(results[len(op.outputs) :])
+        ctx.mark_non_differentiable(*residuals)
         return (*outputs, *residuals)
 
     @staticmethod
@@ -328,14 +355,17 @@ class _Apply(torch.autograd.Function):
         grads = grads[: ctx.outputs]
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
-        needs = op.reached(ctx.needs_input_grad[2:], grads)
+        needs = op.reached(ctx.needs_input_grad[3:], grads)
         asked = ctx.shared.ask(needs)
         leaves = ctx.saved_tensors
         flat = iter(leaves)
         saved = [next(flat) if n is None else [next(flat) for _ in range(n)] for n in ctx.lengths]
-        computed = iter(op.differentiate(list(grads), asked, leaves, *saved, *ctx.constants) if any(asked) else ())
+        found = (
+            op.differentiate(list(grads), asked, leaves, *saved, *ctx.constants, owned=ctx.owns) if any(asked) else ()
+        )
+        computed = iter(found)
         results = [next(computed) if ask else None for ask in asked]
-        return (None, None, *ctx.shared.spread(results, needs, grads[0]))
+        return (None, None, None, *ctx.shared.spread(results, needs, grads[0]))
 
 
 def op(name: str, **declaration: Any) -> SemanticOp:

@@ -18,7 +18,7 @@ from fastlora.metadata import hint, meta
 def calls(gm: fx.GraphModule, rewrites: Sequence[Rewrite]) -> Iterator[Call]:
     """The calls of ops in a rewritten graph, as they are, and as they are where activations want gradients: the first
     of several blocks has an input that wants none, but the kernels for the others are wanted just after."""
-    ops = {match.op.target: match.op for made in rewrites for match in made.chosen}
+    ops = {run: match.op for made in rewrites for match in made.chosen for run in (match.op.target, match.op.run)}
     for body in bodies(gm):
         for node in body.graph.nodes:
             op = ops.get(node.target)

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from fastlora.engine import AnyRule, Rewrite, rewrite
 from fastlora.findings import misses
-from fastlora.kernels.op import NAMESPACE
+from fastlora.kernels import ops
+from fastlora.kernels.op import NAMESPACE, SemanticOp
 from fastlora.lowering import lower
 from fastlora.report import Miss
 from fastlora.rule import Match
@@ -23,6 +24,14 @@ from fastlora.view import View
 
 Function = Callable[..., Any]
 f32, bf16, f64 = torch.float32, torch.bfloat16, torch.float64
+
+
+OPERATORS = {op.run: op.target for name in ops.__all__ if isinstance(op := getattr(ops, name), SemanticOp)}
+
+
+def called(node: fx.Node) -> Any:
+    """What a node calls: of an op the operator, also where the graph was lowered to call its function."""
+    return OPERATORS.get(node.target, node.target)
 
 
 @dataclass
@@ -50,16 +59,16 @@ class Outcome:
     @property
     def ops(self) -> list[str]:
         """The fused ops in the rewritten graphs, checkpointed bodies included, sorted by name."""
-        return sorted(str(node.target).split(".")[1] for node in self.fused_nodes())
+        return sorted(str(called(node)).split(".")[1] for node in self.fused_nodes())
 
     def fused_nodes(self) -> Iterator[fx.Node]:
         for made in self.rewrites:
-            yield from (node for node in made.graph.nodes if str(node.target).startswith(NAMESPACE))
+            yield from (node for node in made.graph.nodes if str(called(node)).startswith(NAMESPACE))
 
     def targets(self) -> list[str]:
         """What the rewritten graphs call, in order."""
         calls = [node for made in self.rewrites for node in made.graph.nodes if node.op.startswith("call")]
-        return [str(getattr(node.target, "__name__", node.target)) for node in calls]
+        return [str(getattr(called(node), "__name__", node.target)) for node in calls]
 
     @property
     def chosen(self) -> list[Match]:

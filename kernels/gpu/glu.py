@@ -139,7 +139,7 @@ def run_backward(
     """Writes whichever of dgate, dup and y are given, in one launch.
 
     All are matrices of one shape with contiguous rows, any distance apart: dgate and dup may be the halves of a matrix,
-    y the left part of a wider one. Each is rounded to its own dtype.
+    y the left part of a wider one. Each is rounded to its own dtype, and may be in the place of a matrix that is read.
     """
     programs, I, strides, constants = _over((dy, gate, up, dgate, dup, y), ELEMENTS)
     backward_kernel[(programs,)](
@@ -170,33 +170,15 @@ def serves_backward(grads: list[torch.Tensor], gate: torch.Tensor, **given: Any)
     return serves(gate, **given) and supported(*grads)
 
 
-def backward_with_hidden(
-    wanted: Wanted,
-    dy: torch.Tensor,
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    activation: str,
-    hidden_dtype: torch.dtype | None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """dgate and dup as far as they are wanted, and y in `hidden_dtype` unless that is None; all in one launch."""
-    rows, I = Rows(gate), gate.shape[-1]
-    dgate = rows.empty(I, gate.dtype) if wanted["gate"] else None
-    dup = rows.empty(I, up.dtype) if wanted["up"] else None
-    y = None if hidden_dtype is None else rows.empty(I, hidden_dtype)
-    results = [t if t is None else rows.of(t) for t in (dgate, dup, y)]
-    run_backward(rows.of(dy), rows.of(gate), rows.of(up), activation, *results)
-    return (
-        None if dgate is None else laid_out(dgate, gate),
-        None if dup is None else laid_out(dup, up),
-        None if y is None else laid_out(y, gate),
-    )
-
-
 def backward(
     wanted: Wanted, grads: list[torch.Tensor], gate: torch.Tensor, up: torch.Tensor, activation: str, **_: Any
 ) -> Gradients:
-    gradients = backward_with_hidden(wanted, grads[0], gate, up, activation, None)
-    return dict(zip(("gate", "up"), gradients, strict=False))
+    rows, I = Rows(gate), gate.shape[-1]
+    made = {name: rows.empty(I, t.dtype) for name, t in (("gate", gate), ("up", up)) if wanted[name]}
+    results = [rows.of(made[name]) if name in made else None for name in ("gate", "up")]
+    run_backward(rows.of(grads[0]), rows.of(gate), rows.of(up), activation, *results)
+    like = {"gate": gate, "up": up}
+    return {name: laid_out(t, like[name]) for name, t in made.items()}
 
 
 op.glu.forms.accelerated.append(Form("triton", forward, backward, serves, serves_backward))

@@ -1,6 +1,7 @@
 """The gated MLP with adapters: `kernels/lora_mlp.py` has the formulas, `lora_linear.py` the products.
 
-The gated unit's backward makes dgate, dup and, for down's dA, the hidden activation, in one pass.
+The gated unit's backward makes dgate, dup and, for down's dA, the hidden activation h in one pass. h takes the place of
+its gradient, and in a last backward dgate and dup those of gate and up: four activations less of the largest size.
 """
 
 from __future__ import annotations
@@ -74,11 +75,13 @@ def _down_backward(
     gate: torch.Tensor,
     up: torch.Tensor,
     activation: str,
+    spent: bool,
     xa: torch.Tensor,
     lora_a: torch.Tensor,
     **down: Any,
 ) -> tuple[Gradients, list[torch.Tensor | None]]:
-    """The gradients of down's parameters; and dgate and dup, as far as `inward` has it that they are wanted."""
+    """The gradients of down's parameters; and dgate and dup, as far as `inward` has it that they are wanted, in the
+    memory of gate and up if these are `spent`."""
     goes_on, dtype = any(inward.values()), dy.dtype
     alone = want["weight"] or (want["lora_a"] and not goes_on)  # rare: else h is made along with dgate and dup
     hidden = _gated(gate, up, activation) if alone else None
@@ -87,8 +90,11 @@ def _down_backward(
     if goes_on:
         assert dxa is not None
         dhidden = layer.total((dxa, lora_a.to(dtype)), [(dy, down["weight"].to(dtype))], None, dtype)
-        hidden_dtype = dtype if want["lora_a"] and hidden is None else None
-        *inner, made = glu.backward_with_hidden(inward, dhidden, gate, up, activation, hidden_dtype)
+        for i, (p, t) in enumerate(zip(op.INNER, (gate, up), strict=True)):
+            if inward[p]:
+                inner[i] = t if spent else empty(*t.shape, like=t)
+        made = dhidden if want["lora_a"] and hidden is None else None
+        glu.run_backward(dhidden, gate, up, activation, inner[0], inner[1], made)
         hidden = made if hidden is None else hidden
     if want["lora_a"]:
         assert dxa is not None
@@ -108,12 +114,14 @@ def backward(
     x_dtype: torch.dtype,
     activation: str,
     base_dtype: torch.dtype,
+    spent: bool = False,
     **given: Any,
 ) -> Gradients:
     dy, gate, up = (single.rows(t) for t in (grads[0].to(base_dtype), gate, up))
     wants = {p: op.wants_of(p, wanted) for p in op.PROJECTIONS}
     inward = {p: wanted["x"] or any(wants[p].values()) for p in op.INNER}
-    found, inner = _down_backward(wants["down"], inward, dy, gate, up, activation, down_xa, **op.of("down", given))
+    down = op.of("down", given)
+    found, inner = _down_backward(wants["down"], inward, dy, gate, up, activation, spent, down_xa, **down)
     gradients = op.gradients_of("down", found)
     if not any(inward.values()):
         return gradients

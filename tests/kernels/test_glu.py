@@ -143,17 +143,21 @@ def test_halves_of_a_fused_projection_are_not_copied() -> None:
 
 @pytest.mark.usefixtures("triton_form")
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True), (False, False)])
-def test_backward_makes_the_hidden_state_on_its_way(wanted: tuple[bool, bool]) -> None:
-    from fastlora.kernels.gpu.glu import backward_with_hidden
+def test_backward_makes_the_hidden_state_on_its_way_each_in_the_place_of_what_it_is_made_of(
+    wanted: tuple[bool, bool],
+) -> None:
+    from fastlora.kernels.gpu.glu import run_backward
 
-    gate, up, dy = (randn(2, 3, 5) for _ in range(3))
+    gate, up, dy = (randn(6, 5) for _ in range(3))
     asked = dict(zip(("gate", "up"), wanted, strict=True))
-    with launches() as launched:
-        *found, hidden = backward_with_hidden(asked, dy, gate, up, "gelu_tanh", f16)
-    assert launched == ["backward_kernel"]
     expected = backward(asked, [dy], gate, up, "gelu_tanh")
-    torch.testing.assert_close(dict(zip(asked, found, strict=True)), {n: expected.get(n) for n in asked})
-    torch.testing.assert_close(hidden, forward(gate, up, "gelu_tanh", f16)[0])
+    (hidden,) = forward(gate, up, "gelu_tanh", f32)
+    found = {name: t for name, t in (("gate", gate), ("up", up)) if asked[name]}
+    with launches() as launched:
+        run_backward(dy, gate, up, "gelu_tanh", found.get("gate"), found.get("up"), dy)
+    assert launched == ["backward_kernel"]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(dy, hidden)
 
 
 @pytest.mark.usefixtures("triton_form")

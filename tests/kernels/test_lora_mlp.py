@@ -82,3 +82,17 @@ def test_the_hidden_product_is_not_saved() -> None:
         with saved_for_backward() as saved:
             evaluate(lora_mlp, given_, ["x", *(n for n in leaves(given_) if n.endswith(names))])
         assert sorted(tuple(t.shape) for t in saved if t.shape in {(7, 4), (7, 11)}) == expected
+
+
+def test_only_the_last_backward_writes_over_what_was_saved() -> None:
+    given_ = complete(lora_mlp, arguments(f32, 7, 4, inner=11, rank=3))
+    wanted = [t.requires_grad_() for t in given_.values() if isinstance(t, torch.Tensor)]
+    with saved_for_backward() as saved:
+        y, *others = lora_mlp.run(*lora_mlp.order(given_))
+    assert others == []  # nobody else has what may be written over
+    kept = [t.clone() for t in saved]
+    first = torch.autograd.grad(y.sum(), wanted, retain_graph=True)
+    for now, before in zip(saved, kept, strict=True):
+        torch.testing.assert_close(now, before, rtol=0, atol=0, equal_nan=True)
+    for found, expected in zip(torch.autograd.grad(y.sum(), wanted), first, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
