@@ -286,7 +286,7 @@ class SemanticOp:
         asked = self.sharing(values).ask(self.reached(needs, grads))
         if any(asked):
             saved, constants = self.to_save(needs, values, results)
-            self._run_backward(grads, asked, *saved, *constants)
+            self._run_backward(grads, asked, *saved, *constants, spent=True)  # as in most steps
 
     def to_save(
         self, needs: Sequence[bool], values: Sequence[Any], results: Sequence[Any]

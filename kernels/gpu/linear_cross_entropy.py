@@ -92,7 +92,7 @@ def _log_sum_exp(
     return highest, tl.sum(total, axis=0), tl.sum(plain, axis=0)
 
 
-@ahead.kernel()
+@ahead.kernel(do_not_specialize_on_alignment=["remaining_ptr"])
 def cross_entropy_kernel(
     logits_ptr, labels_ptr, order_ptr, remaining_ptr, g_ptr, loss_ptr,
     V, logits_stride, scale, softcap, smoothing, z_loss,
