@@ -31,8 +31,8 @@ def lower(gm: fx.GraphModule, inputs: Sequence[Any], how: str, mode: str) -> Run
         patches = None if mode == "default" else torch._inductor.list_mode_options(mode)
         compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
         return compiled
-    keep_random_state(gm)
     call_directly(gm)
+    keep_random_state(gm)  # last, as bodies are found by the targets that change here
     return gm.forward
 
 

@@ -126,9 +126,9 @@ class Session:
             self._insist(traced)
         start = time.perf_counter()
         options = self.options
-        run = pretend(gm) if options.dry else lower(gm, inputs, options.lowering, options.mode)
         if not options.dry:
             self._compile_kernels(traced)
+        run = pretend(gm) if options.dry else lower(gm, inputs, options.lowering, options.mode)
         traced.replays = self._replays(gm, run)
         run = traced.replays or run
         self._entered = time.perf_counter()
