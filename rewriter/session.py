@@ -142,14 +142,14 @@ class Session:
 
     def _compile_kernels(self, traced: TracedGraph) -> None:
         """Compiles the kernels of a graph side by side, and with those of the first one those of the loss."""
-        found = list(calls(traced.gm, traced.rewrites))
-        if self.head_layer is not None and (loss := loss_call(traced.gm, self.head_layer)) is not None:
-            self.head_layer = None
-            found.append(loss)
         device = next((t.device for t in _examples(traced.gm) if t.is_cuda), None)
         if device is None:
             return
         try:
+            found = list(calls(traced.gm, traced.rewrites))
+            if self.head_layer is not None and (loss := loss_call(traced.gm, self.head_layer)) is not None:
+                self.head_layer = None
+                found.append(loss)
             compile_kernels(found, device)
         except Exception as problem:  # then they are compiled one by one, where the problem shows if it is one
             self._note(f"kernels could not be compiled ahead: {type(problem).__name__}: {problem}".partition("\n")[0])
