@@ -78,10 +78,6 @@ def compile_all(launches: Sequence[Launch], device: torch.device) -> None:
         list(threads.map(lambda made: _load(made, device), kernels.values()))
 
 
-def _compiled(launch: Launch) -> Any:
-    return JITFunction.run(launch.function, *launch.args, grid=None, warmup=True, **launch.options)
-
-
 def _load(made: Any, device: torch.device) -> None:
     torch.cuda.set_device(device)  # a thread of its own has none
     made.run  # noqa: B018  (which builds what launches the kernel, and loads it)
