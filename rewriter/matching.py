@@ -10,9 +10,10 @@ leaves a note, so that a near miss can be explained. A sub-pattern used twice ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -28,18 +29,20 @@ ANYTHING = "*"
 Predicate = Callable[[View, Any], "bool | str"]
 
 
-@dataclass(frozen=True)
-class State:
-    """One way to match so far. `members` are the nodes the match would replace; `values` what the captures hold."""
+class State(NamedTuple):
+    """One way to match so far. `members` are the nodes the match would replace; `values` what the captures hold.
 
-    values: dict[str, Any] = field(default_factory=dict)
+    Matching makes a hundred of these for each node, and nobody changes one: a tuple is the cheapest of that kind.
+    """
+
+    values: Mapping[str, Any] = MappingProxyType({})
     members: tuple[fx.Node, ...] = ()
     shared: tuple[fx.Node, ...] = ()
-    seen: dict[int, Any] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
+    seen: Mapping[int, Any] = MappingProxyType({})
+    tags: Mapping[str, str] = MappingProxyType({})
 
     def bind(self, name: str, value: Any) -> State:
-        return replace(self, values={**self.values, name: value})
+        return self._replace(values={**self.values, name: value})
 
 
 @dataclass
@@ -65,7 +68,7 @@ class Pattern:
                 trace.note(state, f"{describe(value)} is not {describe(state.seen[id(self)])}, which it has to equal")
             return
         for found in self._branches(view, value, state, trace):
-            yield replace(found, seen={**found.seen, id(self): producer})
+            yield found._replace(seen={**found.seen, id(self): producer})
 
     def _branches(self, view: View, value: Any, state: State, trace: Trace | None) -> Iterator[State]:
         raise NotImplementedError
@@ -182,7 +185,7 @@ class Op(Pattern):
             if trace is not None:
                 trace.note(state, f"want {self.op}, got {describe(value, term.op if term else None)}")
             return
-        inside = replace(state, members=(*state.members, view.producer(value)))
+        inside = state._replace(members=(*state.members, view.producer(value)))
         yield from self._arguments(view, term.args, inside, trace)
         if self.op in COMMUTATIVE:
             swapped = {**term.args, "input": term.args["other"], "other": term.args["input"]}
@@ -219,7 +222,7 @@ class Cast(Pattern):
             producer = view.producer(value)
             # A cast of a captured value is cheap: if others use it too, it stays for them.
             kept = (*state.shared, producer) if isinstance(self.inner, Var) else state.shared
-            inside = replace(state, members=(*state.members, producer), shared=kept)
+            inside = state._replace(members=(*state.members, producer), shared=kept)
             yield from self.inner.match(view, term.args["input"], inside, trace)
         yield from self.inner.match(view, value, state, trace)
 
@@ -247,7 +250,7 @@ class Either(Pattern):
     def _branches(self, view: View, value: Any, state: State, trace: Trace | None) -> Iterator[State]:
         for tag, alternative in self.alternatives.items():
             for found in alternative.match(view, value, state, trace):
-                yield replace(found, tags={**found.tags, str(id(self)): tag})
+                yield found._replace(tags={**found.tags, str(id(self)): tag})
 
 
 @dataclass(eq=False)
@@ -267,7 +270,7 @@ class Named(Pattern):
         for found in self.inner.match(view, value, state, trace):
             tag = found.tags.get(str(id(self.inner)))
             tags = {**found.tags, self.name: tag} if tag is not None else found.tags
-            yield replace(found, tags=tags, values={**found.values, f".{self.name}": value})
+            yield found._replace(tags=tags, values={**found.values, f".{self.name}": value})
 
 
 @dataclass(eq=False)
@@ -282,7 +285,7 @@ class Kept(Pattern):
 
     def _branches(self, view: View, value: Any, state: State, trace: Trace | None) -> Iterator[State]:
         for found in self.shape.match(view, value, state, trace):
-            yield replace(found, members=state.members, shared=state.shared).bind(self.name, value)
+            yield found._replace(members=state.members, shared=state.shared).bind(self.name, value)
 
 
 class Raised(Pattern):
@@ -311,8 +314,7 @@ class Raised(Pattern):
             if raised.op is not self.op:
                 continue
             captured = {self.prefix + n: v for n, v in raised.arguments.items() if n not in self.overrides}
-            inside = replace(
-                state,
+            inside = state._replace(
                 members=(*state.members, *raised.members),
                 shared=(*state.shared, *raised.shared),
                 values={**state.values, **captured},

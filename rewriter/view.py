@@ -91,7 +91,7 @@ class View:
 
     def term(self, value: Any) -> Term | None:
         """The meaning of the node that produced a value, or None if the view does not know it."""
-        return self._terms.get(self.producer(value)) if isinstance(value, fx.Node) else None
+        return self._terms.get(self._same_as.get(value, value)) if isinstance(value, fx.Node) else None
 
     def producers(self) -> list[fx.Node]:
         """Every node that is not an identity, in graph order."""
