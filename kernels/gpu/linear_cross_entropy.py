@@ -13,7 +13,8 @@ per gradient follows:
     scatter_kernel          dx to where the tokens are
 
 A row of logits is read twice, the second time from the cache as long as all rows in flight fit there.  Products go
-through `rows_product` and `depth_product`, which stop at the last row that is worth the work.
+through `rows_product` and `depth_product`, which stop at the last row that is worth the work; `split.py` has dl W
+where its tiles would not fill the GPU.
 """
 
 from __future__ import annotations
@@ -27,14 +28,17 @@ import triton.language as tl
 
 from fastlora.kernels import linear_cross_entropy as op
 from fastlora.kernels.forms import Form, laid_out
-from fastlora.kernels.gpu import ahead, matmul
+from fastlora.kernels.gpu import ahead, matmul, split
 from fastlora.kernels.gpu.kept_rows import Kept
 from fastlora.kernels.gpu.launch import FLOATS, TL_DTYPES, cdiv, empty, power_of_two, processors, supported
 from fastlora.kernels.linear_head import PARAMETERS, Head, Sums, accumulate
 
-CHUNK_BYTES = 640 << 20
-"""Logits of a chunk, at most; or, if that is more, this share of a gradient of the head that is held anyway:"""
+CHUNK_BYTES, CHUNK_ROWS = 512 << 20, 1024
+"""Logits and tokens of a chunk, at most: more are not faster. But a gradient of the head is read and written for each
+chunk, so if one is held anyway logits may take as many bytes as this share of it:"""
 CHUNK_SHARE = 0.6
+CHUNK_MICROSECONDS = 30.0
+"""What a chunk costs beside its share of the work: kernels that start and end."""
 FEW_ROWS = 512
 """Up to here little can be skipped, and cuBLAS is faster where it can read the rows: it cuts the summed dimension."""
 ADDENDS = 8
@@ -165,10 +169,12 @@ def _library_reads(t: torch.Tensor) -> bool:
 def rows_product(left: torch.Tensor, right: torch.Tensor, remaining: torch.Tensor, out: torch.Tensor) -> None:
     """out[:remaining] = left[:remaining] @ right; other rows of out may become anything."""
     few = left.shape[0] < FEW_ROWS and _library_reads(out)
-    if not few and matmul.readable([(left, right)], out=out) is True:
-        matmul.limited_rows(left, right, remaining, out)
-    else:
+    if few or matmul.readable([(left, right)], out=out) is not True:
         torch.mm(left, right, out=out)
+    elif left.stride(1) == 1 and (slices := split.plan(len(out), out.shape[1], left.shape[1], out.device)[0]) > 1:
+        split.limited_rows(left, right, remaining, out, slices)
+    else:
+        matmul.limited_rows(left, right, remaining, out)
 
 
 def depth_product(
@@ -225,21 +231,23 @@ def _block(rows: int, V: int, device: torch.device) -> dict[str, int]:
     return {"LANES": block // 8, "WIDTH": 8, "num_warps": max(1, block // 512)}
 
 
-def chunk_rows(T: int, row_bytes: int, width: int, held: int, device: torch.device) -> int:
+def chunk_rows(T: int, row_bytes: int, vocabulary: int, width: int, held: int, device: torch.device) -> int:
     """How many of T tokens to take at a time, with `held` bytes of a gradient of the head at hand: as many as may be,
-    or fewer if that leaves less of the GPU idle at the end of each chunk's product with `width` columns."""
-    most = min(T, op.chunk_rows(row_bytes, 1, max(CHUNK_BYTES, int(CHUNK_SHARE * held))))
-    if most < 512 or most == T:
-        return most
-    return _fullest(T, most, width, device) if matmul.measured(device) else most // 256 * 256
+    or fewer if that leaves less of the GPU idle in each chunk's product with `width` columns."""
+    few, many = (op.chunk_rows(row_bytes, 1, budget) for budget in (CHUNK_BYTES, int(CHUNK_SHARE * held)))
+    most = max(min(few, CHUNK_ROWS), many)
+    if most >= T or most < FEW_ROWS:
+        return min(T, most)
+    return _fullest(T, most, vocabulary, width, device) if matmul.measured(device) else most // 256 * 256
 
 
 @lru_cache(maxsize=1024)
-def _fullest(T: int, most: int, width: int, device: torch.device) -> int:
+def _fullest(T: int, most: int, vocabulary: int, width: int, device: torch.device) -> int:
     def expected(rows: int) -> float:
-        return T // rows * matmul.expected(rows, width, device) + matmul.expected(T % rows, width, device)
+        times = (n * split.plan(r, width, vocabulary, device)[1] for n, r in ((T // rows, rows), (1, T % rows)) if r)
+        return sum(times) + cdiv(T, rows) * CHUNK_MICROSECONDS
 
-    return min(range(most // 256 * 256, 0, -256), key=expected)
+    return min(range(most // 128 * 128, FEW_ROWS - 1, -128), key=expected)
 
 
 def _total_dtype(parameter: torch.Tensor, base_dtype: torch.dtype, chunks: int) -> torch.dtype:
@@ -284,7 +292,7 @@ def solve(problem: op.Problem) -> op.Solution:
     targets, H, V = problem.targets.contiguous(), x.shape[-1], head.weight.shape[0]
     T, size, stride = targets.numel(), head.sum_dtype.itemsize, cdiv(V, 16) * 16
     held = V * H * size if problem.wants("weight") else 0
-    chunk = chunk_rows(T, stride * size, H, held, x.device)
+    chunk = chunk_rows(T, stride * size, V, H, held, x.device)
     kept = Kept(x.reshape(T, H), targets, problem.loss.ignore_index, V, head.sum_dtype, chunk)
     losses = empty(T, like=x, dtype=torch.float32)
     padded = empty(chunk, stride, like=x, dtype=head.sum_dtype)

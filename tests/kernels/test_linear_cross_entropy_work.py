@@ -193,9 +193,9 @@ def test_chunks_cover_the_tokens_within_the_budget() -> None:
 
 
 @pytest.mark.parametrize(("T", "vocabulary", "hidden", "trained", "rows"), [
-    (8192, 128256, 4096, False, 2048),  # 16 x 16 tiles on 132 processors are two full waves, 18 x 16 are a third
-    (8192, 256000, 3584, False, 1024),
-    (8192, 256000, 3584, True, 1792),  # 14 x 28 smaller tiles are 2.97 waves
+    (8192, 128256, 4096, False, 1024),  # 8 x 16 tiles on 132 processors are a full wave
+    (8192, 128256, 4096, True, 2048),
+    (8192, 152064, 3584, True, 1792),  # 14 x 14 are one and a half, which halved sums fill
     (300, 128256, 4096, False, 300),
     (8192, 128256 << 12, 4096, False, 1),
 ])  # fmt: skip
@@ -204,9 +204,9 @@ def test_chunks_on_a_gpu_fill_it(
 ) -> None:
     from fastlora.kernels.gpu import linear_cross_entropy as gpu
 
-    monkeypatch.setattr(gpu.matmul, "processors", lambda _: 132)
+    monkeypatch.setattr(gpu.split, "processors", lambda _: 132)
     held = vocabulary * hidden * 2 if trained else 0
-    assert gpu.chunk_rows(T, vocabulary * 2, hidden, held, torch.device("cpu")) == rows
+    assert gpu.chunk_rows(T, vocabulary * 2, vocabulary, hidden, held, torch.device("cpu")) == rows
 
 
 @pytest.mark.parametrize("rows", [1, 5, 64])

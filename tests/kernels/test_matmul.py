@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from op_checks import DEVICE, bf16, f16, f32, guarded_memory
 
-from fastlora.kernels.gpu import low_rank, matmul
+from fastlora.kernels.gpu import low_rank, matmul, split
 
 FORMS = ["triton"]
 HALF = bf16 if DEVICE.type == "cuda" else f16
@@ -74,6 +74,29 @@ def test_a_limited_product_stops_at_a_count_on_the_device(data: st.DataObject) -
         assert (out == 7).all()
     else:
         assert_rounded(out[:count], left[:count].double() @ right.double().t())
+
+
+@given(st.data())
+def test_a_product_in_slices_is_rounded_once_and_stops_at_a_count_on_the_device(data: st.DataObject) -> None:
+    randn, (T, N, K) = draw(data), (data.draw(rows), data.draw(widths), data.draw(st.sampled_from([8, 136, 1032])))
+    count, slices = data.draw(st.integers(0, T)), data.draw(st.integers(2, 8))
+    left, right, out = randn(T, K), randn(K, N), torch.full((T + 512, N), 7.0, dtype=HALF, device=DEVICE)
+    left[count:] = NAN
+    right = right if data.draw(st.booleans()) else right.t().contiguous().t()
+    with guarded_memory() as check:
+        split.limited_rows(left, right, torch.tensor(count, device=DEVICE), out[:T], slices)
+    check()
+    assert (out[count:] == 7).all()
+    if count > 0:
+        assert_rounded(out[:count], left[:count].double() @ right.double())
+
+
+def test_sums_are_cut_where_that_fills_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split, "processors", lambda _: 132)
+    assert split.plan(2048, 4096, 128256, DEVICE)[0] == 1  # 256 tiles are two waves
+    assert split.plan(1792, 3584, 152064, DEVICE)[0] == 2  # 196 are one and a half
+    assert split.plan(2048, 1024, 151936, DEVICE)[0] == 2
+    assert split.plan(1, 8, 64, DEVICE)[0] == 1
 
 
 @given(st.data())
