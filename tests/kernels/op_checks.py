@@ -9,8 +9,9 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
@@ -358,7 +359,10 @@ def guarded_memory() -> Iterator[Callable[[], None]]:
             around = torch.cat((memory[:band], memory[band + size :]))
             assert (around.isnan() if math.isnan(poison) else around == poison).all()
 
-    with patch("fastlora.kernels.gpu.launch.allocate", allocate):
+    with ExitStack() as stack:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("fastlora.kernels.gpu") and hasattr(module, "allocate"):
+                stack.enter_context(patch.object(module, "allocate", allocate))
         yield check
 
 
