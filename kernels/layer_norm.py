@@ -118,6 +118,7 @@ layer_norm = op(
     forward=forward,
     backward=backward,
     saves=("x", "weight", "bias", "mean", "rstd"),
+    again=(None, {}),
     cost=Cost(
         forward=Work(flops="7*T*H", bytes="2*T*H*b + 2*H*w + 8*T"),
         backward=Work(flops="9*T*H", bytes="3*T*H*b + H*w + 8*T"),
@@ -180,6 +181,7 @@ add_layer_norm = op(
     forward=add_forward,
     backward=add_backward,
     saves=("total", "weight", "bias", "mean", "rstd", "seed"),
+    again=(layer_norm, {"x": "total"}),
     tied=("residual", "x"),
     untied_by="seed",
     read_by={"weight": 0, "bias": 0},

@@ -17,11 +17,11 @@ under Inductor alike, because nothing traces through it; and what the backward t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -97,7 +97,8 @@ class SemanticOp:
     An op that `foresees` has its forward told what will be `wanted` of the backward, to make it on the way. The
     backward is told by `spent` whether it is the last to read what was saved: gradients that the forward made then need
     not be copied. The backward of one that `spends` is told the same of its residuals where only `run` had them: it may
-    then write over them.
+    then write over them. `again` is for ops that are cheap, and keep for their own backward what their first output can
+    be made from: the op that makes it (None for itself), and what its arguments are called here if otherwise.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class SemanticOp:
         read_by: dict[str, int] | None = None,
         foresees: bool = False,
         spends: bool = False,
+        again: tuple[SemanticOp | None, dict[str, str]] | None = None,
         cost: Cost | None = None,
     ) -> None:
         self.name, self.family, self.schema = name, family, schema
@@ -148,7 +150,7 @@ class SemanticOp:
             *(a.name for a in self.constants),
         )
         self._read_by = read_by or {}
-        self.foresees, self.spends = foresees, spends
+        self.foresees, self.spends, self._again = foresees, spends, again
         self.cost = cost
         self._register(schema)
 
@@ -240,14 +242,36 @@ class SemanticOp:
         flat = self.leaves.of_gradients(gradients, wanted)
         return [g for g, need in zip(flat, needs, strict=True) if need]
 
+    def makes_again(self) -> tuple[SemanticOp, list[str]] | None:
+        """The op that makes this one's first output again, and what its arguments are called here, in order."""
+        if self._again is None:
+            return None
+        maker, others = self._again
+        op = maker or self
+        return op, [others.get(name, name) for name in op.names]
+
+    def remaking(self, name: str, maker: SemanticOp) -> Callable[..., Any]:
+        """As `run`, but an argument is not kept: the backward makes it again, as the first output of another op whose
+        values follow this one's own. That saves memory where those are kept anyway."""
+        at = next((i for i, a in enumerate(self.saved) if a.name == name), None)
+        if at is None:
+            raise ValueError(f"{self.name} does not save {name!r}")
+        count = len(self.names)
+
+        def call(values: tuple[Any, ...]) -> Any:
+            return self._differentiable(values[:count], self.output_leaves, _Remade(at, maker, values[count:]))
+
+        return _function(f"{self.name}_remaking_{name}_by_{maker.name}", call)
+
     def _run_autograd(self, *values: Any) -> Any:
         return self._differentiable(values, self._result_leaves)
 
-    def _differentiable(self, values: tuple[Any, ...], handed_out: Leaves) -> Any:
+    def _differentiable(self, values: tuple[Any, ...], handed_out: Leaves, remade: _Remade | None = None) -> Any:
         """Runs the op, and has autograd know of it; hands out results, or outputs only, as one tensor or a tuple."""
         tensors = self.leaves.flat(values)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-            results = handed_out.grouped(_Apply.apply(self, values, handed_out is self.output_leaves, *tensors))
+            owns = handed_out is self.output_leaves
+            results = handed_out.grouped(_Apply.apply(self, values, owns, remade, *tensors))
             return tuple(results) if len(self.result_names) > 1 else results[0]
         return self.below_autograd(tensors, values)
 
@@ -324,18 +348,50 @@ def _nothing(value: Any) -> list[None] | None:
     return [None] * len(value) if isinstance(value, list) else None
 
 
+class _Remade(NamedTuple):
+    """A saved value, by its place among these, that the backward makes with another op from that op's values."""
+
+    at: int
+    maker: SemanticOp
+    values: tuple[Any, ...]
+
+    def make(self, leaves: Iterator[torch.Tensor | None]) -> torch.Tensor:
+        """The value; `leaves` has the maker's tensors, as they were saved."""
+        flat = iter(self.maker.leaves.grouped(list(leaves)))
+        values = [next(flat) if a.is_tensor else v for a, v in zip(self.maker.arguments, self.values, strict=True)]
+        return self.maker.below_autograd(self.maker.leaves.flat(values), values)[0]
+
+    @property
+    def leaves(self) -> list[torch.Tensor | None]:
+        return self.maker.leaves.flat(self.values)
+
+    def without_tensors(self) -> _Remade:
+        arguments = zip(self.maker.arguments, self.values, strict=True)
+        return self._replace(values=tuple(None if a.is_tensor else value for a, value in arguments))
+
+
 class _Apply(torch.autograd.Function):
     """Connects an op's forward and backward operators; the leaves of its tensor arguments come flat."""
 
     @staticmethod
-    def forward(ctx: Any, op: SemanticOp, values: tuple[Any, ...], owns: bool, *tensors: torch.Tensor | None) -> Any:
-        needs = ctx.needs_input_grad[3:]
+    def forward(
+        ctx: Any,
+        op: SemanticOp,
+        values: tuple[Any, ...],
+        owns: bool,
+        remade: _Remade | None,
+        *tensors: torch.Tensor | None,
+    ) -> Any:
+        needs = ctx.needs_input_grad[4:]
         results = op.below_autograd(tensors, [*values[: len(op.names)], needs] if op.foresees else values)
         results = results if len(op.result_names) > 1 else (results,)
         saved, constants = op.to_save(needs, values, results)
-        ctx.op, ctx.constants, ctx.shared, ctx.owns = op, constants, op.sharing(values), owns
+        ctx.op, ctx.constants, ctx.shared, ctx.owns, ctx.remade = op, constants, op.sharing(values), owns, None
+        others: list[torch.Tensor | None] = []
+        if remade is not None and saved[remade.at] is not None:
+            saved[remade.at], others, ctx.remade = None, remade.leaves, remade.without_tensors()
         ctx.lengths = [len(value) if isinstance(value, list) else None for value in saved]
-        ctx.save_for_backward(*op.saved_leaves.flat(saved))
+        ctx.save_for_backward(*op.saved_leaves.flat(saved), *others)
         outputs = op.output_leaves.flat(results)
         ctx.outputs = len(outputs)
         ctx.set_materialize_grads(False)
@@ -355,17 +411,19 @@ class _Apply(torch.autograd.Function):
         grads = grads[: ctx.outputs]
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
-        needs = op.reached(ctx.needs_input_grad[3:], grads)
+        needs = op.reached(ctx.needs_input_grad[4:], grads)
         asked = ctx.shared.ask(needs)
         leaves = ctx.saved_tensors
         flat = iter(leaves)
         saved = [next(flat) if n is None else [next(flat) for _ in range(n)] for n in ctx.lengths]
+        if ctx.remade is not None:
+            saved[ctx.remade.at] = ctx.remade.make(flat)
         found = (
             op.differentiate(list(grads), asked, leaves, *saved, *ctx.constants, owned=ctx.owns) if any(asked) else ()
         )
         computed = iter(found)
         results = [next(computed) if ask else None for ask in asked]
-        return (None, None, None, *ctx.shared.spread(results, needs, grads[0]))
+        return (None, None, None, None, *ctx.shared.spread(results, needs, grads[0]))
 
 
 def op(name: str, **declaration: Any) -> SemanticOp:

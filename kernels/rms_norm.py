@@ -111,6 +111,7 @@ rms_norm = op(
     forward=forward,
     backward=backward,
     saves=("x", "weight", "rstd"),
+    again=(None, {}),
     cost=Cost(
         forward=Work(flops="4*T*H", bytes="2*T*H*b + H*w + 4*T"),
         backward=Work(flops="7*T*H", bytes="3*T*H*b + H*w + 4*T"),
@@ -174,6 +175,7 @@ add_rms_norm = op(
     forward=add_forward,
     backward=add_backward,
     saves=("total", "weight", "rstd", "seed"),
+    again=(rms_norm, {"x": "total"}),
     tied=("residual", "x"),
     untied_by="seed",
     read_by={"weight": 0},

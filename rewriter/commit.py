@@ -20,7 +20,7 @@ def commit(gm: fx.GraphModule, view: View, matches: Sequence[Match]) -> None:
     forward: dict[fx.Node, fx.Node] = {}
     for match in sorted(matches, key=lambda m: view.order[m.root]):
         _replace(gm.graph, view, match, forward)
-    _erase(gm.graph, matches)
+    _erase(gm.graph, view, matches)
     gm.graph.lint()
     gm.recompile()
 
@@ -71,10 +71,11 @@ def _unpack(graph: fx.Graph, call: fx.Node, match: Match) -> list[fx.Node]:
     return results
 
 
-def _erase(graph: fx.Graph, matches: Sequence[Match]) -> None:
-    """Only what was replaced goes: the graph may hold in-place operations without users, which a general dead-code
-    elimination would drop."""
+def _erase(graph: fx.Graph, view: View, matches: Sequence[Match]) -> None:
+    """Only what was replaced goes, and identities that handed a value to that alone: the graph may hold in-place
+    operations without users, which a general dead-code elimination would drop."""
     replaced = {node for match in matches for node in match.inside()}
     for node in reversed(list(graph.nodes)):
         if node in replaced and not node.users:
+            replaced.update(filter(view.is_identity, node.all_input_nodes))
             graph.erase_node(node)

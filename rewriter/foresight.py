@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from fastlora.engine import Rewrite, bodies
+from fastlora.again import found
+from fastlora.engine import bodies
 from fastlora.kernels.op import SemanticOp
 from fastlora.kernels.ops import linear_cross_entropy
 from fastlora.kernels.rehearsal import Call
+from fastlora.lowering import OPS
 from fastlora.metadata import hint, meta
 
 
-def calls(gm: fx.GraphModule, rewrites: Sequence[Rewrite]) -> Iterator[Call]:
+def calls(gm: fx.GraphModule) -> Iterator[Call]:
     """The calls of ops in a rewritten graph, as they are, and as they are where activations want gradients: the first
     of several blocks has an input that wants none, but the kernels for the others are wanted just after."""
-    ops = {run: match.op for made in rewrites for match in made.chosen for run in (match.op.target, match.op.run)}
+    for again in found(gm.graph, OPS):
+        if all(meta(value) is not None for value in again.values if isinstance(value, fx.Node)):
+            values = fx.node.map_aggregate(again.values, _without_memory)
+            yield Call(again.maker, values, [False] * len(again.maker.leaves.flat(values)))
     for body in bodies(gm):
         for node in body.graph.nodes:
-            op = ops.get(node.target)
+            op = OPS.get(node.target)
             if op is not None and all(meta(source) is not None for source in node.all_input_nodes):
                 yield from _calls(op, node)
 

@@ -9,12 +9,16 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import checkpoint
 
+from fastlora.again import make_again
 from fastlora.engine import bodies
 from fastlora.kernels import ops
 from fastlora.kernels.op import SemanticOp
 from fastlora.metadata import hint
 
 Runnable = Callable[..., Any]
+
+OPS = {op.target: op for name in ops.__all__ if isinstance(op := getattr(ops, name), SemanticOp)}
+"""The ops by the targets of their nodes."""
 
 
 def lower(gm: fx.GraphModule, inputs: Sequence[Any], how: str, mode: str) -> Runnable:
@@ -28,9 +32,10 @@ def lower(gm: fx.GraphModule, inputs: Sequence[Any], how: str, mode: str) -> Run
     if how == "inductor":
         from torch._inductor.compile_fx import compile_fx
 
-        patches = None if mode == "default" else torch._inductor.list_mode_options(mode)
+        patches = None if mode in ("default", "no-cudagraphs") else torch._inductor.list_mode_options(mode)
         compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
         return compiled
+    make_again(gm.graph, OPS)
     call_directly(gm)
     keep_random_state(gm)  # last, as bodies are found by the targets that change here
     return gm.forward
@@ -39,10 +44,10 @@ def lower(gm: fx.GraphModule, inputs: Sequence[Any], how: str, mode: str) -> Run
 def call_directly(gm: fx.GraphModule) -> None:
     """Has a graph that runs eagerly call its ops as functions, which takes less time than through the dispatcher, and
     leaves what they save to them alone."""
-    functions = {op.target: op.run for name in ops.__all__ if isinstance(op := getattr(ops, name), SemanticOp)}
     for body in bodies(gm):
         for node in body.graph.nodes:
-            node.target = functions.get(node.target, node.target)
+            if node.target in OPS:
+                node.target = OPS[node.target].run
         body.recompile()
 
 

@@ -79,6 +79,10 @@ class View:
         """The node that produced a value, seen through identities; constants stand for themselves."""
         return self._same_as.get(value, value) if isinstance(value, fx.Node) else value
 
+    def is_identity(self, node: fx.Node) -> bool:
+        """Whether a node only hands on the value of another."""
+        return node in self._same_as
+
     def value_class(self, node: fx.Node) -> list[fx.Node]:
         """All nodes that hold the value of `node`: its producer and the identities of it."""
         producer = self.producer(node)

@@ -30,8 +30,9 @@ OPERATORS = {op.run: op.target for name in ops.__all__ if isinstance(op := getat
 
 
 def called(node: fx.Node) -> Any:
-    """What a node calls: of an op the operator, also where the graph was lowered to call its function."""
-    return OPERATORS.get(node.target, node.target)
+    """What a node calls: of an op the operator, also where the graph was lowered to call a function of it."""
+    name, remakes, _ = getattr(node.target, "__name__", "").partition("_remaking_")
+    return getattr(ops, name).target if remakes else OPERATORS.get(node.target, node.target)
 
 
 @dataclass
