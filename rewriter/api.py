@@ -39,9 +39,10 @@ def compile(
     Args:
         model: a PEFT model, a transformers model, or any `nn.Module`.
         memory_budget: not planned for yet; anything but None raises.
-        mode: `default`; `reduce-overhead`, which replays each region as CUDA graphs from the third step of a shape on,
-            for small batches, where launching kernels takes longer than running them: each shape keeps memory;
-            `max-autotune`, which is Inductor's. With `lower="inductor"` all of them are Inductor's.
+        mode: `default`, which replays a region as CUDA graphs from the third or fourth step of a shape on where the GPU
+            was seen waiting for launches, as it does with small batches; each shape so replayed keeps memory.
+            `reduce-overhead` replays in any case, `no-cudagraphs` in none. `max-autotune` is Inductor's, and with
+            `lower="inductor"` all of them are.
         lower: `eager` runs the rewritten graphs as they are, `inductor` compiles what no pattern covered, `auto`
             chooses (`eager`, unless `mode` asks for Inductor).
         rules: the rules to apply, in place of `fastlora.default_rules()`.

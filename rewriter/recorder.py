@@ -94,7 +94,7 @@ class CudaGraphs(Recorder):
         self._taken.clear()
 
     def place(self) -> torch.device | None:
-        if self._failed or not torch.cuda.is_initialized():
+        if self._failed or not torch.cuda.is_initialized() or torch.cuda.is_current_stream_capturing():
             return None
         device = torch.cuda.current_device()
         stream = torch.cuda.current_stream(device).cuda_stream

@@ -1,9 +1,10 @@
 """Replaying a region's forward and backward as CUDA graphs, where launching kernels takes longer than running them.
 
-A region that has run a few times on inputs of the same kind is recorded once: its forward into one CUDA graph, its
-backward into another, on inputs that stay where they are. From then on a call copies its activations there, replays,
-and copies the results out, so nothing that the caller holds is ever written to again. Parameters are read where they
-lie: an optimizer changes them in place, and a parameter that has moved makes the inputs another kind.
+A region that has run a few times on inputs of the same kind is recorded once, if the GPU was seen waiting for it: its
+forward into one CUDA graph, its backward into another, on inputs that stay where they are. From then on a call copies
+its activations there, replays, and copies the results out, so nothing that the caller holds is ever written to again.
+Parameters are read where they lie: an optimizer changes them in place, and a parameter that has moved makes the inputs
+another kind.
 
 What a recording saves for its backward is its own memory, so a recording serves one forward at a time: until that one's
 backward has run, or its results are gone, further calls (a second batch before the first one's backward, a layer used
@@ -25,6 +26,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastlora.errors import FastLoRAError
 from fastlora.kernels.dispatch import is_last_backward
+from fastlora.pace import Pace
 from fastlora.recorder import MOST_SHARE, Recorder
 
 Runnable = Callable[..., Any]
@@ -37,6 +39,8 @@ MOST_RECORDINGS = 8
 """Recordings for the same parameters: each keeps memory of its own."""
 LARGE = 16 << 20
 """Bytes of integers that are taken for weights, which nobody wants to copy in every call."""
+MOST_COPIED = 256 << 20
+"""Bytes of all that a call would copy: more than that are weights in disguise, or take longer than any launch."""
 
 
 @dataclass
@@ -47,11 +51,13 @@ class Replays:
         run: the graph; its arguments are parameters, activations and plain values.
         recorder: what records.
         note: is told why something is not recorded.
+        pace: tells whether recording pays; None to record in any case.
     """
 
     run: Runnable
     recorder: Recorder
     note: Callable[[str], None]
+    pace: Pace | None = None
     _recordings: dict[Hashable, _Recording | None] = field(default_factory=dict)
     _runs: Counter[Hashable] = field(default_factory=Counter)
     _at: Counter[Hashable] = field(default_factory=Counter)
@@ -66,6 +72,12 @@ class Replays:
             return recording(args) if recording is not None and free else self.run(*args)
         if self._runs[kind] < RUNS_BEFORE or torch._C._current_graph_task_id() != -1:
             return self._observed(kind, args)
+        pays = self.pace is None or self.pace.is_slow(_shapes(args))
+        if pays is None:
+            return self._observed(kind, args)
+        if not pays:
+            self._recordings[kind] = None
+            return self.run(*args)
         try:
             self._recordings[kind] = self._record(args)
         except Exception as problem:  # whatever a graph does that cannot be recorded, it can be run
@@ -84,6 +96,8 @@ class Replays:
             everything.clear()
 
     def _record(self, args: Sequence[Any]) -> _Recording:
+        if sum(arg.nbytes for arg in args if _is_copied(arg)) > MOST_COPIED:
+            raise FastLoRAError(f"its inputs, which a replay has to copy, take more than {MOST_COPIED >> 20} MiB")
         places = tuple(arg.data_ptr() for arg in args if isinstance(arg, nn.Parameter))
         self._at[places] += 1
         if self._at[places] > MOST_RECORDINGS:
@@ -95,20 +109,30 @@ class Replays:
     def _observed(self, kind: Hashable, args: Sequence[Any]) -> Any:
         """A run that tells whether the graph can be recorded."""
         versions = [t._version for t in args if isinstance(t, torch.Tensor)]
+        timed = self.pace.time(_shapes(args)) if self.pace is not None and self._runs[kind] else None  # a first is slow
         results = self.run(*args)
+        if timed is not None:
+            timed.stop()
         live = [t for t in results if isinstance(t, torch.Tensor) and t.requires_grad]
         if not _apart(results, args):
-            self._decline(kind, "its results share memory with each other or with its inputs, or are no plain tensors")
+            self._unfit(kind, "its results share memory with each other or with its inputs, or are no plain tensors")
         elif versions != [t._version for t in args if isinstance(t, torch.Tensor)]:
-            self._decline(kind, "it writes to its inputs")
+            self._unfit(kind, "it writes to its inputs")
         elif not any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):  # nothing trained leads here
             self._recordings[kind] = None
         elif len(live) != 1:  # of several, some may get no gradient, which is not the same as zeros
-            self._decline(kind, f"{len(live)} of its results have gradients, not one")
+            self._unfit(kind, f"{len(live)} of its results have gradients, not one")
         else:
             self._runs[kind] += 0
             live[0].register_hook(lambda _: self._runs.update([kind]))
         return results
+
+    def _unfit(self, kind: Hashable, reason: str) -> None:
+        """Declines a kind of which nobody knows yet whether recording it would have paid."""
+        if self.pace is None:
+            self._decline(kind, reason)
+        else:
+            self._recordings[kind] = None
 
     def _decline(self, kind: Hashable, reason: str) -> None:
         self._recordings[kind] = None
@@ -140,6 +164,15 @@ class Replays:
         return key if known or len(self._runs) + len(self._recordings) < MOST_KINDS else None
 
 
+def _is_copied(arg: Any) -> bool:
+    return isinstance(arg, torch.Tensor) and not isinstance(arg, nn.Parameter)
+
+
+def _shapes(args: Sequence[Any]) -> Hashable:
+    """What calls have in common that take equally long: the layers of a model are as many kinds, but of one pace."""
+    return tuple((arg.shape, arg.dtype) if isinstance(arg, torch.Tensor) else arg for arg in args)
+
+
 def _apart(results: Sequence[Any], args: Sequence[Any]) -> bool:
     tensors = [t for t in results if isinstance(t, torch.Tensor)]
     if any(type(t) is not torch.Tensor for t in tensors):  # asking a deferred product for its memory would make it
@@ -156,7 +189,7 @@ class _Recording:
         self._run, self._recorder, self.number = run, recorder, recorder.number()
         self._static = [_static(arg) for arg in args]
         tensors = {i: arg for i, arg in enumerate(args) if isinstance(arg, torch.Tensor)}
-        self._activations = [i for i, t in tensors.items() if not isinstance(t, nn.Parameter)]
+        self._activations = [i for i, arg in enumerate(args) if _is_copied(arg)]
         self._differentiable = [i for i, t in tensors.items() if t.requires_grad]
         self._results, self._forward = recorder.record(self._run_forward, transient=False)
         self._incoming = torch.empty_like(self._live)
@@ -262,7 +295,7 @@ class _Replay(torch.autograd.Function):
         if _state(ctx.parameters) != ctx.read:
             raise RuntimeError(
                 "a parameter of a replayed region was modified or moved between forward and backward; "
-                "compile with mode='default', which replays nothing"
+                "compile with mode='no-cudagraphs', which replays nothing"
             )
         return (None, None, *ctx.recording.backward(ctx.begun, grads[ctx.recording.live_at]))
 

@@ -21,13 +21,14 @@ from fastlora.foresight import calls, loss_call
 from fastlora.kernels.rehearsal import compile_kernels
 from fastlora.lowering import lower, pretend
 from fastlora.metadata import meta
+from fastlora.pace import CudaStopwatch, Pace
 from fastlora.progress import progress
 from fastlora.recorder import CudaGraphs
 from fastlora.replay import Replays
 from fastlora.report import Coverage, Miss, Report, Seconds, Site
 
 LOWERINGS = ("auto", "eager", "inductor")
-MODES = ("default", "reduce-overhead", "max-autotune")
+MODES = ("default", "reduce-overhead", "no-cudagraphs", "max-autotune")
 
 
 def default_rules() -> list[AnyRule]:
@@ -98,6 +99,7 @@ class Session:
         self.head_layer: nn.Linear | None = None
         self.region = ""
         self._recorder = CudaGraphs()
+        self._pace = Pace(CudaStopwatch)
         self._serving: dict[tuple[str, int], TracedGraph] = {}
         self._breaks_before = _graph_breaks()
         self._entered = time.perf_counter()
@@ -146,7 +148,7 @@ class Session:
         if device is None:
             return
         try:
-            found = list(calls(traced.gm, traced.rewrites))
+            found = list(calls(traced.gm))
             if self.head_layer is not None and (loss := loss_call(traced.gm, self.head_layer)) is not None:
                 self.head_layer = None
                 found.append(loss)
@@ -155,14 +157,16 @@ class Session:
             self._note(f"kernels could not be compiled ahead: {type(problem).__name__}: {problem}".partition("\n")[0])
 
     def _replays(self, gm: fx.GraphModule, run: Callable[..., Any]) -> Replays | None:
-        """What replays a graph if that was asked for; Inductor has replays of its own."""
+        """What replays a graph on a GPU; Inductor has replays of its own."""
         options = self.options
-        if options.dry or options.mode != "reduce-overhead" or options.lowering != "eager":
+        asked = options.mode == "reduce-overhead"
+        if options.dry or options.lowering != "eager" or not (asked or options.mode == "default"):
             return None
         if _computes_on_a_cpu(gm):  # whatever that is, a recording would have it as it was once
-            self._note("a region is not replayed as CUDA graphs: it computes on a CPU")
+            if asked:
+                self._note("a region is not replayed as CUDA graphs: it computes on a CPU")
             return None
-        return Replays(run, self._recorder, self._note)
+        return Replays(run, self._recorder, self._note, None if asked else self._pace)
 
     def forget(self) -> None:
         """Drops the recordings of all graphs."""
@@ -170,6 +174,7 @@ class Session:
             if traced.replays is not None:
                 traced.replays.forget()
         self._recorder.forget()
+        self._pace.forget()
 
     def _note(self, text: str) -> None:
         if text not in self.notes:

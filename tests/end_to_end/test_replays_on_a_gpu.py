@@ -49,6 +49,14 @@ def test_losses_are_eagers_while_regions_are_replayed(
     assert _recordings(model) > 0
 
 
+def test_launches_that_a_gpu_waits_for_are_replayed_by_default() -> None:
+    """Which those of a tiny model are; not where they were not to be."""
+    for mode, replays in (("default", True), ("no-cudagraphs", False)):
+        model = fastlora.compile(build("llama").cuda(), mode=mode)
+        train(model, [16])
+        assert (_recordings(model) > 0) == replays
+
+
 def _recordings(model: nn.Module) -> int:
     graphs = model._compiled_call_impl.session.graphs
     return sum(graph.replays.recorded for graph in graphs if graph.replays is not None)

@@ -1,0 +1,117 @@
+"""Regions are recorded by default where the device was seen waiting for the host, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from replayed_region import Region, assert_equal, gradients, rows
+from torch import nn
+
+import fastlora
+from fastlora.pace import ENOUGH, Pace
+from fastlora.replay import RUNS_BEFORE, Replays
+
+
+@dataclass
+class Timed:
+    """A stopwatch that has been told what it will find; None for a device that is not through."""
+
+    found: tuple[float, float] | None
+
+    def stop(self) -> None: ...
+
+    def seconds(self) -> tuple[float, float] | None:
+        return self.found
+
+
+def paced(*found: tuple[float, float] | None) -> Callable[[], Timed]:
+    times = iter(found)
+    return lambda: Timed(next(times))
+
+
+def run(region: Region, times: int, n: int = 3) -> None:
+    for _ in range(times):
+        region.replays(*region.arguments(rows(n)))[0].sum().backward()
+
+
+WAITING, BUSY = (3.0, 3.1), (3.0, 5.0)
+"""Seconds of the host and the device for a device that waits, and for one that is behind."""
+
+
+def test_a_region_that_the_device_waits_for_is_recorded() -> None:
+    region = Region(Pace(paced(*[WAITING] * ENOUGH)))
+    run(region, 1 + ENOUGH)
+    assert not region.replays.recorded
+    run(region, 1)
+    assert region.replays.recorded == 1
+    expected = gradients(region, region.run, rows(seed=1))
+    region.runs = 0
+    assert_equal(gradients(region, region.replays, rows(seed=1)), expected)
+    assert region.runs == 0
+
+
+def test_a_region_that_keeps_the_device_busy_is_not_recorded_nor_timed_again() -> None:
+    region = Region(Pace(paced(*[BUSY] * ENOUGH)))
+    run(region, 10)
+    assert region.replays.recorded == 0
+    assert region.notes == []
+
+
+def test_single_runs_do_not_decide() -> None:
+    region = Region(Pace(paced(WAITING, BUSY, BUSY)))
+    run(region, 5)
+    assert region.replays.recorded == 0
+    region = Region(Pace(paced(BUSY, WAITING, WAITING)))
+    run(region, 5)
+    assert region.replays.recorded == 1
+
+
+def test_runs_that_the_device_has_not_finished_do_not_count() -> None:
+    region = Region(Pace(paced(None, None, *[WAITING] * ENOUGH)))
+    run(region, 2 + ENOUGH)
+    assert not region.replays.recorded
+    run(region, 2)
+    assert region.replays.recorded == 1
+
+
+def test_layers_of_one_shape_share_what_is_known_and_shapes_do_not() -> None:
+    pace = Pace(paced(*[WAITING] * ENOUGH, *[BUSY] * ENOUGH))
+    first, second = Region(pace), Region(pace)
+    run(first, 1 + ENOUGH)
+    run(second, RUNS_BEFORE + 1)
+    assert second.replays.recorded == 1
+    run(first, 2 + ENOUGH, n=5)
+    assert first.replays.recorded == 0
+
+
+def test_what_cannot_be_replayed_is_no_news_unless_replays_were_asked_for() -> None:
+    notes: list[str] = []
+    replays = Replays(lambda x, w: (x @ w, w * 2), Region().recorder, notes.append, Pace(paced()))
+    for _ in range(5):
+        replays(rows(grad=False), nn.Parameter(torch.randn(4, 4)))
+    assert notes == []
+    assert replays.recorded == 0
+
+
+def test_inputs_that_are_too_large_to_copy_are_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastlora.replay.MOST_COPIED", 3 * 4 * 4 - 1)
+    region = Region()
+    run(region, 4)
+    assert region.replays.recorded == 0
+    assert "has to copy" in region.notes[0]
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "no-cudagraphs"])
+def test_a_model_on_a_cpu_trains_in_every_mode(mode: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.SiLU())
+    x = torch.randn(3, 4)
+    expected = model(x)
+    fastlora.compile(model, mode=mode)
+    for _ in range(3):
+        y = model(x)
+        y.sum().backward()
+    assert torch.equal(y, expected)
