@@ -20,7 +20,8 @@ Dropout comes in two ways.  A z that somebody else has dropped out, `x_dropped`,
 makes it again for dA, and dx = dy W + (dxa A) * m, the mask and the sum in one pass.
 
 Saved: s xa, one row of R per token, which saves dB from recomputing it; z only if A is trained, x only if z is made of
-x or W is trained.  A frozen base behind dropout, or an adapter with a frozen A, saves no activation but s xa.
+x or W is trained.  A frozen base behind dropout, or an adapter with a frozen A, saves no activation but s xa.  In
+float16 a factor above 1 is left to B and dB: s xa may be too large a number for it where xa and y are not.
 
 Shapes: x and z (..., K), W (N, K), b and c (N,), A (R, K), B (N, R), y (..., N), xa (T, R) for T tokens.
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021).
@@ -92,6 +93,16 @@ def cast(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     return None if t is None else t.to(dtype)
 
 
+def carried(scaling: float, dtype: torch.dtype) -> float:
+    """The factor that xa is kept with, in the dtype of the adapter."""
+    return 1.0 if dtype is torch.float16 and abs(scaling) > 1 else scaling
+
+
+def left(scaling: float, dtype: torch.dtype) -> float:
+    """What that leaves of the scaling."""
+    return scaling if carried(scaling, dtype) != scaling else 1.0
+
+
 def rows(t: torch.Tensor) -> torch.Tensor:
     """All dimensions but the last as one: the tokens."""
     return t.reshape(-1, t.shape[-1])
@@ -137,7 +148,7 @@ def add_forward(
     masks.check_argument(seed, dropout)
     xa = F.linear(dropped_out(x, seed, dropout, lora_dtype), lora_a.to(lora_dtype))
     low = F.linear(xa, lora_b.to(lora_dtype), cast(lora_bias, lora_dtype))
-    return (base + low * scaling).to(out_dtype), rows(xa) * scaling
+    return (base + low * scaling).to(out_dtype), rows(xa) * carried(scaling, lora_dtype)
 
 
 def forward(
@@ -185,11 +196,11 @@ def low_rank_backward(
     scaling: float,
     lora_dtype: torch.dtype,
 ) -> tuple[Gradients, list[Addend]]:
-    """The gradients of A, B and c, and the addend of dz if it is wanted, from dy (T, N) and the scaled xa."""
+    """The gradients of A, B and c, and the addend of dz if it is wanted, from dy (T, N) and xa as it is kept."""
     dy = dy.to(lora_dtype)
     gradients: Gradients = {}
     if wanted["lora_b"]:
-        gradients["lora_b"] = (dy.t() @ xa).to(lora_b.dtype)
+        gradients["lora_b"] = scaled_product(dy.t(), xa, left(scaling, lora_dtype)).to(lora_b.dtype)
     if lora_bias is not None and wanted["lora_bias"]:
         gradients["lora_bias"] = (sum_rows(dy) * scaling).to(lora_bias.dtype)
     if not (wanted["lora_a"] or wants_z):

@@ -24,7 +24,8 @@ Members = list[dict[str, Any]]
 
 
 def down(x: torch.Tensor, lora_a: list[torch.Tensor], scaling: list[float]) -> torch.Tensor:
-    """The members' scaled xa side by side, (T, sum of R)."""
+    """The members' xa side by side, (T, sum of R), as they are kept."""
+    scaling = [single.carried(s, x.dtype) for s in scaling]
     if len(set(scaling)) == 1:
         return low_rank.down(x, lora_a, scaling[0])
     return torch.cat([low_rank.down(x, [a], s) for a, s in zip(lora_a, scaling, strict=True)], dim=1)
@@ -101,7 +102,7 @@ def _dropped_down(
     parts = []
     for a, s, drawn, p in zip(lora_a, scaling, seed, dropout, strict=True):
         z = tokens if drawn is None else layer.dropped_out(x, drawn, p, tokens.dtype)
-        parts.append(low_rank.down(z, [a], s))
+        parts.append(low_rank.down(z, [a], single.carried(s, tokens.dtype)))
     return torch.cat(parts, dim=1)
 
 

@@ -64,9 +64,10 @@ def project(
     scaling: float,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """y (T, N) of x (T, K), whose dtype is that of the computation, and of the scaled xa (T, R)."""
-    dtype = x.dtype
-    low, base = (xa, lora_b.to(dtype).t()), (x, weight.to(dtype).t())
+    """y (T, N) of x (T, K), whose dtype is that of the computation, and of xa (T, R) as it is kept."""
+    dtype, rest = x.dtype, op.left(scaling, x.dtype)
+    b = lora_b.to(dtype) if rest == 1 else (lora_b.float() * rest).to(dtype)
+    low, base = (xa, b.t()), (x, weight.to(dtype).t())
     return total(low, [base], biases(bias, lora_bias, scaling, dtype), out_dtype)
 
 
@@ -107,8 +108,10 @@ def adapter_gradients(
     if lora_bias is not None and wanted["lora_bias"]:
         gradients["lora_bias"] = (op.sum_rows(dy) * scaling).to(lora_bias.dtype)
     if wants_dxa or wanted["lora_b"]:
-        wants = wants_dxa, wanted["lora_b"]
-        dxa, gradients["lora_b"] = low_rank.up_gradients(dy, lora_b, xa, scaling, lora_b.dtype, wants, dxa)
+        wants, rest = (wants_dxa, wanted["lora_b"]), op.left(scaling, dy.dtype)
+        dtype = lora_b.dtype if rest == 1 else torch.float32
+        dxa, db = low_rank.up_gradients(dy, lora_b, xa, scaling, dtype, wants, dxa)
+        gradients["lora_b"] = db if db is None or rest == 1 else (db * rest).to(lora_b.dtype)
     return gradients, dxa
 
 
@@ -154,7 +157,7 @@ def forward(
     tokens = op.rows(x).to(base_dtype)
     given = x if x_dropped is None else x_dropped
     z = tokens if x_dropped is None and seed is None else dropped_out(given, seed, dropout, base_dtype)
-    xa = low_rank.down(z, [lora_a], scaling)
+    xa = low_rank.down(z, [lora_a], op.carried(scaling, base_dtype))
     y = project(tokens, xa, scaling=scaling, **layer)
     return y.view(*x.shape[:-1], y.shape[1]), xa
 
@@ -233,8 +236,8 @@ def add_forward(
     dropout: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     masks.check_argument(seed, dropout)
-    xa = low_rank.down(dropped_out(x, seed, dropout, lora_dtype), [lora_a], scaling)
-    y = torch.addmm(op.rows(base), xa, lora_b.to(lora_dtype).t())
+    xa = low_rank.down(dropped_out(x, seed, dropout, lora_dtype), [lora_a], op.carried(scaling, lora_dtype))
+    y = torch.addmm(op.rows(base), xa, lora_b.to(lora_dtype).t(), alpha=op.left(scaling, lora_dtype))
     if lora_bias is not None:
         y += lora_bias.to(lora_dtype) * scaling
     return laid_out(y.to(out_dtype).view(base.shape), base), xa

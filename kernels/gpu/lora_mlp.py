@@ -58,7 +58,7 @@ def forward(
     )
     hidden = _gated(gate, up, activation)
     down = op.of("down", given)
-    down_xa = low_rank.down(hidden, [down.pop("lora_a")], down["scaling"])
+    down_xa = low_rank.down(hidden, [down.pop("lora_a")], single.carried(down["scaling"], base_dtype))
     y = layer.project(hidden, down_xa, out_dtype=out_dtype, **down)
     shape = x.shape[:-1]
     return y.view(*shape, y.shape[1]), gate.view(*shape, gate.shape[1]), up.view(*shape, up.shape[1]), inner_xa, down_xa

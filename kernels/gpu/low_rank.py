@@ -242,7 +242,7 @@ def up_gradients(
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """dxa (T, R) in dy's dtype = scaling * dy (T, N) @ B (N, R), and dB (N, R) in `dtype` = dy^T @ xa (T, R), each if
-    wanted. xa holds the scaling already, as `down` gives it. `out`, for dxa, may be some columns of a wider matrix."""
+    wanted. xa holds its scaling already, as `down` gives it. `out`, for dxa, may be some columns of a wider matrix."""
     (T, R), block = xa.shape, _block(xa.shape[1])
     dxa = None
     if wants[0]:
@@ -281,8 +281,8 @@ def _gradient(dy: torch.Tensor, xa: torch.Tensor, dtype: torch.dtype) -> torch.T
 
 
 def _gradient_by_library(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if left.is_cuda and dtype is torch.float32 and left.dtype == right.dtype and left.dtype in HALVES:
-        return torch.mm(left, right, out_dtype=dtype)
+    if dtype is torch.float32 and left.dtype == right.dtype and left.dtype in HALVES:
+        return torch.mm(left, right, out_dtype=dtype) if left.is_cuda else left.float() @ right.float()
     return (left @ right).to(dtype)
 
 

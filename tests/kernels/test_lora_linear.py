@@ -17,10 +17,12 @@ from op_checks import (
     complete,
     cotangents,
     evaluate,
+    f16,
     f32,
     f64,
     leaves,
     native,
+    on_device,
     saved_for_backward,
 )
 from op_precision import assert_as_precise, assert_precise_on_average, assert_propagates, sizes, tensors
@@ -255,3 +257,16 @@ def test_activations_are_saved_only_where_a_gradient_reads_them(
     pointers = {t.data_ptr() for t in tensors_}
     assert {n for n, t in activations.items() if t.data_ptr() in pointers} == saved
     assert sum(t.numel() == 35 for t in tensors_) == len(saved)
+
+
+def test_a_scaled_low_rank_activation_may_be_too_large_for_float16() -> None:
+    """Where B is small enough for y to be none: xa is 32,000, and 4 of that more than float16 holds."""
+    given_ = linear_arguments(SCHEMES["float16"], 1, 8, n=16, rank=3, biases=False) | {"scaling": 4.0}
+    sizes_and_values = {"x": ((1, 8), 40.0), "lora_a": ((3, 8), 100.0), "lora_b": ((16, 3), 0.01)}
+    given_ |= {name: torch.full(size, value, dtype=f16) for name, (size, value) in sizes_and_values.items()}
+    given_ = {name: on_device(value) for name, value in complete(lora_linear, given_).items()}
+    found, expected = (evaluate(run, given_).values() for run in (lora_linear, lora_linear.reference))
+    for name, value in found.items():
+        finite = expected[name].isfinite()
+        assert finite.any(), name
+        torch.testing.assert_close(value[finite], expected[name][finite], rtol=5e-3, atol=1e-3)
