@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_leaves
 from fastlora.metadata import hint, meta
 from fastlora.spelling import spelling_of
 
-Mode = tuple[bool, tuple[fx.Node, ...], tuple[fx.Node, ...]]
-"""Whether gradients are on, and the autocast and inference-mode regions around a node, by the nodes that enter them."""
+Mode = tuple[bool, tuple[fx.Node, ...], tuple[fx.Node, ...], tuple[fx.Node, ...]]
+"""Whether gradients are on, and the autocast, inference-mode and torch.func regions around a node, by the nodes that
+enter them."""
 
 Probe = tuple[list[int], list[int]]
 """Which of its input nodes a node writes to, and whose memory its result shares, by position."""
@@ -38,9 +39,10 @@ def modes(graph: fx.Graph) -> dict[fx.Node, Mode]:
     grad = torch.is_grad_enabled()
     autocast: tuple[fx.Node, ...] = ()
     inference: tuple[fx.Node, ...] = ()
+    transforms: tuple[fx.Node, ...] = ()
     found: dict[fx.Node, Mode] = {}
     for node in graph.nodes:
-        found[node] = (grad, autocast, inference)
+        found[node] = (grad, autocast, inference, transforms)
         target = node.target
         if target is torch._C._set_grad_enabled:
             grad = bool(node.args[0])
@@ -52,7 +54,18 @@ def modes(graph: fx.Graph) -> dict[fx.Node, Mode]:
             inference = (*inference, node)
         elif target is torch.autograd.grad_mode._exit_inference_mode:
             inference = tuple(region for region in inference if region is not node.args[0])
+        elif _is_of_functorch(node):
+            name = str(getattr(target, "__name__", ""))
+            if name.endswith("_increment_nesting"):
+                transforms = (*transforms, node)
+            elif name.endswith("_decrement_nesting"):
+                transforms = transforms[:-1]
     return found
+
+
+def _is_of_functorch(node: fx.Node) -> bool:
+    """Whether a node begins or ends a transform of torch.func, or takes a tensor into one or out of it."""
+    return node.op == "call_function" and "_functorch" in str(getattr(node.target, "__module__", ""))
 
 
 class Mutations:
@@ -110,6 +123,8 @@ def _probe(node: fx.Node) -> Probe:
     inputs = node.all_input_nodes
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return _probe_higher_order(node, inputs)
+    if _is_of_functorch(node):  # to run one by itself would leave a transform that nobody ends
+        return [], list(range(len(inputs)))
     examples = [source.meta.get("example_value") for source in inputs]
     signature = tuple(str((e.dtype, e.dim())) if isinstance(e, torch.Tensor) else str(type(e)) for e in examples)
     key = (node.target, str(fx.node.map_arg((node.args, node.kwargs), lambda _: "node")), signature)

@@ -91,6 +91,8 @@ class Legality:
             return "L4: it spans regions with different gradient or autocast modes"
         if self._modes[match.place()] not in at:
             return "L4: the only place for it is in a region with other gradient or autocast modes"
+        if self._modes[match.root][3]:
+            return "L4: it is inside a transform of torch.func, where its tensors stand for several"
         return None
 
     def _autograd(self, match: Match) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import WRITES, bf16, randn, trace, view_of
+from graphs import WRITES, analyse, bf16, randn, rms_norm, trace, view_of
 from torch import Tensor, fx
 
 from fastlora.effects import Mutations, modes
@@ -236,3 +236,16 @@ def test_the_mode_around_the_graph_is_where_it_starts() -> None:
         (mode,) = _modes_of(lambda x: x * 2, "mul")
     (other,) = _modes_of(lambda x: x * 2, "mul")
     assert (mode[0], other[0]) in ((True, True), (False, True))
+
+
+def test_transforms_of_torch_func_are_regions_that_are_neither_run_nor_rewritten() -> None:
+    """Their begin and end change what runs afterwards, and an op inside sees one tensor where there are several."""
+
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        return torch.vmap(lambda row: rms_norm(row, w))(x) + rms_norm(x, w)
+
+    outcome = analyse(function, randn(4, 8), randn(8))
+    assert torch._C._functorch.peek_interpreter_stack() is None
+    assert outcome.ops == ["rms_norm"]
+    assert "torch.func" in outcome.missed()
+    outcome.assert_close()
