@@ -70,7 +70,8 @@ class ModelGate:
         base: Any = getattr(model, "get_base_model", None)
         base = base() if base is not None else model
         parameters = inspect.signature(base.forward).parameters
-        self._caches = "use_cache" in parameters
+        handed_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and "past_key_values" in parameters
+        self._caches = "use_cache" in parameters or (handed_on and hasattr(getattr(base, "config", None), "use_cache"))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         asked = kwargs.get("use_cache") is not None or kwargs.get("past_key_values") is not None

@@ -121,6 +121,31 @@ def doctor(
     run(Console(), kernels=kernels, verbose=verbose)
 
 
+@app.command()
+def zoo(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[TYPE]...", help="Which; default: all.")] = None,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where the results go, as one line of JSON each.")] = Path(
+        "fastlora-zoo"
+    ),
+    jobs: Annotated[int, typer.Option(help="Processes at a time.")] = 2,
+    seconds: Annotated[float, typer.Option(help="Time after which a process is stopped.")] = 120,
+    resume: Annotated[bool, typer.Option(help="Keep what an earlier run has found there.")] = True,
+    page: Annotated[Path | None, typer.Option(metavar="FILE.md", help="Write a page of the results, too.")] = None,
+    golden: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Write what must not change unseen, for the tests.")
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the types, and do nothing else.")] = False,
+) -> None:
+    """Train a tiny model of every architecture in transformers, eager and compiled, and compare them."""
+    from fastlora.tools.zoo.command import Visit, run
+    from fastlora.tools.zoo.kinds import kinds
+
+    if list_:
+        print("\n".join(kinds()))
+    elif not run(Visit(output, names or [], jobs, seconds, resume, page, golden), Console()):
+        raise RunError("compiled, some architectures fail or are different; the lines above say which")
+
+
 bench = typer.Typer(help="Measure fastlora beside others; what is timed has passed a check against float64 first.")
 app.add_typer(bench, name="bench")
 

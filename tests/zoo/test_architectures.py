@@ -1,0 +1,36 @@
+"""Tiny models of many architectures train compiled as they do eager, and as much is fused as was when last looked at.
+
+`golden.json` has all types; `fastlora zoo --golden tests/zoo/golden.json` writes it anew, which takes some minutes, and
+whose difference to the one before shows what a release of transformers has respelled. A sample of them runs here.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastlora.tools.zoo.examine import EQUAL, examine
+from fastlora.tools.zoo.kinds import kinds
+
+GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
+SAMPLE = sorted(GOLDEN)[::4]
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_it_trains_as_eager_does_and_fuses_as_much_as_before(name: str) -> None:
+    found = examine(kinds()[name])
+    assert found["verdict"] == EQUAL, found["problem"]
+    for key, expected in GOLDEN[name].items():
+        assert found[key] == expected, f"{key}; left: {found['missed']}"
+
+
+def test_every_known_type_is_equal() -> None:
+    assert len(GOLDEN) >= 170
+    assert {row["verdict"] for row in GOLDEN.values()} == {EQUAL}
+
+
+def test_nearly_all_types_are_fused_entirely() -> None:
+    whole = [name for name, row in GOLDEN.items() if all(seen == fused for seen, fused in row["sites"].values())]
+    assert len(whole) >= 0.88 * len(GOLDEN)

@@ -1,0 +1,162 @@
+"""Runs `fastlora zoo`: each architecture in a process of its own with a time limit, and counts what came of them."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fastlora.tools.output import writing
+from fastlora.tools.problems import UsageError
+from fastlora.tools.zoo.examine import DIFFERENT, EQUAL, FAILED, UNBUILT, UNTRAINED, Examined
+from fastlora.tools.zoo.kinds import Kind, kinds
+from fastlora.tools.zoo.page import write_golden, write_page
+
+Row = dict[str, Any]
+
+RESULTS = "zoo.jsonl"
+_PRELOADED = ["torch", "transformers", "peft", "fastlora", "fastlora.tools.zoo.examine"]
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What to look at: no names mean everything. `resume` keeps what an earlier run has found in the same folder,
+    `page` and `golden` are files to write as well."""
+
+    output: Path
+    names: list[str] = field(default_factory=list)
+    jobs: int = 2
+    seconds: float = 120.0
+    resume: bool = True
+    page: Path | None = None
+    golden: Path | None = None
+
+
+def run(visit: Visit, console: Console) -> bool:
+    """Examines architectures; False if one is different compiled, or fails.
+
+    Raises:
+        UsageError: for an unknown name, or numbers that make no sense.
+    """
+    known = kinds()
+    for name in visit.names:
+        if name not in known:
+            raise UsageError(f"{name}: no architecture of the installed transformers; `fastlora zoo --list` lists them")
+    if visit.jobs < 1 or not visit.seconds > 0:
+        raise UsageError(f"--jobs {visit.jobs}, --seconds {visit.seconds:g}: both must be more than 0")
+    asked = visit.names or list(known)
+    with writing(visit.output):
+        visit.output.mkdir(parents=True, exist_ok=True)
+        path = visit.output / RESULTS
+        rows = _earlier(path) if visit.resume else {}
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+        for row in examined([known[name] for name in asked if name not in rows], visit.jobs, visit.seconds):
+            rows[row["name"]] = row
+            console.print(_line(row), markup=False, highlight=False, soft_wrap=True)
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        chosen = [rows[name] for name in asked]
+        if visit.page is not None:
+            write_page(chosen, visit.page)
+        if visit.golden is not None:
+            write_golden(chosen, visit.golden)
+    console.print(summary(chosen))
+    console.print(f"see {path}", markup=False, highlight=False)
+    return not any(row["verdict"] in (DIFFERENT, FAILED) for row in chosen)
+
+
+def examined(asked: Iterable[Kind], jobs: int, seconds: float) -> Iterator[Row]:
+    """The rows of architectures as they come in. Processes fork from a server that has imported the libraries."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    waiting = list(asked)
+    running: dict[Kind, tuple[BaseProcess, Any, float]] = {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            kind = waiting.pop(0)
+            receiver, sender = context.Pipe(duplex=False)
+            process: BaseProcess = context.Process(target=_work, args=(kind, sender), daemon=True)
+            process.start()
+            sender.close()
+            running[kind] = (process, receiver, time.monotonic())
+        for kind, (started_process, receiver, started) in list(running.items()):
+            row = _received(kind, started_process, receiver, time.monotonic() - started > seconds)
+            if row is not None:
+                del running[kind]
+                yield row
+        time.sleep(0.02)
+
+
+def _received(kind: Kind, process: BaseProcess, receiver: Any, late: bool) -> Row | None:
+    """What a process has found, or how it ended; None while it runs."""
+    row: Row | None = None
+    if receiver.poll():
+        try:
+            row = receiver.recv()
+        except EOFError:
+            process.join()
+            row = asdict(Examined(str(kind), FAILED, f"the process ended with code {process.exitcode}"))
+    elif late:
+        row = asdict(Examined(str(kind), FAILED, "it took longer than the time limit"))
+    if row is not None:
+        process.kill()
+        process.join()
+    return row
+
+
+def _work(kind: Kind, sender: Any) -> None:
+    """What a process does; what libraries print on the way is no news."""
+    import torch
+    import transformers
+
+    from fastlora.tools.zoo.examine import examine
+
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    sender.send(examine(kind))
+
+
+def _earlier(path: Path) -> dict[str, Row]:
+    """What an earlier run has written, but for a last line that was cut off."""
+    rows = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        rows[row["name"]] = row
+    return rows
+
+
+def _line(row: Row) -> str:
+    sites = ", ".join(f"{family} {fused}/{seen}" for family, (seen, fused) in row["sites"].items())
+    problem = f" ({row['problem']})" if row["problem"] else ""
+    return f"{row['name']}: {row['verdict']}{problem} {sites}".rstrip()
+
+
+def summary(rows: list[Row]) -> Table:
+    """How many architectures there are of each verdict, and how many sites of each family were fused."""
+    verdicts = Counter(row["verdict"] for row in rows)
+    trained = [row for row in rows if row["verdict"] not in (UNBUILT, UNTRAINED)]
+    table = Table("of", "in all", "so many", title=f"{len(rows)} architectures")
+    table.add_row("architectures that eager trains", str(len(rows)), str(len(trained)))
+    table.add_row("of them equal compiled", str(len(trained)), str(verdicts[EQUAL]))
+    whole = sum(not row["missed"] for row in trained)
+    table.add_row("in which every candidate is fused", str(len(trained)), str(whole))
+    for family in sorted({family for row in trained for family in row["sites"]}):
+        seen, fused = (sum(row["sites"].get(family, [0, 0])[i] for row in trained) for i in (0, 1))
+        table.add_row(f"{family} sites fused", str(seen), str(fused))
+    return table

@@ -1,0 +1,103 @@
+"""Writes what `fastlora zoo` has found: a page to read, and the part of it that must not change unseen."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fastlora.tools.zoo.examine import EQUAL, UNBUILT, UNTRAINED
+
+Row = dict[str, Any]
+
+FAMILIES = ("lora", "norm", "rotary", "glu", "loss")
+_LIBRARIES = ("torch", "transformers", "peft")
+
+_HEAD = """\
+# Architectures
+
+Measured on {date} on a CPU with {versions} by
+
+```bash
+fastlora zoo --page coverage.md
+```
+
+Every causal language model that this transformers knows, and some encoders and encoder-decoders: a tiny model with
+random float32 weights, made by one shrinking rule, with LoRA on all linear layers but the output head, takes one step
+in evaluation mode, eager and compiled. "Equal" means that the loss and every gradient differ by rounding: by no more
+than 1e-5, or are no further from a float64 step than 1.25 times eager is.
+
+| of | in all | so many |
+| --- | --- | --- |
+| types that can be built tiny and that eager trains | {all} | {trained} |
+| of them equal when compiled | {trained} | {equal} |
+| of them with every candidate fused | {trained} | {whole} |
+{families}
+"""
+
+
+def write_page(rows: list[Row], path: Path) -> None:
+    trained = [row for row in rows if row["verdict"] not in (UNBUILT, UNTRAINED)]
+    sites = [[row["sites"].get(family, [0, 0]) for row in trained] for family in FAMILIES]
+    totals = [[sum(each[i] for each in of_family) for i in (0, 1)] for of_family in sites]
+    head = _HEAD.format(
+        date=datetime.date.today().isoformat(),
+        versions=", ".join(f"{name} {version(name)}" for name in _LIBRARIES),
+        all=len(rows),
+        trained=len(trained),
+        equal=sum(row["verdict"] == EQUAL for row in trained),
+        whole=sum(not row["missed"] for row in trained),
+        families="\n".join(f"| {f} sites fused | {n} | {m} |" for f, (n, m) in zip(FAMILIES, totals, strict=True)),
+    )
+    path.write_text("\n".join([head, *_trained(trained), *_left(trained), *_others(rows)]) + "\n")
+
+
+def _trained(rows: list[Row]) -> list[str]:
+    lines = [
+        "## By type",
+        "",
+        "Sites fused of sites seen; graphs that were compiled, and how many reasons TorchDynamo had to break them; the",
+        "largest relative difference of a gradient to eager's.",
+        "",
+        f"| type | compiled | {' | '.join(FAMILIES)} | graphs | breaks | gradients |",
+        f"| --- | --- |{' --- |' * (len(FAMILIES) + 3)}",
+    ]
+    for row in rows:
+        sites = [f"{row['sites'][f][1]}/{row['sites'][f][0]}" if f in row["sites"] else "" for f in FAMILIES]
+        difference = row["gradient_difference"]
+        shown = "" if difference is None else f"{difference:.0e}"
+        cells = [row["name"], row["verdict"], *sites, row["graphs"], row["breaks"] or "", shown]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def _left(rows: list[Row]) -> list[str]:
+    """Why candidates stayed, and blocks ran as they were."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        for reason in [*row["missed"], *(note for note in row["notes"] if "uncompiled" in note)]:
+            reasons.setdefault(reason, []).append(row["name"])
+    lines = ["", "## What is left, and why", "", "| reason | types |", "| --- | --- |"]
+    return lines + [f"| {reason} | {', '.join(names)} |" for reason, names in sorted(reasons.items())]
+
+
+def _others(rows: list[Row]) -> list[str]:
+    problems = Counter(row["verdict"] for row in rows if row["verdict"] in (UNBUILT, UNTRAINED))
+    lines = ["", "## Types without a tiny model", "", f"{sum(problems.values())} of them.", "", "| type | | problem |"]
+    lines.append("| --- | --- | --- |")
+    for row in rows:
+        if row["verdict"] in problems:
+            problem = str(row["problem"]).replace("|", "/")
+            lines.append(f"| {row['name']} | {row['verdict']} | {problem[:160]} |")
+    return lines
+
+
+def write_golden(rows: list[Row], path: Path) -> None:
+    """One line for each type that eager trains."""
+    kept = ("verdict", "graphs", "sites")
+    trained = [row for row in rows if row["verdict"] not in (UNBUILT, UNTRAINED)]
+    lines = [f"{json.dumps(row['name'])}: {json.dumps({key: row[key] for key in kept})}" for row in trained]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
