@@ -17,15 +17,16 @@ under Inductor alike, because nothing traces through it; and what the backward t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from fastlora.kernels import dispatch
+from fastlora.kernels.apply import Apply, Remade
 from fastlora.kernels.cost import Cost
 from fastlora.kernels.forms import Form, Forms
 from fastlora.kernels.schema import Leaves, parse
@@ -259,19 +260,19 @@ class SemanticOp:
         count = len(self.names)
 
         def call(values: tuple[Any, ...]) -> Any:
-            return self._differentiable(values[:count], self.output_leaves, _Remade(at, maker, values[count:]))
+            return self._differentiable(values[:count], self.output_leaves, Remade(at, maker, values[count:]))
 
         return _function(f"{self.name}_remaking_{name}_by_{maker.name}", call)
 
     def _run_autograd(self, *values: Any) -> Any:
         return self._differentiable(values, self._result_leaves)
 
-    def _differentiable(self, values: tuple[Any, ...], handed_out: Leaves, remade: _Remade | None = None) -> Any:
+    def _differentiable(self, values: tuple[Any, ...], handed_out: Leaves, remade: Remade | None = None) -> Any:
         """Runs the op, and has autograd know of it; hands out results, or outputs only, as one tensor or a tuple."""
         tensors = self.leaves.flat(values)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
             owns = handed_out is self.output_leaves
-            results = handed_out.grouped(_Apply.apply(self, values, owns, remade, *tensors))
+            results = handed_out.grouped(Apply.apply(self, values, owns, remade, *tensors))
             return tuple(results) if len(self.result_names) > 1 else results[0]
         return self.below_autograd(tensors, values)
 
@@ -346,84 +347,6 @@ def _dtype(value: Any) -> torch.dtype | None:
 
 def _nothing(value: Any) -> list[None] | None:
     return [None] * len(value) if isinstance(value, list) else None
-
-
-class _Remade(NamedTuple):
-    """A saved value, by its place among these, that the backward makes with another op from that op's values."""
-
-    at: int
-    maker: SemanticOp
-    values: tuple[Any, ...]
-
-    def make(self, leaves: Iterator[torch.Tensor | None]) -> torch.Tensor:
-        """The value; `leaves` has the maker's tensors, as they were saved."""
-        flat = iter(self.maker.leaves.grouped(list(leaves)))
-        values = [next(flat) if a.is_tensor else v for a, v in zip(self.maker.arguments, self.values, strict=True)]
-        return self.maker.below_autograd(self.maker.leaves.flat(values), values)[0]
-
-    @property
-    def leaves(self) -> list[torch.Tensor | None]:
-        return self.maker.leaves.flat(self.values)
-
-    def without_tensors(self) -> _Remade:
-        arguments = zip(self.maker.arguments, self.values, strict=True)
-        return self._replace(values=tuple(None if a.is_tensor else value for a, value in arguments))
-
-
-class _Apply(torch.autograd.Function):
-    """Connects an op's forward and backward operators; the leaves of its tensor arguments come flat."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        op: SemanticOp,
-        values: tuple[Any, ...],
-        owns: bool,
-        remade: _Remade | None,
-        *tensors: torch.Tensor | None,
-    ) -> Any:
-        needs = ctx.needs_input_grad[4:]
-        results = op.below_autograd(tensors, [*values[: len(op.names)], needs] if op.foresees else values)
-        results = results if len(op.result_names) > 1 else (results,)
-        saved, constants = op.to_save(needs, values, results)
-        ctx.op, ctx.constants, ctx.shared, ctx.owns, ctx.remade = op, constants, op.sharing(values), owns, None
-        others: list[torch.Tensor | None] = []
-        if remade is not None and saved[remade.at] is not None:
-            saved[remade.at], others, ctx.remade = None, remade.leaves, remade.without_tensors()
-        ctx.lengths = [len(value) if isinstance(value, list) else None for value in saved]
-        ctx.save_for_backward(*op.saved_leaves.flat(saved), *others)
-        outputs = op.output_leaves.flat(results)
-        ctx.outputs = len(outputs)
-        ctx.set_materialize_grads(False)
-        if owns:
-            return tuple(outputs)
-        residuals = op.residual_leaves.flat(results[len(op.outputs) :])
-        ctx.mark_non_differentiable(*residuals)
-        return (*outputs, *residuals)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        if torch.is_grad_enabled():  # once_differentiable would say nothing where only saved tensors carry it
-            raise RuntimeError(
-                f"{ctx.op.name} has no second derivative: its backward cannot run under create_graph=True"
-            )
-        op: SemanticOp = ctx.op
-        grads = grads[: ctx.outputs]
-        if all(g is None for g in grads):
-            return (None,) * len(ctx.needs_input_grad)
-        needs = op.reached(ctx.needs_input_grad[4:], grads)
-        asked = ctx.shared.ask(needs)
-        leaves = ctx.saved_tensors
-        flat = iter(leaves)
-        saved = [next(flat) if n is None else [next(flat) for _ in range(n)] for n in ctx.lengths]
-        if ctx.remade is not None:
-            saved[ctx.remade.at] = ctx.remade.make(flat)
-        found = (
-            op.differentiate(list(grads), asked, leaves, *saved, *ctx.constants, owned=ctx.owns) if any(asked) else ()
-        )
-        computed = iter(found)
-        results = [next(computed) if ask else None for ask in asked]
-        return (None, None, None, None, *ctx.shared.spread(results, needs, grads[0]))
 
 
 def op(name: str, **declaration: Any) -> SemanticOp:
