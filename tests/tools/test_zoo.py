@@ -44,6 +44,24 @@ def test_a_wrong_gradient_is_no_rounding() -> None:
     assert "missing" in str(found.problem)
 
 
+def test_what_cannot_be_told_from_rounding_is_different(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the float64 step fails, and where a gradient is not a number."""
+    model, inputs = examine.build(GPT2), examine.batch(GPT2)
+    eager = examine._step(model, inputs)
+    found, compiled = examine.Examined("gpt2"), copy.deepcopy(eager)
+    next(iter(compiled.gradients.values())).fill_(float("nan"))
+    examine._compare(found, compiled, eager, model, inputs)
+    assert found.verdict == examine.DIFFERENT
+
+    def compare(found: examine.Examined, compiled: examine._Step, eager: examine._Step, *_: object) -> None:
+        compiled.gradients = {name: 2 * g for name, g in compiled.gradients.items()}
+        compared(found, compiled, eager, torch.nn.Identity(), inputs)
+
+    compared = examine._compare
+    monkeypatch.setattr(examine, "_compare", compare)
+    assert examine.examine(GPT2)["verdict"] == examine.DIFFERENT
+
+
 def test_what_cannot_be_built_or_trained_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     found = examine.examine(Kind("no such type"))
     assert (found["verdict"], "no such type" in found["problem"]) == (examine.UNBUILT, True)

@@ -152,8 +152,8 @@ def _describe(found: Examined, report: Any) -> None:
 
 
 def _compare(found: Examined, compiled: _Step, eager: _Step, truth: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
+    found.verdict = DIFFERENT  # until it is known to be rounding: there may be no float64 step to tell
     if compiled.gradients.keys() != eager.gradients.keys():
-        found.verdict = DIFFERENT
         odd = sorted(compiled.gradients.keys() ^ eager.gradients.keys())
         found.problem = f"{len(odd)} gradients are missing or new, such as that of {odd[0]}"
         return
@@ -162,16 +162,18 @@ def _compare(found: Examined, compiled: _Step, eager: _Step, truth: nn.Module, i
     worst = max(distances, key=distances.__getitem__)
     found.loss_difference = float((compiled.loss - eager.loss).abs() / eager.loss.abs().clamp_min(1e-30))
     found.gradient_difference = distances[worst]
-    found.verdict = EQUAL
-    far = [name for name, distance in distances.items() if distance > FLOAT32]
+    far = [name for name, distance in distances.items() if not distance <= FLOAT32]  # nan is far
     if not far and found.loss_difference <= FLOAT32:
+        found.verdict = EQUAL
         return
     exact = _step(truth.double(), inputs)
     errors = {n: [_distance(s.gradients[n], exact.gradients[n], scale) for s in (compiled, eager)] for n in far}
     errors["the loss"] = [float((s.loss.double() - exact.loss).abs()) for s in (compiled, eager)]
-    wrong = [n for n, (mine, its) in errors.items() if mine > SLACK * its + FLOAT32]
+    wrong = [n for n, (mine, its) in errors.items() if not mine <= SLACK * its + FLOAT32]
     if wrong:
-        found.verdict, found.problem = DIFFERENT, f"{wrong[0]}, and {len(wrong) - 1} more"
+        found.problem = f"{wrong[0]}, and {len(wrong) - 1} more"
+    else:
+        found.verdict = EQUAL
 
 
 def _distance(value: torch.Tensor, other: torch.Tensor, scale: float) -> float:
