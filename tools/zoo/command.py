@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from multiprocessing.process import BaseProcess
@@ -18,9 +17,9 @@ from rich.table import Table
 
 from fastlora.tools.output import writing
 from fastlora.tools.problems import UsageError
-from fastlora.tools.zoo.examine import DIFFERENT, EQUAL, FAILED, UNBUILT, UNTRAINED, Examined
+from fastlora.tools.zoo.examine import DIFFERENT, FAILED, Examined
 from fastlora.tools.zoo.kinds import Kind, kinds
-from fastlora.tools.zoo.page import write_golden, write_page
+from fastlora.tools.zoo.page import counts, write_golden, write_page
 
 Row = dict[str, Any]
 
@@ -89,8 +88,8 @@ def examined(asked: Iterable[Kind], jobs: int, seconds: float) -> Iterator[Row]:
             process.start()
             sender.close()
             running[kind] = (process, receiver, time.monotonic())
-        for kind, (started_process, receiver, started) in list(running.items()):
-            row = _received(kind, started_process, receiver, time.monotonic() - started > seconds)
+        for kind, (process, receiver, started) in list(running.items()):
+            row = _received(kind, process, receiver, time.monotonic() - started > seconds)
             if row is not None:
                 del running[kind]
                 yield row
@@ -148,15 +147,8 @@ def _line(row: Row) -> str:
 
 
 def summary(rows: list[Row]) -> Table:
-    """How many architectures there are of each verdict, and how many sites of each family were fused."""
-    verdicts = Counter(row["verdict"] for row in rows)
-    trained = [row for row in rows if row["verdict"] not in (UNBUILT, UNTRAINED)]
+    """How many architectures are equal and fused entirely, and how many sites of each family were fused."""
     table = Table("of", "in all", "so many", title=f"{len(rows)} architectures")
-    table.add_row("architectures that eager trains", str(len(rows)), str(len(trained)))
-    table.add_row("of them equal compiled", str(len(trained)), str(verdicts[EQUAL]))
-    whole = sum(not row["missed"] for row in trained)
-    table.add_row("in which every candidate is fused", str(len(trained)), str(whole))
-    for family in sorted({family for row in trained for family in row["sites"]}):
-        seen, fused = (sum(row["sites"].get(family, [0, 0])[i] for row in trained) for i in (0, 1))
-        table.add_row(f"{family} sites fused", str(seen), str(fused))
+    for what, of, many in counts(rows):
+        table.add_row(what, str(of), str(many))
     return table

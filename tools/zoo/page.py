@@ -32,30 +32,41 @@ than 1e-5, or are no further from a float64 step than 1.25 times eager is.
 
 | of | in all | so many |
 | --- | --- | --- |
-| types that can be built tiny and that eager trains | {all} | {trained} |
-| of them equal when compiled | {trained} | {equal} |
-| of them with every candidate fused | {trained} | {whole} |
-{families}
+{counts}
 """
 
 
+def trained(rows: list[Row]) -> list[Row]:
+    """Those that could be built and that eager trains."""
+    return [row for row in rows if row["verdict"] not in (UNBUILT, UNTRAINED)]
+
+
+def counts(rows: list[Row]) -> list[tuple[str, int, int]]:
+    """What is counted, of how many, and how many: types, and sites of each family."""
+    known = trained(rows)
+    equal, whole = sum(row["verdict"] == EQUAL for row in known), sum(not row["missed"] for row in known)
+    found = [
+        ("types that can be built tiny and that eager trains", len(rows), len(known)),
+        ("of them equal when compiled", len(known), equal),
+        ("of them with every candidate fused", len(known), whole),
+    ]
+    for family in FAMILIES:
+        seen, fused = (sum(row["sites"].get(family, [0, 0])[i] for row in known) for i in (0, 1))
+        found.append((f"{family} sites fused", seen, fused))
+    return found
+
+
 def write_page(rows: list[Row], path: Path) -> None:
-    trained = [row for row in rows if row["verdict"] not in (UNBUILT, UNTRAINED)]
-    sites = [[row["sites"].get(family, [0, 0]) for row in trained] for family in FAMILIES]
-    totals = [[sum(each[i] for each in of_family) for i in (0, 1)] for of_family in sites]
     head = _HEAD.format(
         date=datetime.date.today().isoformat(),
         versions=", ".join(f"{name} {version(name)}" for name in _LIBRARIES),
-        all=len(rows),
-        trained=len(trained),
-        equal=sum(row["verdict"] == EQUAL for row in trained),
-        whole=sum(not row["missed"] for row in trained),
-        families="\n".join(f"| {f} sites fused | {n} | {m} |" for f, (n, m) in zip(FAMILIES, totals, strict=True)),
+        counts="\n".join(f"| {what} | {of} | {many} |" for what, of, many in counts(rows)),
     )
-    path.write_text("\n".join([head, *_trained(trained), *_left(trained), *_others(rows)]) + "\n")
+    known = trained(rows)
+    path.write_text("\n".join([head, *_by_type(known), *_left(known), *_others(rows)]) + "\n")
 
 
-def _trained(rows: list[Row]) -> list[str]:
+def _by_type(rows: list[Row]) -> list[str]:
     lines = [
         "## By type",
         "",
@@ -98,6 +109,5 @@ def _others(rows: list[Row]) -> list[str]:
 def write_golden(rows: list[Row], path: Path) -> None:
     """One line for each type that eager trains."""
     kept = ("verdict", "graphs", "sites")
-    trained = [row for row in rows if row["verdict"] not in (UNBUILT, UNTRAINED)]
-    lines = [f"{json.dumps(row['name'])}: {json.dumps({key: row[key] for key in kept})}" for row in trained]
+    lines = [f"{json.dumps(row['name'])}: {json.dumps({key: row[key] for key in kept})}" for row in trained(rows)]
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
