@@ -79,11 +79,11 @@ class Apply(torch.autograd.Function):
         leaves = ctx.saved_tensors
         flat = iter(leaves)
         saved = [next(flat) if n is None else [next(flat) for _ in range(n)] for n in ctx.lengths]
-        if ctx.remade is not None:
-            saved[ctx.remade.at] = ctx.remade.make(flat)
-        found = (
-            op.differentiate(list(grads), asked, leaves, *saved, *ctx.constants, owned=ctx.owns) if any(asked) else ()
-        )
+        found: list[torch.Tensor] = []
+        if any(asked):
+            if ctx.remade is not None:
+                saved[ctx.remade.at] = ctx.remade.make(flat)
+            found = op.differentiate(list(grads), asked, leaves, *saved, *ctx.constants, owned=ctx.owns)
         computed = iter(found)
         results = [next(computed) if ask else None for ask in asked]
         return (None, None, None, None, *ctx.shared.spread(results, needs, grads[0]))

@@ -98,7 +98,7 @@ def carried(scaling: float, dtype: torch.dtype) -> float:
     return 1.0 if dtype is torch.float16 and abs(scaling) > 1 else scaling
 
 
-def left(scaling: float, dtype: torch.dtype) -> float:
+def remainder(scaling: float, dtype: torch.dtype) -> float:
     """What that leaves of the scaling."""
     return scaling if carried(scaling, dtype) != scaling else 1.0
 
@@ -200,7 +200,7 @@ def low_rank_backward(
     dy = dy.to(lora_dtype)
     gradients: Gradients = {}
     if wanted["lora_b"]:
-        gradients["lora_b"] = scaled_product(dy.t(), xa, left(scaling, lora_dtype)).to(lora_b.dtype)
+        gradients["lora_b"] = scaled_product(dy.t(), xa, remainder(scaling, lora_dtype)).to(lora_b.dtype)
     if lora_bias is not None and wanted["lora_bias"]:
         gradients["lora_bias"] = (sum_rows(dy) * scaling).to(lora_bias.dtype)
     if not (wanted["lora_a"] or wants_z):

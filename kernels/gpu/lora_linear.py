@@ -65,7 +65,7 @@ def project(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """y (T, N) of x (T, K), whose dtype is that of the computation, and of xa (T, R) as it is kept."""
-    dtype, rest = x.dtype, op.left(scaling, x.dtype)
+    dtype, rest = x.dtype, op.remainder(scaling, x.dtype)
     b = lora_b.to(dtype) if rest == 1 else (lora_b.float() * rest).to(dtype)
     low, base = (xa, b.t()), (x, weight.to(dtype).t())
     return total(low, [base], biases(bias, lora_bias, scaling, dtype), out_dtype)
@@ -108,7 +108,7 @@ def adapter_gradients(
     if lora_bias is not None and wanted["lora_bias"]:
         gradients["lora_bias"] = (op.sum_rows(dy) * scaling).to(lora_bias.dtype)
     if wants_dxa or wanted["lora_b"]:
-        wants, rest = (wants_dxa, wanted["lora_b"]), op.left(scaling, dy.dtype)
+        wants, rest = (wants_dxa, wanted["lora_b"]), op.remainder(scaling, dy.dtype)
         dtype = lora_b.dtype if rest == 1 else torch.float32
         dxa, db = low_rank.up_gradients(dy, lora_b, xa, scaling, dtype, wants, dxa)
         gradients["lora_b"] = db if db is None or rest == 1 else (db * rest).to(lora_b.dtype)
@@ -237,7 +237,7 @@ def add_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     masks.check_argument(seed, dropout)
     xa = low_rank.down(dropped_out(x, seed, dropout, lora_dtype), [lora_a], op.carried(scaling, lora_dtype))
-    y = torch.addmm(op.rows(base), xa, lora_b.to(lora_dtype).t(), alpha=op.left(scaling, lora_dtype))
+    y = torch.addmm(op.rows(base), xa, lora_b.to(lora_dtype).t(), alpha=op.remainder(scaling, lora_dtype))
     if lora_bias is not None:
         y += lora_bias.to(lora_dtype) * scaling
     return laid_out(y.to(out_dtype).view(base.shape), base), xa

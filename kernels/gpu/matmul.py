@@ -303,10 +303,10 @@ def measured(device: torch.device) -> bool:
     return capability(device) in TILES
 
 
-def expected(M: int, N: int, device: torch.device, K: int = 4096) -> float:
+def expected(M: int, N: int, device: torch.device, K: int) -> float:
     """The microseconds that (M, K) @ (K, N) should take here, by the measured waves of tiles."""
     programs = processors(device)
-    return _microseconds(_best(M, N, programs, capability(device)), M, N, K, programs) if M else 0.0
+    return _microseconds(_best(M, N, programs, capability(device)), M, N, K, programs)
 
 
 def _microseconds(tile: Tile, M: int, N: int, K: int, programs: int) -> float:
