@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from fastlora.kernels import sparing
+
 if TYPE_CHECKING:
     from fastlora.kernels.op import SemanticOp
 
@@ -51,6 +53,7 @@ class Apply(torch.autograd.Function):
         saved, constants = op.to_save(needs, values, results)
         ctx.op, ctx.constants, ctx.shared, ctx.owns, ctx.remade = op, constants, op.sharing(values), owns, None
         others: list[torch.Tensor | None] = []
+        ctx.spared = owns and sparing.spare(op, saved)
         if remade is not None and saved[remade.at] is not None:
             saved[remade.at], others, ctx.remade = None, remade.leaves, remade.without_tensors()
         ctx.lengths = [len(value) if isinstance(value, list) else None for value in saved]
@@ -83,6 +86,8 @@ class Apply(torch.autograd.Function):
         if any(asked):
             if ctx.remade is not None:
                 saved[ctx.remade.at] = ctx.remade.make(flat)
+            if ctx.spared:
+                sparing.restore(op, saved, ctx.constants)
             found = op.differentiate(list(grads), asked, leaves, *saved, *ctx.constants, owned=ctx.owns)
         computed = iter(found)
         results = [next(computed) if ask else None for ask in asked]

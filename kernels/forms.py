@@ -32,7 +32,8 @@ class Form:
     """One implementation of an op.
 
     `forward` and `backward` take what the PyTorch form's take. `serves` is asked with the arguments of the forward,
-    `serves_backward` with those of the backward (`wanted`, `grads` and what was saved); both by name.
+    `serves_backward` with those of the backward (`wanted`, `grads` and what was saved); both by name. `restore` takes
+    what was saved, by name, and makes what the op spared of it.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Form:
     backward: Callable[..., dict[str, Any]]
     serves: Callable[..., bool] = _never
     serves_backward: Callable[..., bool] = _never
+    restore: Callable[..., tuple[torch.Tensor, ...]] | None = None
 
 
 def laid_out(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,8 @@ Backward, with dh, dg and du the gradients of h, g and u:
 and each layer's parameters as if it stood alone.  dh is only computed if something before `down` wants it.
 
 Saved: x, g, u, and s xa of each layer (rows of R, those of gate and up side by side).  h, as wide as g and u, is
-recomputed from them.  x only if a W or an A of gate or up is trained.
+recomputed from them.  x only if a W or an A of gate or up is trained; and then g and u, by far the largest, can be
+spared at the price of their two products.
 
 Shapes: x (..., H), Wg and Wu (I, H), Wd (H', I), y (..., H').  Source: Shazeer, "GLU Variants Improve Transformer"
 (2020), with the adapters of Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021).
@@ -160,6 +161,7 @@ lora_mlp = op(
     ),
     saved_if={"x": lambda wanted, _: any(wanted[f"{p}_{name}"] for p in INNER for name in ("weight", "lora_a"))},
     spends=True,
+    spares=INNER,
     cost=Cost(
         forward=Work(flops="6*T*H*I + 6*T*R*(H + I)", bytes="(2*T*H + 2*T*I + 3*T*R)*b + 3*H*I*w + 3*R*(H + I)*p"),
         backward=Work(flops="6*T*H*I + 12*T*R*(H + I)", bytes="(3*T*H + 2*T*I + 3*T*R)*b + 3*H*I*w + 6*R*(H + I)*p"),

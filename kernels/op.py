@@ -98,8 +98,10 @@ class SemanticOp:
     An op that `foresees` has its forward told what will be `wanted` of the backward, to make it on the way. The
     backward is told by `spent` whether it is the last to read what was saved: gradients that the forward made then need
     not be copied. The backward of one that `spends` is told the same of its residuals where only `run` had them: it may
-    then write over them. `again` is for ops that are cheap, and keep for their own backward what their first output can
-    be made from: the op that makes it (None for itself), and what its arguments are called here if otherwise.
+    then write over them. `spares` names large residuals that a form's `restore`, or else the forward, makes again, bit
+    for bit, of the rest of what is saved, which has all tensors that the op takes (`sparing.py`). `again` is for ops
+    that are cheap, and keep for their own backward what their first output can be made from: the op that makes it (None
+    for itself), and what its arguments are called here if otherwise.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class SemanticOp:
         read_by: dict[str, int] | None = None,
         foresees: bool = False,
         spends: bool = False,
+        spares: tuple[str, ...] = (),
         again: tuple[SemanticOp | None, dict[str, str]] | None = None,
         cost: Cost | None = None,
     ) -> None:
@@ -145,13 +148,13 @@ class SemanticOp:
         self._untied_at = None if untied_by is None else self.names.index(untied_by)
         self._constants_at = [self.names.index(a.name) for a in self.constants]
         self.saved_if = saved_if or {}
-        self._backward_names = (
+        self.backward_names = (
             *(a.name for a in self.saved),
             *(f"{name}_dtype" for name in self.saved_if),
             *(a.name for a in self.constants),
         )
         self._read_by = read_by or {}
-        self.foresees, self.spends, self._again = foresees, spends, again
+        self.foresees, self.spends, self.spares, self._again = foresees, spends, spares, again
         self.cost = cost
         self._register(schema)
 
@@ -233,7 +236,7 @@ class SemanticOp:
         spent: bool = False,
     ) -> list[Any]:
         wanted = self.wanted(needs)
-        named = dict(zip(self._backward_names, values, strict=True))
+        named = dict(zip(self.backward_names, values, strict=True))
         named["wanted"], named["grads"] = wanted, self.output_leaves.grouped(grads)
         if self.foresees or self.spends:
             named["spent"] = spent

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from fastlora.budget import parse
 from fastlora.deferred import DeferringHead, can_defer
 from fastlora.engine import AnyRule
 from fastlora.errors import FastLoRAError
@@ -38,7 +39,9 @@ def compile(
 
     Args:
         model: a PEFT model, a transformers model, or any `nn.Module`.
-        memory_budget: not planned for yet; anything but None raises.
+        memory_budget: bytes of activations, e.g. `"8GiB"`, that the regions of one forward may keep on a GPU for their
+            backward; what is beyond lies on the host in between, or is made again. None for no limit, 0 for as little
+            as can be. Where gradient checkpointing is on there is nothing to keep, and it has no effect.
         mode: `default`, which replays a region as CUDA graphs from the third or fourth step of a shape on where the GPU
             was seen waiting for launches, as it does with small batches; each shape so replayed keeps memory.
             `reduce-overhead` replays in any case, `no-cudagraphs` in none. `max-autotune` is Inductor's, and with
@@ -55,11 +58,9 @@ def compile(
     """
     if not isinstance(model, nn.Module):
         raise FastLoRAError(f"model is a {type(model).__name__}, not an nn.Module")
-    if memory_budget is not None:
-        raise FastLoRAError(f"memory_budget={memory_budget!r}: planning for a budget does not exist yet; leave it None")
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise FastLoRAError("model comes from torch.compile: pass the model itself, fastlora.compile(model._orig_mod)")
-    session = Session(Options(lower, mode, strict, verify, defer_logits), rules)
+    session = Session(Options(lower, mode, strict, verify, defer_logits, parse(memory_budget)), rules)
     disable(model)
     _install(model, session)
     weakref.finalize(model, _forget, weakref.ref(session)).atexit = False

@@ -78,4 +78,6 @@ class ModelGate:
         training = self._model.training or kwargs.get("labels") is not None
         if self._caches and training and not asked and torch.is_grad_enabled():
             kwargs["use_cache"] = False
+        if self.session.thrift is not None:
+            self.session.thrift.begin()
         return self._inner(*args, **kwargs) if self._inner is not None else self._model._call_impl(*args, **kwargs)

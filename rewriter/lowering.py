@@ -51,6 +51,12 @@ def call_directly(gm: fx.GraphModule) -> None:
         body.recompile()
 
 
+def checkpoints(gm: fx.GraphModule) -> bool:
+    """Whether a graph that was not lowered yet checkpoints some of it."""
+    target = torch.ops.higher_order.tag_activation_checkpoint
+    return any(node.target is target for body in bodies(gm) for node in body.graph.nodes)
+
+
 def keep_random_state(gm: fx.GraphModule) -> None:
     """Makes checkpointed regions draw the same random numbers again when they are recomputed.
 

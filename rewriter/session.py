@@ -19,13 +19,15 @@ from fastlora.errors import FastLoRAError, StrictError
 from fastlora.findings import misses, sites
 from fastlora.foresight import calls, loss_call
 from fastlora.kernels.rehearsal import compile_kernels
-from fastlora.lowering import lower, pretend
+from fastlora.lowering import checkpoints, lower, pretend
 from fastlora.metadata import meta
+from fastlora.offload import CudaLanes, Mover
 from fastlora.pace import CudaStopwatch, Pace
 from fastlora.progress import progress
 from fastlora.recorder import CudaGraphs
 from fastlora.replay import Replays
 from fastlora.report import Coverage, Miss, Report, Seconds, Site
+from fastlora.thrift import Thrift
 
 LOWERINGS = ("auto", "eager", "inductor")
 MODES = ("default", "reduce-overhead", "no-cudagraphs", "max-autotune")
@@ -55,6 +57,7 @@ class Options:
     strict: bool = False
     verify: bool = False
     defer_logits: bool = True
+    memory_budget: int | None = None
     dry: bool = False
 
     def __post_init__(self) -> None:
@@ -100,6 +103,8 @@ class Session:
         self.region = ""
         self._recorder = CudaGraphs()
         self._pace = Pace(CudaStopwatch)
+        budget = None if options.dry else options.memory_budget
+        self.thrift = None if budget is None else Thrift(budget, Mover(CudaLanes(), self._note), self._note)
         self._serving: dict[tuple[str, int], TracedGraph] = {}
         self._breaks_before = _graph_breaks()
         self._entered = time.perf_counter()
@@ -130,15 +135,16 @@ class Session:
         options = self.options
         if not options.dry:
             self._compile_kernels(traced)
+        thrift = self._thrift_of(gm)
         run = pretend(gm) if options.dry else lower(gm, inputs, options.lowering, options.mode)
         traced.replays = self._replays(gm, run)
-        run = traced.replays or run
+        run, key = traced.replays or run, len(self.graphs)
         self._entered = time.perf_counter()
         self.seconds.lower += self._entered - start
 
         def served(*args: Any) -> Any:
             self._serving[self.region, frame_id] = traced
-            return run(*args)
+            return run(*args) if thrift is None else thrift.run(key, run, args)
 
         return served
 
@@ -167,6 +173,14 @@ class Session:
                 self._note("a region is not replayed as CUDA graphs: it computes on a CPU")
             return None
         return Replays(run, self._recorder, self._note, None if asked else self._pace)
+
+    def _thrift_of(self, gm: fx.GraphModule) -> Thrift | None:
+        if self.thrift is not None and checkpoints(gm):
+            self._note(
+                "memory_budget has no effect on a region with gradient checkpointing, which keeps next to nothing"
+            )
+            return None
+        return self.thrift
 
     def forget(self) -> None:
         """Drops the recordings of all graphs."""
@@ -208,6 +222,9 @@ class Session:
             report.code[key] = traced.gm.print_readable(print_output=False)
         self._report_loss(report)
         recorded = sum(traced.replays.recorded for traced in self.graphs if traced.replays is not None)
+        thrifty = self.thrift.summary() if self.thrift is not None else None
+        if thrifty is not None:
+            report.notes.append(thrifty)
         if recorded:
             report.notes.append(f"{recorded} recordings of regions are replayed as CUDA graphs")
         report.breaks = [reason for reason, n in (_graph_breaks() - self._breaks_before).items() if n > 0]

@@ -45,17 +45,26 @@ def _gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tenso
     return hidden
 
 
+def _inner(tokens: torch.Tensor, inner_xa: torch.Tensor, given: dict[str, Any]) -> list[torch.Tensor]:
+    """gate and up (T, I) of x (T, H), whose dtype is that of the computation."""
+    members = [op.of(p, given) for p in op.INNER]
+    parts = inner_xa.split([len(member.pop("lora_a")) for member in members], dim=1)
+    return [layer.project(tokens, xa, out_dtype=tokens.dtype, **m) for xa, m in zip(parts, members, strict=True)]
+
+
+def restore(x: torch.Tensor, inner_xa: torch.Tensor, base_dtype: torch.dtype, **given: Any) -> tuple[torch.Tensor, ...]:
+    """gate and up as the forward made them."""
+    made = _inner(single.rows(x).to(base_dtype), inner_xa, given)
+    return tuple(t.view(*x.shape[:-1], t.shape[1]) for t in made)
+
+
 def forward(
     x: torch.Tensor, activation: str, base_dtype: torch.dtype, out_dtype: torch.dtype, **given: Any
 ) -> tuple[torch.Tensor, ...]:
     tokens = single.rows(x).to(base_dtype)
-    inner = [op.of(p, given) for p in op.INNER]
-    adapters = [member.pop("lora_a") for member in inner]
-    inner_xa = lora_group.down(tokens, adapters, [member["scaling"] for member in inner])
-    parts = inner_xa.split([len(a) for a in adapters], dim=1)
-    gate, up = (
-        layer.project(tokens, part, out_dtype=base_dtype, **member) for part, member in zip(parts, inner, strict=True)
-    )
+    adapters, scaling = ([given[f"{p}_{name}"] for p in op.INNER] for name in ("lora_a", "scaling"))
+    inner_xa = lora_group.down(tokens, adapters, scaling)
+    gate, up = _inner(tokens, inner_xa, given)
     hidden = _gated(gate, up, activation)
     down = op.of("down", given)
     down_xa = low_rank.down(hidden, [down.pop("lora_a")], single.carried(down["scaling"], base_dtype))
@@ -137,4 +146,4 @@ def backward(
     return gradients
 
 
-op.lora_mlp.forms.accelerated.append(Form("triton", forward, backward, serves, serves_backward))
+op.lora_mlp.forms.accelerated.append(Form("triton", forward, backward, serves, serves_backward, restore))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from op_checks import CONTRACT, Arguments, Case, complete, evaluate, f32, f64, l
 from op_precision import assert_as_precise, assert_precise_on_average, assert_propagates, sizes, tensors
 
 from fastlora.kernels.ops import lora_mlp
+from fastlora.kernels.sparing import sparing
 
 ACTIVATIONS = ["silu", "gelu", "gelu_tanh"]
 
@@ -96,3 +98,30 @@ def test_only_the_last_backward_writes_over_what_was_saved() -> None:
         torch.testing.assert_close(now, before, rtol=0, atol=0, equal_nan=True)
     for found, expected in zip(torch.autograd.grad(y.sum(), wanted), first, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_sparing_keeps_neither_gate_nor_up_and_changes_no_bit(case: Case) -> None:
+    found = []
+    for context in (nullcontext(), sparing()):
+        values = case.arguments(f32)
+        wanted = list(leaves(values).values())
+        for t in wanted:
+            t.requires_grad_()
+        with saved_for_backward() as saved, context:
+            y = lora_mlp.run(*lora_mlp.order(values))[0]
+        wide = [t for t in saved if t.shape == (*y.shape[:-1], values["up_weight"].shape[0])]
+        found.append((wide, y, *(torch.autograd.grad(y.sin().sum(), wanted, retain_graph=True) for _ in range(2))))
+    (kept, *plain), (spared, *results) = found
+    assert (len(kept), len(spared)) == (2, 0)
+    torch.testing.assert_close(results, plain, rtol=0, atol=0)
+
+
+def test_without_a_gradient_of_their_adapters_gate_and_up_are_kept_as_x_is_not() -> None:
+    values = complete(lora_mlp, arguments(f32, 7, 4, inner=11, rank=3))
+    values["down_lora_b"].requires_grad_()
+    values["x"].requires_grad_()
+    with saved_for_backward() as saved, sparing():
+        y = lora_mlp.run(*lora_mlp.order(values))[0]
+    assert sum(t.shape == (7, 11) for t in saved) == 2
+    y.sum().backward()

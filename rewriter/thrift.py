@@ -1,0 +1,112 @@
+"""Running the regions of a model so that a forward keeps no more activations than a budget allows.
+
+What a call of a region keeps is seen when it runs with hooks on saved tensors. As layers share a graph, and steps are
+alike, it is known for all calls of a forward once the first has run, and `budget.choose` says what each is to do. Where
+that is nothing, a region runs as it would without a budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import ExitStack
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora.budget import KEEP, LEAST, Choice, Needs, choose, left
+from fastlora.kernels.sparing import sparing
+from fastlora.offload import Mover
+
+PENDING = 128 << 20
+"""Bytes that may be on their way to the host in any case: less would have the computation wait for each copy."""
+MOST_CALLS = 4096
+"""Calls of a forward, at most; more were made outside of the model's, which nobody announces."""
+
+
+class Thrift:
+    """Decides, call by call, what regions keep, what they move to the host and what they make again.
+
+    Args:
+        budget: bytes of activations that one forward may keep on the device.
+        mover: what moves them.
+        note: is told what is left undone, and why.
+    """
+
+    def __init__(self, budget: int, mover: Mover, note: Callable[[str], None]) -> None:
+        self._budget, self._mover, self._note = budget, mover, note
+        self._needs: dict[Hashable, Needs] = {}
+        self._latest: dict[Hashable, Hashable] = {}
+        self._before: list[Hashable] = []
+        self._now: list[Hashable] = []
+        self._choices: list[Choice] = []
+        self._kept = 0
+
+    def begin(self) -> None:
+        """Tells that a forward of the model starts."""
+        if self._now:
+            self._before, self._now, self._choices, self._kept = self._now, [], [], 0
+
+    def summary(self) -> str | None:
+        """What the calls of the last forward did, if that was anything."""
+        moves, spares = (sum(getattr(choice, name) for choice in self._choices) for name in ("moves", "spares"))
+        if not moves and not spares:
+            return None
+        return (
+            f"for the memory budget, of {len(self._choices)} calls of regions in a forward {moves} moved what they "
+            f"keep to the host, and {spares} are to make their widest activations again"
+        )
+
+    def run(self, graph: Hashable, run: Callable[..., Any], args: Sequence[Any]) -> Any:
+        """Runs a graph on its arguments: parameters, activations and plain values."""
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        given = [t for t in tensors if not isinstance(t, nn.Parameter)]
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            self._note("memory_budget does nothing where saved tensors have hooks, as in gradient checkpointing")
+            return run(*args)
+        leads_back = any(t.requires_grad for t in tensors)
+        if not given or not leads_back or torch._C._current_graph_task_id() != -1:  # which runs on the way back
+            return run(*args)
+        kind = (graph, *(t.shape for t in given))
+        largest = max(given, key=lambda t: t.nbytes)
+        choice = self._choose(graph, kind, largest.device)
+        self._kept += left(self._needs[kind], choice) if kind in self._needs else 0
+        self._mover.settle(max(PENDING, self._budget - self._kept))
+        if choice == KEEP:
+            return run(*args)
+        held = [t for t in tensors if isinstance(t, nn.Parameter) or not t.requires_grad]
+        saved: list[int] = []
+        with ExitStack() as stack:
+            spared = stack.enter_context(sparing()) if choice.spares else None
+            stack.enter_context(self._mover.hooks({_memory(t) for t in held}, saved.append, choice.moves))
+            results = run(*args)
+        if kind not in self._needs and spared is not None:
+            flops = (
+                2
+                * (largest.numel() // largest.shape[-1] if largest.dim() else 1)
+                * sum(t.numel() for t in held if t.dim() == 2)
+            )
+            self._needs[kind] = Needs(sum(saved) + spared.bytes, spared.bytes, flops)
+        return results
+
+    def _choose(self, graph: Hashable, kind: Hashable, device: torch.device) -> Choice:
+        if len(self._now) >= MOST_CALLS:
+            self.begin()
+        self._latest[graph] = kind
+        at = len(self._now)
+        self._now.append(graph)
+        choice = LEAST
+        if kind in self._needs and at < len(self._before):
+            calls = [*self._now, *self._before[at + 1 :]]
+            needs = (self._needs.get(self._latest[call], Needs(0)) for call in calls)
+            choice = _chosen(tuple(needs), self._budget, self._mover.bytes_per_flop(device))[at]
+        self._choices.append(choice)
+        return choice
+
+
+_chosen = lru_cache(maxsize=64)(choose)
+
+
+def _memory(t: torch.Tensor) -> int:
+    return t.untyped_storage().data_ptr()

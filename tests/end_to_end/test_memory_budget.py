@@ -1,0 +1,113 @@
+"""A budget of activations changes what a step keeps, and no bit of what it computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from copies import LateCopies
+from tiny_models import batch, build, step
+
+import fastlora
+from fastlora import offload, session, thrift
+
+LAYERS = 3
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> LateCopies:
+    """Tensors of any size move, on the CPU."""
+    lanes = LateCopies()
+    monkeypatch.setattr(offload, "SMALL", 1)
+    monkeypatch.setattr(thrift, "PENDING", 0)
+    monkeypatch.setattr(session, "CudaLanes", lambda: lanes)
+    return lanes
+
+
+def assert_equal_steps(mine, plain) -> None:
+    assert torch.equal(mine.loss, plain.loss)
+    assert mine.gradients.keys() == plain.gradients.keys()
+    for name, gradient in plain.gradients.items():
+        assert torch.equal(mine.gradients[name], gradient), name
+
+
+def kept_bytes(model, given) -> int:
+    """What autograd keeps on the device: what it is given, without weights, and without what has moved."""
+    alive: dict[int, int] = {}
+    held = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(t):
+        at = t.untyped_storage().data_ptr()
+        if at not in held:
+            alive[at] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        model(**given)
+    return sum(alive.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "bert"])
+@pytest.mark.parametrize("budget", [0, "6KB", "1GB"])
+def test_steps_have_equal_bits(copies, family, budget):
+    given = batch()
+    plain = fastlora.compile(build(family))
+    mine = fastlora.compile(build(family), memory_budget=budget)
+    for _ in range(3):
+        assert_equal_steps(step(mine, given), step(plain, given))
+    moved = [what for what, _ in copies.log]
+    assert ("leave" in moved and "come" in moved) or budget == "1GB"
+
+
+def test_dropout_behind_and_accumulated_gradients_have_equal_bits(copies):
+    found = []
+    for budget in (None, 0):
+        model = fastlora.compile(build("llama", dropout=0.3).train(), memory_budget=budget)
+        torch.manual_seed(3)
+        losses = [model(**batch(length=n)).loss for n in (7, 12, 7)]
+        torch.stack(losses).sum().backward()  # three forwards before one backward
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+    for mine, plain in zip(*found, strict=True):
+        assert torch.equal(mine, plain)
+
+
+def test_with_room_for_everything_only_the_first_step_moves_something(copies):
+    model = fastlora.compile(build("llama"), memory_budget="1GB")
+    step(model, batch())
+    before = len(copies.log)
+    assert before > 0
+    step(model, batch())
+    assert len(copies.log) == before
+    assert not any("memory budget" in note for note in fastlora.report(model).notes)
+
+
+def test_layers_beyond_the_budget_move_first_and_make_again_where_copies_are_slow(copies):
+    given = batch()
+    model = fastlora.compile(build("llama"), memory_budget=0)
+    step(model, given)
+    layer = model._compiled_call_impl.session.thrift
+    needs = max(layer._needs.values(), key=lambda each: each.kept)
+    for ratio, words in (
+        (1e9, "1 moved what they keep to the host, and 0"),
+        (0.0, "0 moved what they keep to the host, and 1"),
+    ):
+        copies.ratio = ratio
+        model = fastlora.compile(build("llama"), memory_budget=LAYERS * needs.kept - needs.spared // 2)
+        for _ in range(2):
+            step(model, given)
+        assert any(words in note for note in fastlora.report(model).notes), fastlora.report(model).notes
+
+
+def test_on_a_cpu_what_can_be_made_again_is_not_kept():
+    model = fastlora.compile(build("llama"), memory_budget=0)
+    step(model, batch())
+    assert any("0 moved" not in note for note in fastlora.report(model).notes)
+
+
+def test_under_gradient_checkpointing_it_has_no_effect_and_says_so(copies):
+    given = batch()
+    model = build("llama")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    plain = step(model, given)
+    mine = step(fastlora.compile(model, memory_budget=0), given)
+    assert abs(mine.loss - plain.loss) < 1e-6
+    assert any("gradient checkpointing" in note for note in fastlora.report(model).notes)

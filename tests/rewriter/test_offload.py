@@ -1,0 +1,191 @@
+"""What is saved for the backward comes back from the host as it went, and in time."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from copies import LateCopies
+from torch import Tensor
+
+from fastlora import offload
+from fastlora.offload import Mover
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "SMALL", 1)
+
+
+class Moving:
+    """A mover with copies that end late, and a function of a few layers whose saved tensors move."""
+
+    def __init__(self) -> None:
+        self.lanes, self.notes, self.seen = LateCopies(), [], []
+        self.mover = Mover(self.lanes, self.notes.append)
+
+    def __call__(self, x: Tensor, layers: int = 3) -> Tensor:
+        for _ in range(layers):
+            with self.mover.hooks(set(), self.seen.append, moves=True):
+                x = x.sin().exp()
+        return x
+
+    @property
+    def comings(self) -> int:
+        return sum(what == "come" for what, _ in self.lanes.log)
+
+
+def rows(n: int = 5) -> Tensor:
+    return torch.randn(n, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+
+def expected(x: Tensor, layers: int = 3) -> Tensor:
+    y = x
+    for _ in range(layers):
+        y = y.sin().exp()
+    return torch.autograd.grad(y.sum(), x)[0]
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_gradients_have_the_same_bits(settled: bool) -> None:
+    run, x = Moving(), rows()
+    y = run(x)
+    if settled:
+        run.mover.settle(0)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected(x))
+    assert len(run.lanes.log) == 6 + settled * 6
+    assert run.seen == [x.nbytes] * 6
+
+
+def test_memory_is_free_when_its_copy_is_through_and_not_before() -> None:
+    run = Moving()
+    y = run(rows())
+    originals = [weakref.ref(each.original) for each in run.mover._leaving]
+    del y
+    assert all(each() is not None for each in originals)
+    run.mover.settle()  # nothing is through
+    assert all(each() is not None for each in originals)
+    run.mover.settle(3 * 80)
+    gc.collect()
+    assert [each() is None for each in originals] == [True] * 3 + [False] * 3
+    assert run.lanes.waits == 3
+    run.lanes.end()
+    run.mover.settle()
+    gc.collect()
+    assert all(each() is None for each in originals)
+
+
+def test_what_is_still_here_does_not_come_back() -> None:
+    run, x = Moving(), rows()
+    y = run(x)
+    torch.autograd.grad(y.sum(), x)
+    assert run.comings == 0
+
+
+def test_what_comes_before_is_on_its_way_when_something_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "AHEAD", 2 * 80)
+    run, x = Moving(), rows()
+    y = run(x)
+    run.mover.settle(0)
+    waits, comings = [], []
+
+    def watch(*_: object) -> None:
+        waits.append(run.lanes.waits)
+        comings.append(run.comings)
+        run.lanes.end()
+
+    before = run.lanes.waits
+    for node in _chain(y.grad_fn):
+        node.register_hook(watch)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected(x))
+    assert comings == [3, 4, 5, 6, 6, 6]
+    assert [w - before for w in waits] == [1] * 6  # all but the first had arrived
+
+
+def _chain(node):  # type: ignore[no-untyped-def]
+    while node is not None and node.name() != "torch::autograd::AccumulateGrad":
+        yield node
+        node = node.next_functions[0][0]
+
+
+def test_views_of_one_memory_move_once() -> None:
+    lanes = LateCopies()
+    mover, seen = Mover(lanes, lambda _: None), []
+    x = rows(6)
+    with mover.hooks(set(), seen.append, moves=True):
+        both = x.exp()
+        top, rest = both[:2], both[2:]
+        y = top.square().sum() + (rest * rest.t()[:, :1].t()).sum()
+    mover.settle(0)
+    found = torch.autograd.grad(y, x)[0]
+    assert lanes.log == [("leave", both.nbytes), ("come", both.nbytes)]
+    assert seen == [both.nbytes]
+    again = x.exp()
+    y = again[:2].square().sum() + (again[2:] * again[2:].t()[:, :1].t()).sum()
+    assert torch.equal(found, torch.autograd.grad(y, x)[0])
+
+
+def test_a_second_backward_reads_the_host_again() -> None:
+    run, x = Moving(), rows()
+    y = run(x)
+    run.mover.settle(0)
+    first = torch.autograd.grad(y.sum(), x, retain_graph=True)[0]
+    second = torch.autograd.grad(y.sum(), x)[0]
+    assert torch.equal(first, second)
+    assert run.comings == 12
+
+
+def test_parameters_and_what_others_hold_stay() -> None:
+    lanes = LateCopies()
+    mover, seen = Mover(lanes, lambda _: None), []
+    weight, mask, x = torch.nn.Parameter(torch.randn(4, 4)), torch.randn(5, 4), rows()
+    with mover.hooks({mask.untyped_storage().data_ptr()}, seen.append, moves=True):
+        y = (x * mask) @ weight
+    assert len(lanes.log) == 1  # x * mask
+    mover.settle(0)
+    found = torch.autograd.grad(y.sum(), [x, weight])
+    truth = torch.autograd.grad(((x * mask) @ weight).sum(), [x, weight])
+    assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_a_change_before_the_copy_is_through_is_no_silent_error(settled: bool) -> None:
+    lanes = LateCopies()
+    mover = Mover(lanes, lambda _: None)
+    x = rows()
+    with mover.hooks(set(), lambda _: None, moves=True):
+        inner = x * 2
+        y = inner.sin()
+    with torch.no_grad():
+        inner.add_(1)
+    if settled:
+        mover.settle(0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_change_after_the_copy_does_no_harm() -> None:
+    lanes = LateCopies()
+    mover = Mover(lanes, lambda _: None)
+    x = rows()
+    with mover.hooks(set(), lambda _: None, moves=True):
+        inner = x * 2
+        y = inner.sin()
+    mover.settle(0)
+    with torch.no_grad():
+        inner.add_(1)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], 2 * (x * 2).cos())
+
+
+def test_without_room_on_the_host_tensors_stay_and_it_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, x = Moving(), rows()
+
+    def refuse(memory: Tensor) -> None:
+        raise RuntimeError("CUDA error: out of memory\nmore")
+
+    monkeypatch.setattr(run.lanes, "leave", refuse)
+    assert torch.equal(torch.autograd.grad(run(x).sum(), x)[0], expected(x))
+    assert run.notes == ["memory_budget: the host has no more memory for activations: CUDA error: out of memory"]
+    assert run.lanes.log == []
