@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ SMALL = 1 << 20
 MOST_OF = 16
 """A tensor that is less than this part of the memory that it is in leaves that alone."""
 AHEAD = 192 << 20
-"""Bytes that are on their way back at most, beside what is read next."""
+"""Bytes that may be on their way back in any case, beside what is read next."""
 
 
 class Lanes(Protocol):
@@ -131,6 +131,7 @@ class _Moved:
     here: torch.Tensor | None
     original: torch.Tensor | None
     version: int
+    room: int
     arrived: Any = None
     unread: int = 0
     wanted: bool = False
@@ -175,9 +176,12 @@ class Mover:
         """As the lanes have it; 0 where there are none."""
         return self.lanes.bytes_per_flop(device) if self.lanes.serve(device) else 0.0
 
-    def hooks(self, staying: Collection[int], seen: Callable[[int], None], moves: bool) -> saved_tensors_hooks:
+    def hooks(
+        self, staying: Collection[int], seen: Callable[[int], None], moves: bool, room: int = 0
+    ) -> saved_tensors_hooks:
         """Hooks for saved tensors, which tell `seen` the bytes of what is saved, and have it move if `moves`. Memory at
-        the addresses `staying` stays and is not told of, nor are trifles."""
+        the addresses `staying` stays and is not told of, nor are trifles. When it is read again, as much of what moved
+        before it may come back as has `room`."""
         moved: dict[int, _Moved | None] = {}
 
         def pack(t: torch.Tensor) -> Any:
@@ -188,7 +192,7 @@ class Mover:
                 return t
             if at not in moved:
                 seen(t.untyped_storage().nbytes())
-                moved[at] = self._move(t) if moves else None
+                moved[at] = self._move(t, room) if moves else None
             memory = moved[at]
             if memory is None:
                 return t
@@ -211,7 +215,21 @@ class Mover:
                 memory.here = None
             self._leaving.popleft()
 
-    def _move(self, t: torch.Tensor) -> _Moved | None:
+    def return_before(self, results: Iterable[Any], room: int) -> None:
+        """Has as much of what moved so far come back as has `room` when the backward of `results` begins."""
+        last = self._last
+        if last is None or last() is None:
+            return
+
+        def fetch(_: torch.Tensor) -> None:
+            self._fetch_ahead(last(), room)
+
+        for t in results:
+            if isinstance(t, torch.Tensor) and t.requires_grad:
+                t.register_hook(fetch)
+                return
+
+    def _move(self, t: torch.Tensor, room: int) -> _Moved | None:
         storage = t.untyped_storage()
         if self._full or not self.lanes.serve(t.device) or t.nbytes * MOST_OF < storage.nbytes():
             return None
@@ -222,7 +240,7 @@ class Mover:
             self._full = True
             self.note(f"memory_budget: the host has no more memory for activations: {problem}".partition("\n")[0])
             return None
-        memory = _Moved(host, t.device, left, self._last, here, t.detach(), t._version)
+        memory = _Moved(host, t.device, left, self._last, here, t.detach(), t._version, room)
         self._last = weakref.ref(memory)
         self._leaving.append(memory)
         return memory
@@ -240,7 +258,7 @@ class Mover:
                 "one of the variables needed for gradient computation has been modified by an inplace operation, "
                 "while memory_budget moved it to the host"
             )
-        self._fetch_ahead(memory)
+        self._fetch_ahead(memory.before, max(AHEAD, memory.room))
         memory.unread -= 1
         if memory.unread <= 0:
             memory.here, memory.arrived, memory.wanted = None, None, False
@@ -254,10 +272,10 @@ class Mover:
             memory.here, memory.arrived = self.lanes.come(memory.host, memory.left, memory.device)
         return memory.here
 
-    def _fetch_ahead(self, memory: _Moved) -> None:
-        ahead, before = 0, memory.before
-        while before is not None and ahead + before.host.nbytes <= AHEAD:
-            if before.unread > 0:
-                self._fetch(before)
-                ahead += before.host.nbytes
-            before = before.before
+    def _fetch_ahead(self, memory: _Moved | None, room: int) -> None:
+        """Has `memory` and what moved before it come back, as much as has `room`."""
+        while memory is not None and memory.host.nbytes <= room:
+            if memory.unread > 0:
+                self._fetch(memory)
+                room -= memory.host.nbytes
+            memory = memory.before

@@ -1,4 +1,5 @@
-"""Whether launching a region's kernels takes longer than running them, measured while it runs."""
+"""Whether replaying a region would save time: whether launching its kernels takes longer than running them, measured
+while it runs, and longer than the copies that a replay needs."""
 
 from __future__ import annotations
 
@@ -14,6 +15,11 @@ ENOUGH = 3
 LAG = 1.2
 """A GPU that waits for launches takes as long for a region as the host does; one that is behind takes longer than
 that, by this factor at least, as it is the region's kernels that take so long."""
+
+COPIES = 4
+"""How often a replay copies as many bytes as the activations have: activations, results, and the gradients of both."""
+RATE = 1e12
+"""Bytes that are copied in a second, on a slow GPU of those that wait for launches."""
 
 
 class Stopwatch(Protocol):
@@ -54,21 +60,24 @@ class Pace:
         self._runs: dict[Hashable, list[Stopwatch]] = {}
         self._verdicts: dict[Hashable, bool] = {}
 
-    def time(self, shapes: Hashable) -> Stopwatch | None:
+    def time(self, shapes: Hashable, copied: int) -> Stopwatch | None:
         """Starts timing a run, unless enough is known."""
-        if self.is_slow(shapes) is not None:
+        if self.pays(shapes, copied) is not None:
             return None
         stopwatch = self._start()
         self._runs.setdefault(shapes, []).append(stopwatch)
         return stopwatch
 
-    def is_slow(self, shapes: Hashable) -> bool | None:
-        """Whether the device waits for the host, which replaying would spare it; None as long as that is not known."""
+    def pays(self, shapes: Hashable, copied: int) -> bool | None:
+        """Whether the device waits for the host, which replaying would spare it, for longer than copying the `copied`
+        bytes of activations takes; None as long as that is not known."""
         if shapes not in self._verdicts:
             found = [seconds for run in self._runs.get(shapes, []) if (seconds := run.seconds()) is not None]
             if len(found) < ENOUGH:
                 return None
-            self._verdicts[shapes] = statistics.median(device / host for host, device in found) < LAG
+            waits = statistics.median(device / host for host, device in found) < LAG
+            spared = statistics.median(host for host, _ in found)
+            self._verdicts[shapes] = waits and spared > COPIES * copied / RATE
             del self._runs[shapes]
         return self._verdicts[shapes]
 

@@ -72,7 +72,7 @@ class Replays:
             return recording(args) if recording is not None and free else self.run(*args)
         if self._runs[kind] < RUNS_BEFORE or torch._C._current_graph_task_id() != -1:
             return self._observed(kind, args)
-        pays = self.pace is None or self.pace.is_slow(_shapes(args))
+        pays = self.pace is None or self.pace.pays(_shapes(args), _copied(args))
         if pays is None:
             return self._observed(kind, args)
         if not pays:
@@ -96,7 +96,7 @@ class Replays:
             everything.clear()
 
     def _record(self, args: Sequence[Any]) -> _Recording:
-        if sum(arg.nbytes for arg in args if _is_copied(arg)) > MOST_COPIED:
+        if _copied(args) > MOST_COPIED:
             raise FastLoRAError(f"its inputs, which a replay has to copy, take more than {MOST_COPIED >> 20} MiB")
         places = tuple(arg.data_ptr() for arg in args if isinstance(arg, nn.Parameter))
         self._at[places] += 1
@@ -109,7 +109,9 @@ class Replays:
     def _observed(self, kind: Hashable, args: Sequence[Any]) -> Any:
         """A run that tells whether the graph can be recorded."""
         versions = [t._version for t in args if isinstance(t, torch.Tensor)]
-        timed = self.pace.time(_shapes(args)) if self.pace is not None and self._runs[kind] else None  # a first is slow
+        timed = None
+        if self.pace is not None and self._runs[kind]:  # a first is slow
+            timed = self.pace.time(_shapes(args), _copied(args))
         results = self.run(*args)
         if timed is not None:
             timed.stop()
@@ -166,6 +168,11 @@ class Replays:
 
 def _is_copied(arg: Any) -> bool:
     return isinstance(arg, torch.Tensor) and not isinstance(arg, nn.Parameter)
+
+
+def _copied(args: Sequence[Any]) -> int:
+    """The bytes of what a replay has to copy."""
+    return sum(arg.nbytes for arg in args if _is_copied(arg))
 
 
 def _shapes(args: Sequence[Any]) -> Hashable:

@@ -72,14 +72,17 @@ class Thrift:
         largest = max(given, key=lambda t: t.nbytes)
         choice = self._choose(graph, kind, largest.device)
         self._kept += left(self._needs[kind], choice) if kind in self._needs else 0
-        self._mover.settle(max(PENDING, self._budget - self._kept))
+        room = self._budget - self._kept
+        self._mover.settle(max(PENDING, room))
         if choice == KEEP:
-            return run(*args)
+            results = run(*args)
+            self._mover.return_before(results, room)
+            return results
         held = [t for t in tensors if isinstance(t, nn.Parameter) or not t.requires_grad]
         saved: list[int] = []
         with ExitStack() as stack:
             spared = stack.enter_context(sparing()) if choice.spares else None
-            stack.enter_context(self._mover.hooks({_memory(t) for t in held}, saved.append, choice.moves))
+            stack.enter_context(self._mover.hooks({_memory(t) for t in held}, saved.append, choice.moves, room))
             results = run(*args)
         if kind not in self._needs and spared is not None:
             flops = (

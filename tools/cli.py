@@ -195,7 +195,11 @@ def step(
         typer.Option(metavar="ROWSxLENGTH", help="Sequences x tokens in each; may be repeated.", show_default="4x2048"),
     ] = None,
     contenders: Annotated[
-        list[str] | None, typer.Option(help="Who takes part, with commas between; may be repeated.", show_default="all")
+        list[str] | None,
+        typer.Option(
+            help="Who takes part, with commas between; may be repeated. fastlora@9GiB has that memory budget.",
+            show_default="all",
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps to time.")] = 10,
     warmup: Annotated[int, typer.Option(help="Steps after the first one that are not timed.")] = 3,

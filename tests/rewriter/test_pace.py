@@ -11,7 +11,7 @@ from replayed_region import Region, assert_equal, gradients, rows
 from torch import nn
 
 import fastlora
-from fastlora.pace import ENOUGH, Pace
+from fastlora.pace import COPIES, ENOUGH, RATE, Pace
 from fastlora.replay import RUNS_BEFORE, Replays
 
 
@@ -58,6 +58,14 @@ def test_a_region_that_keeps_the_device_busy_is_not_recorded_nor_timed_again() -
     run(region, 10)
     assert region.replays.recorded == 0
     assert region.notes == []
+
+
+@pytest.mark.parametrize(("share", "recorded"), [(0.9, 0), (1.1, 1)])
+def test_what_takes_no_longer_than_the_copies_of_a_replay_is_not_recorded(share: float, recorded: int) -> None:
+    seconds = share * COPIES * rows(5).nbytes / RATE
+    region = Region(Pace(paced(*[(seconds, seconds)] * ENOUGH)))
+    run(region, 2 + ENOUGH, n=5)
+    assert region.replays.recorded == recorded
 
 
 def test_single_runs_do_not_decide() -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from fastlora.tools.bench.step import results, weights
-from fastlora.tools.bench.step.contenders import CONTENDERS, RATIO, Contender
+from fastlora.tools.bench.step.contenders import CONTENDERS, RATIO, Contender, named
 from fastlora.tools.bench.step.measurement import gradients, loss_of
 from fastlora.tools.bench.step.processes import work
 from fastlora.tools.bench.step.truth import TRUTH, write_truth
@@ -175,6 +175,7 @@ def test_every_contender_can_be_prepared_by_something() -> None:
         assert callable(getattr(import_module(module), function))
     assert {name for name, contender in CONTENDERS.items() if contender.mine} == {
         "fastlora",
+        "fastlora@0",
         "fastlora-graphs",
         "fastlora-inductor",
         "fastlora-checkpointing",
@@ -182,11 +183,17 @@ def test_every_contender_can_be_prepared_by_something() -> None:
     }
 
 
+def test_fastlora_takes_part_with_any_memory_budget() -> None:
+    found = named("fastlora@1.5GiB")
+    assert (found.name, found.mine, found.options) == ("fastlora@1.5GiB", True, {"memory_budget": "1.5GiB"})
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (["--model", "GPT-9"], "--model GPT-9: unknown"),
         (["--contenders", "eager,nobody"], "--contenders nobody: unknown"),
+        (["--contenders", "eager@1GiB"], "--contenders eager@1GiB: unknown"),
         (["--batch", "4"], "--batch 4: must be sequences x tokens"),
         (["--batch", "0x16"], "--batch 0x16: must be"),
         (["--batch", "2x1"], "--batch 2x1: must be"),

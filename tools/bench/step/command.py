@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from fastlora.tools.bench.step import results
 from fastlora.tools.bench.step.agreement import Truth, disagreement, errors, relative
-from fastlora.tools.bench.step.contenders import CONTENDERS, Contender
+from fastlora.tools.bench.step.contenders import CONTENDERS, Contender, named
 from fastlora.tools.bench.step.limit import limit
 from fastlora.tools.bench.step.models import MODELS
 from fastlora.tools.bench.step.processes import work
@@ -56,7 +56,7 @@ def run(race: Race, console: Console) -> bool:
         for rows, length in batches:
             track.measure(rows, length)
     console.print(f"see {race.output}: {', '.join(track.written)}, {LOGS}", markup=False, highlight=False)
-    return all(row["status"] == results.RANKED for row in track.rows if CONTENDERS[row["contender"]].mine)
+    return all(row["status"] == results.RANKED for row in track.rows if named(row["contender"]).mine)
 
 
 class Track:
@@ -100,7 +100,7 @@ class Track:
         before = self.rows
         found: list[results.Row] = []
         for name in self.race.contenders or CONTENDERS:
-            row = self._contend(CONTENDERS[name], rows, length, truth)
+            row = self._contend(named(name), rows, length, truth)
             row |= {"limit_seconds": limited, "share_of_limit": _ratio(limited, row.get("seconds"))}
             time = f"{row['seconds'] * 1e3:.2f} ms" if row.get("seconds") else "no time"
             self.console.print(f"{rows}x{length} {name}: {row['status']}, {time}", markup=False, highlight=False)
@@ -197,8 +197,10 @@ def _check(race: Race) -> list[tuple[int, int]]:
     if race.model not in MODELS:
         raise UsageError(f"--model {race.model}: unknown; choose from {', '.join(MODELS)}")
     for name in race.contenders:
-        if name not in CONTENDERS:
-            raise UsageError(f"--contenders {name}: unknown; choose from {', '.join(CONTENDERS)}")
+        try:
+            named(name)
+        except ValueError as problem:
+            raise UsageError(f"--contenders {name}: {problem}") from None
     least = {"--layers": (race.layers, 1), "--steps": (race.steps, 1), "--warmup": (race.warmup, 0)}
     for option, (number, bound) in least.items():
         if number is not None and number < bound:

@@ -1,7 +1,11 @@
-"""Who takes part. A contender is named here and prepared in its own process, by a function of `preparations`."""
+"""Who takes part. A contender is named here and prepared in its own process, by a function of `preparations`.
+
+`fastlora@9GiB` is fastlora with that memory budget.
+"""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +27,7 @@ class Contender:
 
     @property
     def mine(self) -> bool:
-        return self.name.split("-")[0] == MINE
+        return re.split("[-@]", self.name)[0] == MINE
 
 
 def _here(function: str) -> str:
@@ -39,6 +43,7 @@ CONTENDERS = {
     for contender in (
         Contender(EAGER, _here("eager")),
         _mine(MINE),
+        _mine("fastlora@0", memory_budget="0"),
         _mine("fastlora-graphs", mode="reduce-overhead"),
         _mine("fastlora-inductor", lower="inductor"),
         Contender("compile-layers", _here("compiled_layers")),
@@ -52,3 +57,17 @@ CONTENDERS = {
         Contender("unsloth-checkpointing", _here("with_unsloth"), {"checkpointing": True}),
     )
 }
+
+
+def named(name: str) -> Contender:
+    """The contender of that name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if name in CONTENDERS:
+        return CONTENDERS[name]
+    base, at, budget = name.partition("@")
+    if base == MINE and at:
+        return _mine(name, memory_budget=budget)
+    raise ValueError(f"unknown; choose from {', '.join(CONTENDERS)}, {MINE}@BUDGET")

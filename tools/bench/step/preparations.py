@@ -51,11 +51,11 @@ def compiled_whole(place: Place) -> Prepared:
     return Prepared(model)
 
 
-def with_fastlora(place: Place, lower: str = "auto", mode: str = "default", checkpointing: bool = False) -> Prepared:
-    """fastlora, in one of its modes and of the ways to lower its graphs."""
+def with_fastlora(place: Place, checkpointing: bool = False, **options: Any) -> Prepared:
+    """fastlora, with options of `fastlora.compile`."""
     import fastlora
 
-    model = fastlora.compile(_adapted(place, checkpointing), lower=lower, mode=mode)
+    model = fastlora.compile(_adapted(place, checkpointing), **options)
 
     def describe() -> dict[str, Any]:
         report = fastlora.report(model)
