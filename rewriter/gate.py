@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo import config as _dynamo
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.fx.experimental import _config as _shapes
 
 from fastlora.errors import FastLoRAError
 from fastlora.regions import Region, is_torch_class
@@ -19,7 +21,8 @@ from fastlora.session import Session
 _CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 _GRAPHS_PER_BLOCK = 64
 """One block may need a graph for each of its kinds (sliding or full attention, say), gradient modes and shape classes;
-TorchDynamo's default of 8 would make the ninth fall back to eager, and with it all layers that share the code."""
+TorchDynamo's default of 8 would make the ninth fall back to eager, and with it all layers that share the code. One of
+changing sizes serves batches of one as well ("oblivious"), which would take a graph of their own by default."""
 
 
 class Gate:
@@ -42,13 +45,16 @@ class Gate:
                 self._session.bypassed[reason] += 1
             return self._module._call_impl(*args, **kwargs)
         self._session.enter(self._region)
+        before = _dynamo.recompile_limit, _shapes.backed_size_oblivious
+        _dynamo.recompile_limit, _shapes.backed_size_oblivious = _GRAPHS_PER_BLOCK, True
         try:
-            with torch._dynamo.config.patch(recompile_limit=_GRAPHS_PER_BLOCK):
-                return self._compiled(*args, **kwargs)
+            return self._compiled(*args, **kwargs)
         except BackendCompilerFailed as failure:
             if isinstance(failure.inner_exception, FastLoRAError):  # ours, with a message for the user
                 raise failure.inner_exception from None
             raise
+        finally:
+            _dynamo.recompile_limit, _shapes.backed_size_oblivious = before
 
     def _bypass(self, kwargs: dict[str, Any]) -> str | None:
         """Why not to run compiled; empty where that is as it should be, None to run compiled."""

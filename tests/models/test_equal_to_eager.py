@@ -1,5 +1,8 @@
 """Loss and every adapter gradient equal eager's, on every family in every mode of training."""
 
+import random
+from collections import Counter
+
 import pytest
 import torch
 from tiny_models import FAMILIES, LLAMA_LIKE, batch, build, double, relative, step
@@ -66,6 +69,27 @@ def test_changing_lengths_compile_no_more_after_the_second(family):
         assert relative(found.loss, expected.loss) <= FLOAT32
         assert max(relative(found.gradients[n], expected.gradients[n]) for n in expected.gradients) < 3 * FLOAT32
     assert graphs[1] == graphs[2] == graphs[3]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fifty_shapes_compile_each_region_at_most_twice(family):
+    """Beyond the sliding windows of 8, up to which there is no mask."""
+    model, eager = fastlora.compile(build(family)), build(family)
+    shapes = random.Random(0).choices([(rows, length) for rows in range(1, 7) for length in range(9, 40)], k=50)
+    compiled = {}
+    for i, (rows, length) in enumerate(shapes):
+        inputs = batch(length, rows)
+        found = step(model, inputs)
+        if i % 10 == 1:
+            expected = step(eager, inputs)
+            assert max(relative(found.gradients[n], expected.gradients[n]) for n in expected.gradients) < 5e-6
+        graphs = model._compiled_call_impl.session.graphs
+        compiled = Counter(graph.name for graph in graphs)
+        assert max(compiled.values()) <= 2, (compiled, shapes[: i + 1])
+    assert min(rows for rows, _ in shapes[1:]) == 1
+    fused = {name: each.fused for name, each in fastlora.report(model).coverage.items()}
+    step(fastlora.compile(model), batch())
+    assert fused == {name: each.fused for name, each in fastlora.report(model).coverage.items()}
 
 
 @pytest.mark.parametrize("mode", ["bf16 base, fp32 adapters", "autocast, fp32 adapters"])
