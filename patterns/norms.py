@@ -8,6 +8,7 @@ A dropout of either operand becomes a part of the op where LoRA's does, on a GPU
 """
 
 import torch
+from torch import fx
 
 from fastlora.kernels import ops
 from fastlora.metadata import known_equal, same_shape
@@ -30,6 +31,7 @@ from fastlora.pattern import (
 )
 from fastlora.patterns.lora import cheap_to_draw_again
 from fastlora.rule import Match, dtype_of, fuse, rule
+from fastlora.view import View
 
 
 def _offset(match: Match) -> float:
@@ -48,9 +50,19 @@ def _last_dimension(match: Match) -> bool | str:
     return fits or "weight and x differ"
 
 
+def normaliser(view: View, node: fx.Node) -> bool:
+    """The root of a mean and a little more: `rsqrt`, or `sqrt` if it is of that kind, by which something is divided."""
+    term = view.term(node)
+    if term is None or term.op != "sqrt":
+        return term is not None and term.op == "rsqrt"
+    inner = view.term(term.args["input"])
+    terms = [view.term(value) for value in inner.args.values()] if inner is not None and inner.op == "add" else []
+    return any(each is not None and each.op in ("mean", "var") for each in terms)
+
+
 @rule(
     ops.rms_norm,
-    anchor="rsqrt",
+    anchor=normaliser,
     attrs={
         "offset": _offset,
         "compute_dtype": dtype_of("power"),
@@ -112,13 +124,13 @@ def _last_dimension_only(match):
     return len(match.value("_shape")) == 1 or "it normalises several dimensions"
 
 
-@rule(ops.layer_norm, anchor="rsqrt", attrs={"out_dtype": dtype_of()})
+@rule(ops.layer_norm, anchor=normaliser, attrs={"out_dtype": dtype_of()})
 def written_layer_norm(x, weight: Opt[Param(1)], eps: Scalar):
     """LayerNorm spelled out, with a weight and no bias."""
     h = widened(x).named("h")
     centred = h - mean(h)
-    deviation = either(squares=mean((h - mean(h)) ** 2), var=variance(h))
-    n = (centred * rsqrt(deviation + eps)).named("n")
+    power = either(squares=mean((h - mean(h)) ** 2), var=variance(h)) + eps
+    n = either(multiplied=centred * rsqrt(power), divided=centred / sqrt(power)).named("n")
     return cast(either(weighted=n * widened(weight), bare=n))
 
 

@@ -94,7 +94,7 @@ class Pattern:
     __radd__ = __add__
 
     def __mul__(self, other: Any) -> Pattern:
-        return Op("mul", input=self, other=other)
+        return self**2 if other is self else Op("mul", input=self, other=other)
 
     __rmul__ = __mul__
 

@@ -183,6 +183,9 @@ LAYER_NORMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
         * torch.rsqrt((x - x.mean(-1, keepdim=True)).pow(2).mean(-1, keepdim=True) + 1e-5)
         * w
     ),
+    "written with a division": lambda x, w, b: (
+        w * ((x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + 1e-5))
+    ),
     "written with a variance": lambda x, w, b: (
         w * ((x - x.mean(-1, keepdim=True)) * torch.rsqrt(x.var(-1, keepdim=True, unbiased=False) + 1e-5))
     ),
