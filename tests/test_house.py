@@ -1,6 +1,7 @@
 """The rules of the house that a program can check: packaging, style, types, and what may import what."""
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -101,3 +102,28 @@ def test_the_pass_knows_no_model_by_name():
                     assert not any(alias.name.split(".")[0] in ("transformers", "peft") for alias in node.names), path
                 if isinstance(node, ast.ImportFrom) and node.module:
                     assert node.module.split(".")[0] not in ("transformers", "peft"), path
+
+
+def test_the_code_of_the_pass_says_no_architectures_name():
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    everyday = {"align", "data", "depth", "embedding", "fast", "flex", "mask", "seed", "step", "table", "time"}
+    names = {re.split(r"[_\-0-9]", name)[0] for name in CONFIG_MAPPING_NAMES} - everyday
+    names = {name for name in names if len(name) >= 4}
+    assert {"llama", "gemma", "bert"} <= names
+    for room in ("rewriter", "patterns", "kernels"):
+        for path in (ROOT / room).rglob("*.py"):
+            said = {part.lower() for word in _words(path) for part in re.findall(r"[A-Z]?[a-z]+", word)}
+            assert not said & names, (path, said & names)
+
+
+def _words(path):
+    """The identifiers and strings of a module, without its docstrings."""
+    tree = ast.parse(path.read_text())
+    alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        for field in ("id", "attr", "name", "arg"):
+            if isinstance(word := getattr(node, field, None), str):
+                yield word
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in alone:
+            yield node.value
