@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo import config as _dynamo
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, TorchRuntimeError
 from torch.fx.experimental import _config as _shapes
 
 from fastlora.errors import FastLoRAError
@@ -44,15 +44,25 @@ class Gate:
             if reason:
                 self._session.bypassed[reason] += 1
             return self._module._call_impl(*args, **kwargs)
-        self._session.enter(self._region)
-        before = _dynamo.recompile_limit, _shapes.backed_size_oblivious
-        _dynamo.recompile_limit, _shapes.backed_size_oblivious = _GRAPHS_PER_BLOCK, True
         try:
-            return self._compiled(*args, **kwargs)
+            return self._run(*args, **kwargs)
+        except TorchRuntimeError:
+            if not self._session.oblivious:
+                raise
+            # a size of one that is there to be broadcast may be taken for one that changes, and then it fits nothing
+            self._session.oblivious = False
+            return self._run(*args, **kwargs)
         except BackendCompilerFailed as failure:
             if isinstance(failure.inner_exception, FastLoRAError):  # ours, with a message for the user
                 raise failure.inner_exception from None
             raise
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        self._session.enter(self._region)
+        before = _dynamo.recompile_limit, _shapes.backed_size_oblivious
+        _dynamo.recompile_limit, _shapes.backed_size_oblivious = _GRAPHS_PER_BLOCK, self._session.oblivious
+        try:
+            return self._compiled(*args, **kwargs)
         finally:
             _dynamo.recompile_limit, _shapes.backed_size_oblivious = before
 
@@ -68,7 +78,11 @@ class Gate:
 
 
 class ModelGate:
-    """Sits on the whole model: a training step needs no KV cache, so none is built for it unless it is asked for."""
+    """Sits on the whole model: a training step needs no KV cache, so none is built for it unless it is asked for.
+
+    Nor where that would change what is computed: positions without a mask tell the sequences of a packed row apart, but
+    in transformers only if there is no cache.
+    """
 
     def __init__(self, model: nn.Module, session: Session, inner: Gate | None) -> None:
         self._model: Any = model
@@ -80,7 +94,8 @@ class ModelGate:
         self._caches = "use_cache" in parameters or (handed_on and hasattr(getattr(base, "config", None), "use_cache"))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        asked = kwargs.get("use_cache") is not None or kwargs.get("past_key_values") is not None
+        asked = any(kwargs.get(name) is not None for name in ("use_cache", "past_key_values"))
+        asked |= kwargs.get("position_ids") is not None and kwargs.get("attention_mask") is None
         training = self._model.training or kwargs.get("labels") is not None
         if self._caches and training and not asked and torch.is_grad_enabled():
             kwargs["use_cache"] = False

@@ -18,8 +18,8 @@ that, by this factor at least, as it is the region's kernels that take so long."
 
 COPIES = 4
 """How often a replay copies as many bytes as the activations have: activations, results, and the gradients of both."""
-RATE = 1e12
-"""Bytes that are copied in a second, on a slow GPU of those that wait for launches."""
+RATE = 1e11
+"""Bytes that are worth copying for a second less: a tenth of what a GPU copies in it, as what is copied is kept, too."""
 
 
 class Stopwatch(Protocol):
@@ -69,8 +69,8 @@ class Pace:
         return stopwatch
 
     def pays(self, shapes: Hashable, copied: int) -> bool | None:
-        """Whether the device waits for the host, which replaying would spare it, for longer than copying the `copied`
-        bytes of activations takes; None as long as that is not known."""
+        """Whether the device waits for the host, which replaying would spare it, for so long that it is worth copying
+        the `copied` bytes of activations; None as long as that is not known."""
         if shapes not in self._verdicts:
             found = [seconds for run in self._runs.get(shapes, []) if (seconds := run.seconds()) is not None]
             if len(found) < ENOUGH:

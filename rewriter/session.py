@@ -101,6 +101,7 @@ class Session:
         self.head: str | None = None
         self.head_layer: nn.Linear | None = None
         self.region = ""
+        self.oblivious = True
         self._recorder = CudaGraphs()
         self._pace = Pace(CudaStopwatch)
         budget = None if options.dry else options.memory_budget

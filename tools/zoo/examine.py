@@ -1,8 +1,8 @@
 """One training step of a tiny model, eager and compiled, in the process that this is called in.
 
-The model has random float32 weights, and adapters on all its linear layers but the output head; it is in evaluation
-mode, in which nothing is left to chance. What differs by more than rounding does is compared with a float64 step as
-well: where eager is as far from that, it is rounding.
+The model has random weights and is trained in one of the ways of `ways.py`. What differs by more than rounding in
+float32 does is compared with a float64 step as well: where eager is as far from that, it is rounding. Lower precisions
+are compared with a float32 step.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from torch import nn
 from fastlora.tools.problems import one_line
 from fastlora.tools.zoo.kinds import Kind
 from fastlora.tools.zoo.shrink import VOCABULARY, shrunk
+from fastlora.tools.zoo.ways import PLAIN, Way
 
-ROWS, LENGTH, RANK = 2, 16, 4
+ROWS, LENGTH = 2, 16
 FLOAT32 = 1e-5
 """Relative differences that are rounding in any case."""
+_EPS = float(torch.finfo(torch.float32).eps)
 SLACK = 1.25
 """Otherwise, how many times eager's distance from float64 may be the compiled step's."""
 
@@ -51,6 +53,7 @@ class Examined:
     """
 
     name: str
+    way: str = PLAIN.name
     verdict: str = UNBUILT
     problem: str | None = None
     graphs: int = 0
@@ -69,45 +72,65 @@ class _Step:
     gradients: dict[str, torch.Tensor]
 
 
-def examine(kind: Kind) -> dict[str, Any]:
+def examine(kind: Kind, way: Way = PLAIN) -> dict[str, Any]:
     """Builds, trains and compiles one architecture; never raises."""
-    found = Examined(str(kind))
+    found = Examined(str(kind), way.name)
     started = time.perf_counter()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _examine(kind, found)
+            _examine(kind, way, found)
     except Exception as problem:  # whatever a library raises is the finding
         found.problem = f"{type(problem).__name__}: {one_line(problem)}"
     found.seconds = round(time.perf_counter() - started, 1)
     return asdict(found)
 
 
-def _examine(kind: Kind, found: Examined) -> None:
+def _examine(kind: Kind, way: Way, found: Examined) -> None:
     import fastlora
 
-    model = build(kind)
+    model = build(kind, way)
     found.verdict = UNTRAINED
-    inputs = batch(kind)
+    inputs = way.inputs(batch(kind))
     truth = copy.deepcopy(model)
-    eager = _step(model, inputs)
+    eager = _step(model, inputs, way.autocast)
     found.verdict = FAILED
     fastlora.compile(model)
-    compiled = _step(model, inputs)
+    if way.between is not None:
+        way.between(model, inputs)
+    compiled = _step(model, inputs, way.autocast)
     _describe(found, fastlora.report(model))
-    _compare(found, compiled, eager, truth, inputs)
+    if way.rounds:
+        _compare_errors(found, compiled, eager, _step(truth.float(), inputs))
+    else:
+        _compare(found, compiled, eager, truth, inputs)
 
 
-def build(kind: Kind) -> nn.Module:
-    """The tiny model with adapters; B is not zero, so that every gradient is something."""
+def build(kind: Kind, way: Way = PLAIN) -> nn.Module:
+    """The tiny model, as it is trained; no adapter's B is zero, so that every gradient is something."""
     import transformers
-    from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
     config = shrunk(kind.model_type)
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = 0
-    base = getattr(transformers, kind.auto_class).from_config(config).float()
+    base = getattr(transformers, kind.auto_class).from_config(config).to(way.dtype)
+    model: Any = way.adapt(base, _linear_layers(base))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+        if "lora_B" in name and "pissa" not in way.name and "olora" not in way.name:
+            nn.init.normal_(parameter, std=0.1)
+    if way.reentrant is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": way.reentrant})
+        model.enable_input_require_grads()
+    return model.train(way.training)
+
+
+def _linear_layers(base: Any) -> list[str]:
+    """The names of those that LoRA goes on."""
+    import transformers
+
     head = base.get_output_embeddings()
     linear = (nn.Linear, transformers.pytorch_utils.Conv1D)
     names = [
@@ -117,11 +140,7 @@ def build(kind: Kind) -> nn.Module:
     ]
     if any("mamba" in type(module).__name__.lower() for module in base.modules()):
         names = [name for name in names if not name.endswith(MAMBA_OWN)]
-    model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=names))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1)
-    return model.eval()
+    return names
 
 
 def batch(kind: Kind) -> dict[str, torch.Tensor]:
@@ -131,14 +150,18 @@ def batch(kind: Kind) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
 
-def _step(model: nn.Module, inputs: dict[str, torch.Tensor]) -> _Step:
+def _step(model: nn.Module, inputs: dict[str, torch.Tensor], autocast: torch.dtype | None = None) -> _Step:
     model.zero_grad()
     torch.manual_seed(0)
-    loss = model(**inputs).loss
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        loss = model(**inputs).loss
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    if not loss.isfinite() or not gradients:
-        raise ArithmeticError(f"the loss is {loss.item()}, and {len(gradients)} parameters have a gradient")
+    finite = all(bool(g.isfinite().all()) for g in (loss, *gradients.values()))
+    if not finite or not gradients:
+        raise ArithmeticError(
+            f"the loss is {loss.item()}, {len(gradients)} gradients are {'' if finite else 'not '}finite"
+        )
     return _Step(loss.detach(), gradients)
 
 
@@ -176,7 +199,31 @@ def _compare(found: Examined, compiled: _Step, eager: _Step, truth: nn.Module, i
         found.verdict = EQUAL
 
 
+def _compare_errors(found: Examined, compiled: _Step, eager: _Step, exact: _Step) -> None:
+    """By the distances of all gradients together, and of the loss, from a float32 step: each is rounded by chance."""
+    found.verdict = DIFFERENT
+    if not compiled.gradients.keys() == eager.gradients.keys() == exact.gradients.keys():
+        found.problem = "gradients are missing or new"
+        return
+    mine, its = (
+        sum(float((g.float() - exact.gradients[name]).square().sum()) for name, g in step.gradients.items()) ** 0.5
+        for step in (compiled, eager)
+    )
+    norm = sum(float(g.square().sum()) for g in exact.gradients.values()) ** 0.5
+    found.gradient_difference = mine / norm
+    losses = [float((step.loss.float() - exact.loss).abs() / exact.loss.abs()) for step in (compiled, eager)]
+    found.loss_difference = losses[0]
+    rounding = float(torch.finfo(torch.bfloat16).eps)
+    if not mine <= SLACK * its + FLOAT32 * norm:
+        found.problem = f"gradients are {mine / norm:.1e} from float32's, eager's {its / norm:.1e}"
+    elif not losses[0] <= SLACK * losses[1] + rounding / 4:
+        found.problem = f"the loss is {losses[0]:.1e} from float32's, eager's {losses[1]:.1e}"
+    else:
+        found.verdict = EQUAL
+
+
 def _distance(value: torch.Tensor, other: torch.Tensor, scale: float) -> float:
-    """Relative to the other's norm, or where that is next to nothing to a millionth of the largest gradient's."""
-    norm = max(float(other.double().norm()), 1e-6 * scale)
+    """Relative to the other's norm; but `FLOAT32` is no less than one rounding of the largest gradient, as where a
+    gradient is nothing but what others leave when they cancel, that of a key's bias for one, it is their rounding."""
+    norm = max(float(other.double().norm()), _EPS / FLOAT32 * scale)
     return float((value.double() - other.double()).norm()) / norm if norm else 0.0
