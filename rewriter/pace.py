@@ -19,7 +19,7 @@ that, by this factor at least, as it is the region's kernels that take so long."
 COPIES = 4
 """How often a replay copies as many bytes as the activations have: activations, results, and the gradients of both."""
 RATE = 1e11
-"""Bytes that are worth copying for a second less: a tenth of what a GPU copies in it, as what is copied is kept, too."""
+"""Bytes that are worth copying for a second less: a tenth of what a GPU copies, as what is copied is kept too."""
 
 
 class Stopwatch(Protocol):

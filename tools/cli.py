@@ -127,6 +127,10 @@ def zoo(
     output: Annotated[Path, typer.Option(metavar="DIR", help="Where the results go, as one line of JSON each.")] = Path(
         "fastlora-zoo"
     ),
+    way: Annotated[
+        list[str] | None,
+        typer.Option(help="Way to train, or all; with commas, may be repeated.", show_default="plain"),
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Processes at a time.")] = 2,
     seconds: Annotated[float, typer.Option(help="Time after which a process is stopped.")] = 120,
     resume: Annotated[bool, typer.Option(help="Keep what an earlier run has found there.")] = True,
@@ -142,7 +146,7 @@ def zoo(
 
     if list_:
         print("\n".join(kinds()))
-    elif not run(Visit(output, names or [], jobs, seconds, resume, page, golden), Console()):
+    elif not run(Visit(output, names or [], _split(way), jobs, seconds, resume, page, golden), Console()):
         raise RunError("compiled, some architectures fail or are different; the lines above say which")
 
 

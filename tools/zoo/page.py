@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlora.tools.zoo.examine import EQUAL, UNBUILT, UNTRAINED
+from fastlora.tools.zoo.ways import WAYS
 
 Row = dict[str, Any]
 
@@ -111,3 +112,50 @@ def write_golden(rows: list[Row], path: Path) -> None:
     kept = ("verdict", "graphs", "sites")
     lines = [f"{json.dumps(row['name'])}: {json.dumps({key: row[key] for key in kept})}" for row in trained(rows)]
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+_WAYS_HEAD = """\
+# Ways to train
+
+Measured on {date} on a CPU with {versions} by
+
+```bash
+fastlora zoo {names} --way all --page ways.md
+```
+
+Tiny models as in [coverage.md](coverage.md), each trained in every way. "Equal" is as there; where eager itself rounds
+to bfloat16, it means that over eight batches the gradients are in the median no further from a float32 step than 1.25
+times eager's. Not every model can be trained in every way: some cannot be built so, and some eager does not train.
+
+| way | what it is | models | equal | sites fused | what is left, most often |
+| --- | --- | --- | --- | --- | --- |
+"""
+
+
+def write_ways(rows: list[Row], path: Path) -> None:
+    """A line for each way, and one for each model that is not equal in it."""
+    head = _WAYS_HEAD.format(
+        date=datetime.date.today().isoformat(),
+        versions=", ".join(f"{name} {version(name)}" for name in _LIBRARIES),
+        names=" ".join(dict.fromkeys(row["name"] for row in rows)),
+    )
+    lines = [
+        _way_line(way, [row for row in rows if row["way"] == way]) for way in dict.fromkeys(r["way"] for r in rows)
+    ]
+    odd = [row for row in rows if row["verdict"] != EQUAL]
+    table = ["", "## What is not equal", "", "| model | way | | problem |", "| --- | --- | --- | --- |"]
+    for row in odd:
+        problem = str(row["problem"]).replace("|", "/")[:140]
+        table.append(f"| {row['name']} | {row['way']} | {row['verdict']} | {problem} |")
+    path.write_text(head + "\n".join([*lines, *table]) + "\n")
+
+
+def _way_line(way: str, rows: list[Row]) -> str:
+    known = trained(rows)
+    seen, fused = (sum(count[i] for row in known for count in row["sites"].values()) for i in (0, 1))
+    reasons: Counter[str] = Counter()
+    for row in known:
+        reasons.update(row["missed"])
+    left = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(2)).replace("|", "/")
+    equal = sum(row["verdict"] == EQUAL for row in known)
+    return f"| {way} | {WAYS[way].does} | {len(known)} | {equal} | {fused} of {seen} | {left} |"
