@@ -2,9 +2,9 @@
 
 A Hugging Face model returns its logits next to its loss, and some trainers compute the loss outside, so fusing head and
 loss inside a graph would save nothing. While gradients are on, the head returns `DeferredLogits` instead. Casts, views,
-leading slices and a scale or soft-cap keep them deferred; a cross-entropy taken from them runs the fused op; anything
-else multiplies, replaying exactly the operations that were deferred, and goes on with the ordinary tensor, gradients
-connected.
+leading slices, a bias and a scale or soft-cap keep them deferred; a cross-entropy taken from them runs the fused op;
+anything else multiplies, replaying exactly the operations that were deferred, and goes on with the ordinary tensor,
+gradients connected.
 """
 
 from __future__ import annotations
@@ -49,15 +49,24 @@ class Recipe:
     scale: float = 1.0
     squashed: bool = False
     gain: float = 1.0
-    versions: tuple[int, int] = (0, 0)
+    versions: tuple[int, ...] = ()
 
     def check(self) -> None:
         """Raises if what the logits are made of has been written to since: they can no longer be computed."""
-        if (self.hidden._version, self.weight._version) != self.versions:
+        if self._now() != self.versions:
             raise FastLoRAError(
-                "the hidden states or the weight behind deferred logits were modified in place (by an optimizer step, "
+                "the hidden states or the weights behind deferred logits were modified in place (by an optimizer step, "
                 "say) before the logits were used; read them earlier, or use fastlora.compile(..., defer_logits=False)"
             )
+
+    def _now(self) -> tuple[int, ...]:
+        return tuple(t._version for t in (self.hidden, self.weight, self.bias) if t is not None)
+
+    def of(self, **parts: torch.Tensor | None) -> Recipe:
+        """The same of other tensors, views of these say, as they are now."""
+        self.check()
+        made = replace(self, **parts)  # type: ignore[arg-type]
+        return replace(made, versions=made._now())
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -174,7 +183,8 @@ def defer(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     tally.deferred += 1
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    recipe = Recipe(hidden, weight, bias, dtype, dtype, versions=(hidden._version, weight._version))
+    recipe = Recipe(hidden, weight, bias, dtype, dtype)
+    recipe = replace(recipe, versions=recipe._now())
     return DeferredLogits(recipe, tally, recipe.multiply, [])
 
 
@@ -217,12 +227,7 @@ def _view(logits: DeferredLogits, *shape: Any) -> DeferredLogits | None:
         return None
     hidden = logits.recipe.hidden
     moved = hidden.reshape(*sizes[:-1], hidden.shape[-1])
-    return logits.then(_with_hidden(logits.recipe, moved), lambda real: real.reshape(sizes))
-
-
-def _with_hidden(recipe: Recipe, hidden: torch.Tensor) -> Recipe:
-    recipe.check()
-    return replace(recipe, hidden=hidden, versions=(hidden._version, recipe.versions[1]))
+    return logits.then(logits.recipe.of(hidden=moved), lambda real: real.reshape(sizes))
 
 
 def _same(logits: DeferredLogits, *_: Any, **__: Any) -> DeferredLogits:
@@ -232,7 +237,7 @@ def _same(logits: DeferredLogits, *_: Any, **__: Any) -> DeferredLogits:
 def _detach(logits: DeferredLogits) -> DeferredLogits:
     recipe = logits.recipe
     bias = None if recipe.bias is None else recipe.bias.detach()
-    cut = replace(_with_hidden(recipe, recipe.hidden.detach()), weight=recipe.weight.detach(), bias=bias)
+    cut = recipe.of(hidden=recipe.hidden.detach(), weight=recipe.weight.detach(), bias=bias)
     return logits.then(cut, lambda real: real.detach())
 
 
@@ -245,7 +250,20 @@ def _getitem(logits: DeferredLogits, index: Any) -> DeferredLogits | None:
     reaches_last = Ellipsis in parts or len(parts) == logits.dim()
     if reaches_last and parts[-1] is not Ellipsis and parts[-1] != full:
         return None
-    return logits.then(_with_hidden(logits.recipe, logits.recipe.hidden[index]), lambda real: real[index])
+    return logits.then(logits.recipe.of(hidden=logits.recipe.hidden[index]), lambda real: real[index])
+
+
+def _plus(logits: DeferredLogits, other: Any, **options: Any) -> DeferredLogits | None:
+    """A bias, if the head has none and nothing else was done before."""
+    recipe = logits.recipe
+    untouched = recipe.dtype is recipe.base_dtype and recipe.scale == 1.0 and not recipe.squashed
+    if options or recipe.bias is not None or not untouched or type(other) not in (torch.Tensor, nn.Parameter):
+        return None
+    if other.dtype != recipe.dtype or other.device != logits.device or not 0 < other.dim() <= logits.dim():
+        return None
+    if other.shape[-1] != logits.shape[-1] or other.numel() != logits.shape[-1]:
+        return None
+    return logits.then(recipe.of(bias=other.reshape(-1)), lambda real: real + other)
 
 
 def _scaled(factor: Callable[[Any], Any], operation: Callable[..., Any]) -> Callable[..., DeferredLogits | None]:
@@ -301,6 +319,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((_TENSOR.mul, _TENSOR.__mul__, _TENSOR.__rmul__, torch.mul), _times),
     **dict.fromkeys((_TENSOR.div, _TENSOR.__truediv__, _TENSOR.true_divide, torch.div), _over),
     **dict.fromkeys((_TENSOR.tanh, torch.tanh), _tanh),
+    **dict.fromkeys((_TENSOR.add, _TENSOR.__add__, torch.add), _plus),
 }
 _METADATA = {
     _TENSOR.size, _TENSOR.dim, _TENSOR.ndimension, _TENSOR.numel, _TENSOR.nelement, _TENSOR.element_size,

@@ -106,6 +106,44 @@ def test_anything_else_sees_ordinary_logits_with_gradients(name):
     assert next(iter(heads.tally.materialised)).startswith("test_deferred.py:")
 
 
+@pytest.mark.parametrize("shape", [(VOCABULARY,), (1, VOCABULARY), (1, 1, VOCABULARY)])
+def test_a_bias_that_is_added_to_the_logits_is_the_heads(shape):
+    heads, bias = Heads(), torch.randn(shape, requires_grad=True)
+    results = heads.both(lambda z: shifted(z + bias))
+    assert_same(results)
+    assert (heads.tally.fused, heads.tally.materialised) == (1, {})
+    gradients = [
+        torch.autograd.grad(shifted(head(heads.hidden) + bias), bias)[0] for head in (heads.head, heads.deferring)
+    ]
+    assert relative(gradients[1], gradients[0]) < 1e-6
+    assert torch.equal((heads.deferring(heads.hidden) + bias) * 1.0, heads.head(heads.hidden) + bias)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda z, bias: shifted(z.add(bias, alpha=2)),
+        lambda z, bias: shifted(z * 2.0 + bias),
+        lambda z, bias: shifted(z + bias + bias),
+        lambda z, bias: shifted(z + bias.double()),
+        lambda z, bias: shifted(z + bias[:1]),
+        lambda z, bias: shifted(bias + z),
+    ],
+)
+def test_other_sums_are_ordinary(use):
+    heads, bias = Heads(), torch.randn(VOCABULARY)
+    assert_same(heads.both(lambda z: use(z, bias)))
+    assert heads.tally.fused == 0
+
+
+def test_a_bias_that_changed_since_raises():
+    heads, bias = Heads(), torch.zeros(VOCABULARY)
+    logits = heads.deferring(heads.hidden) + bias
+    bias.add_(1)
+    with pytest.raises(fastlora.FastLoRAError, match="modified in place"):
+        shifted(logits)
+
+
 def test_writing_to_logits_reaches_their_views_and_not_their_copies():
     def use(z):
         view, copied = z.view(-1, VOCABULARY), z.double()

@@ -33,4 +33,4 @@ def test_every_known_type_is_equal() -> None:
 
 def test_nearly_all_types_are_fused_entirely() -> None:
     whole = [name for name, row in GOLDEN.items() if all(seen == fused for seen, fused in row["sites"].values())]
-    assert len(whole) >= 0.88 * len(GOLDEN)
+    assert len(whole) >= 0.9 * len(GOLDEN)
