@@ -13,7 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -47,6 +47,16 @@ class Lanes(Protocol):
     def wait(self, end: Any) -> None:
         """Has the computation wait for the end of a copy."""
 
+    def abandon(self, end: Any) -> None:
+        """Has whoever is given the memory that a copy still writes to wait for its end."""
+
+
+class _End(NamedTuple):
+    """What marks the end of a copy, and the stream that computed when it started, whose memory it reads or writes."""
+
+    mark: torch.cuda.Event
+    stream: torch.cuda.Stream
+
 
 class CudaLanes:
     """Copies on streams of their own, one in each direction."""
@@ -73,21 +83,24 @@ class CudaLanes:
 
     def come(self, host: torch.Tensor, left: Any, device: torch.device) -> tuple[torch.Tensor, Any]:
         memory = torch.empty(host.shape, dtype=host.dtype, device=device)
-        self._stream(device, outward=False).wait_event(left)
+        self._stream(device, outward=False).wait_event(left.mark)
         return memory, self._copy(memory, host, device, outward=False)
 
-    def is_over(self, end: Any) -> bool:
-        return bool(end.query())
+    def is_over(self, end: _End) -> bool:
+        return bool(end.mark.query())
 
-    def wait(self, end: Any) -> None:
-        torch.cuda.current_stream(end.device).wait_event(end)
+    def wait(self, end: _End) -> None:
+        torch.cuda.current_stream(end.stream.device).wait_event(end.mark)
 
-    def _copy(self, to: torch.Tensor, of: torch.Tensor, device: torch.device, outward: bool) -> torch.cuda.Event:
-        stream = self._stream(device, outward)
-        stream.wait_stream(torch.cuda.current_stream(device))  # which makes `of`, or has just freed the memory of `to`
+    def abandon(self, end: _End) -> None:
+        end.stream.wait_event(end.mark)
+
+    def _copy(self, to: torch.Tensor, of: torch.Tensor, device: torch.device, outward: bool) -> _End:
+        stream, computing = self._stream(device, outward), torch.cuda.current_stream(device)
+        stream.wait_stream(computing)  # which makes `of`, or has just freed the memory of `to`
         with torch.cuda.stream(stream):
             to.copy_(of, non_blocking=True)
-        return stream.record_event()
+        return _End(stream.record_event(), computing)
 
     def _stream(self, device: torch.device, outward: bool) -> torch.cuda.Stream:
         if (device, outward) not in self._streams:
@@ -121,9 +134,11 @@ def _trial(device: torch.device) -> list[torch.cuda.Event]:
 class _Moved:
     """Memory that was moved: its copy on the host, and on the device as long as it is there.
 
-    `original` is a tensor in that memory until the copy is through, which is not to change before that.
+    `original` is a tensor in that memory until the copy is through, which is not to change before that. `arrived` marks
+    the end of a copy to the device for which nobody has waited yet.
     """
 
+    lanes: Lanes
     host: torch.Tensor
     device: torch.device
     left: Any
@@ -141,6 +156,10 @@ class _Moved:
     def before(self) -> _Moved | None:
         """What was moved before this, if it still is."""
         return None if self.last is None else self.last()
+
+    def __del__(self) -> None:
+        if self.arrived is not None:  # nobody has read it, and its memory is free now
+            self.lanes.abandon(self.arrived)
 
     def check(self) -> None:
         self.spoiled |= self.original is not None and self.original._version != self.version
@@ -190,10 +209,10 @@ class Mover:
             at = t.untyped_storage().data_ptr()
             if at in staying:
                 return t
-            if at not in moved:
+            memory = moved.get(at)
+            if at not in moved or (memory is not None and memory.here is None):  # then others have that address now
                 seen(t.untyped_storage().nbytes())
-                moved[at] = self._move(t, room) if moves else None
-            memory = moved[at]
+                memory = moved[at] = self._move(t, room) if moves else None
             if memory is None:
                 return t
             memory.unread += 1
@@ -240,7 +259,7 @@ class Mover:
             self._full = True
             self.note(f"memory_budget: the host has no more memory for activations: {problem}".partition("\n")[0])
             return None
-        memory = _Moved(host, t.device, left, self._last, here, t.detach(), t._version, room)
+        memory = _Moved(self.lanes, host, t.device, left, self._last, here, t.detach(), t._version, room)
         self._last = weakref.ref(memory)
         self._leaving.append(memory)
         return memory
@@ -252,6 +271,7 @@ class Mover:
         here = self._fetch(memory)
         if memory.arrived is not None:
             self.lanes.wait(memory.arrived)
+            memory.arrived = None
         memory.check()
         if memory.spoiled:
             raise RuntimeError(
@@ -261,7 +281,7 @@ class Mover:
         self._fetch_ahead(memory.before, max(AHEAD, memory.room))
         memory.unread -= 1
         if memory.unread <= 0:
-            memory.here, memory.arrived, memory.wanted = None, None, False
+            memory.here, memory.wanted = None, False
         self.settle()
         result = torch.empty(0, dtype=packed.dtype, device=memory.device)
         return result.set_(here.untyped_storage(), packed.offset, packed.shape, packed.stride)

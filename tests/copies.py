@@ -49,6 +49,9 @@ class LateCopies:
         self.waits += not end.over
         end.end()
 
+    def abandon(self, end: Copy) -> None:
+        end.end()
+
     def end(self) -> None:
         for copy in self.open:
             copy.end()

@@ -189,3 +189,17 @@ def test_without_room_on_the_host_tensors_stay_and_it_is_noted(monkeypatch: pyte
     assert torch.equal(torch.autograd.grad(run(x).sum(), x)[0], expected(x))
     assert run.notes == ["memory_budget: the host has no more memory for activations: CUDA error: out of memory"]
     assert run.lanes.log == []
+
+
+def test_memory_that_a_copy_still_writes_to_is_not_given_away() -> None:
+    run = Moving()
+    y = run(rows())
+    run.mover.settle(0)
+    y = y * 1.0
+    run.mover.return_before([y], room=10**9)
+    torch.autograd.grad(y.sum(), y)  # no layer's backward runs, but what they would read is on its way
+    assert run.comings == 6
+    assert not any(copy.over for copy in run.lanes.open[6:])
+    del y
+    gc.collect()
+    assert all(copy.over for copy in run.lanes.open)
