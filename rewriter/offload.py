@@ -204,7 +204,7 @@ class Mover:
         moved: dict[int, _Moved | None] = {}
 
         def pack(t: torch.Tensor) -> Any:
-            if t.nbytes < SMALL or type(t) is not torch.Tensor or t.layout is not torch.strided:
+            if t.nbytes < SMALL or type(t) is not torch.Tensor or t.layout is not torch.strided or t.is_complex():
                 return t
             at = t.untyped_storage().data_ptr()
             if at in staying:

@@ -21,6 +21,8 @@ from fastlora.offload import Mover
 
 PENDING = 128 << 20
 """Bytes that may be on their way to the host in any case: less would have the computation wait for each copy."""
+MOST_KINDS = 4096
+"""Shapes of inputs for which it is known what is kept; lengths that never come back are not to fill the memory."""
 MOST_CALLS = 4096
 """Calls of a forward, at most; more were made outside of the model's, which nobody announces."""
 
@@ -84,6 +86,8 @@ class Thrift:
             spared = stack.enter_context(sparing()) if choice.spares else None
             stack.enter_context(self._mover.hooks({_memory(t) for t in held}, saved.append, choice.moves, room))
             results = run(*args)
+        if len(self._needs) >= MOST_KINDS:
+            self._needs.clear()
         if kind not in self._needs and spared is not None:
             flops = (
                 2

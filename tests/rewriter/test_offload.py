@@ -203,3 +203,13 @@ def test_memory_that_a_copy_still_writes_to_is_not_given_away() -> None:
     del y
     gc.collect()
     assert all(copy.over for copy in run.lanes.open)
+
+
+def test_complex_numbers_stay_as_their_views_may_be_conjugates() -> None:
+    lanes = LateCopies()
+    mover = Mover(lanes, lambda _: None)
+    x = torch.randn(4, dtype=torch.complex64, requires_grad=True)
+    with mover.hooks(set(), lambda _: None, moves=True):
+        y = (x.conj() * x * x).abs().sum()
+    assert lanes.log == []
+    assert torch.equal(torch.autograd.grad(y, x)[0], torch.autograd.grad((x.conj() * x * x).abs().sum(), x)[0])
