@@ -136,7 +136,8 @@ class DeferredLogits(torch.Tensor):
             if func in _METADATA:
                 return func(*args, **kwargs)
             if isinstance(subject, DeferredLogits) and func in _HANDLERS and subject.product is None:
-                result = _HANDLERS[func](*args, **kwargs)
+                rest = {name: value for name, value in kwargs.items() if args or name != "input"}
+                result = _HANDLERS[func](*(args or (subject,)), **rest)
                 if result is not None:
                     return result
             if isinstance(subject, DeferredLogits) and _writes(func):
@@ -259,7 +260,12 @@ def _plus(logits: DeferredLogits, other: Any, **options: Any) -> DeferredLogits 
     untouched = recipe.dtype is recipe.base_dtype and recipe.scale == 1.0 and not recipe.squashed
     if options or recipe.bias is not None or not untouched or type(other) not in (torch.Tensor, nn.Parameter):
         return None
-    if other.dtype != recipe.dtype or other.device != logits.device or not 0 < other.dim() <= logits.dim():
+    if (
+        other.is_inference()
+        or other.dtype != recipe.dtype
+        or other.device != logits.device
+        or not 0 < other.dim() <= logits.dim()
+    ):
         return None
     if other.shape[-1] != logits.shape[-1] or other.numel() != logits.shape[-1]:
         return None
@@ -300,7 +306,8 @@ def _cross_entropy(
 
 
 def _requires_grad(logits: DeferredLogits) -> bool:
-    return logits.recipe.hidden.requires_grad or logits.recipe.weight.requires_grad
+    recipe = logits.recipe
+    return any(t is not None and t.requires_grad for t in (recipe.hidden, recipe.weight, recipe.bias))
 
 
 _TENSOR: Any = torch.Tensor

@@ -44,18 +44,24 @@ class Gate:
             if reason:
                 self._session.bypassed[reason] += 1
             return self._module._call_impl(*args, **kwargs)
+        ran = self._session.executions
         try:
             return self._run(*args, **kwargs)
         except TorchRuntimeError:
-            if not self._session.oblivious:
-                raise
             # a size of one that is there to be broadcast may be taken for one that changes, and then it fits nothing
+            if not self._session.oblivious or self._session.executions > ran:
+                raise
             self._session.oblivious = False
             return self._run(*args, **kwargs)
         except BackendCompilerFailed as failure:
             if isinstance(failure.inner_exception, FastLoRAError):  # ours, with a message for the user
                 raise failure.inner_exception from None
             raise
+        finally:
+            if (
+                self._session.executions > ran + 1
+            ):  # a call in pieces, of which the first had run when a later one failed
+                self._session.oblivious = False
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         self._session.enter(self._region)

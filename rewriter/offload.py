@@ -9,6 +9,7 @@ Numerically nothing happens: what comes back has the bits, sizes and strides of 
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
@@ -47,8 +48,8 @@ class Lanes(Protocol):
     def wait(self, end: Any) -> None:
         """Has the computation wait for the end of a copy."""
 
-    def abandon(self, end: Any) -> None:
-        """Has whoever is given the memory that a copy still writes to wait for its end."""
+    def release(self, end: Any) -> None:
+        """Has whoever is given the device's memory of a copy next wait for its end."""
 
 
 class _End(NamedTuple):
@@ -92,7 +93,7 @@ class CudaLanes:
     def wait(self, end: _End) -> None:
         torch.cuda.current_stream(end.stream.device).wait_event(end.mark)
 
-    def abandon(self, end: _End) -> None:
+    def release(self, end: _End) -> None:
         end.stream.wait_event(end.mark)
 
     def _copy(self, to: torch.Tensor, of: torch.Tensor, device: torch.device, outward: bool) -> _End:
@@ -159,10 +160,18 @@ class _Moved:
 
     def __del__(self) -> None:
         if self.arrived is not None:  # nobody has read it, and its memory is free now
-            self.lanes.abandon(self.arrived)
+            self.lanes.release(self.arrived)
 
     def check(self) -> None:
         self.spoiled |= self.original is not None and self.original._version != self.version
+
+
+class _Stayed(NamedTuple):
+    """A saved tensor that did not move, without its history: what saves its own result would otherwise keep itself
+    alive. And its version, which autograd does not check for tensors with hooks."""
+
+    tensor: torch.Tensor
+    version: int
 
 
 @dataclass(frozen=True)
@@ -188,6 +197,7 @@ class Mover:
     lanes: Lanes
     note: Callable[[str], None]
     _leaving: deque[_Moved] = field(default_factory=deque)
+    _lock: Any = field(default_factory=threading.RLock)
     _last: weakref.ref[_Moved] | None = None
     _full: bool = False
 
@@ -204,17 +214,15 @@ class Mover:
         moved: dict[int, _Moved | None] = {}
 
         def pack(t: torch.Tensor) -> Any:
-            if t.nbytes < SMALL or type(t) is not torch.Tensor or t.layout is not torch.strided or t.is_complex():
-                return t
-            at = t.untyped_storage().data_ptr()
-            if at in staying:
-                return t
+            at = t.untyped_storage().data_ptr() if t.nbytes >= SMALL and _is_plain(t) else None
+            if at is None or at in staying:
+                return _Stayed(t.detach(), t._version)
             memory = moved.get(at)
             if at not in moved or (memory is not None and memory.here is None):  # then others have that address now
                 seen(t.untyped_storage().nbytes())
                 memory = moved[at] = self._move(t, room) if moves else None
             if memory is None:
-                return t
+                return _Stayed(t.detach(), t._version)
             memory.unread += 1
             return _Packed(memory, t.dtype, t.shape, t.stride(), int(t.storage_offset()))
 
@@ -222,17 +230,18 @@ class Mover:
 
     def settle(self, most: int | None = None) -> None:
         """Frees what has been copied; and waits for copies as long as more than `most` bytes are still to be."""
-        while self._leaving:
-            memory = self._leaving[0]
-            if not self.lanes.is_over(memory.left):
-                if most is None or sum(each.host.nbytes for each in self._leaving) <= most:
-                    return
-                self.lanes.wait(memory.left)
-            memory.check()
-            memory.original = None
-            if not memory.wanted:
-                memory.here = None
-            self._leaving.popleft()
+        with self._lock:
+            while self._leaving:
+                memory = self._leaving[0]
+                if not self.lanes.is_over(memory.left):
+                    if most is None or sum(each.host.nbytes for each in self._leaving) <= most:
+                        return
+                    self.lanes.release(memory.left)
+                memory.check()
+                memory.original = None
+                if not memory.wanted:
+                    memory.here = None
+                self._leaving.popleft()
 
     def return_before(self, results: Iterable[Any], room: int) -> None:
         """Has as much of what moved so far come back as has `room` when the backward of `results` begins."""
@@ -241,7 +250,8 @@ class Mover:
             return
 
         def fetch(_: torch.Tensor) -> None:
-            self._fetch_ahead(last(), room)
+            with self._lock:
+                self._fetch_ahead(last(), room)
 
         for t in results:
             if isinstance(t, torch.Tensor) and t.requires_grad:
@@ -259,30 +269,29 @@ class Mover:
             self._full = True
             self.note(f"memory_budget: the host has no more memory for activations: {problem}".partition("\n")[0])
             return None
-        memory = _Moved(self.lanes, host, t.device, left, self._last, here, t.detach(), t._version, room)
-        self._last = weakref.ref(memory)
-        self._leaving.append(memory)
+        with self._lock:
+            memory = _Moved(self.lanes, host, t.device, left, self._last, here, t.detach(), t._version, room)
+            self._last = weakref.ref(memory)
+            self._leaving.append(memory)
         return memory
 
     def _unpack(self, packed: Any) -> torch.Tensor:
-        if isinstance(packed, torch.Tensor):
-            return packed
-        memory: _Moved = packed.memory
-        here = self._fetch(memory)
-        if memory.arrived is not None:
-            self.lanes.wait(memory.arrived)
-            memory.arrived = None
-        memory.check()
-        if memory.spoiled:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation, "
-                "while memory_budget moved it to the host"
-            )
-        self._fetch_ahead(memory.before, max(AHEAD, memory.room))
-        memory.unread -= 1
-        if memory.unread <= 0:
-            memory.here, memory.wanted = None, False
-        self.settle()
+        if isinstance(packed, _Stayed):
+            _refuse(packed.tensor._version != packed.version)
+            return packed.tensor
+        with self._lock:
+            memory: _Moved = packed.memory
+            here = self._fetch(memory)
+            if memory.arrived is not None:
+                self.lanes.wait(memory.arrived)
+                memory.arrived = None
+            memory.check()
+            _refuse(memory.spoiled)
+            self._fetch_ahead(memory.before, max(AHEAD, memory.room))
+            memory.unread -= 1
+            if memory.unread <= 0:
+                memory.here, memory.wanted = None, False
+            self.settle()
         result = torch.empty(0, dtype=packed.dtype, device=memory.device)
         return result.set_(here.untyped_storage(), packed.offset, packed.shape, packed.stride)
 
@@ -299,3 +308,16 @@ class Mover:
                 self._fetch(memory)
                 room -= memory.host.nbytes
             memory = memory.before
+
+
+def _is_plain(t: torch.Tensor) -> bool:
+    """Whether a tensor is no more than a part of its memory."""
+    return type(t) is torch.Tensor and t.layout is torch.strided and not (t.is_complex() or t.is_neg())
+
+
+def _refuse(changed: bool) -> None:
+    if changed:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation, after a "
+            "region with a memory_budget had saved it"
+        )

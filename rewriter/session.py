@@ -102,6 +102,7 @@ class Session:
         self.head_layer: nn.Linear | None = None
         self.region = ""
         self.oblivious = True
+        self.executions = 0
         self._recorder = CudaGraphs()
         self._pace = Pace(CudaStopwatch)
         budget = None if options.dry else options.memory_budget
@@ -145,6 +146,7 @@ class Session:
 
         def served(*args: Any) -> Any:
             self._serving[self.region, frame_id] = traced
+            self.executions += 1
             return run(*args) if thrift is None else thrift.run(key, run, args)
 
         return served

@@ -7,13 +7,14 @@ that is nothing, a region runs as it would without a budget.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastlora.budget import KEEP, LEAST, Choice, Needs, choose, left
 from fastlora.kernels.sparing import sparing
@@ -64,8 +65,12 @@ class Thrift:
         """Runs a graph on its arguments: parameters, activations and plain values."""
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
         given = [t for t in tensors if not isinstance(t, nn.Parameter)]
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-            self._note("memory_budget does nothing where saved tensors have hooks, as in gradient checkpointing")
+        autograd = torch._C._autograd
+        disabled = autograd._saved_tensors_hooks_get_disabled_error_message() is not None
+        if disabled or autograd._top_saved_tensors_default_hooks(True) is not None:
+            self._note(
+                "memory_budget does nothing where saved tensors have hooks, as in gradient checkpointing, or may not"
+            )
             return run(*args)
         leads_back = any(t.requires_grad for t in tensors)
         if not given or not leads_back or torch._C._current_graph_task_id() != -1:  # which runs on the way back
@@ -84,7 +89,7 @@ class Thrift:
         saved: list[int] = []
         with ExitStack() as stack:
             spared = stack.enter_context(sparing()) if choice.spares else None
-            stack.enter_context(self._mover.hooks({_memory(t) for t in held}, saved.append, choice.moves, room))
+            stack.enter_context(self._mover.hooks(_addresses(held), saved.append, choice.moves, room))
             results = run(*args)
         if len(self._needs) >= MOST_KINDS:
             self._needs.clear()
@@ -115,5 +120,13 @@ class Thrift:
 _chosen = lru_cache(maxsize=64)(choose)
 
 
-def _memory(t: torch.Tensor) -> int:
-    return t.untyped_storage().data_ptr()
+def _addresses(tensors: Iterable[torch.Tensor]) -> set[int]:
+    """Where tensors lie, or what wrapper subclasses are made of."""
+    found: set[int] = set()
+    for t in tensors:
+        if is_traceable_wrapper_subclass(t):
+            names, _ = t.__tensor_flatten__()  # type: ignore[attr-defined]
+            found |= _addresses(getattr(t, name) for name in names)
+        else:
+            found.add(t.untyped_storage().data_ptr())
+    return found

@@ -49,8 +49,8 @@ class LateCopies:
         self.waits += not end.over
         end.end()
 
-    def abandon(self, end: Copy) -> None:
-        end.end()
+    def release(self, end: Copy) -> None:
+        self.wait(end)
 
     def end(self) -> None:
         for copy in self.open:

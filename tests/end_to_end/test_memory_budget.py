@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from copies import LateCopies
 from tiny_models import batch, build, step
+from torch.testing._internal.two_tensor import TwoTensor
 
 import fastlora
 from fastlora import offload, session, thrift
@@ -111,3 +114,48 @@ def test_under_gradient_checkpointing_it_has_no_effect_and_says_so(copies):
     mine = step(fastlora.compile(model, memory_budget=0), given)
     assert abs(mine.loss - plain.loss) < 1e-6
     assert any("gradient checkpointing" in note for note in fastlora.report(model).notes)
+
+
+def test_weights_that_changed_before_the_backward_are_noticed():
+    model = fastlora.compile(build("llama"), memory_budget=0)
+    first, second = model(**batch()).loss, model(**batch(seed=1)).loss
+    first.backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.mul_(1.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        second.backward()
+
+
+def test_forwards_without_a_backward_leak_nothing():
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
+
+    model = fastlora.compile(build("llama"), memory_budget=0)
+    for _ in range(3):
+        model(**batch())
+    before = alive()
+    for _ in range(3):
+        model(**batch())
+    assert alive() <= before
+
+
+def test_weights_without_memory_of_their_own_are_looked_into(copies):
+    model = build("llama")
+    layer = model.base_model.model.model.layers[1].mlp.gate_proj.base_layer
+    weight = layer.weight.detach()
+    layer.weight = torch.nn.Parameter(TwoTensor(weight, weight.clone()), requires_grad=False)
+    plain = step(fastlora.compile(build("llama")), batch())
+    mine = step(fastlora.compile(model, memory_budget=0), batch())
+    assert abs(mine.loss - plain.loss) < 1e-6
+    parts = {t.untyped_storage().data_ptr() for t in (layer.weight.a, layer.weight.b)}
+    assert thrift._addresses([layer.weight]) == parts
+
+
+def test_where_hooks_are_forbidden_nothing_moves(copies):
+    model = fastlora.compile(build("llama"), memory_budget=0)
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        step(model, batch())
+    assert copies.log == []

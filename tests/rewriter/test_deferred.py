@@ -136,6 +136,31 @@ def test_other_sums_are_ordinary(use):
     assert heads.tally.fused == 0
 
 
+def test_operations_by_keyword_are_the_same_operations():
+    heads, bias = Heads(), torch.randn(VOCABULARY)
+    for use in (
+        lambda z: shifted(torch.add(input=z, other=bias)),
+        lambda z: shifted(torch.mul(input=z, other=0.5)),
+        lambda z: shifted(torch.tanh(input=z)),
+    ):
+        assert_same(heads.both(use))
+    assert (heads.tally.fused, heads.tally.materialised) == (3, {})
+
+
+def test_a_trained_bias_makes_logits_of_a_frozen_head_want_gradients():
+    heads = Heads()
+    logits = heads.deferring(heads.hidden).detach()
+    assert not logits.requires_grad
+    assert (logits + torch.zeros(VOCABULARY, requires_grad=True)).requires_grad
+
+
+def test_what_was_made_in_inference_mode_can_be_added():
+    heads = Heads()
+    with torch.inference_mode():
+        bias = torch.ones(VOCABULARY)
+    assert torch.equal((heads.deferring(heads.hidden) + bias) * 1.0, heads.head(heads.hidden) + bias)
+
+
 def test_a_bias_that_changed_since_raises():
     heads, bias = Heads(), torch.zeros(VOCABULARY)
     logits = heads.deferring(heads.hidden) + bias

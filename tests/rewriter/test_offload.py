@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from copies import LateCopies
+from copies import Copy, LateCopies
 from torch import Tensor
 
 from fastlora import offload
@@ -213,3 +215,55 @@ def test_complex_numbers_stay_as_their_views_may_be_conjugates() -> None:
         y = (x.conj() * x * x).abs().sum()
     assert lanes.log == []
     assert torch.equal(torch.autograd.grad(y, x)[0], torch.autograd.grad((x.conj() * x * x).abs().sum(), x)[0])
+
+
+@pytest.mark.parametrize("small", [1, 10**9])
+@pytest.mark.parametrize("moves", [False, True])
+def test_a_change_of_what_stays_is_no_silent_error_either(
+    small: int, moves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autograd leaves that to whoever has hooks."""
+    monkeypatch.setattr(offload, "SMALL", small)
+    mover, x, weight = Mover(LateCopies(), lambda _: None), rows(), torch.nn.Parameter(torch.randn(4, 4))
+    with mover.hooks({weight.untyped_storage().data_ptr()}, lambda _: None, moves):
+        y = (x * 2) @ weight
+    with torch.no_grad():
+        weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y.sum(), x)
+
+
+def test_a_forward_without_a_backward_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "SMALL", 10**9)  # so that results that are saved stay
+    run = Moving()
+    y = run(rows())
+    result = weakref.ref(y)
+    del y
+    gc.collect()
+    assert result() is None
+
+
+def test_a_negative_view_comes_back_as_one() -> None:
+    mover = Mover(LateCopies(), lambda _: None)
+    view, x = torch.randn(5, 4, dtype=torch.complex64).conj().imag, rows()
+    assert view.is_neg()
+    with mover.hooks(set(), lambda _: None, moves=True):
+        y = (x * view).sum()
+    mover.settle(0)
+    assert torch.equal(torch.autograd.grad(y, x)[0], view)
+
+
+def test_threads_may_settle_at_once() -> None:
+    class Slow(LateCopies):
+        def is_over(self, end: Copy) -> bool:
+            time.sleep(0.001)
+            return super().is_over(end)
+
+    run = Moving()
+    run.mover.lanes = run.lanes = Slow()
+    y = run(rows(), layers=10)
+    run.lanes.end()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: run.mover.settle(), range(8)))
+    assert not run.mover._leaving
+    assert y.grad_fn is not None
