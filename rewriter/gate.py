@@ -44,26 +44,30 @@ class Gate:
             if reason:
                 self._session.bypassed[reason] += 1
             return self._module._call_impl(*args, **kwargs)
-        ran = self._session.executions
         try:
-            return self._run(*args, **kwargs)
-        except TorchRuntimeError:
-            # a size of one that is there to be broadcast may be taken for one that changes, and then it fits nothing
-            if not self._session.oblivious or self._session.executions > ran:
-                raise
-            self._session.oblivious = False
             return self._run(*args, **kwargs)
         except BackendCompilerFailed as failure:
             if isinstance(failure.inner_exception, FastLoRAError):  # ours, with a message for the user
                 raise failure.inner_exception from None
             raise
-        finally:
-            if (
-                self._session.executions > ran + 1
-            ):  # a call in pieces, of which the first had run when a later one failed
-                self._session.oblivious = False
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
+        """A size of one that is there to be broadcast may be taken for one that changes, and then it fits nothing: if
+        nothing has run yet, the region is traced again."""
+        session = self._session
+        ran = session.executions
+        try:
+            return self._traced(*args, **kwargs)
+        except TorchRuntimeError:
+            if not session.oblivious or session.executions > ran:
+                raise
+            session.oblivious = False
+            return self._traced(*args, **kwargs)
+        finally:
+            if session.executions > ran + 1:  # it runs in pieces, of which the first has run when a later one is traced
+                session.oblivious = False
+
+    def _traced(self, *args: Any, **kwargs: Any) -> Any:
         self._session.enter(self._region)
         before = _dynamo.recompile_limit, _shapes.backed_size_oblivious
         _dynamo.recompile_limit, _shapes.backed_size_oblivious = _GRAPHS_PER_BLOCK, self._session.oblivious
