@@ -94,11 +94,8 @@ class Thrift:
         if len(self._needs) >= MOST_KINDS:
             self._needs.clear()
         if kind not in self._needs and spared is not None:
-            flops = (
-                2
-                * (largest.numel() // largest.shape[-1] if largest.dim() else 1)
-                * sum(t.numel() for t in held if t.dim() == 2)
-            )
+            tokens = largest.numel() // largest.shape[-1] if largest.dim() else 1
+            flops = 2 * tokens * sum(t.numel() for t in held if t.dim() == 2)
             self._needs[kind] = Needs(sum(saved) + spared.bytes, spared.bytes, flops)
         return results
 

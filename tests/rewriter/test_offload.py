@@ -152,32 +152,30 @@ def test_parameters_and_what_others_hold_stay() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
 
 
-@pytest.mark.parametrize("settled", [False, True])
-def test_a_change_before_the_copy_is_through_is_no_silent_error(settled: bool) -> None:
-    lanes = LateCopies()
-    mover = Mover(lanes, lambda _: None)
-    x = rows()
+def changed(settle_before: bool = False, settle_after: bool = False) -> tuple[Tensor, Tensor]:
+    """An input, and what is made of its double, which is saved, moves, and is changed then."""
+    mover, x = Mover(LateCopies(), lambda _: None), rows()
     with mover.hooks(set(), lambda _: None, moves=True):
         inner = x * 2
         y = inner.sin()
+    if settle_before:
+        mover.settle(0)
     with torch.no_grad():
         inner.add_(1)
-    if settled:
+    if settle_after:
         mover.settle(0)
+    return x, y
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_a_change_before_the_copy_is_through_is_no_silent_error(settled: bool) -> None:
+    _, y = changed(settle_after=settled)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
 
 def test_a_change_after_the_copy_does_no_harm() -> None:
-    lanes = LateCopies()
-    mover = Mover(lanes, lambda _: None)
-    x = rows()
-    with mover.hooks(set(), lambda _: None, moves=True):
-        inner = x * 2
-        y = inner.sin()
-    mover.settle(0)
-    with torch.no_grad():
-        inner.add_(1)
+    x, y = changed(settle_before=True)
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], 2 * (x * 2).cos())
 
 

@@ -111,7 +111,7 @@ def _examine(kind: Kind, way: Way, found: Examined) -> None:
 
 
 def build(kind: Kind, way: Way = PLAIN) -> nn.Module:
-    """The tiny model, as it is trained; no adapter's B is zero, so that every gradient is something."""
+    """The tiny model, as it is trained; no LoRA's B is zero, so that every gradient is something."""
     import transformers
 
     torch.manual_seed(0)
@@ -123,7 +123,7 @@ def build(kind: Kind, way: Way = PLAIN) -> nn.Module:
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
-        if "lora_B" in name and "pissa" not in way.name and "olora" not in way.name:
+        if "lora_B" in name and not way.initialised:
             nn.init.normal_(parameter, std=0.1)
     if way.reentrant is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": way.reentrant})

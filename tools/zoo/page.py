@@ -57,10 +57,20 @@ def counts(rows: list[Row]) -> list[tuple[str, int, int]]:
     return found
 
 
+def _conditions() -> dict[str, str]:
+    """What a page says of when and with what it was measured."""
+    versions = ", ".join(f"{name} {version(name)}" for name in _LIBRARIES)
+    return {"date": datetime.date.today().isoformat(), "versions": versions}
+
+
+def _problem(row: Row, most: int) -> str:
+    """As the cell of a table."""
+    return str(row["problem"]).replace("|", "/")[:most]
+
+
 def write_page(rows: list[Row], path: Path) -> None:
     head = _HEAD.format(
-        date=datetime.date.today().isoformat(),
-        versions=", ".join(f"{name} {version(name)}" for name in _LIBRARIES),
+        **_conditions(),
         counts="\n".join(f"| {what} | {of} | {many} |" for what, of, many in counts(rows)),
     )
     known = trained(rows)
@@ -102,8 +112,7 @@ def _others(rows: list[Row]) -> list[str]:
     lines.append("| --- | --- | --- |")
     for row in rows:
         if row["verdict"] in problems:
-            problem = str(row["problem"]).replace("|", "/")
-            lines.append(f"| {row['name']} | {row['verdict']} | {problem[:160]} |")
+            lines.append(f"| {row['name']} | {row['verdict']} | {_problem(row, 160)} |")
     return lines
 
 
@@ -134,19 +143,14 @@ times eager's. Not every model can be trained in every way: some cannot be built
 
 def write_ways(rows: list[Row], path: Path) -> None:
     """A line for each way, and one for each model that is not equal in it."""
-    head = _WAYS_HEAD.format(
-        date=datetime.date.today().isoformat(),
-        versions=", ".join(f"{name} {version(name)}" for name in _LIBRARIES),
-        names=" ".join(dict.fromkeys(row["name"] for row in rows)),
-    )
+    head = _WAYS_HEAD.format(**_conditions(), names=" ".join(dict.fromkeys(row["name"] for row in rows)))
     lines = [
         _way_line(way, [row for row in rows if row["way"] == way]) for way in dict.fromkeys(r["way"] for r in rows)
     ]
     odd = [row for row in rows if row["verdict"] != EQUAL]
     table = ["", "## What is not equal", "", "| model | way | | problem |", "| --- | --- | --- | --- |"]
     for row in odd:
-        problem = str(row["problem"]).replace("|", "/")[:140]
-        table.append(f"| {row['name']} | {row['way']} | {row['verdict']} | {problem} |")
+        table.append(f"| {row['name']} | {row['way']} | {row['verdict']} | {_problem(row, 140)} |")
     path.write_text(head + "\n".join([*lines, *table]) + "\n")
 
 

@@ -68,24 +68,24 @@ def _switched(base: nn.Module, names: list[str]) -> nn.Module:
     return model
 
 
-def _everything(base: nn.Module, names: list[str]) -> nn.Module:
+def _names_of(base: nn.Module, *modules: nn.Module | None) -> list[str]:
+    return [name for name, module in base.named_modules() if module in modules]
+
+
+def _everything(base: Any, names: list[str]) -> nn.Module:
     """The embeddings and the head as well."""
-    ends = [base.get_input_embeddings(), base.get_output_embeddings()]  # type: ignore[operator]
-    found = [name for name, module in base.named_modules() if any(module is end for end in ends)]
-    return lora()(base, [*names, *found])
+    return lora()(base, [*names, *_names_of(base, base.get_input_embeddings(), base.get_output_embeddings())])
 
 
-def _head_too(base: nn.Module, names: list[str]) -> nn.Module:
-    head = base.get_output_embeddings()  # type: ignore[operator]
-    found = [name for name, module in base.named_modules() if module is head]
-    return lora(modules_to_save=found)(base, names)
+def _head_too(base: Any, names: list[str]) -> nn.Module:
+    return lora(modules_to_save=_names_of(base, base.get_output_embeddings()))(base, names)
 
 
 def _first_layer(base: nn.Module, names: list[str]) -> nn.Module:
     return lora()(base, [name for name in names if ".0." in name])
 
 
-def _queries(base: nn.Module, names: list[str]) -> nn.Module:
+def _every_other(base: nn.Module, names: list[str]) -> nn.Module:
     """Every other layer, so that groups are incomplete."""
     return lora()(base, names[::2])
 
@@ -151,6 +151,7 @@ class Way:
         does: what it changes, for a page.
         adapt: makes the model that is trained of the base model and the names of its linear layers.
         inputs: makes the batch of the plain one.
+        initialised: whether adapters stay as PEFT made them.
         training: whether dropout is active.
         dtype: of the base model; adapters are float32.
         autocast: the dtype of autocast, if it is on.
@@ -162,6 +163,7 @@ class Way:
     does: str
     adapt: Adapt = lora()  # noqa: RUF009  (a function)
     inputs: Callable[[Batch], Batch] = _as_it_is
+    initialised: bool = False
     training: bool = False
     dtype: torch.dtype = torch.float32
     autocast: torch.dtype | None = None
@@ -194,14 +196,14 @@ WAYS = {
         Way("lora-bias", "a bias in B", lora(lora_bias=True)),
         Way("biases", "the base's biases are trained as well", lora(bias="all")),
         Way("dora", "DoRA", lora(use_dora=True)),
-        Way("pissa", "PiSSA initialisation", lora(init_lora_weights="pissa")),
-        Way("olora", "OLoRA initialisation", lora(init_lora_weights="olora")),
+        Way("pissa", "PiSSA initialisation", lora(init_lora_weights="pissa"), initialised=True),
+        Way("olora", "OLoRA initialisation", lora(init_lora_weights="olora"), initialised=True),
         Way("two-adapters", "two adapters are active", _two),
         Way("switched", "the second of two adapters is active", _switched),
         Way("everything", "LoRA on embeddings and the output head as well", _everything),
         Way("head-too", "the output head is trained, in modules_to_save", _head_too),
         Way("first-layer", "LoRA in the first layer only", _first_layer),
-        Way("every-other", "LoRA on every other linear layer", _queries),
+        Way("every-other", "LoRA on every other linear layer", _every_other),
         Way("adalora", "AdaLoRA", other("AdaLoraConfig", init_r=RANK, target_r=2, total_step=10)),
         Way("loha", "LoHa", other("LoHaConfig", r=RANK)),
         Way("vera", "VeRA", other("VeraConfig", r=RANK)),
