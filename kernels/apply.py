@@ -2,37 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from fastlora.kernels import sparing
+from fastlora.kernels.encoded import Encoded
 
 if TYPE_CHECKING:
     from fastlora.kernels.op import SemanticOp
 
 
-class Remade(NamedTuple):
-    """A saved value, by its place among these, that the backward makes with another op from that op's values."""
+class Made(NamedTuple):
+    """A tensor argument that is made of another op's values: for the backward alone, which is then not kept, or, if it
+    is `encoded`, by the op itself wherever it reads it.
 
-    at: int
+    Attributes:
+        argument: its place among the op's arguments; `member` its place in a list of them.
+        saved: its place among what the op saves.
+        maker, values: the op whose first output it is, and that op's arguments.
+    """
+
+    argument: int
+    member: int | None
+    saved: int
+    encoded: bool
     maker: SemanticOp
     values: tuple[Any, ...]
 
-    def make(self, leaves: Iterator[torch.Tensor | None]) -> torch.Tensor:
-        """The value; `leaves` has the maker's tensors, as they were saved."""
-        flat = iter(self.maker.leaves.grouped(list(leaves)))
+    def make(self, leaves: Iterator[torch.Tensor | None]) -> Any:
+        """It, or what stands in for it; `leaves` goes on with the maker's tensors, as they were saved."""
+        flat = iter(self.maker.leaves.grouped([next(leaves) for _ in self.leaves]))
         values = [next(flat) if a.is_tensor else v for a, v in zip(self.maker.arguments, self.values, strict=True)]
-        return self.maker.below_autograd(self.maker.leaves.flat(values), values)[0]
+        if self.encoded:
+            return Encoded(self.maker, values)
+        results = self.maker.below_autograd(self.maker.leaves.flat(values), values)
+        return results[0] if len(self.maker.result_names) > 1 else results
 
     @property
     def leaves(self) -> list[torch.Tensor | None]:
         return self.maker.leaves.flat(self.values)
 
-    def without_tensors(self) -> Remade:
+    def without_tensors(self) -> Made:
         arguments = zip(self.maker.arguments, self.values, strict=True)
-        return self._replace(values=tuple(None if a.is_tensor else value for a, value in arguments))
+        return self._replace(values=tuple(_nothing(v) if a.is_tensor else v for a, v in arguments))
+
+    def put(self, values: list[Any], at: int, value: Any) -> None:
+        """Puts `value` in its place, the entry `at` of `values` or one of the list there."""
+        if self.member is None:
+            values[at] = value
+        else:
+            values[at] = [*values[at][: self.member], value, *values[at][self.member + 1 :]]
+
+
+def _nothing(value: Any) -> Any:
+    return [None] * len(value) if isinstance(value, (list, tuple)) else None
+
+
+def with_encoded(values: Sequence[Any], made: Sequence[Made]) -> Sequence[Any]:
+    """An op's values, with what stands in for encoded matrices, of which autograd is not to know, in their places."""
+    whole: list[Any] | None = None
+    for each in made:
+        if each.encoded:
+            whole = list(values) if whole is None else whole
+            each.put(whole, each.argument, Encoded(each.maker, each.values))
+    return values if whole is None else whole
 
 
 class Apply(torch.autograd.Function):
@@ -44,18 +79,21 @@ class Apply(torch.autograd.Function):
         op: SemanticOp,
         values: tuple[Any, ...],
         owns: bool,
-        remade: Remade | None,
+        made: tuple[Made, ...],
         *tensors: torch.Tensor | None,
     ) -> Any:
         needs = ctx.needs_input_grad[4:]
-        results = op.below_autograd(tensors, [*values[: len(op.names)], needs] if op.foresees else values)
+        whole = with_encoded(values, made)
+        results = op.below_autograd(tensors, [*whole[: len(op.names)], needs] if op.foresees else whole)
         results = results if len(op.result_names) > 1 else (results,)
         saved, constants = op.to_save(needs, values, results)
-        ctx.op, ctx.constants, ctx.shared, ctx.owns, ctx.remade = op, constants, op.sharing(values), owns, None
-        others: list[torch.Tensor | None] = []
+        ctx.op, ctx.constants, ctx.shared, ctx.owns = op, constants, op.sharing(values), owns
         ctx.spared = owns and sparing.spare(op, saved)
-        if remade is not None and saved[remade.at] is not None:
-            saved[remade.at], others, ctx.remade = None, remade.leaves, remade.without_tensors()
+        made = tuple(each for each in made if each.encoded or saved[each.saved] is not None)
+        for each in made:
+            each.put(saved, each.saved, None)
+        others = [leaf for each in made for leaf in each.leaves]
+        ctx.made = tuple(each.without_tensors() for each in made)
         ctx.lengths = [len(value) if isinstance(value, list) else None for value in saved]
         ctx.save_for_backward(*op.saved_leaves.flat(saved), *others)
         outputs = op.output_leaves.flat(results)
@@ -84,8 +122,8 @@ class Apply(torch.autograd.Function):
         saved = [next(flat) if n is None else [next(flat) for _ in range(n)] for n in ctx.lengths]
         found: list[torch.Tensor] = []
         if any(asked):
-            if ctx.remade is not None:
-                saved[ctx.remade.at] = ctx.remade.make(flat)
+            for each in ctx.made:
+                each.put(saved, each.saved, each.make(flat))
             if ctx.spared:
                 sparing.restore(op, saved, ctx.constants)
             found = op.differentiate(list(grads), asked, leaves, *saved, *ctx.constants, owned=ctx.owns)

@@ -291,6 +291,7 @@ lora_linear = op(
         "x": lambda wanted, given: wanted["weight"] or (wanted["lora_a"] and given["x_dropped"] is None),
         "x_dropped": lambda wanted, _: wanted["lora_a"],
     },
+    decodes=("weight",),
     cost=Cost(
         forward=Work(flops="2*T*N*K + 2*T*R*(N + K)", bytes="(T*K + T*N + T*R)*b + N*K*w + R*(N + K)*p"),
         backward=Work(flops="2*T*N*K + 4*T*R*(N + K)", bytes="(2*T*K + T*N + T*R)*b + N*K*w + 2*R*(N + K)*p"),

@@ -21,13 +21,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fastlora.kernels import dispatch
-from fastlora.kernels.apply import Apply, Remade
+from fastlora.kernels.apply import Apply, Made, with_encoded
 from fastlora.kernels.cost import Cost
+from fastlora.kernels.encoded import decoded
 from fastlora.kernels.forms import Form, Forms
 from fastlora.kernels.schema import Leaves, parse
 
@@ -78,6 +79,15 @@ class _SharedGradients:
         return results
 
 
+class Make(NamedTuple):
+    """An argument of an op, one of a list if it has a `member`, that is made of the values of another one."""
+
+    argument: str
+    member: int | None
+    maker: SemanticOp
+    encoded: bool = False
+
+
 class SemanticOp:
     """A named computation with a reference, a forward that keeps residuals, and a hand-derived backward.
 
@@ -99,9 +109,10 @@ class SemanticOp:
     backward is told by `spent` whether it is the last to read what was saved: gradients that the forward made then need
     not be copied. The backward of one that `spends` is told the same of its residuals where only `run` had them: it may
     then write over them. `spares` names large residuals that a form's `restore`, or else the forward, makes again, bit
-    for bit, of the rest of what is saved, which has all tensors that the op takes (`sparing.py`). `again` is for ops
-    that are cheap, and keep for their own backward what their first output can be made from: the op that makes it (None
-    for itself), and what its arguments are called here if otherwise.
+    for bit, of the rest of what is saved, which has all tensors that the op takes (`sparing.py`). `decodes` names frozen
+    matrices that all forms read in no other way than `encoded.py` has it. `again` is for ops that are cheap, and keep
+    for their own backward what their first output can be made from: the op that makes it (None for itself), and what
+    its arguments are called here if otherwise.
     """
 
     def __init__(
@@ -123,6 +134,7 @@ class SemanticOp:
         foresees: bool = False,
         spends: bool = False,
         spares: tuple[str, ...] = (),
+        decodes: tuple[str, ...] = (),
         again: tuple[SemanticOp | None, dict[str, str]] | None = None,
         cost: Cost | None = None,
     ) -> None:
@@ -155,6 +167,7 @@ class SemanticOp:
         )
         self._read_by = read_by or {}
         self.foresees, self.spends, self.spares, self._again = foresees, spends, spares, again
+        self.decodes = decodes
         self.cost = cost
         self._register(schema)
 
@@ -254,37 +267,51 @@ class SemanticOp:
         op = maker or self
         return op, [others.get(name, name) for name in op.names]
 
-    def remaking(self, name: str, maker: SemanticOp) -> Callable[..., Any]:
-        """As `run`, but an argument is not kept: the backward makes it again, as the first output of another op whose
-        values follow this one's own. That saves memory where those are kept anyway."""
-        at = next((i for i, a in enumerate(self.saved) if a.name == name), None)
-        if at is None:
-            raise ValueError(f"{self.name} does not save {name!r}")
-        count = len(self.names)
+    def making(self, makes: Sequence[Make]) -> Callable[..., Any]:
+        """As `run`, but arguments are made of other ops' values, which follow this one's own in the order of `makes`.
+        One that the forward has is made again for the backward instead of being kept, which saves memory where that
+        op's values are kept anyway; one that is encoded is left out among this one's own values.
+
+        Raises:
+            ValueError: for an argument that the op does not save, or, encoded, that it does not take so.
+        """
+        plans = []
+        at = len(self.names)
+        for make in makes:
+            if make.argument not in (a.name for a in self.saved):
+                raise ValueError(f"{self.name} does not save {make.argument!r}")
+            if make.encoded and make.argument not in self.decodes:
+                raise ValueError(f"{self.name} takes no encoded {make.argument!r}")
+            saved = next(i for i, a in enumerate(self.saved) if a.name == make.argument)
+            place = self.names.index(make.argument), make.member, saved, make.encoded, make.maker
+            plans.append((place, slice(at, at := at + len(make.maker.names))))
 
         def call(values: tuple[Any, ...]) -> Any:
-            return self._differentiable(values[:count], self.output_leaves, Remade(at, maker, values[count:]))
+            made = tuple(Made(*place, values[own]) for place, own in plans)
+            return self._differentiable(values[: len(self.names)], self.output_leaves, made)
 
-        return _function(f"{self.name}_remaking_{name}_by_{maker.name}", call)
+        makers = "_".join(f"{make.argument}_by_{make.maker.name}" for make in makes)
+        return _function(f"{self.name}_making_{makers}", call)
 
     def _run_autograd(self, *values: Any) -> Any:
         return self._differentiable(values, self._result_leaves)
 
-    def _differentiable(self, values: tuple[Any, ...], handed_out: Leaves, remade: Remade | None = None) -> Any:
+    def _differentiable(self, values: tuple[Any, ...], handed_out: Leaves, made: tuple[Made, ...] = ()) -> Any:
         """Runs the op, and has autograd know of it; hands out results, or outputs only, as one tensor or a tuple."""
         tensors = self.leaves.flat(values)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
             owns = handed_out is self.output_leaves
-            results = handed_out.grouped(Apply.apply(self, values, owns, remade, *tensors))
+            results = handed_out.grouped(Apply.apply(self, values, owns, made, *tensors))
             return tuple(results) if len(self.result_names) > 1 else results[0]
-        return self.below_autograd(tensors, values)
+        return self.below_autograd(tensors, with_encoded(values, made))
 
     def below_autograd(self, tensors: Sequence[torch.Tensor | None], values: Sequence[Any]) -> Any:
-        """Runs the forward operator on its `values`, the tensors among which are given as well."""
+        """Runs the forward operator on its `values`, the tensors among which are given as well; encoded ones count as
+        the plain ones that they are made of."""
         if dispatch.unheard(tensors):
             return self._run_forward(*values)
         with torch._C._AutoDispatchBelowAutograd():
-            return self.target(*values)
+            return self.target(*decoded(values))
 
     def differentiate(
         self,
@@ -299,7 +326,7 @@ class SemanticOp:
         if dispatch.unheard(grads) and dispatch.unheard(saved):
             may_spend = self.foresees or (self.spends and owned)
             return self._run_backward(grads, asked, *values, spent=may_spend and dispatch.is_last_backward())
-        return self.backward_target(grads, asked, *values)
+        return self.backward_target(grads, asked, *decoded(values))
 
     def rehearse(self, values: Sequence[Any], needs: Sequence[bool]) -> None:
         """Runs forward and backward on tensors without memory, for what the forms do on the way.

@@ -1,6 +1,6 @@
 """Not keeping what the backward can make again at a price: the widest activations, for one or two products of a layer.
 
-Unlike what a graph is rewritten to make again (`apply.Remade`), which costs next to nothing, this is decided call by
+Unlike what a graph is rewritten to make again (`apply.Made`), which costs next to nothing, this is decided call by
 call: as much is spared as the memory at hand asks for.
 """
 
@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from fastlora.kernels import dispatch
 
@@ -60,8 +62,8 @@ def restore(op: SemanticOp, saved: list[Any], constants: Sequence[Any]) -> None:
     named = dict(zip(op.backward_names, (*saved, *constants), strict=True))
     arguments = {name: named[name] for name in op.names}
     values = list(arguments.values())
-    tensors = op.leaves.flat(values)
-    anchor = next(t for t in tensors if t is not None)
+    tensors = [t for t in op.leaves.flat(values) if isinstance(t, torch.Tensor)]  # of encoded ones there are stand-ins
+    anchor = tensors[0]
     form = op.forms.forward(anchor, arguments)
     if form.restore is not None and dispatch.unheard(tensors):
         made = dispatch.run(f"{op.name}_restore", form.restore, anchor, named)

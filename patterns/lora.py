@@ -55,6 +55,11 @@ def _low_rank_path(x, lora_a, lora_b, lora_bias, scaling):
     return either(scaled=low * scaling, plain=low)
 
 
+def _contribution(x, lora_a, lora_b, lora_bias, scaling):
+    """PEFT rounds it to the dtype of a quantised base layer's result before it adds it; the op rounds the sum alone."""
+    return cast(_low_rank_path(x, lora_a, lora_b, lora_bias, scaling))
+
+
 @rule(
     ops.lora_linear,
     anchor=low_rank,
@@ -74,7 +79,7 @@ def lora_linear(
 ):
     base = linear(x, weight, bias).named("base")
     adapted = either(seeded=_seeded(x, dropout), dropped=_dropped(x, _p), plain=cast(x))
-    return cast(base + _low_rank_path(adapted, lora_a, lora_b, lora_bias, scaling))
+    return cast(base + _contribution(adapted, lora_a, lora_b, lora_bias, scaling))
 
 
 @rule(ops.lora_add, anchor=low_rank, benefit=2, attrs={"lora_dtype": dtype_of("inner"), "out_dtype": dtype_of()})
@@ -89,7 +94,7 @@ def lora_add(
 ):
     """An adapter on whatever its base layer is: a quantised product, a Conv1D, a layer that has adapters already."""
     adapted = either(seeded=_seeded(x, dropout), plain=cast(x))
-    return cast(base + _low_rank_path(adapted, lora_a, lora_b, lora_bias, scaling))
+    return cast(base + _contribution(adapted, lora_a, lora_b, lora_bias, scaling))
 
 
 @lora_linear.where

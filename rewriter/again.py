@@ -12,16 +12,14 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-from fastlora.kernels.op import SemanticOp
+from fastlora.kernels.op import Make, SemanticOp
 
 
 class Again(NamedTuple):
-    """An op that reads an argument, and another one that can make it in the backward, with that one's arguments."""
+    """A node of an op that reads an argument, what makes that one for it, and that one's arguments."""
 
     node: fx.Node
-    op: SemanticOp
-    argument: str
-    maker: SemanticOp
+    make: Make
     values: tuple[Any, ...]
 
 
@@ -36,7 +34,7 @@ def found(graph: fx.Graph, ops: dict[Any, SemanticOp]) -> Iterator[Again]:
             if name in saved and isinstance(value, fx.Node) and list(value.users) == [node]:
                 made = _maker(value, ops)
                 if made is not None and node.args.count(value) == 1:
-                    yield Again(node, op, name, *made)
+                    yield Again(node, Make(name, None, made[0]), made[1])
                     break
 
 
@@ -53,10 +51,3 @@ def _maker(value: fx.Node, ops: dict[Any, SemanticOp]) -> tuple[SemanticOp, tupl
     known |= {op.result_names[user.args[1]]: user for user in source.users if user.target is operator.getitem}
     maker, names = again
     return (maker, tuple(known[name] for name in names)) if all(name in known for name in names) else None
-
-
-def make_again(graph: fx.Graph, ops: dict[Any, SemanticOp]) -> None:
-    """Has the ops of an eagerly run graph do so."""
-    for node, op, argument, maker, values in list(found(graph, ops)):
-        node.target = op.remaking(argument, maker)
-        node.args = (*node.args, *values)

@@ -17,6 +17,7 @@ from torch import fx
 from fastlora.commit import commit
 from fastlora.effects import BODIES
 from fastlora.legality import Legality
+from fastlora.quantised import propose, settle
 from fastlora.rule import Anchor, GroupRule, Match, Rule
 from fastlora.verify import disagreement
 from fastlora.view import View
@@ -56,13 +57,16 @@ class Rewrite:
         return {*(member for match in self.chosen for member in match.members), *self.deferred}
 
 
-def rewrite(gm: fx.GraphModule, rules: Sequence[AnyRule], verify: bool = False) -> list[Rewrite]:
+def rewrite(
+    gm: fx.GraphModule, rules: Sequence[AnyRule], verify: bool = False, decodes: bool = True
+) -> list[Rewrite]:
     """Rewrites a traced module in place, the bodies of its checkpointed regions included.
 
     Args:
         gm: a graph as TorchDynamo hands it to a backend, with `meta["example_value"]` on its nodes.
         rules: the rules to apply; their order does not matter.
         verify: replay every distinct match in fp64 against the op's reference, and decline it if they differ.
+        decodes: rules may take the products of 4-bit weights for linear layers, for ops that read these encoded.
 
     Returns:
         One `Rewrite` a graph. Nothing in a graph changes but what its `chosen` matches replaced.
@@ -70,9 +74,13 @@ def rewrite(gm: fx.GraphModule, rules: Sequence[AnyRule], verify: bool = False) 
     done = []
     for body in bodies(gm):
         start = time.perf_counter()
+        proposals = propose(body) if decodes else []
         result = _analyse(body.graph, rules, verify)
         if result.chosen:
             commit(body, result.view, result.chosen)
+        if proposals:
+            settle(body.graph, proposals)
+            body.recompile()
         result.seconds = time.perf_counter() - start
         done.append(result)
     return done

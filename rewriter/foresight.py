@@ -23,7 +23,7 @@ def calls(gm: fx.GraphModule) -> Iterator[Call]:
     for again in found(gm.graph, OPS):
         if all(meta(value) is not None for value in again.values if isinstance(value, fx.Node)):
             values = fx.node.map_aggregate(again.values, _without_memory)
-            yield Call(again.maker, values, [False] * len(again.maker.leaves.flat(values)))
+            yield Call(again.make.maker, values, [False] * len(again.make.maker.leaves.flat(values)))
     for body in bodies(gm):
         for node in body.graph.nodes:
             op = OPS.get(node.target)
@@ -36,6 +36,8 @@ def _calls(op: SemanticOp, node: fx.Node) -> Iterator[Call]:
     values = fx.node.map_aggregate(node.args, _without_memory)
     needs = [t is not None and t.requires_grad for t in examples]
     yield Call(op, values, needs)
+    if not op.saved:  # nothing flows back through it
+        return
     more = [
         need or (t is not None and t.is_floating_point() and not isinstance(t, nn.Parameter))
         for need, t in zip(needs, examples, strict=True)

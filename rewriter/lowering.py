@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import checkpoint
 
-from fastlora.again import make_again
+from fastlora import again, quantised
 from fastlora.engine import bodies
 from fastlora.kernels import ops
 from fastlora.kernels.op import SemanticOp
@@ -35,10 +35,26 @@ def lower(gm: fx.GraphModule, inputs: Sequence[Any], how: str, mode: str) -> Run
         patches = None if mode in ("default", "no-cudagraphs") else torch._inductor.list_mode_options(mode)
         compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
         return compiled
-    make_again(gm.graph, OPS)
+    make_arguments(gm)
     call_directly(gm)
     keep_random_state(gm)  # last, as bodies are found by the targets that change here
     return gm.forward
+
+
+def make_arguments(gm: fx.GraphModule) -> None:
+    """Has ops make arguments for themselves: of what is encoded everywhere, and of norms in their backward, but for
+    those of checkpointed bodies, which keep nothing until that runs."""
+    found = list(again.found(gm.graph, OPS))
+    for body in bodies(gm):
+        found += quantised.read_encoded(body.graph, OPS)
+    made: dict[fx.Node, list[again.Again]] = {}
+    for each in found:
+        made.setdefault(each.node, []).append(each)
+    for node, of_node in made.items():
+        node.target = OPS[node.target].making([each.make for each in of_node])
+        node.args = (*node.args, *(value for each in of_node for value in each.values))
+    for body in bodies(gm):
+        quantised.tidy(body.graph)
 
 
 def call_directly(gm: fx.GraphModule) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import fx
 
 from fastlora.kernels.op import SemanticOp
+from fastlora.kernels.ops import dequantize_4bit
 from fastlora.matching import Cast, Either, Kept, Op, Pattern, Predicate, Raised, State, Trace, describe
 from fastlora.metadata import meta
 from fastlora.seeds import Seeded
@@ -133,15 +134,19 @@ def piece(x: Pattern, name: str) -> Pattern:
 
 
 def Param(dim: int) -> Predicate:
-    """A graph input (a parameter or buffer, once traced) with `dim` dimensions."""
+    """A graph input (a parameter or buffer, once traced) with `dim` dimensions, or a weight decoded from some."""
 
     def check(view: View, value: Any) -> bool | str:
         producer, tensor = view.producer(value), meta(value)
-        if not isinstance(producer, fx.Node) or producer.op not in ("placeholder", "get_attr") or tensor is None:
+        if not isinstance(producer, fx.Node) or tensor is None or not _is_given(producer):
             return f"{describe(value)} is not a parameter"
         return tensor.dim() == dim or f"{producer.name} has {tensor.dim()} dimensions, not {dim}"
 
     return check
+
+
+def _is_given(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "get_attr") or node.target is dequantize_4bit.target
 
 
 def Scalar(view: View, value: Any) -> bool | str:

@@ -52,12 +52,14 @@ class Replays:
         recorder: what records.
         note: is told why something is not recorded.
         pace: tells whether recording pays; None to record in any case.
+        steady: the positions of arguments that are read where they lie as parameters are: parts of encoded weights.
     """
 
     run: Runnable
     recorder: Recorder
     note: Callable[[str], None]
     pace: Pace | None = None
+    steady: frozenset[int] = frozenset()
     _recordings: dict[Hashable, _Recording | None] = field(default_factory=dict)
     _runs: Counter[Hashable] = field(default_factory=Counter)
     _at: Counter[Hashable] = field(default_factory=Counter)
@@ -72,7 +74,7 @@ class Replays:
             return recording(args) if recording is not None and free else self.run(*args)
         if self._runs[kind] < RUNS_BEFORE or torch._C._current_graph_task_id() != -1:
             return self._observed(kind, args)
-        pays = self.pace is None or self.pace.pays(_shapes(args), _copied(args))
+        pays = self.pace is None or self.pace.pays(_shapes(args), self._copied(args))
         if pays is None:
             return self._observed(kind, args)
         if not pays:
@@ -96,7 +98,7 @@ class Replays:
             everything.clear()
 
     def _record(self, args: Sequence[Any]) -> _Recording:
-        if _copied(args) > MOST_COPIED:
+        if self._copied(args) > MOST_COPIED:
             raise FastLoRAError(f"its inputs, which a replay has to copy, take more than {MOST_COPIED >> 20} MiB")
         places = tuple(arg.data_ptr() for arg in args if isinstance(arg, nn.Parameter))
         self._at[places] += 1
@@ -104,14 +106,14 @@ class Replays:
             raise FastLoRAError(f"it is for {MOST_RECORDINGS} other shapes already")
         if self.recorder.full:
             raise FastLoRAError(f"recordings have taken {MOST_SHARE:.0%} of the device's memory")
-        return _Recording(self.run, args, self.recorder)
+        return _Recording(self.run, args, self.recorder, self.steady)
 
     def _observed(self, kind: Hashable, args: Sequence[Any]) -> Any:
         """A run that tells whether the graph can be recorded."""
         versions = [t._version for t in args if isinstance(t, torch.Tensor)]
         timed = None
         if self.pace is not None and self._runs[kind]:  # a first is slow
-            timed = self.pace.time(_shapes(args), _copied(args))
+            timed = self.pace.time(_shapes(args), self._copied(args))
         results = self.run(*args)
         if timed is not None:
             timed.stop()
@@ -140,6 +142,10 @@ class Replays:
         self._recordings[kind] = None
         self.note(f"a region is not replayed as CUDA graphs: {reason}")
 
+    def _copied(self, args: Sequence[Any]) -> int:
+        """The bytes of what a replay has to copy."""
+        return sum(args[i].nbytes for i in _activations(args, self.steady))
+
     def _kind(self, args: Sequence[Any]) -> Hashable | None:
         """What has to be equal for a recording to serve; None where none may."""
         if not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
@@ -148,14 +154,14 @@ class Replays:
         if place is None:
             return None
         kind: list[Hashable] = [place]
-        for arg in args:
+        for i, arg in enumerate(args):
             if not isinstance(arg, torch.Tensor):
                 if not isinstance(arg, (int, float, bool, str, type(None))):
                     return None
                 kind += [type(arg).__name__, arg]
             elif arg.device != place or arg.is_inference() or is_traceable_wrapper_subclass(arg):
                 return None
-            elif isinstance(arg, nn.Parameter):
+            elif _stays(i, arg, self.steady):
                 kind += (arg.data_ptr(), arg.dtype, arg.requires_grad)
             elif type(arg) is not torch.Tensor or (not arg.is_floating_point() and arg.nbytes > LARGE):
                 return None
@@ -166,13 +172,14 @@ class Replays:
         return key if known or len(self._runs) + len(self._recordings) < MOST_KINDS else None
 
 
-def _is_copied(arg: Any) -> bool:
-    return isinstance(arg, torch.Tensor) and not isinstance(arg, nn.Parameter)
+def _stays(i: int, arg: Any, steady: frozenset[int]) -> bool:
+    """Whether the argument in position `i` is read where it lies."""
+    return isinstance(arg, nn.Parameter) or (i in steady and not arg.requires_grad)
 
 
-def _copied(args: Sequence[Any]) -> int:
-    """The bytes of what a replay has to copy."""
-    return sum(arg.nbytes for arg in args if _is_copied(arg))
+def _activations(args: Sequence[Any], steady: frozenset[int]) -> list[int]:
+    """The positions of what a replay has to copy."""
+    return [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and not _stays(i, arg, steady)]
 
 
 def _shapes(args: Sequence[Any]) -> Hashable:
@@ -192,11 +199,11 @@ def _apart(results: Sequence[Any], args: Sequence[Any]) -> bool:
 class _Recording:
     """A graph's forward and backward, recorded for one kind of inputs."""
 
-    def __init__(self, run: Runnable, args: Sequence[Any], recorder: Recorder) -> None:
+    def __init__(self, run: Runnable, args: Sequence[Any], recorder: Recorder, steady: frozenset[int]) -> None:
         self._run, self._recorder, self.number = run, recorder, recorder.number()
-        self._static = [_static(arg) for arg in args]
+        self._activations = _activations(args, steady)
+        self._static = [_static(arg, i in self._activations) for i, arg in enumerate(args)]
         tensors = {i: arg for i, arg in enumerate(args) if isinstance(arg, torch.Tensor)}
-        self._activations = [i for i, arg in enumerate(args) if _is_copied(arg)]
         self._differentiable = [i for i, t in tensors.items() if t.requires_grad]
         self._results, self._forward = recorder.record(self._run_forward, transient=False)
         self._incoming = torch.empty_like(self._live)
@@ -232,6 +239,10 @@ class _Recording:
                 flat.setdefault(gradient.dtype, []).append(gradient.reshape(-1))
         activations = [g if i in self._activations else None for i, g in zip(self._differentiable, found, strict=True)]
         return activations, {dtype: torch.cat(parts) for dtype, parts in flat.items()}
+
+    def read(self, args: Sequence[Any]) -> list[torch.Tensor]:
+        """What a replay reads where it lies."""
+        return [arg for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and i not in self._activations]
 
     def forward(self, args: Sequence[Any]) -> tuple[_Pass, list[torch.Tensor]]:
         if self._activations:
@@ -271,11 +282,11 @@ class _Pass:
     """A forward whose backward may come: autograd's graph holds it as long as that is so."""
 
 
-def _static(arg: Any) -> Any:
-    """What a recording reads in place of an argument: parameters where they lie, everything else in a copy."""
+def _static(arg: Any, is_copied: bool) -> Any:
+    """What a recording reads in place of an argument."""
     if not isinstance(arg, torch.Tensor):
         return arg
-    if not isinstance(arg, nn.Parameter):
+    if is_copied:
         return torch.empty_like(arg).copy_(arg.detach()).requires_grad_(arg.requires_grad)
     return arg.detach().requires_grad_() if arg.requires_grad else arg  # hooks of the parameter's own see one gradient
 
@@ -286,7 +297,7 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, recording: _Recording, args: Sequence[Any], *differentiable: torch.Tensor) -> Any:
         ctx.recording = recording
-        ctx.parameters = [arg for arg in args if isinstance(arg, nn.Parameter)]
+        ctx.parameters = recording.read(args)
         ctx.read = _state(ctx.parameters)
         ctx.begun, results = recording.forward(args)
         ctx.mark_non_differentiable(*(t for i, t in enumerate(results) if i != recording.live_at))
@@ -307,6 +318,6 @@ class _Replay(torch.autograd.Function):
         return (None, None, *ctx.recording.backward(ctx.begun, grads[ctx.recording.live_at]))
 
 
-def _state(parameters: Sequence[nn.Parameter]) -> list[tuple[int, int]]:
+def _state(parameters: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
     """Where parameters lie, and how often they were written to."""
     return [(p.data_ptr(), p._version) for p in parameters]

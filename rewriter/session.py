@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fastlora import quantised
 from fastlora.boundary import defer_escaping_logits
 from fastlora.deferred import Tally
 from fastlora.engine import AnyRule, Rewrite, bodies, rewrite
@@ -126,8 +127,10 @@ class Session:
         self.seconds.trace += start - self._entered
         frame = torch._guards.CompileContext.current_compile_id()
         frame_id = len(self.graphs) if frame is None or frame.frame_id is None else frame.frame_id
-        traced = TracedGraph(gm, rewrite(gm, self.rules, self.options.verify), self.region, frame_id)
-        if self.options.lowering == "eager" and self.options.defer_logits:
+        runs_eagerly = self.options.lowering == "eager"
+        rewrites = rewrite(gm, self.rules, self.options.verify, decodes=runs_eagerly)
+        traced = TracedGraph(gm, rewrites, self.region, frame_id)
+        if runs_eagerly and self.options.defer_logits:
             defer_escaping_logits(gm, traced.rewrites[0], self.tally)
         self.seconds.match += time.perf_counter() - start
         self.graphs.append(traced)
@@ -137,9 +140,9 @@ class Session:
         options = self.options
         if not options.dry:
             self._compile_kernels(traced)
-        thrift = self._thrift_of(gm)
+        thrift, steady = self._thrift_of(gm), quantised.steady(gm)
         run = pretend(gm) if options.dry else lower(gm, inputs, options.lowering, options.mode)
-        traced.replays = self._replays(gm, run)
+        traced.replays = self._replays(gm, run, steady)
         run, key = traced.replays or run, len(self.graphs)
         self._entered = time.perf_counter()
         self.seconds.lower += self._entered - start
@@ -165,7 +168,7 @@ class Session:
         except Exception as problem:  # then they are compiled one by one, where the problem shows if it is one
             self._note(f"kernels could not be compiled ahead: {type(problem).__name__}: {problem}".partition("\n")[0])
 
-    def _replays(self, gm: fx.GraphModule, run: Callable[..., Any]) -> Replays | None:
+    def _replays(self, gm: fx.GraphModule, run: Callable[..., Any], steady: frozenset[int]) -> Replays | None:
         """What replays a graph on a GPU; Inductor has replays of its own."""
         options = self.options
         asked = options.mode == "reduce-overhead"
@@ -175,7 +178,7 @@ class Session:
             if asked:
                 self._note("a region is not replayed as CUDA graphs: it computes on a CPU")
             return None
-        return Replays(run, self._recorder, self._note, None if asked else self._pace)
+        return Replays(run, self._recorder, self._note, None if asked else self._pace, steady)
 
     def _thrift_of(self, gm: fx.GraphModule) -> Thrift | None:
         if self.thrift is not None and checkpoints(gm):

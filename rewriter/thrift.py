@@ -95,7 +95,7 @@ class Thrift:
             self._needs.clear()
         if kind not in self._needs and spared is not None:
             tokens = largest.numel() // largest.shape[-1] if largest.dim() else 1
-            flops = 2 * tokens * sum(t.numel() for t in held if t.dim() == 2)
+            flops = 2 * tokens * sum(_elements(t) for t in held if t.dim() == 2)
             self._needs[kind] = Needs(sum(saved) + spared.bytes, spared.bytes, flops)
         return results
 
@@ -112,6 +112,11 @@ class Thrift:
             choice = _chosen(tuple(needs), self._budget, self._mover.bytes_per_flop(device))[at]
         self._choices.append(choice)
         return choice
+
+
+def _elements(weight: torch.Tensor) -> int:
+    """Those of a matrix; one that is kept in 4 bits comes as a column, two elements to a byte."""
+    return 2 * weight.nbytes if weight.shape[1] == 1 else weight.numel()
 
 
 _chosen = lru_cache(maxsize=64)(choose)

@@ -31,8 +31,8 @@ OPERATORS = {op.run: op.target for name in ops.__all__ if isinstance(op := getat
 
 def called(node: fx.Node) -> Any:
     """What a node calls: of an op the operator, also where the graph was lowered to call a function of it."""
-    name, remakes, _ = getattr(node.target, "__name__", "").partition("_remaking_")
-    return getattr(ops, name).target if remakes else OPERATORS.get(node.target, node.target)
+    name, makes, _ = getattr(node.target, "__name__", "").partition("_making_")
+    return getattr(ops, name).target if makes else OPERATORS.get(node.target, node.target)
 
 
 @dataclass

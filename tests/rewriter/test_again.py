@@ -66,11 +66,11 @@ def test_results_have_equal_bits_and_the_norms_output_is_not_kept(
     function: Callable[..., Any], inputs: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(lowering, "make_again", lambda *_: None)
+        patch.setattr(lowering, "make_arguments", lambda _: None)
         gm, given = rewritten(function, inputs)
         plain = lower(gm, given, "eager", "default")
     gm, given = rewritten(function, inputs)
-    assert [each.argument for each in found(gm.graph, OPS)] == ["x"]
+    assert [each.make.argument for each in found(gm.graph, OPS)] == ["x"]
     again = lower(gm, given, "eager", "default")
     expected, result = evaluate(plain, inputs), evaluate(again, inputs)
     for name in ("outputs", "gradients"):
@@ -100,7 +100,8 @@ def test_a_changed_input_of_the_norm_is_noticed() -> None:
 
 
 def test_an_argument_that_is_not_kept_cannot_be_made_again() -> None:
+    from fastlora.kernels.op import Make
     from fastlora.kernels.ops import glu, rms_norm
 
     with pytest.raises(ValueError, match="does not save 'weights'"):
-        glu.remaking("weights", rms_norm)
+        glu.making([Make("weights", None, rms_norm)])

@@ -1,0 +1,52 @@
+"""Frozen matrices that are kept encoded, such as 4-bit weights: an op decodes one where it reads it, and not before.
+
+So a decoded matrix lives for one product, in the forward and again in the backward, and nothing but the few bytes that
+it is made of is kept in between. However many layers there are, and however many products an op makes, their matrices
+take the same memory one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from fastlora.kernels.op import SemanticOp
+
+
+class Encoded:
+    """Stands in for a matrix, of which forms ask the shape, dtype and device, and take the decoded one by `to`.
+
+    Attributes:
+        maker: the op whose only output the matrix is.
+        values: that op's arguments, in the schema's order.
+        shape, dtype, device: of the matrix.
+    """
+
+    def __init__(self, maker: SemanticOp, values: Sequence[Any]) -> None:
+        self.maker, self.values = maker, values
+        named = dict(zip(maker.names, values, strict=True))
+        self.shape = torch.Size((named["rows"], named["cols"]))
+        self.dtype: torch.dtype = named["dtype"]
+        self.device: torch.device = next(t for t in maker.leaves.flat(values) if t is not None).device
+
+    def to(self, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix, decoded anew."""
+        made: torch.Tensor = self.maker.below_autograd(self.maker.leaves.flat(self.values), self.values)
+        return made.to(dtype)
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+
+def decoded(values: Iterable[Any]) -> list[Any]:
+    """Values, in lists as well, with every matrix in place of what stands in for it."""
+    return [
+        value.to(value.dtype) if isinstance(value, Encoded) else decoded(value) if type(value) is list else value
+        for value in values
+    ]

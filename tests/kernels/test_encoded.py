@@ -1,0 +1,143 @@
+"""Ops that read frozen weights encoded compute the bits that they compute with the decoded ones, and keep none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lora_cases import layer, scheme_of
+from op_checks import Arguments, complete, f32, on_device
+
+from fastlora.kernels.op import Make, SemanticOp
+from fastlora.kernels.ops import dequantize_4bit, glu, lora_group, lora_linear, lora_mlp
+from fastlora.kernels.sparing import sparing
+
+FORMS = ["pytorch", "triton"]
+T, H, I, R = 24, 64, 96, 4
+
+
+def encoding(rows: int, cols: int, nested: bool = True) -> list[Any]:
+    """Arguments of the decoding of a random matrix, in the schema's order."""
+    blocks = rows * cols // 64
+    given: Arguments = {
+        "packed": torch.randint(256, (rows * cols // 2, 1), dtype=torch.uint8),
+        "absmax": torch.randint(256, (blocks,), dtype=torch.uint8) if nested else torch.rand(blocks),
+        "blocksize": 64, "nested_blocksize": 256, "quant_type": "nf4", "rows": rows, "cols": cols, "dtype": f32,
+    }  # fmt: skip
+    if nested:
+        given |= {"nested_absmax": torch.rand(1), "nested_code": torch.linspace(-1, 1, 256), "offset": torch.rand(())}
+    return [on_device(value) for value in dequantize_4bit.order(given)]
+
+
+def members(*shapes: tuple[int, int]) -> list[dict[str, Any]]:
+    return [layer(scheme_of(f32), n, k, R, False) for n, k in shapes]
+
+
+def linear() -> Arguments:
+    scheme = scheme_of(f32)
+    return {"x": torch.randn(T, H), **layer(scheme, I, H, R, True), **scheme.attributes()}
+
+
+def group() -> Arguments:
+    scheme, made = scheme_of(f32), members((H, H), (32, H), (32, H))
+    return {"x": torch.randn(T, H), **{name: [m[name] for m in made] for name in made[0]}, **scheme.attributes()}
+
+
+def mlp() -> Arguments:
+    scheme = scheme_of(f32)
+    made = dict(zip(("gate", "up", "down"), members((I, H), (I, H), (H, I)), strict=True))
+    dtypes = {"proj_dtype": f32, "hidden_dtype": f32, "activation": "silu", **scheme.attributes()}
+    return {"x": torch.randn(T, H), **{f"{p}_{n}": v for p, m in made.items() for n, v in m.items()}, **dtypes}
+
+
+CASES = {"linear": (lora_linear, linear), "group": (lora_group, group), "mlp": (lora_mlp, mlp)}
+
+
+class Both:
+    """An op on decoded weights, and on the encoded ones that they are of."""
+
+    def __init__(self, op: SemanticOp, arguments: Arguments) -> None:
+        torch.manual_seed(0)
+        self.op, given = op, complete(op, arguments)
+        self.makes, codes = [], []
+        self.plain, self.encoded = dict(given), dict(given)
+        for name in op.decodes:
+            many = isinstance(given[name], list)
+            for member, weight in enumerate(given[name] if many else [given[name]]):
+                code = encoding(*weight.shape, nested=member != 1)
+                self.makes.append(Make(name, member if many else None, dequantize_4bit, encoded=True))
+                codes += code
+                self._put(name, member if many else None, dequantize_4bit.target(*code))
+        self._codes = codes
+        for value in self.plain.values():
+            for t in value if isinstance(value, list) else [value]:
+                if isinstance(t, torch.Tensor) and not any(t is w for w in self.weights()):
+                    t.requires_grad_()
+
+    def _put(self, name: str, member: int | None, weight: torch.Tensor) -> None:
+        for given, value in ((self.plain, weight), (self.encoded, None)):
+            given[name] = value if member is None else [*given[name][:member], value, *given[name][member + 1 :]]
+
+    def weights(self) -> list[torch.Tensor]:
+        return [w for name in self.op.decodes for w in _list(self.plain[name])]
+
+    def run(self, encoded: bool) -> list[torch.Tensor]:
+        """Outputs, then the gradients of all that has one."""
+        given = self.op.order(self.encoded if encoded else self.plain)
+        results = self.op.making(self.makes)(*given, *self._codes) if encoded else self.op.run(*given)
+        outputs = _list(results[0])
+        leaves = [t for v in self.plain.values() for t in _list(v) if isinstance(t, torch.Tensor) and t.requires_grad]
+        generator = torch.Generator().manual_seed(1)
+        incoming = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
+        return [*outputs, *torch.autograd.grad(outputs, leaves, incoming)]
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+@pytest.mark.parametrize("spares", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_results_have_equal_bits(case: str, spares: bool) -> None:
+    both = Both(CASES[case][0], CASES[case][1]())
+    expected = both.run(encoded=False)
+    if spares:
+        with sparing():
+            found = both.run(encoded=True)
+    else:
+        found = both.run(encoded=True)
+    assert len(found) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_decoded_weight_is_kept(case: str) -> None:
+    both = Both(CASES[case][0], CASES[case][1]())
+    kept: list[torch.Tensor] = []
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        both.run(encoded=True)
+    shapes = {w.shape for w in both.weights()}
+    assert not any(t.shape in shapes for t in kept if t.is_floating_point())
+    assert sum(t.dtype is torch.uint8 for t in kept) >= len(both.weights())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_where_the_dispatcher_is_listened_to_weights_are_decoded_first(case: str) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    both = Both(CASES[case][0], CASES[case][1]())
+    expected = both.run(encoded=False)
+    with FlopCounterMode(display=False):
+        found = both.run(encoded=True)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_an_op_that_does_not_read_an_argument_so_is_refused_it() -> None:
+    with pytest.raises(ValueError, match="glu takes no encoded 'gate'"):
+        glu.making([Make("gate", None, dequantize_4bit, encoded=True)])

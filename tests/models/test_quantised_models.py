@@ -1,0 +1,142 @@
+"""QLoRA: models whose base layers are quantised train compiled as they do eager, in every format, and are fused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from quantised_models import Format, build, decoded
+from tiny_models import batch, relative, step
+
+import fastlora
+
+bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+FORMATS = {
+    "nf4": Format(nested=False),
+    "nf4 twice": Format(),
+    "fp4": Format("fp4", nested=False),
+    "fp4 twice": Format("fp4"),
+    "blocks of 32": Format(blocksize=32),
+    "blocks of 128": Format("fp4", blocksize=128),
+    "stored as bfloat16": Format(storage=bf16),
+    "stored as float32": Format(nested=False, storage=f32),
+}
+HALVES = {
+    "bfloat16": Format(compute=bf16, dtype=bf16),
+    "float16": Format("fp4", compute=f16, dtype=f16),
+    "bfloat16 over float32": Format(compute=bf16),
+}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    return {name: value.to(DEVICE) for name, value in batch(padded=True).items()}
+
+
+def norm(gradients: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
+    """The distance of all gradients together, relative to that of the second."""
+    off, all_ = (torch.stack([t.double().norm() for t in ts]).norm() for ts in (
+        [gradients[name].double() - g.double() for name, g in others.items()], list(others.values())
+    ))  # fmt: skip
+    return float(off / all_)
+
+
+def unexplained(model: Any) -> list[Any]:
+    return [miss for miss in fastlora.report(model).missed if miss.op == "lora"]
+
+
+@pytest.mark.parametrize("kept", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "bert"])
+def test_losses_and_gradients_are_eagers(family: str, kept: Format) -> None:
+    model = build(family, kept, DEVICE)
+    eager = step(model, inputs())
+    fastlora.compile(model)
+    compiled = step(model, inputs())
+    assert relative(compiled.loss, eager.loss) < 1e-5
+    assert compiled.gradients.keys() == eager.gradients.keys()
+    assert max(relative(compiled.gradients[name], g) for name, g in eager.gradients.items()) < 2e-5
+    assert not unexplained(model)
+    assert "dequantize" not in "".join(miss.reason for miss in fastlora.report(model).missed)
+
+
+@pytest.mark.parametrize("adapters", [f32, None], ids=["float32 adapters", "adapters of its dtype"])
+@pytest.mark.parametrize("kept", HALVES.values(), ids=HALVES)
+def test_lower_precisions_are_no_less_exact_than_eager(kept: Format, adapters: torch.dtype | None) -> None:
+    model = build("llama", kept, DEVICE, adapters or kept.dtype)
+    truth = step(decoded(model), inputs())
+    eager = step(model, inputs())
+    fastlora.compile(model)
+    compiled = step(model, inputs())
+    assert norm(compiled.gradients, truth.gradients) <= 1.25 * norm(eager.gradients, truth.gradients)
+    assert not unexplained(model)
+
+
+@pytest.mark.parametrize("lora", [{"lora_dropout": 0.2}, {"use_rslora": True}, {"lora_bias": True}], ids=str)
+def test_adapters_may_be_set_as_they_like(lora: dict[str, Any]) -> None:
+    model = build("llama", Format(), DEVICE, **lora)
+    eager = step(model.eval(), inputs())
+    fastlora.compile(model)
+    compiled = step(model, inputs())
+    assert norm(compiled.gradients, eager.gradients) < 1e-5
+    assert not unexplained(model)
+
+
+def test_a_layer_is_fused_as_a_plain_one_is() -> None:
+    model = build("llama", Format(), DEVICE)
+    fastlora.compile(model, strict=True, verify=True)
+    step(model, inputs())
+    report = fastlora.report(model)
+    found = {site.op for site in report.fused}
+    assert {"rms_norm", "add_rms_norm", "lora_group", "lora_linear", "lora_mlp", "rotary_group"} <= found
+    assert report.graphs <= 3
+    assert not report.breaks
+
+
+def test_layers_of_8_bits_run_as_their_owner_wrote_them() -> None:
+    model = build("llama", Format("int8"), DEVICE)
+    eager = step(model, inputs())
+    fastlora.compile(model)
+    compiled = step(model, inputs())
+    assert norm(compiled.gradients, eager.gradients) < 1e-4
+    assert fastlora.report(model).coverage["lora"].fused == 14
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_model_that_is_loaded_in_4_bits_trains_is_saved_and_loaded(tmp_path: Path, reentrant: bool) -> None:
+    """The way that users go."""
+    from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+    from quantised_models import FAMILIES, WIDTHS
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaForCausalLM.config_class(**FAMILIES["llama"][1] | WIDTHS)).save_pretrained(tmp_path / "base")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+
+    def load() -> Any:
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config, device_map=DEVICE)
+        return prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    losses: list[list[float]] = []
+    for compiled in (False, True):
+        torch.manual_seed(1)
+        model = get_peft_model(load(), lora).train()
+        if compiled:
+            fastlora.compile(model)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+        losses.append([])
+        for _ in range(4):
+            loss = model(**inputs()).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[1][-1] < losses[1][0]
+    assert fastlora.report(model).coverage["lora"].fused == 6
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load(), tmp_path / "adapter").train()  # in evaluation, CPUs have other kernels
+    with torch.no_grad():
+        assert torch.allclose(again(**inputs()).loss, model(**inputs()).loss, rtol=1e-5)
