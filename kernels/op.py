@@ -109,10 +109,10 @@ class SemanticOp:
     backward is told by `spent` whether it is the last to read what was saved: gradients that the forward made then need
     not be copied. The backward of one that `spends` is told the same of its residuals where only `run` had them: it may
     then write over them. `spares` names large residuals that a form's `restore`, or else the forward, makes again, bit
-    for bit, of the rest of what is saved, which has all tensors that the op takes (`sparing.py`). `decodes` names frozen
-    matrices that all forms read in no other way than `encoded.py` has it. `again` is for ops that are cheap, and keep
-    for their own backward what their first output can be made from: the op that makes it (None for itself), and what
-    its arguments are called here if otherwise.
+    for bit, of the rest of what is saved, which has all tensors that the op takes (`sparing.py`). `decodes` names
+    frozen matrices that all forms read in no other way than `encoded.py` has it. `again` is for ops that are cheap, and
+    keep for their own backward what their first output can be made from: the op that makes it (None for itself), and
+    what its arguments are called here if otherwise.
     """
 
     def __init__(

@@ -69,13 +69,14 @@ def _is_of_functorch(node: fx.Node) -> bool:
 
 
 class Mutations:
-    """Where tensors are written in place, and which values may share memory with them."""
+    """Where tensors are written in place, and which values may share memory with them; `always` finds out the latter
+    even if nothing is written."""
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, always: bool = False) -> None:
         self._alias: dict[fx.Node, fx.Node] = {}
         self._writes: dict[fx.Node, list[fx.Node]] = {}
         probes = {node: _probe(node) for node in graph.nodes if node.op.startswith("call") and not _is_fresh(node)}
-        if not any(written for written, _ in probes.values()):
+        if not always and not any(written for written, _ in probes.values()):
             return
         for node, (_, shared) in probes.items():
             for position in shared:
@@ -138,7 +139,7 @@ def _probe_higher_order(node: fx.Node, inputs: list[fx.Node]) -> Probe:
     everything = list(range(len(inputs)))
     name = node.target.name()  # type: ignore[union-attr]
     if name in _PURE:
-        return [], everything
+        return [], _shared_with_results(node, inputs) if name == "autograd_function_apply" else everything
     body = getattr(node.graph.owning_module, str(inputs[0].target), None) if name in BODIES else None
     if not isinstance(body, fx.GraphModule):
         return everything, everything
@@ -147,6 +148,19 @@ def _probe_higher_order(node: fx.Node, inputs: list[fx.Node]) -> Probe:
     operands = [arg for arg in node.args if isinstance(arg, fx.Node) and arg is not inputs[0]]
     written = {operand for operand, p in zip(operands, placeholders, strict=False) if inner.writers(p)}
     return [position for position, source in enumerate(inputs) if source in written], everything
+
+
+def _shared_with_results(node: fx.Node, inputs: list[fx.Node]) -> list[int]:
+    """Which inputs' memory the results of an autograd function may be in, by what its forward does."""
+    forward = getattr(node.graph.owning_module, str(inputs[0].target), None)
+    if not isinstance(forward, fx.GraphModule):
+        return list(range(len(inputs)))
+    inner = Mutations(forward.graph, always=True)
+    results: Any = next(iter(reversed(forward.graph.nodes))).args[0][0]  # what it saves comes second
+    memory = {inner.storage(each) for each in tree_leaves(results) if isinstance(each, fx.Node)}
+    placeholders = [n for n in forward.graph.nodes if n.op == "placeholder"]
+    shared = {operand for operand, p in zip(node.args[2:], placeholders, strict=True) if inner.storage(p) in memory}
+    return [position for position, source in enumerate(inputs) if source in shared]
 
 
 def _run_probe(node: fx.Node, inputs: list[fx.Node]) -> Probe:

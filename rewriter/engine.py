@@ -57,9 +57,7 @@ class Rewrite:
         return {*(member for match in self.chosen for member in match.members), *self.deferred}
 
 
-def rewrite(
-    gm: fx.GraphModule, rules: Sequence[AnyRule], verify: bool = False, decodes: bool = True
-) -> list[Rewrite]:
+def rewrite(gm: fx.GraphModule, rules: Sequence[AnyRule], verify: bool = False, decodes: bool = True) -> list[Rewrite]:
     """Rewrites a traced module in place, the bodies of its checkpointed regions included.
 
     Args:

@@ -87,8 +87,9 @@ def read_encoded(graph: fx.Graph, ops: dict[Any, SemanticOp]) -> Iterator[Again]
         for name in op.decodes if op is not None else ():
             assert op is not None
             at = op.names.index(name)
-            members = list(enumerate(node.args[at])) if isinstance(node.args[at], (list, tuple)) else None
-            for member, value in members or [(None, node.args[at])]:
+            given: Any = node.args[at]
+            members: Any = enumerate(given) if isinstance(given, (list, tuple)) else [(None, given)]
+            for member, value in list(members):
                 if isinstance(value, fx.Node) and value.target is dequantize_4bit.target:
                     node.update_arg(at, _without(node.args[at], member))
                     yield Again(node, Make(name, member, dequantize_4bit, encoded=True), value.args)
@@ -158,8 +159,10 @@ def _product(gm: fx.GraphModule, node: fx.Node) -> dict[str, Any] | None:
     given = _gemm(node)
     if given is None and node.target is operator.getitem and node.args[1] == 0 and _is_function(node.args[0]):
         given = _of_function(gm, node.args[0])  # type: ignore[arg-type]
-    example = meta(node)
-    if given is None or example is None or meta(given["A"]) is None or example.dtype != meta(given["A"]).dtype:
+    if given is None:
+        return None
+    result, x = meta(node), meta(given["A"])
+    if result is None or x is None or result.dtype != x.dtype:
         return None
     parts = [_source(given[name]) for name in ("B", "absmax", *_OPTIONAL[1:]) if given[name] is not None]
     if not all(isinstance(part, fx.Node) and part.op in ("placeholder", "get_attr") for part in parts):

@@ -113,6 +113,36 @@ def test_a_view_shares_the_memory_of_what_it_views(name: str) -> None:
     assert mutations.writers(seen)
 
 
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * 2
+
+
+class Viewed(Doubled):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view(-1)
+
+
+@pytest.mark.parametrize(("function", "shares"), [(Doubled, False), (Viewed, True)])
+def test_the_result_of_a_function_of_autograd_shares_the_memory_that_its_forward_says(
+    function: Any, shares: bool
+) -> None:
+    def region(x: Tensor) -> Tensor:
+        y = x * 1.5
+        made = function.apply(y)
+        made.detach().add_(1)
+        return y.sum()
+
+    view = view_of(region, randn(3, 4))
+    assert bool(view.mutations.writers(_node(view.graph, "y"))) is shares
+
+
 def test_an_unrelated_write_is_not_blamed_on_others() -> None:
     def function(x: Tensor) -> Any:
         first, second = x * 2, x * 3

@@ -1,0 +1,128 @@
+"""Products of 4-bit weights are read as linear layers while rules look, and run as they were traced if nobody does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from graphs import called
+from quantised_models import Format
+from torch import fx, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastlora.engine import bodies, rewrite
+from fastlora.kernels.ops import dequantize_4bit, lora_linear
+from fastlora.lowering import lower
+from fastlora.quantised import propose, settle, steady
+from fastlora.session import default_rules
+
+WIDTH, RANK = 128, 4
+
+
+class Layer(nn.Module):
+    """An adapted layer, and one without an adapter, of 4-bit weights."""
+
+    def __init__(self, kept: Format, bias: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.base, self.alone = (kept.layer(nn.Linear(WIDTH, WIDTH, bias=bias)) for _ in range(2))
+        self.a, self.b = nn.Linear(WIDTH, RANK, bias=False), nn.Linear(RANK, WIDTH, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.alone(self.base(x) + self.b(self.a(x)) * 2.0)
+
+
+class Checkpointed(Layer):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+def traced(layer: nn.Module, requires_grad: bool = True) -> tuple[fx.GraphModule, list[Any]]:
+    """The graph that a backend is given, and its inputs."""
+    seen: list[Any] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        seen.append((gm, inputs))
+        return gm.forward
+
+    torch.compile(layer, backend=backend, fullgraph=True)(torch.randn(3, 8, WIDTH, requires_grad=requires_grad))
+    return seen[0]
+
+
+def results(run: Any, inputs: list[Any]) -> list[torch.Tensor]:
+    """The output, and the gradients of all that has one."""
+    leaves = [t for t in inputs if t.requires_grad]
+    output = run(*inputs)[0]
+    return [output, *torch.autograd.grad(output.square().sum(), leaves)]
+
+
+def calls(graphs: list[fx.GraphModule], target: Any) -> int:
+    return sum(called(node) is target for gm in graphs for node in gm.graph.nodes)
+
+
+def close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
+    pairs = zip(found, expected, strict=True)
+    return all(float((a - b).norm()) <= 1e-5 * float(b.norm()) for a, b in pairs)
+
+
+@pytest.mark.parametrize("kept", [Format(), Format(nested=False), Format(storage=torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("requires_grad", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_that_nobody_claims_are_put_back(kept: Format, requires_grad: bool, bias: bool) -> None:
+    gm, inputs = traced(Layer(kept, bias), requires_grad)
+    before = [(node.op, str(node.target)) for node in gm.graph.nodes]
+    expected = results(gm.forward, inputs)
+    proposals = propose(gm)
+    assert len(proposals) == 2
+    settle(gm.graph, proposals)
+    gm.recompile()
+    after = [(node.op, str(node.target)) for node in gm.graph.nodes]
+    assert sorted(after) == sorted(pair for pair in before if pair[1] != "view" or pair in after)
+    assert all(torch.equal(a, b) for a, b in zip(expected, results(gm.forward, inputs), strict=True))
+
+
+@pytest.mark.parametrize("layer", [Layer, Checkpointed])
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_the_adapted_product_is_claimed_and_no_decoded_weight_is_a_value(layer: Any, requires_grad: bool) -> None:
+    gm, inputs = traced(layer(Format(), bias=True), requires_grad)
+    expected = results(gm.forward, inputs)
+    rewrite(gm, default_rules())
+    graphs = list(bodies(gm))
+    assert calls(graphs, lora_linear.target) == calls(graphs, dequantize_4bit.target) == 1
+    assert len(steady(gm)) == (5 if layer is Layer else 0)
+    run = lower(gm, inputs, "eager", "default")
+    assert calls(graphs, lora_linear.target) == 1
+    assert calls(graphs, dequantize_4bit.target) == 0
+    assert close(results(run, inputs), expected)
+
+
+def doubled(backward: fx.Graph) -> None:
+    """Another gradient."""
+    product = next(node for node in backward.nodes if getattr(node.target, "__name__", None) == "matmul")
+    with backward.inserting_after(product):
+        other = backward.call_function(torch.mul, (product, 2.0))
+    product.replace_all_uses_with(other, delete_user_cb=lambda user: user is not other)
+
+
+def otherwise_decoded(backward: fx.Graph) -> None:
+    """Another weight."""
+    decoded = next(node for node in backward.nodes if "dequantize_4bit" in str(node.target))
+    decoded.args = (*decoded.args[:3], "fp4", *decoded.args[4:])
+
+
+@pytest.mark.parametrize("change", [doubled, otherwise_decoded])
+def test_functions_with_another_backward_are_left_alone(change: Any) -> None:
+    gm, _ = traced(Layer(Format()))
+    for name, body in gm.named_children():
+        if name.startswith("bwd_body"):
+            change(body.graph)  # type: ignore[union-attr]
+            body.recompile()  # type: ignore[union-attr]
+    assert propose(gm) == []
+
+
+def test_another_compiler_gets_the_products_as_they_were_traced() -> None:
+    gm, _ = traced(Layer(Format()))
+    rewrite(gm, default_rules(), decodes=False)
+    assert calls([gm], dequantize_4bit.target) == 0
+    assert calls([gm], lora_linear.target) == 0
