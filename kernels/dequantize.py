@@ -16,10 +16,12 @@ quantisation; FP4 is bitsandbytes' sign, 2 exponent bits and 1 mantissa bit, sca
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from fastlora.kernels.cost import Cost, Work
 from fastlora.kernels.op import Gradients, op
@@ -34,7 +36,19 @@ _FP4 = (0.0, 0.0052083333333333, 2 / 3, 1.0, 1 / 3, 0.5, 1 / 6, 0.25)
 CODES = {"nf4": _NF4, "fp4": (*_FP4, *(-value for value in _FP4))}
 
 
-@cache
+def _kept(make: Callable[[str, torch.device], torch.Tensor]) -> Callable[[str, torch.device], torch.Tensor]:
+    """Makes a table once for each format and device; but where a mode is active, which may have it made of tensors
+    without memory, every time."""
+    cached = cache(make)
+
+    @wraps(make)
+    def table(quant_type: str, device: torch.device) -> torch.Tensor:
+        return (make if torch._C._len_torch_dispatch_stack() else cached)(quant_type, device)
+
+    return table
+
+
+@_kept
 def code(quant_type: str, device: torch.device) -> torch.Tensor:
     """The 16 values of a format, in float32.
 
@@ -44,6 +58,13 @@ def code(quant_type: str, device: torch.device) -> torch.Tensor:
     if quant_type not in CODES:
         raise ValueError(f"dequantize_4bit: quant_type {quant_type!r} is none of {', '.join(CODES)}")
     return torch.tensor(CODES[quant_type], dtype=torch.float32, device=device)
+
+
+@_kept
+def pairs(quant_type: str, device: torch.device) -> torch.Tensor:
+    """The two values of each byte, (256, 2) in float32."""
+    byte = torch.arange(256, device=device)
+    return code(quant_type, device)[torch.stack((byte >> 4, byte & 15), dim=-1)]
 
 
 def scales(
@@ -82,8 +103,25 @@ def reference(
     return (code(quant_type, packed.device)[halves.long()] * scale).to(dtype).view(rows, cols)
 
 
-def forward(**arguments: Any) -> tuple[torch.Tensor]:
-    return (reference(**arguments),)
+def forward(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    nested_absmax: torch.Tensor | None,
+    nested_code: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    blocksize: int,
+    nested_blocksize: int,
+    quant_type: str,
+    rows: int,
+    cols: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor]:
+    """The same, byte by byte and block by block."""
+    stored = packed.contiguous().view(torch.uint8).reshape(-1)
+    values = pairs(quant_type, packed.device)[stored.int()].flatten()
+    scale = scales(absmax, nested_absmax, nested_code, offset, nested_blocksize)
+    blocks = F.pad(values, (0, len(scale) * blocksize - len(values))).view(-1, blocksize)
+    return ((blocks * scale[:, None]).to(dtype).view(-1)[: rows * cols].view(rows, cols),)
 
 
 def backward(**_: Any) -> Gradients:

@@ -63,6 +63,9 @@ def finetune(
     bf16: Annotated[
         bool, typer.Option("--bf16", help="Frozen weights and arithmetic in bfloat16, not float32.")
     ] = False,
+    load_in_4bit: Annotated[
+        bool, typer.Option("--load-in-4bit", help="QLoRA: frozen weights in 4 bits (NF4, quantised twice).")
+    ] = False,
     compare: Annotated[bool, typer.Option(help="Train eagerly first, and compare the losses.")] = True,
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop with an error if a candidate for fusion is left as it was.")
@@ -87,6 +90,7 @@ def finetune(
         lower=lower,
         gradient_checkpointing=gradient_checkpointing,
         bf16=bf16,
+        load_in_4bit=load_in_4bit,
         compare=compare,
         strict=strict,
     )
@@ -209,6 +213,9 @@ def step(
     warmup: Annotated[int, typer.Option(help="Steps after the first one that are not timed.")] = 3,
     timeout: Annotated[float, typer.Option(help="Seconds after which a contender is stopped.")] = 900,
     profile: Annotated[bool, typer.Option("--profile", help="Also show where each contender's GPU time goes.")] = False,
+    quant: Annotated[
+        str | None, typer.Option(help="Quantise the base layers: nf4 or fp4.", show_default="16 bits")
+    ] = None,
 ) -> None:
     """Time a whole LoRA training step, and its memory, beside eager, torch.compile, Liger and Unsloth."""
     _check_installed()
@@ -224,6 +231,7 @@ def step(
         warmup=warmup,
         timeout=timeout,
         profile=profile,
+        quant=quant,
     )
     if not run(race, Console(width=None if sys.stdout.isatty() else FILE_WIDTH)):
         raise RunError("fastlora is not among the ranked everywhere; the lines above say why")

@@ -1,11 +1,13 @@
 """Getting a tokenizer and a model with LoRA adapters, the built-in ones or the user's own."""
 
+import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 
 from fastlora.tools.builtin_model import build_model, build_tokenizer
 from fastlora.tools.problems import UsageError, one_line
@@ -55,16 +57,48 @@ def load_model(settings: Settings) -> PeftModel:
 
 
 def _base_model(settings: Settings) -> Any:
+    """The model without adapters, as they find it."""
+    if not settings.load_in_4bit:
+        return _loaded(settings)
+    from peft import prepare_model_for_kbit_training
+
+    if find_spec("bitsandbytes") is None:
+        raise UsageError("--load-in-4bit: needs bitsandbytes; run: pip install 'fastlora-fx[quant]'")
+    dtype = torch.bfloat16 if settings.bf16 else torch.float32
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return prepare_model_for_kbit_training(
+        _loaded(settings, quantization_config=config, device_map="cuda" if torch.cuda.is_available() else "cpu"),
+        use_gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    )
+
+
+def _loaded(settings: Settings, **options: Any) -> Any:
     if settings.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise UsageError("--bf16: this GPU does not compute in bfloat16; leave it out")
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
     if settings.model is None:
-        return build_model(settings.seed).to(dtype)
+        return _builtin(settings.seed, dtype, options)
     _check_path(settings.model)
     try:
-        return AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype, **options)
     except Exception as problem:  # missing, damaged or foreign files each raise something else
         raise UsageError(f"--model {settings.model}: cannot be loaded ({one_line(problem)})") from problem
+
+
+def _builtin(seed: int, dtype: torch.dtype, options: dict[str, Any]) -> Any:
+    """The built-in model; by way of a folder if there are options of loading one."""
+    model = build_model(seed).to(dtype)
+    if not options:
+        return model
+    with tempfile.TemporaryDirectory(prefix="fastlora-") as folder:
+        model.save_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
 
 
 def _check_path(model: str) -> None:

@@ -34,6 +34,7 @@ class Settings:
     lower: Lower = Lower.AUTO
     gradient_checkpointing: bool = False
     bf16: bool = False
+    load_in_4bit: bool = False
     compare: bool = True
     strict: bool = False
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -91,3 +93,22 @@ def test_rows_of_the_result_may_lie_apart() -> None:
 def test_an_unknown_format_is_refused() -> None:
     with only("pytorch"), pytest.raises(ValueError, match="'int4' is none of nf4, fp4"):
         dequantize_4bit(**arguments(2, 32, False, quant_type="int4"))
+
+
+def test_what_is_kept_of_a_format_is_not_made_of_tensors_without_memory() -> None:
+    """A process of its own, as the first call counts."""
+    script = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from fastlora.kernels.ops import dequantize_4bit
+
+def decoded():
+    packed, absmax = torch.zeros(32, 1, dtype=torch.uint8), torch.ones(1)
+    return dequantize_4bit.target(packed, absmax, None, None, None, 64, 256, "nf4", 2, 32, torch.float32)
+
+with FakeTensorMode():
+    decoded()
+assert decoded().eq(-1).all()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -254,3 +254,18 @@ def test_a_changed_loss_is_said_and_recorded_but_is_no_failure(
 def test_help_is_shown_without_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     assert "finetune" in capsys.readouterr().out
+
+
+def test_quantised_weights_train_as_well(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--load-in-4bit", "--strict"]) == 0
+    summary = json.loads((folder / "fastlora-run" / "summary.json").read_text())
+    assert summary["comparison"]["within_bound"]
+    assert summary["coverage"]["lora"] == {"seen": 28, "fused": 28}
+    assert summary["settings"]["load_in_4bit"] is True
+
+
+def test_what_quantised_weights_need_is_named(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastlora.tools.models.find_spec", lambda _: None)
+    assert "needs bitsandbytes" in refused(capsys, folder, "--load-in-4bit")

@@ -75,3 +75,11 @@ def test_the_limit_is_the_sum_of_its_parts() -> None:
     # The products and attention alone were measured at 207 ms by a step written by hand.
     small = sum(found["parts"][name] for name in ("norms", "rotary", "GLU", "embedding", "optimizer"))
     assert found["seconds"] - small == pytest.approx(0.207, rel=0.03)
+
+
+def test_quantised_weights_are_decoded_once_each_way() -> None:
+    layers, weights = 3, 64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 192
+    plain, quantised = (list(parts(MODELS["tiny"], layers, 40, quantised)) for quantised in (False, True))
+    decoded = [part for part in quantised if part.name.endswith("decoded")]
+    assert len(quantised) - len(plain) == len(decoded)
+    assert sum(part.times * part.moved for part in decoded) == 2 * layers * weights * (2 + 1 / 2 + 1 / 64)

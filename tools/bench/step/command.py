@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fastlora.tools.bench.step.limit import limit
 from fastlora.tools.bench.step.models import MODELS
 from fastlora.tools.bench.step.processes import work
 from fastlora.tools.bench.step.truth import ROUNDED, TRUTH
+from fastlora.tools.bench.step.weights import QUANTISATIONS
 from fastlora.tools.output import writing
 from fastlora.tools.problems import RunError, UsageError
 
@@ -27,7 +29,7 @@ LOGS = "logs"
 
 @dataclass(frozen=True)
 class Race:
-    """What to measure; no layers means the model's own number, no contenders means all."""
+    """What to measure; no layers means the model's own number, no contenders means all, and no quantisation 16 bits."""
 
     output: Path
     model: str = "Llama-3.1-8B"
@@ -38,6 +40,7 @@ class Race:
     warmup: int = 3
     timeout: float = 900.0
     profile: bool = False
+    quant: str | None = None
 
 
 def run(race: Race, console: Console) -> bool:
@@ -78,6 +81,7 @@ class Track:
             **self.environment,
             "model": race.model,
             "layers": self.layers,
+            "quant": race.quant,
             "steps": race.steps,
             "warmup": race.warmup,
             "ceilings": self.ceilings,
@@ -86,7 +90,7 @@ class Track:
 
     def prepare(self, batches: list[tuple[int, int]]) -> None:
         """Makes the weights, and measures the ceilings on CUDA."""
-        made = self._work("save", "save", model=self.race.model, layers=self.layers)
+        made = self._work("save", "save", model=self.race.model, layers=self.layers, quant=self.race.quant)
         if "error" in made:
             raise RunError(f"{self.race.model} with {self.layers} layers could not be made: {made['error']}")
         if torch.cuda.is_available():
@@ -108,7 +112,8 @@ class Track:
             self.rows = before + found
             with writing(self.race.output):
                 self.written = results.write(self.race.output, self.conditions, self.rows)
-        title = f"{self.race.model}, {self.layers} layers, {rows} x {length} tokens"
+        kept = f" in {self.race.quant}" if self.race.quant else ""
+        title = f"{self.race.model}{kept}, {self.layers} layers, {rows} x {length} tokens"
         self.console.print(results.table(found, title))
         for row in found:
             if "profile" in row:
@@ -124,7 +129,8 @@ class Track:
         """Seconds of a step at the ceilings."""
         if self.ceilings is None:
             return None
-        found = limit(MODELS[self.race.model], self.layers, rows, length, self.ceilings)
+        quantised = self.race.quant is not None
+        found = limit(MODELS[self.race.model], self.layers, rows, length, self.ceilings, quantised)
         self.limits.append({"rows": rows, "length": length, **found})
         milliseconds, backend = found["seconds"] * 1e3, found["attention_backend"]
         self.console.print(f"{rows}x{length} limit: {milliseconds:.2f} ms, attention by {backend}", highlight=False)
@@ -201,6 +207,10 @@ def _check(race: Race) -> list[tuple[int, int]]:
             named(name)
         except ValueError as problem:
             raise UsageError(f"--contenders {name}: {problem}") from None
+    if race.quant is not None and race.quant not in QUANTISATIONS:
+        raise UsageError(f"--quant {race.quant}: unknown; choose from {', '.join(QUANTISATIONS)}")
+    if race.quant is not None and find_spec("bitsandbytes") is None:
+        raise UsageError(f"--quant {race.quant}: needs bitsandbytes; run: pip install 'fastlora-fx[quant]'")
     least = {"--layers": (race.layers, 1), "--steps": (race.steps, 1), "--warmup": (race.warmup, 0)}
     for option, (number, bound) in least.items():
         if number is not None and number < bound:

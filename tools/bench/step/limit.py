@@ -21,6 +21,8 @@ from fastlora.tools.bench.step.models import Model
 from fastlora.tools.bench.step.weights import RANK
 
 _DTYPE = torch.bfloat16
+_BLOCKSIZE = 64
+"""Of quantised weights; their scales are a byte each."""
 _ADAMW_BYTES = 7 * 4
 """Per trained float32 weight: weight, gradient and two moments read, weight and moments written."""
 
@@ -38,19 +40,21 @@ class Part:
         return self.times * ceilings.limit(self.flops, self.moved)
 
 
-def limit(model: Model, layers: int, rows: int, length: int, measured: dict[str, Any]) -> dict[str, Any]:
+def limit(
+    model: Model, layers: int, rows: int, length: int, measured: dict[str, Any], quantised: bool = False
+) -> dict[str, Any]:
     """Seconds of a step at the ceilings that were measured, in total and by part."""
     found = Ceilings(measured["bandwidth"], measured["rate"])
     index = measured["batches"].index([rows, length])
     attention = measured["attention"][index]
     seconds = {"attention": layers * (attention["forward"] + attention["backward"])}
-    for part in parts(model, layers, rows * length):
+    for part in parts(model, layers, rows * length, quantised):
         seconds[part.name] = seconds.get(part.name, 0.0) + part.seconds(found)
     return {"seconds": sum(seconds.values()), "parts": seconds, "attention_backend": attention["backend"]}
 
 
-def parts(model: Model, layers: int, tokens: int) -> Iterator[Part]:
-    """All work of a step but attention."""
+def parts(model: Model, layers: int, tokens: int, quantised: bool = False) -> Iterator[Part]:
+    """All work of a step but attention. Quantised weights are decoded once forward and once backward."""
     yield from _products(model, layers, tokens)
     yield from _norms(model, layers, tokens)
     shape = model.shape
@@ -59,6 +63,11 @@ def parts(model: Model, layers: int, tokens: int) -> Iterator[Part]:
     yield from _both(ops.rotary_group, "rotary", layers, heads)
     yield from _both(ops.glu, "GLU", layers, {"T": tokens, "I": shape.intermediate})
     yield from _both(ops.linear_cross_entropy, "head and loss", 1, head)
+    for name, widths, K in _linears(model) if quantised else ():
+        sizes = {"N": sum(widths), "K": K}
+        cost = ops.dequantize_4bit.cost
+        assert cost is not None
+        yield Part(f"{name} decoded", 2 * layers, *cost.forward.at({**sizes, "b": _DTYPE.itemsize, "S": _BLOCKSIZE}))
     yield Part("embedding", 1, 0, 2 * tokens * shape.hidden * _DTYPE.itemsize)
     yield Part("optimizer", 1, 0, _ADAMW_BYTES * trained_weights(model, layers))
 

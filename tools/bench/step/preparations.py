@@ -80,16 +80,16 @@ def with_liger(place: Place, compiled: bool = False) -> Prepared:
 
 
 def with_unsloth(place: Place, checkpointing: bool = False) -> Prepared:
-    """Unsloth with 16-bit weights; its checkpointing is the mode that it calls "unsloth"."""
+    """Unsloth with weights as they are to be; its checkpointing is the mode that it calls "unsloth"."""
     from unsloth import FastLanguageModel
 
-    mode = "unsloth" if checkpointing else False
+    mode, quant = "unsloth" if checkpointing else False, weights.quantisation(place.folder)
     model, _ = FastLanguageModel.from_pretrained(
         str(weights.model_folder(place.folder)),
         max_seq_length=place.length,
         dtype=torch.bfloat16,
-        load_in_4bit=False,
-        load_in_16bit=True,
+        load_in_4bit=quant is not None,
+        load_in_16bit=quant is None,
         use_gradient_checkpointing=mode,
         use_exact_model_name=True,
         fix_tokenizer=False,

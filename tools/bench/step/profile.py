@@ -124,6 +124,6 @@ def beside_limit(kinds: dict[str, dict[str, float]], limits: dict[str, float]) -
     """Each kind of work with its seconds and the least that it can take, the largest first."""
     least: dict[str, float] = defaultdict(float)
     for name, seconds in limits.items():
-        direction = name.endswith((" forward", " backward"))
+        direction = name.endswith((" forward", " backward", " decoded"))
         least[PRODUCTS if direction else _LIMITS.get(name, name)] += seconds
     return [(kind, sum(parts.values()), least.get(kind)) for kind, parts in kinds.items()]

@@ -1,7 +1,8 @@
 """The weights and the batch that all contenders share, and how they are loaded.
 
 LoRA of rank 16 scaled by 32 / 16 on all seven linear layers of a block, without dropout. B is random, as it is not zero
-after the first step and A would have no gradient. Adapters are float32, the base is bfloat16, all of it random.
+after the first step and A would have no gradient. Adapters are float32, the base is bfloat16, all of it random. With a
+quantisation, every contender has bitsandbytes make 4-bit weights of the same bfloat16 ones, quantised twice.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 FIRST_TOKEN = 259
 """Tokens are drawn from here on: below are those of the tokenizer, whose padding some libraries treat specially."""
 _B_SPREAD = 0.02
-_MODEL, _ADAPTER = "model", "adapter.safetensors"
+_MODEL, _ADAPTER, _QUANTISATION = "model", "adapter.safetensors", "quantisation"
+QUANTISATIONS = ("nf4", "fp4")
 
 
 def model_folder(folder: Path) -> Path:
@@ -31,14 +33,22 @@ def lora_options() -> dict[str, Any]:
     return {"r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.0, "bias": "none", "target_modules": list(TARGETS)}
 
 
-def save(name: str, layers: int, folder: Path, device: torch.device) -> None:
-    """Draws a model and adapters for it, and saves both."""
+def quantisation(folder: Path) -> str | None:
+    """What the base model's weights are to be quantised to, if they are."""
+    path = folder / _QUANTISATION
+    return path.read_text() if path.exists() else None
+
+
+def save(name: str, layers: int, folder: Path, device: torch.device, quant: str | None = None) -> None:
+    """Draws a model and adapters for it, and saves both, with a note if the model is to be quantised."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
     from fastlora.tools.builtin_model import build_tokenizer
 
+    if quant is not None:
+        (folder / _QUANTISATION).write_text(quant)
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(MODELS[name].config(layers), dtype=torch.bfloat16)
@@ -54,10 +64,22 @@ def save(name: str, layers: int, folder: Path, device: torch.device) -> None:
 
 
 def load(folder: Path, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """The base model without adapters."""
-    from transformers import AutoModelForCausalLM
+    """The base model without adapters; quantised, if it is to be and `dtype` is bfloat16, else with the weights that
+    then are decoded."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    return AutoModelForCausalLM.from_pretrained(model_folder(folder), dtype=dtype, device_map=str(device))
+    options: dict[str, Any] = {"dtype": dtype}
+    quant = quantisation(folder)
+    if quant is not None:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quant,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        options = {"dtype": torch.bfloat16, "quantization_config": config}
+    model = AutoModelForCausalLM.from_pretrained(model_folder(folder), device_map=str(device), **options)
+    return model if quant is None or dtype is torch.bfloat16 else model.dequantize(dtype).to(dtype)
 
 
 def adapted(model: Any, folder: Path) -> Any:

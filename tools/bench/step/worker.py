@@ -19,11 +19,11 @@ import torch
 from fastlora.tools.problems import one_line
 
 
-def save(folder: Path, device: torch.device, model: str, layers: int) -> dict[str, Any]:
+def save(folder: Path, device: torch.device, model: str, layers: int, quant: str | None) -> dict[str, Any]:
     """Draws and saves the weights that all share."""
     from fastlora.tools.bench.step import weights
 
-    weights.save(model, layers, folder, device)
+    weights.save(model, layers, folder, device, quant)
     return {}
 
 
