@@ -17,6 +17,7 @@ from torch.fx.experimental import _config as _shapes
 from fastlora.errors import FastLoRAError
 from fastlora.regions import Region, is_torch_class
 from fastlora.session import Session
+from fastlora.standins import traceable
 
 _CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 _GRAPHS_PER_BLOCK = 64
@@ -72,7 +73,8 @@ class Gate:
         before = _dynamo.recompile_limit, _shapes.backed_size_oblivious
         _dynamo.recompile_limit, _shapes.backed_size_oblivious = _GRAPHS_PER_BLOCK, self._session.oblivious
         try:
-            return self._compiled(*args, **kwargs)
+            with traceable():
+                return self._compiled(*args, **kwargs)
         finally:
             _dynamo.recompile_limit, _shapes.backed_size_oblivious = before
 
