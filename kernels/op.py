@@ -112,7 +112,8 @@ class SemanticOp:
     for bit, of the rest of what is saved, which has all tensors that the op takes (`sparing.py`). `decodes` names
     frozen matrices that all forms read in no other way than `encoded.py` has it. `again` is for ops that are cheap, and
     keep for their own backward what their first output can be made from: the op that makes it (None for itself), and
-    what its arguments are called here if otherwise.
+    what its arguments are called here if otherwise. The results of one that `is_constant` carry no gradient, as the
+    model stops it there.
     """
 
     def __init__(
@@ -136,6 +137,7 @@ class SemanticOp:
         spares: tuple[str, ...] = (),
         decodes: tuple[str, ...] = (),
         again: tuple[SemanticOp | None, dict[str, str]] | None = None,
+        is_constant: bool = False,
         cost: Cost | None = None,
     ) -> None:
         self.name, self.family, self.schema = name, family, schema
@@ -167,8 +169,7 @@ class SemanticOp:
         )
         self._read_by = read_by or {}
         self.foresees, self.spends, self.spares, self._again = foresees, spends, spares, again
-        self.decodes = decodes
-        self.cost = cost
+        self.decodes, self.is_constant, self.cost = decodes, is_constant, cost
         self._register(schema)
 
     def __repr__(self) -> str:
@@ -299,7 +300,8 @@ class SemanticOp:
     def _differentiable(self, values: tuple[Any, ...], handed_out: Leaves, made: tuple[Made, ...] = ()) -> Any:
         """Runs the op, and has autograd know of it; hands out results, or outputs only, as one tensor or a tuple."""
         tensors = self.leaves.flat(values)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        needed = any(t is not None and t.requires_grad for t in tensors)
+        if needed and torch.is_grad_enabled() and not self.is_constant:
             owns = handed_out is self.output_leaves
             results = handed_out.grouped(Apply.apply(self, values, owns, made, *tensors))
             return tuple(results) if len(self.result_names) > 1 else results[0]

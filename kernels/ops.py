@@ -1,6 +1,7 @@
 """Every semantic op of fastlora, by name."""
 
 from fastlora.kernels.dequantize import dequantize_4bit
+from fastlora.kernels.dora import dora_add, dora_linear, dora_norm
 from fastlora.kernels.dropout import dropout
 from fastlora.kernels.glu import glu
 from fastlora.kernels.layer_norm import add_layer_norm, layer_norm
@@ -15,6 +16,9 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "dequantize_4bit",
+    "dora_add",
+    "dora_linear",
+    "dora_norm",
     "dropout",
     "glu",
     "layer_norm",
