@@ -98,7 +98,7 @@ class Legality:
     def _autograd(self, match: Match) -> str | None:
         grad_enabled = self._modes[match.root][0]
         tensors = [meta(node) for node in argument_nodes(match)]
-        expected = grad_enabled and any(t is not None and t.requires_grad for t in tensors)
+        expected = grad_enabled and any(t is not None and t.requires_grad for t in tensors) and not match.op.is_constant
         for output in match.outputs:
             found = meta(output)
             if found is not None and found.requires_grad != expected:

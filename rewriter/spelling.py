@@ -94,6 +94,7 @@ spell("rsqrt", "input", torch.rsqrt, "rsqrt")
 spell("reciprocal", "input", torch.reciprocal, "reciprocal")
 spell("mean", "input dim keepdim=False dtype=None", torch.mean, "mean")
 spell("var", "input dim unbiased=True keepdim=False", torch.var, "var")
+spell("linalg_norm", "input ord=None dim=None keepdim=False dtype=None", torch.linalg.norm)
 spell("tanh", "input", torch.tanh, F.tanh, "tanh")
 spell("sigmoid", "input", torch.sigmoid, F.sigmoid, "sigmoid")
 spell("silu", "input inplace=False", F.silu)
@@ -119,5 +120,7 @@ spell(
     "input target weight=None size_average=None ignore_index=-100 reduce=None reduction=mean label_smoothing=0.0",
     F.cross_entropy,
 )
+spell("eye", "n m=None dtype=None device=None", torch.eye)
+spell("detach", "input", torch.detach, "detach")
 spell("contiguous", "input memory_format=None", "contiguous")
 spell("clone", "input memory_format=None", torch.clone, "clone")

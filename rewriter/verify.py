@@ -93,7 +93,11 @@ def _with_gradients(
     generator = torch.Generator().manual_seed(1)
     incoming = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]
     wanted = [t for t in leaves.values() if t.requires_grad]
-    gradients = torch.autograd.grad(outputs, wanted, incoming, allow_unused=True)
+    ends = [(o, g) for o, g in zip(outputs, incoming, strict=True) if o.requires_grad]
+    gradients: Any = [None] * len(wanted)
+    if ends:
+        tensors, cotangents = zip(*ends, strict=True)
+        gradients = torch.autograd.grad(tensors, wanted, cotangents, allow_unused=True)
     return [*outputs, *(torch.zeros_like(t) if g is None else g for g, t in zip(gradients, wanted, strict=True))]
 
 
@@ -124,8 +128,11 @@ def _replay(match: Match, inputs: dict[fx.Node, torch.Tensor], exact: bool) -> l
 def _call(node: fx.Node, value: Callable[[fx.Node], Any], exact: bool) -> Any:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
     if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+        result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    else:
+        result = node.target(*args, **kwargs)  # type: ignore[operator]
+    made = exact and isinstance(result, torch.Tensor) and result.is_floating_point()
+    return result.double() if made else result  # what the graph makes of nothing has a dtype of its own
 
 
 def _reference(match: Match, inputs: dict[fx.Node, torch.Tensor], exact: bool) -> list[torch.Tensor]:

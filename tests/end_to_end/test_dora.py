@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import pytest
 import torch
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
-from tiny_models import batch, build, step
+from tiny_models import batch, build, double, relative, step
 
 import fastlora
 
@@ -26,6 +27,47 @@ def test_a_block_is_one_graph(p: float) -> None:
         reports.append(fastlora.report(model))
     assert reports[0].graphs == reports[1].graphs
     assert reports[1].breaks == []
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt_neox"])
+def test_gradients_are_eagers_and_every_site_is_fused(family: str, p: float) -> None:
+    model = dora(family, dropout=p).train()
+    expected = step(model, batch(padded=True))
+    fastlora.compile(model, strict=True, verify=True)
+    mine = step(model, batch(padded=True))
+    assert relative(mine.loss, expected.loss) <= 1e-6
+    assert mine.gradients.keys() == expected.gradients.keys()
+    truth = step(double(fastlora.disable(model)), batch(padded=True))
+    for name, gradient in expected.gradients.items():
+        own = relative(gradient, truth.gradients[name]) if not p else 0.0
+        assert relative(mine.gradients[name], gradient) <= max(2e-6, 2 * own), name
+
+
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.bfloat16, None), (torch.float32, torch.bfloat16)])
+def test_rounded_gradients_are_no_further_from_the_truth_than_eagers(
+    dtype: torch.dtype, autocast: torch.dtype | None
+) -> None:
+    model = dora(dtype=dtype)
+    errors: list[list[float]] = [[], []]
+    for seed in range(6):
+        truth = step(double(fastlora.disable(model)), batch(seed=seed))
+        for own, prepare in zip(errors, (fastlora.compile, fastlora.disable), strict=True):
+            mine = step(prepare(model), batch(seed=seed), autocast)
+            squares = [(g.double() - truth.gradients[name]).square().sum() for name, g in mine.gradients.items()]
+            own.append(float(torch.stack(squares).sum().sqrt()))
+    assert statistics.median(a / b for a, b in zip(*errors, strict=True)) <= 1.25
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_recomputes_with_the_same_masks(reentrant: bool) -> None:
+    model = dora(dropout=0.2).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    expected = step(model, batch())
+    mine = step(fastlora.compile(model, strict=True), batch())
+    for name, gradient in expected.gradients.items():
+        assert relative(mine.gradients[name], gradient) <= 4e-6, name
 
 
 def test_a_compiled_model_leaves_no_trace_of_itself() -> None:

@@ -1,0 +1,106 @@
+"""DoRA: adapters whose output features each have a scale of their own, and the norms that these scales are made with.
+
+PEFT makes the scale of a magnitude and the norm of each row of W + s B A, for which it applies A and B to a unit matrix
+and keeps no gradients. It adds `(scale - 1) * plain + scale * low * s` to the base layer's result, where `plain` is
+that result without its bias, or the base layer again on what a dropout left of its input.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastlora.kernels import ops
+from fastlora.metadata import known_equal, known_less, same_shape
+from fastlora.pattern import Op, Opt, Param, Pattern, Scalar, cast, either, linear
+from fastlora.patterns.lora import low_rank
+from fastlora.rule import GroupRule, Match, Rule, dtype_of, rule
+
+
+def _scaled_sum(base: Pattern, plain: Any, low: Pattern, scale: Pattern, scaling: Pattern) -> Pattern:
+    adapter = either(scaled=(scale * low) * scaling, plain=scale * low)
+    return cast(base + ((scale - 1) * plain + adapter))
+
+
+@rule(
+    ops.dora_linear,
+    anchor=low_rank,
+    benefit=2,
+    attrs={"base_dtype": dtype_of("base"), "lora_dtype": dtype_of("inner"), "out_dtype": dtype_of()},
+)
+def dora_linear(
+    x,
+    weight: Param(2),
+    bias: Opt[Param(1)],
+    lora_a: Param(2),
+    lora_b: Param(2),
+    scale,
+    scaling: Scalar = 1.0,
+):
+    base = linear(x, weight, bias).named("base")
+    plain = either(unbiased=base - bias, same=base).named("plain")
+    return _scaled_sum(base, plain, linear(linear(cast(x), lora_a).named("inner"), lora_b), scale, scaling)
+
+
+@rule(ops.dora_add, anchor=low_rank, benefit=2, attrs={"lora_dtype": dtype_of("inner"), "out_dtype": dtype_of()})
+def dora_add(base, plain, x, lora_a: Param(2), lora_b: Param(2), scale, scaling: Scalar = 1.0):
+    """On whatever the base layer is, and behind dropout, where `plain` reads what is left of the input."""
+    return _scaled_sum(base, plain, linear(linear(cast(x), lora_a).named("inner"), lora_b), scale, scaling)
+
+
+def _rows(dim: Any) -> bool:
+    """Whether a norm is over the last of two dimensions."""
+    return dim in (1, -1, (1,), [1], (-1,), [-1])
+
+
+@rule(
+    ops.dora_norm,
+    anchor=low_rank,
+    benefit=2,
+    attrs={"lora_dtype": dtype_of("product"), "sum_dtype": dtype_of("total"), "out_dtype": dtype_of()},
+)
+def dora_norm(weight, lora_a: Param(2), lora_b: Param(2), scaling: Scalar = 1.0):
+    unit = Op("eye", n=lambda n: True, m=None)
+    product = linear(linear(unit, lora_a), lora_b).named("product")
+    delta = Op("detach", input=cast(Op("transposed", input=product)))
+    total = (cast(weight) + either(scaled=delta * scaling, plain=delta)).named("total")
+    return Op("detach", input=cast(Op("linalg_norm", input=total, ord=None, dim=_rows, keepdim=False, dtype=None)))
+
+
+@dora_linear.where
+@dora_add.where
+@dora_norm.where
+def _is_low_rank(match: Match):
+    a, b = match.tensor("lora_a"), match.tensor("lora_b")
+    low = known_less(a.shape[0], a.shape[1]) and known_less(a.shape[0], b.shape[0])
+    return low or "the inner dimension is not the smallest"
+
+
+@dora_linear.where
+@dora_add.where
+def _one_factor_a_feature(match: Match):
+    shape, features = match.tensor("scale").shape, match.tensor().shape[-1]
+    leading = all(known_equal(size, 1) for size in shape[:-1])
+    one = len(shape) > 0 and leading and known_equal(shape[-1], features)
+    return one or f"the scale has the shape {tuple(shape)}"
+
+
+@dora_linear.where
+def _the_bias_is_not_scaled(match: Match):
+    wanted = "same" if match.value("bias") is None else "unbiased"
+    return match.tag("plain") == wanted or "the scale takes the bias as well"
+
+
+@dora_add.where
+def _nothing_is_broadcast(match: Match):
+    alike = all(same_shape(match.tensor(name), match.tensor()) for name in ("base", "plain"))
+    return alike or "the base is broadcast"
+
+
+@dora_norm.where
+def _rows_of_a_matrix(match: Match):
+    weight, a, b = (match.tensor(name) for name in ("weight", "lora_a", "lora_b"))
+    matrix = weight.dim() == 2 and known_equal(weight.shape[0], b.shape[0]) and known_equal(weight.shape[1], a.shape[1])
+    return matrix or f"the weight has the shape {tuple(weight.shape)}"
+
+
+RULES: list[Rule | GroupRule] = [dora_linear, dora_add, dora_norm]
