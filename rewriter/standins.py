@@ -1,9 +1,11 @@
 """Functions of others that TorchDynamo cannot trace, and what it traces in their place while a region runs compiled.
 
-Two that PEFT has for DoRA would cut a region in pieces. Before it hands out a layer's weight it asks from which package
-the weight's class comes, and TorchDynamo has no answer to that for a plain parameter. And a weight that lies the other
-way round it wraps as a parameter of its own, which nobody else ever sees. A stand-in gives for plain tensors and
-parameters what the function itself gives, and hands anything else to that function.
+Some that PEFT has would cut a region in pieces. Before it hands out a layer's weight, for DoRA, it asks from which
+package the weight's class comes, and TorchDynamo has no answer to that for a plain parameter. A weight that lies the
+other way round it wraps as a parameter of its own, which nobody else ever sees. And an adapter on a parameter, such as
+the weights of all experts, is a parametrisation that it registers for the call, which gives the layer another class. A
+stand-in gives for plain tensors and parameters what the function itself gives, and hands anything else to that
+function.
 
 Nothing is replaced: who calls the function gets the function. TorchDynamo alone looks for the attribute that
 `torch.compile` sets on what it returns, to say what to trace in its place; it is on the function only while some region
@@ -22,9 +24,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 _INLINE = "_torchdynamo_inline"
 _PLAIN = (torch.Tensor, nn.Parameter)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _lock = threading.Lock()
 _inside = 0
@@ -49,8 +53,10 @@ def traceable() -> Iterator[None]:
 
 
 def _mark() -> None:
-    for module, name, make in _STAND_INS:
-        function = getattr(sys.modules.get(module), name, None)
+    for module, path, make in _STAND_INS:
+        function: Any = sys.modules.get(module)
+        for name in path.split("."):
+            function = getattr(function, name, None)
         if type(function) is FunctionType and not hasattr(function, _INLINE):
             stand_in = _made(make, function)
             if stand_in is not None:
@@ -100,15 +106,75 @@ def _transposed_if(function: FunctionType) -> Callable[..., Any] | None:
     original = _unmarked(function)
 
     def transposed_if(weight: Any, fan_in_fan_out: Any) -> Any:
-        if fan_in_fan_out and type(weight) is nn.Parameter:
+        if fan_in_fan_out and isinstance(weight, nn.Parameter):
             return weight.T.detach()
         return original(weight, fan_in_fan_out)
 
     return transposed_if
 
 
+def _on_a_parameter(function: FunctionType) -> Callable[..., Any] | None:
+    """The forward of a layer, of whose parameters one carries an adapter: the layer runs on that parameter's sum."""
+    original = _unmarked(function)
+
+    def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        adapters = [name for name in self.active_adapters if name in self.lora_A]
+        layer = self.get_base_layer()
+        weight = getattr(layer, self.parameter_name)
+        known = adapters and self.num_experts > 1 and "adapter_names" not in kwargs
+        known = known and type(weight) is nn.Parameter and weight.dtype in _FLOATS
+        if not known or self.disable_adapters or self.merged or hasattr(layer, "parametrizations"):
+            return original(self, x, *args, **kwargs)
+        if len(adapters) > 1:
+            first, *others = map(self.get_delta_weight, adapters)
+            total = weight + sum(others, first)
+        else:
+            left, right, scaling = self.get_delta_factors(adapters[0])
+            with torch.autocast(weight.device.type, enabled=False):
+                total = torch.baddbmm(weight, left, right, alpha=scaling)
+        path, inner = self.parameter_name, self.base_layer
+        while inner is not layer:  # wrapped for another parameter as well
+            path, inner = "base_layer." + path, inner.base_layer
+        return functional_call(self.base_layer, {path: total}, (x, *args), kwargs, tie_weights=False)
+
+    with torch.random.fork_rng([]), torch.device("cpu"), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        runs = [_run_on_experts(function.__globals__, run) for run in (function, forward)]
+    return forward if all(map(torch.equal, *runs)) else None
+
+
+class _Experts(nn.Module):
+    """Two layers for each of two experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(2, 3, 5)), nn.Parameter(torch.randn(2, 5, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(torch.bmm(x, self.down).tanh(), self.up)
+
+
+def _run_on_experts(peft: dict[str, Any], forward: Callable[..., Any]) -> list[torch.Tensor]:
+    """Results and gradients, with one adapter on both parameters of a layer, and with another one on its last."""
+    torch.default_generator.manual_seed(0)  # that of the CPU alone
+    config = peft["LoraConfig"](r=1, lora_alpha=2, init_lora_weights=False)
+    options = {"config": config, "r": 1, "lora_alpha": 2}
+    inner = peft["ParamWrapper"](_Experts(), "default", parameter_name="up", **options)
+    outer = peft["ParamWrapper"](inner, "default", parameter_name="down", **options)
+    found = []
+    for adapters in (["default"], ["default", "second"]):
+        if len(adapters) > 1:
+            outer.update_layer(adapters[-1], **options)
+        outer.set_adapter(adapters)
+        parameters = dict(outer.named_parameters())
+        given = [torch.randn(2, 4, 5, requires_grad=True), *(parameters[name] for name in sorted(parameters))]
+        found.append(forward(outer, given[0]))
+        found += torch.autograd.grad(found[-1].square().sum(), given)
+    return found
+
+
 _STAND_INS = (
     ("peft.utils.integrations", "dequantize_module_weight", _weight_of),
     ("peft.utils.other", "transpose", _transposed_if),
+    ("peft.tuners.lora.layer", "ParamWrapper.forward", _on_a_parameter),
 )
 """Where the functions are, and what makes the stand-in of each, or None."""
