@@ -341,7 +341,7 @@ class SemanticOp:
         results = results if len(self.result_names) > 1 else (results,)
         grads = [None if t is None else torch.empty_like(t) for t in self.output_leaves.flat(results)]
         asked = self.sharing(values).ask(self.reached(needs, grads))
-        if any(asked):
+        if any(asked) and not self.is_constant:
             saved, constants = self.to_save(needs, values, results)
             self._run_backward(grads, asked, *saved, *constants, spent=True)  # as in most steps
 

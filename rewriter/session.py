@@ -275,5 +275,12 @@ def _common_name(names: list[str]) -> str:
 def _graph_breaks() -> Counter[str]:
     counted: Counter[str] = Counter()
     for reason, count in torch._dynamo.utils.counters["graph_break"].items():
-        counted[reason.partition("\n")[0]] += count
+        counted[_in_one_line(reason)] += count
     return counted
+
+
+def _in_one_line(reason: str) -> str:
+    """What TorchDynamo could not trace, and how it explains that, without its hints."""
+    title, *lines = reason.strip().split("\n")
+    explained = (line.partition("Explanation: ")[2].strip() for line in lines)
+    return ": ".join([title, *(text for text in explained if text)])

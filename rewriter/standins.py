@@ -121,11 +121,10 @@ def _on_a_parameter(function: FunctionType) -> Callable[..., Any] | None:
         adapters = [name for name in self.active_adapters if name in self.lora_A]
         layer = self.get_base_layer()
         weight = getattr(layer, self.parameter_name)
-        known = adapters and self.num_experts > 1 and "adapter_names" not in kwargs
-        known = known and type(weight) is nn.Parameter and weight.dtype in _FLOATS
+        known = adapters and type(weight) is nn.Parameter and weight.dtype in _FLOATS and "adapter_names" not in kwargs
         if not known or self.disable_adapters or self.merged or hasattr(layer, "parametrizations"):
             return original(self, x, *args, **kwargs)
-        if len(adapters) > 1:
+        if len(adapters) > 1 or self.num_experts == 1:
             first, *others = map(self.get_delta_weight, adapters)
             total = weight + sum(others, first)
         else:
@@ -138,27 +137,30 @@ def _on_a_parameter(function: FunctionType) -> Callable[..., Any] | None:
         return functional_call(self.base_layer, {path: total}, (x, *args), kwargs, tie_weights=False)
 
     with torch.random.fork_rng([]), torch.device("cpu"), torch.enable_grad(), torch.autocast("cpu", enabled=False):
-        runs = [_run_on_experts(function.__globals__, run) for run in (function, forward)]
-    return forward if all(map(torch.equal, *runs)) else None
+        for experts in (1, 2):
+            runs = [_run_on_experts(experts, function.__globals__, run) for run in (function, forward)]
+            if not all(map(torch.equal, *runs)):
+                return None
+    return forward
 
 
 class _Experts(nn.Module):
-    """Two layers for each of two experts."""
+    """Two layers for each of some experts."""
 
-    def __init__(self) -> None:
+    def __init__(self, experts: int) -> None:
         super().__init__()
-        self.up, self.down = nn.Parameter(torch.randn(2, 3, 5)), nn.Parameter(torch.randn(2, 5, 3))
+        self.up, self.down = nn.Parameter(torch.randn(experts, 3, 5)), nn.Parameter(torch.randn(experts, 5, 3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.bmm(torch.bmm(x, self.down).tanh(), self.up)
 
 
-def _run_on_experts(peft: dict[str, Any], forward: Callable[..., Any]) -> list[torch.Tensor]:
+def _run_on_experts(experts: int, peft: dict[str, Any], forward: Callable[..., Any]) -> list[torch.Tensor]:
     """Results and gradients, with one adapter on both parameters of a layer, and with another one on its last."""
     torch.default_generator.manual_seed(0)  # that of the CPU alone
     config = peft["LoraConfig"](r=1, lora_alpha=2, init_lora_weights=False)
     options = {"config": config, "r": 1, "lora_alpha": 2}
-    inner = peft["ParamWrapper"](_Experts(), "default", parameter_name="up", **options)
+    inner = peft["ParamWrapper"](_Experts(experts), "default", parameter_name="up", **options)
     outer = peft["ParamWrapper"](inner, "default", parameter_name="down", **options)
     found = []
     for adapters in (["default"], ["default", "second"]):
@@ -166,7 +168,7 @@ def _run_on_experts(peft: dict[str, Any], forward: Callable[..., Any]) -> list[t
             outer.update_layer(adapters[-1], **options)
         outer.set_adapter(adapters)
         parameters = dict(outer.named_parameters())
-        given = [torch.randn(2, 4, 5, requires_grad=True), *(parameters[name] for name in sorted(parameters))]
+        given = [torch.randn(experts, 4, 5, requires_grad=True), *(parameters[name] for name in sorted(parameters))]
         found.append(forward(outer, given[0]))
         found += torch.autograd.grad(found[-1].square().sum(), given)
     return found

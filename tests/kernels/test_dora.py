@@ -180,6 +180,13 @@ def test_a_norm_asks_for_a_slice_of_memory_only(monkeypatch: pytest.MonkeyPatch)
     assert made == [(4, 32), (4, 32), (2, 32)]
 
 
+def test_a_norm_is_rehearsed_without_a_backward() -> None:
+    """Although it is made of what is trained."""
+    given_ = norm_arguments(SCHEMES["float32"], 6, 5, 2)
+    values = [v.to("meta") if isinstance(v, torch.Tensor) else v for v in dora_norm.order(given_)]
+    dora_norm.rehearse(values, [False, True, True])
+
+
 @pytest.mark.parametrize("check", ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"])
 def test_the_norm_is_a_sound_operator(check: str) -> None:
     given_ = norm_arguments(SCHEMES["float32"], 6, 5, 2)

@@ -3,6 +3,7 @@
 from importlib.metadata import EntryPoint
 
 import pytest
+import torch
 from tiny_models import FAMILIES, build
 from torch import nn
 
@@ -37,3 +38,21 @@ def test_every_layer_is_a_region_and_the_head_is_in_none(family):
 
 def test_leaves_in_a_sequence_are_no_blocks():
     assert [region.name for region in find_regions(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))] == [""]
+
+
+class Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        sizes = (x > 0).sum(0).tolist()
+        return self.layer(x) * sizes[0]
+
+
+def test_a_report_explains_what_could_not_be_traced() -> None:
+    model = fastlora.compile(nn.ModuleList([Routed(), Routed()]), defer_logits=False)
+    model[0](torch.randn(3, 4)).sum().backward()
+    (reason,) = fastlora.report(model).breaks
+    assert "dependent on the data of Tensor inputs" in reason
+    assert "\n" not in reason
