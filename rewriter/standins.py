@@ -18,7 +18,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
@@ -30,9 +29,12 @@ _INLINE = "_torchdynamo_inline"
 _PLAIN = (torch.Tensor, nn.Parameter)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+Known = tuple[FunctionType, Callable[..., Any] | None]
+
 _lock = threading.Lock()
 _inside = 0
 _marked: list[FunctionType] = []
+_known: dict[tuple[str, str, Any], Known] = {}
 
 
 @contextmanager
@@ -53,23 +55,30 @@ def traceable() -> Iterator[None]:
 
 
 def _mark() -> None:
-    for module, path, make in _STAND_INS:
-        function: Any = sys.modules.get(module)
-        for name in path.split("."):
-            function = getattr(function, name, None)
-        if type(function) is FunctionType and not hasattr(function, _INLINE):
-            stand_in = _made(make, function)
-            if stand_in is not None:
-                setattr(function, _INLINE, stand_in)
-                _marked.append(function)
+    for entry in _STAND_INS:
+        found = _known.get(entry)
+        if found is None:
+            found = _find(*entry)
+            if found is None:
+                continue
+            _known[entry] = found
+        function, stand_in = found
+        if stand_in is not None and not hasattr(function, _INLINE):
+            setattr(function, _INLINE, stand_in)
+            _marked.append(function)
 
 
-@cache
-def _made(make: Callable[[FunctionType], Any], function: FunctionType) -> Callable[..., Any] | None:
-    try:
-        return make(function)
-    except Exception:  # it takes something else
+def _find(module: str, path: str, make: Callable[[FunctionType], Any]) -> Known | None:
+    """The function, and its stand-in unless it is another than is known; None where there is none so far."""
+    function: Any = sys.modules.get(module)
+    for name in path.split("."):
+        function = getattr(function, name, None)
+    if type(function) is not FunctionType:
         return None
+    try:
+        return function, make(function)
+    except Exception:  # it takes something else
+        return function, None
 
 
 def _unmarked(function: FunctionType) -> Callable[..., Any]:
