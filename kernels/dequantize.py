@@ -140,5 +140,6 @@ dequantize_4bit = op(
     forward=forward,
     backward=backward,
     saves=(),
+    is_constant=True,
     cost=Cost(forward=Work(flops="2*N*K", bytes="N*K*b + N*K/2 + N*K/S"), backward=Work(flops="0", bytes="0")),
 )

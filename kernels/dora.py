@@ -177,6 +177,7 @@ dora_linear = op(
         "x": lambda wanted, _: wanted["weight"] or wanted["lora_a"],
         "u": lambda wanted, _: wanted["scale"],
     },
+    decodes=("weight",),
 )
 
 

@@ -36,8 +36,6 @@ def _calls(op: SemanticOp, node: fx.Node) -> Iterator[Call]:
     values = fx.node.map_aggregate(node.args, _without_memory)
     needs = [t is not None and t.requires_grad for t in examples]
     yield Call(op, values, needs)
-    if not op.saved:  # nothing flows back through it
-        return
     more = [
         need or (t is not None and t.is_floating_point() and not isinstance(t, nn.Parameter))
         for need, t in zip(needs, examples, strict=True)

@@ -9,6 +9,7 @@
     L6 metadata   the op's outputs have the shapes, dtypes, devices and strides of what they replace
     L7 no guards  deciding so has not narrowed the inputs that the graph serves
     L8 rounding   is part of each op's meaning (where a narrowing cast sits is one of its arguments)
+    L9 encoded    a weight that is kept encoded goes to an op that reads it so
 
 Each check answers None, or the sentence that the report prints.
 """
@@ -21,6 +22,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fastlora.kernels.ops import dequantize_4bit
 from fastlora.metadata import known_equal, meta
 from fastlora.rule import Match
 from fastlora.seeds import Seed, seeds
@@ -46,7 +48,9 @@ class Legality:
 
     def refusal(self, match: Match) -> str | None:
         """The first reason against the match, or None if it is legal."""
-        checks = (self._closed, self._placed, self._effects, self._one_mode, self._autograd, self._metadata)
+        checks = (
+            self._closed, self._placed, self._effects, self._one_mode, self._autograd, self._metadata, self._encoded,
+        )  # fmt: skip
         for check in checks:
             reason = check(match)
             if reason is not None:
@@ -116,6 +120,14 @@ class Legality:
             reason = _differs(output, result)
             if reason is not None:
                 return f"L6: {reason}"
+        return None
+
+    def _encoded(self, match: Match) -> str | None:
+        """Other ops would keep a weight decoded, for which it was not encoded."""
+        for name, value in match.arguments.items():
+            for node in value if isinstance(value, list) else [value]:
+                if isinstance(node, fx.Node) and node.target is dequantize_4bit.target and name not in match.op.decodes:
+                    return f"L9: {match.op.name} does not read its {name} encoded"
         return None
 
     def fake_results(self, match: Match) -> list[torch.Tensor] | str:
