@@ -47,9 +47,11 @@ class Proposal:
     x: fx.Node
     bias: fx.Node | None
 
-    def restore(self, graph: fx.Graph) -> None:
+    def restore(self, graph: fx.Graph, alive: set[fx.Node]) -> None:
         """Puts the call in the linear layer's place."""
-        now = {self.x: self.linear.args[0], self.bias: self.linear.args[2]}
+        now = {self.bias: self.linear.args[2]}
+        if self.x not in alive or _uncast(self.x) is not self.linear.args[0]:  # which is another by now
+            now[self.x] = self.linear.args[0]
         args, kwargs = fx.node.map_arg((self.args, self.kwargs), lambda node: now.get(node, node))
         with graph.inserting_before(self.linear):
             result = call = graph.create_node("call_function", self.call, args, kwargs)
@@ -72,11 +74,11 @@ def settle(graph: fx.Graph, proposals: list[Proposal]) -> None:
     alive = set(graph.nodes)
     for proposal in proposals:
         if proposal.linear in alive:
-            proposal.restore(graph)
-    for proposal in proposals:
-        for source in proposal.args:
-            if isinstance(source, fx.Node) and not source.users and (source.op == "get_attr" or _is_view(source)):
-                graph.erase_node(source)
+            proposal.restore(graph, alive)
+    sources = [source for proposal in proposals for source in proposal.args if isinstance(source, fx.Node)]
+    for source in dict.fromkeys(sources):
+        if source in alive and not source.users and _is_left_over(source):
+            graph.erase_node(source)
     tidy(graph)
 
 
@@ -117,6 +119,11 @@ def _without(value: Any, member: int | None) -> Any:
     return None if member is None else [None if i == member else each for i, each in enumerate(value)]
 
 
+def _is_left_over(node: fx.Node) -> bool:
+    """Whether a node without users was there for a product alone."""
+    return node.op == "get_attr" or _is_view(node) or _uncast(node) is not node
+
+
 def _is_view(node: fx.Node) -> bool:
     return node.op == "call_method" and node.target == "view"
 
@@ -144,7 +151,7 @@ def _propose(graph: fx.Graph, node: fx.Node, given: dict[str, Any], first: fx.No
     with example.fake_mode:  # type: ignore[attr-defined]
         weight.meta["example_value"] = torch.empty(rows, cols, dtype=example.dtype, device=example.device)
     with graph.inserting_after(node):
-        linear = graph.call_function(F.linear, (given["A"], weight, given["bias"]))
+        linear = graph.call_function(F.linear, (_uncast(given["A"]), weight, given["bias"]))
     linear.meta = dict(node.meta)
     node.replace_all_uses_with(linear)
     call: Any = node.args[0] if node.target is operator.getitem else node
@@ -175,6 +182,16 @@ def _source(packed: Any) -> Any:
     while isinstance(packed, fx.Node) and _is_view(packed):
         packed = packed.args[0]
     return packed
+
+
+def _uncast(x: fx.Node) -> fx.Node:
+    """What a change of dtype was made of that changes nothing, and stands between a norm and its reader."""
+    while x.op == "call_method" and x.target == "to" and isinstance(source := x.args[0], fx.Node):
+        before, after = meta(source), meta(x)
+        if before is None or after is None or (before.dtype, before.device) != (after.dtype, after.device):
+            break
+        x = source
+    return x
 
 
 def _gemm(node: fx.Node) -> dict[str, Any] | None:

@@ -53,7 +53,11 @@ def build(family: str, kept: Format, device: str = "cpu", adapters: torch.dtype 
     model_class = getattr(transformers, name)
     torch.manual_seed(0)
     extra = {"head_dim": 32} if "head_dim" in settings else {}
-    model = model_class(model_class.config_class(**settings | WIDTHS | extra)).to(device, kept.dtype)
+    config = model_class.config_class(**settings | WIDTHS | extra)
+    for dropout in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        if hasattr(config, dropout):
+            setattr(config, dropout, 0.0)
+    model = model_class(config).to(device, kept.dtype)
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and module is not head:

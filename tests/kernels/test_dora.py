@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lora_cases import SCHEMES, Scheme, layer, scheme_of, schemes
-from op_checks import CONTRACT, Arguments, Case, bf16, complete, evaluate, f32, f64, leaves, saved_for_backward
+from op_checks import CONTRACT, DEVICE, Arguments, Case, bf16, complete, evaluate, f32, f64, leaves, saved_for_backward
 from op_precision import assert_as_precise, assert_precise_on_average, assert_propagates, sizes, tensors
 from torch import nn
 
@@ -205,15 +205,16 @@ def test_the_references_are_peft_bit_for_bit(scheme: str, biases: bool) -> None:
     given_ = complete(dora_linear, linear_arguments(dtypes, 6, 24, n=40, rank=8, biases=biases) | {"scaling": 1.5})
     config = LoraConfig(r=8, lora_alpha=12, init_lora_weights=False, use_dora=True)
     module = Linear(nn.Linear(24, 40, bias=biases), adapter_name="default", config=config, r=8, lora_alpha=12)
+    module.to(DEVICE)
     magnitude = module.lora_magnitude_vector["default"].weight
     named = {"lora_a": module.lora_A["default"].weight, "lora_b": module.lora_B["default"].weight}
     named |= dict(module.base_layer.named_parameters())
     for name, parameter in named.items():
         parameter.data = given_[name].clone()
         parameter.requires_grad_(name.startswith("lora"))
-    magnitude.data = torch.rand(40).to(dtypes.adapter) + 0.5
+    magnitude.data = torch.rand(40).to(DEVICE, dtypes.adapter) + 0.5
     x = given_["x"].clone().requires_grad_()
-    with torch.autocast("cpu", bf16) if scheme == "autocast" else nullcontext():
+    with torch.autocast(DEVICE.type, bf16) if scheme == "autocast" else nullcontext():
         output = module(x * 1)
     gradients = torch.autograd.grad(output, (magnitude, named["lora_a"], named["lora_b"]), torch.ones_like(output))
 

@@ -11,9 +11,10 @@ from quantised_models import Format
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastlora import again
 from fastlora.engine import bodies, rewrite
 from fastlora.kernels.ops import dequantize_4bit, lora_linear
-from fastlora.lowering import lower
+from fastlora.lowering import OPS, lower
 from fastlora.quantised import propose, settle, steady
 from fastlora.session import default_rules
 
@@ -95,6 +96,19 @@ def test_the_adapted_product_is_claimed_and_no_decoded_weight_is_a_value(layer: 
     assert calls(graphs, lora_linear.target) == 1
     assert calls(graphs, dequantize_4bit.target) == 0
     assert close(results(run, inputs), expected)
+
+
+class Normed(Layer):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(torch.nn.functional.rms_norm(x, (WIDTH,), eps=1e-6))
+
+
+def test_a_norm_before_the_product_is_made_again_as_it_is_before_a_plain_one() -> None:
+    gm, inputs = traced(Normed(Format()))
+    expected = results(gm.forward, inputs)
+    rewrite(gm, default_rules())
+    assert [each.make.argument for each in again.found(gm.graph, OPS)] == ["x"]
+    assert close(results(lower(gm, inputs, "eager", "default"), inputs), expected)
 
 
 def doubled(backward: fx.Graph) -> None:
