@@ -16,7 +16,8 @@ two directions that a shift and a scaling of the row, which leave n alone, would
 numbers per row).  n is recomputed, which costs a subtraction and a multiplication and saves a tensor of x's size.  For
 the sum, both operands receive dh plus the gradient that the sum itself receives; x that times its mask, if it has one.
 
-Shapes: x (..., H), weight and bias (H,) or None, seed one int64; y and dx are laid out in memory as x, or the sum, is.
+Shapes: x (..., H), weight and bias (H,) or None, seed one int64; y is contiguous, as torch's own layer_norm makes it,
+and dx is laid out in memory as x, or the sum, is.
 `compute` is x's dtype, or float32 where that is narrower: half precision is rounded once, at the end.
 Source: Ba, Kiros and Hinton, "Layer Normalization" (2016).
 """
@@ -62,7 +63,7 @@ def forward(
         y = y * weight
     if bias is not None:
         y = y + bias
-    return y.to(out_dtype), mean, rstd
+    return y.to(out_dtype).contiguous(), mean, rstd
 
 
 def _backward(

@@ -159,7 +159,7 @@ def _normalise(
         ADD=residual is not None, WEIGHT=weight is not None, BIAS=bias is not None, **plan,
     )  # fmt: skip
     total = total if residual is None else laid_out(total, x)
-    return laid_out(y, x), total, mean.contiguous(), rstd.contiguous()
+    return y.contiguous(), total, mean.contiguous(), rstd.contiguous()
 
 
 def _differentiate(

@@ -207,6 +207,21 @@ def test_a_module_of_layer_norm_is_claimed_with_its_parameters() -> None:
     outcome.assert_close()
 
 
+@pytest.mark.parametrize("added", [False, True], ids=["alone", "with a residual"])
+def test_layer_norm_of_patches_that_a_convolution_left_transposed_is_claimed(added: bool) -> None:
+    """As in vision models, whose embeddings stay so through all residual additions; torch's own norm is contiguous."""
+
+    def function(x: Tensor, y: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        patches = x.flatten(2).transpose(1, 2)
+        total = patches + y if added else patches
+        return F.layer_norm(total, (16,), w, b, 1e-5), total
+
+    outcome = analyse(function, randn(2, 16, 4, 4), randn(2, 16, 16), randn(16), randn(16, seed=1))
+    assert outcome.ops == ["add_layer_norm" if added else "layer_norm"]
+    assert not outcome.misses
+    outcome.assert_close(2e-6)
+
+
 def test_layer_norm_of_a_residual_sum_is_fused_with_it() -> None:
     def function(x: Tensor, y: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         total = F.dropout(x, 0.5) + y
