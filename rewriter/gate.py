@@ -103,7 +103,10 @@ class ModelGate:
         base = base() if base is not None else model
         parameters = inspect.signature(base.forward).parameters
         handed_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and "past_key_values" in parameters
-        self._caches = "use_cache" in parameters or (handed_on and hasattr(getattr(base, "config", None), "use_cache"))
+        config = getattr(base, "config", None)
+        inner_config = getattr(config, "get_text_config", lambda: None)()  # of a model that sees, its decoder's own
+        cached = any(hasattr(each, "use_cache") for each in (config, inner_config))
+        self._caches = "use_cache" in parameters or (handed_on and cached)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         asked = any(kwargs.get(name) is not None for name in ("use_cache", "past_key_values"))

@@ -175,6 +175,21 @@ def test_a_kv_cache_asked_for_in_training_is_honoured_and_reported(model):
     assert any("KV cache" in note for note in fastlora.report(model).notes)
 
 
+def test_a_model_whose_decoder_has_a_configuration_of_its_own_builds_no_kv_cache_in_training():
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"model_type": "llama", "vocab_size": 64, "num_key_value_heads": 2, **small}
+    vision = {"model_type": "clip_vision_model", "image_size": 8, "patch_size": 4, "projection_dim": 16, **small}
+    config = LlavaConfig(text_config=text, vision_config=vision, image_token_id=3)
+    model = fastlora.compile(LlavaForConditionalGeneration(config))
+    ids = torch.randint(4, 64, (2, 6))
+    output = model(input_ids=ids, labels=ids)
+    assert output.past_key_values is None
+    assert not fastlora.report(model).notes
+    assert model(input_ids=ids, labels=ids, use_cache=True).past_key_values is not None
+
+
 def test_a_model_of_ones_own_is_compiled_whole():
     class Block(nn.Module):
         def __init__(self) -> None:
