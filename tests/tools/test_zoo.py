@@ -16,7 +16,7 @@ from fastlora.tools.problems import UsageError
 from fastlora.tools.zoo import command, examine
 from fastlora.tools.zoo.command import RESULTS, Visit, examined, run
 from fastlora.tools.zoo.kinds import Kind
-from fastlora.tools.zoo.shrink import HEADS, HIDDEN, LAYERS, VOCABULARY, shrunk
+from fastlora.tools.zoo.shrink import HEAD_DIM, HEADS, HIDDEN, LAYERS, VOCABULARY, shrunk
 
 GPT2 = Kind("gpt2")
 
@@ -30,8 +30,20 @@ def test_configurations_become_tiny_and_keep_layers_of_each_kind() -> None:
     assert shrunk("llama4").vision_config.num_hidden_layers == LAYERS
 
 
+def test_configurations_inside_keep_their_types_and_fit_one_another() -> None:
+    config = shrunk("internvl")
+    assert (config.text_config.model_type, config.vision_config.model_type) == ("qwen2", "internvl_vision")
+    assert shrunk("qwen3_vl").vision_config.deepstack_visual_indexes == list(range(LAYERS))
+    assert sum(shrunk("qwen2_vl").text_config.rope_parameters["mrope_section"]) == HEAD_DIM // 2
+    assert shrunk("wav2vec2").conv_dim == [HIDDEN] * 7
+    assert shrunk("gemma4").vision_config.hidden_size == HIDDEN  # there is none by default
+    assert shrunk("mllama").text_config.cross_attention_layers == [1]  # one field of many
+    assert shrunk("mllama").text_config.hidden_size == HIDDEN
+
+
 def test_a_wrong_gradient_is_no_rounding() -> None:
-    model, inputs = examine.build(GPT2), examine.batch(GPT2)
+    model = examine.build(GPT2)
+    inputs = examine.batch(model, GPT2)
     truth, eager = copy.deepcopy(model), examine._step(model, inputs)
     for factor, verdict in ((1 + 1e-7, examine.EQUAL), (1.001, examine.DIFFERENT)):
         found, compiled = examine.Examined("gpt2"), copy.deepcopy(eager)
@@ -46,7 +58,8 @@ def test_a_wrong_gradient_is_no_rounding() -> None:
 
 def test_what_cannot_be_told_from_rounding_is_different(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the float64 step fails, and where a gradient is not a number."""
-    model, inputs = examine.build(GPT2), examine.batch(GPT2)
+    model = examine.build(GPT2)
+    inputs = examine.batch(model, GPT2)
     eager = examine._step(model, inputs)
     found, compiled = examine.Examined("gpt2"), copy.deepcopy(eager)
     next(iter(compiled.gradients.values())).fill_(float("nan"))
@@ -65,7 +78,7 @@ def test_what_cannot_be_told_from_rounding_is_different(monkeypatch: pytest.Monk
 def test_what_cannot_be_built_or_trained_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     found = examine.examine(Kind("no such type"))
     assert (found["verdict"], "no such type" in found["problem"]) == (examine.UNBUILT, True)
-    monkeypatch.setattr(examine, "batch", lambda _: {"input_ids": torch.zeros(1, 0, dtype=torch.int64)})
+    monkeypatch.setattr(examine, "batch", lambda *_: {"input_ids": torch.zeros(1, 0, dtype=torch.int64)})
     assert examine.examine(GPT2)["verdict"] == examine.UNTRAINED
 
 
@@ -102,4 +115,6 @@ def test_wrong_arguments_are_named(visit: Visit, named: str) -> None:
 
 def test_the_types_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["zoo", "--list"]) == 0
-    assert {"llama", "mamba", "bert:AutoModelForMaskedLM"} <= set(capsys.readouterr().out.split())
+    names = capsys.readouterr().out.split()
+    assert {"llama", "mamba", "bert:AutoModelForMaskedLM", "llava:AutoModelForImageTextToText"} <= set(names)
+    assert [name for name in names if name.startswith("voxtral:")] == ["voxtral:AutoModelForSpeechSeq2Seq"]

@@ -8,6 +8,7 @@ are compared with a float32 step.
 from __future__ import annotations
 
 import copy
+import re
 import statistics
 import time
 import warnings
@@ -19,11 +20,12 @@ import torch
 from torch import nn
 
 from fastlora.tools.problems import one_line
+from fastlora.tools.zoo.batches import batch, typed
 from fastlora.tools.zoo.kinds import Kind
-from fastlora.tools.zoo.shrink import VOCABULARY, shrunk
+from fastlora.tools.zoo.shrink import shrunk
 from fastlora.tools.zoo.ways import PLAIN, Way
 
-ROWS, LENGTH, BATCHES = 2, 16, 8
+BATCHES = 8
 FLOAT32 = 1e-5
 """Relative differences that are rounding in any case."""
 _EPS = float(torch.finfo(torch.float32).eps)
@@ -33,10 +35,13 @@ LOSS_SLACK = 3.5
 """The same for the losses of `BATCHES` batches, a number each: of errors that are alike, the root mean squares of eight
 differ as much in one of a thousand cases (the 0.999 quantile of the F distribution is 12)."""
 
-LINEAR = ("Linear", "Conv1D")
-"""How classes of linear layers are called; others that derive from one are routers, which return more than a tensor."""
+LINEAR = re.compile(r"(?!.*Grouped).*(Linear|Conv1D)")
+"""How classes of linear layers are called; others that derive from one are routers, which return more than a tensor.
+Nor are grouped ones, whose weight PEFT takes for that of one layer."""
 MAMBA_OWN = ("out_proj", "conv1d")
 """Layers of Mamba models that their kernels take apart, which PEFT refuses to adapt."""
+MAMBA_TYPES = ("falcon_h1", "nemotron_h")
+"""Types that PEFT counts among those models, whose classes do not say so."""
 
 EQUAL, DIFFERENT, FAILED, UNTRAINED, UNBUILT = "equal", "different", "failed", "eager fails", "not built"
 
@@ -95,7 +100,7 @@ def _examine(kind: Kind, way: Way, found: Examined) -> None:
 
     model = build(kind, way)
     found.verdict = UNTRAINED
-    inputs = way.inputs(batch(kind))
+    inputs = way.inputs(batch(model, kind))
     truth = copy.deepcopy(model)
     eager = _step(model, inputs, way.autocast)
     found.verdict = FAILED
@@ -111,14 +116,19 @@ def _examine(kind: Kind, way: Way, found: Examined) -> None:
 
 
 def build(kind: Kind, way: Way = PLAIN) -> nn.Module:
-    """The tiny model, as it is trained; no LoRA's B is zero, so that every gradient is something."""
+    """The tiny model, as it is trained. No LoRA's B is zero, and no gate, so that every gradient is something."""
     import transformers
 
     torch.manual_seed(0)
     config = shrunk(kind.model_type)
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = 0
+    if getattr(config, "pad_token_id", None) is None and (kind.classifies or config.is_encoder_decoder):
+        config.pad_token_id = 0
     base = getattr(transformers, kind.auto_class).from_config(config).to(way.dtype)
+    for name, parameter in base.named_parameters():
+        if not name.endswith("bias") and not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
     model: Any = way.adapt(base, _linear_layers(base))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -140,25 +150,19 @@ def _linear_layers(base: Any) -> list[str]:
     names = [
         name
         for name, module in base.named_modules()
-        if isinstance(module, linear) and type(module).__name__.endswith(LINEAR) and module is not head
+        if isinstance(module, linear) and LINEAR.fullmatch(type(module).__name__) and module is not head
     ]
-    if any("mamba" in type(module).__name__.lower() for module in base.modules()):
+    classes = {type(module).__name__.lower() for module in base.modules()}
+    if base.config.model_type in MAMBA_TYPES or any("mamba" in name for name in classes):
         names = [name for name in names if not name.endswith(MAMBA_OWN)]
     return names
-
-
-def batch(kind: Kind, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Two sequences of random tokens that predict themselves."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, VOCABULARY - 1, (ROWS, LENGTH), generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
 
 def _step(model: nn.Module, inputs: dict[str, torch.Tensor], autocast: torch.dtype | None = None) -> _Step:
     model.zero_grad()
     torch.manual_seed(0)
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-        loss = model(**inputs).loss
+        loss = model(**typed(model, inputs)).loss
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     finite = all(bool(g.isfinite().all()) for g in (loss, *gradients.values()))
@@ -209,7 +213,7 @@ def _compare_rounded(found: Examined, model: nn.Module, way: Way, kind: Kind, tr
     import fastlora
 
     found.verdict = DIFFERENT
-    batches = [way.inputs(batch(kind, seed)) for seed in range(BATCHES)]
+    batches = [way.inputs(batch(model, kind, seed)) for seed in range(BATCHES)]
     mine = [_step(model, inputs, way.autocast) for inputs in batches]
     fastlora.disable(model)
     its = [_step(model, inputs, way.autocast) for inputs in batches]
