@@ -16,14 +16,14 @@ import torch
 from torch import fx
 
 from fastlora.effects import Mutations, modes
-from fastlora.metadata import meta, same_shape
+from fastlora.metadata import known_equal, meta, same_shape
 from fastlora.spelling import spelling_of
 
 if TYPE_CHECKING:
     from fastlora.rule import Match
 
 CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as"}
-RESHAPES = {"view", "reshape"}
+RESHAPES = {"view", "reshape", "view_as", "reshape_as"}
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,13 @@ class View:
         source, result = meta(node.args[0]), meta(node)
         if source is None or result is None or source.dtype != result.dtype:
             return None
-        return Term("identity" if same_shape(source, result) else "reshape", {"input": node.args[0]})
+        if same_shape(source, result):
+            return Term("identity", {"input": node.args[0]})
+        stack = self.term(node.args[0])
+        kept = zip(source.shape[:-2], result.shape[:-1], strict=False)
+        unstacks = stack is not None and stack.op == "stack" and result.dim() == source.dim() - 1
+        joins = unstacks and all(known_equal(a, b) for a, b in kept)  # what was stacked, and what it was stacked on
+        return Term("flatten" if joins else "reshape", {"input": node.args[0]})
 
     def _read_contiguous(self, node: fx.Node, bound: dict[str, Any]) -> Term | None:
         return Term("identity", {"input": bound["input"]})

@@ -37,6 +37,14 @@ def pairs(x, cos, sin):
     return x * cos + torch.stack((-odd, even), dim=-1).flatten(-2) * sin
 
 
+def pairs_by_shape(x, cos, sin):
+    return x * cos + torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).reshape_as(x) * sin
+
+
+def pairs_by_view(x, cos, sin):
+    return x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).view(x.shape) * sin
+
+
 def pairs_in_float(x, cos, sin):
     h = x.float()
     even, odd = h[..., ::2], h[..., 1::2]
@@ -59,6 +67,8 @@ SPELLINGS: list[tuple[Function, str]] = [
     (sine_first, "half"),
     (flipped, "flipped"),
     (pairs, "pairs"),
+    (pairs_by_shape, "pairs"),
+    (pairs_by_view, "pairs"),
     (pairs_in_float, "pairs"),
     (in_float, "half"),
     (turned_before_the_cast, "half"),

@@ -140,6 +140,11 @@ ROTARIES = [
         missed="want the slice",
     ),
     Lookalike(
+        "pairs joined to other dimensions than they came from",
+        turned_with(lambda x: torch.stack((-x[..., 1::2], x[..., 0::2]), -1).transpose(1, 2).reshape_as(x)),
+        (Q, *TABLES),
+    ),
+    Lookalike(
         "pairs stacked before the last dimension",
         turned_with(lambda x: torch.stack((-x[..., 1::2], x[..., 0::2]), -2).flatten(-2)),
         (Q, *TABLES),
