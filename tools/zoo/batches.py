@@ -109,8 +109,7 @@ def _words(base: Any, kind: Kind, taken: frozenset[str], standing: torch.Tensor,
 
 
 def _crossed(config: Any, taken: frozenset[str], length: int) -> Inputs:
-    """Which pictures a token looks at, of models that do so in layers of their own: all."""
+    """Which pictures a token looks at, of models that do so in layers of their own: all; and where on a page it is."""
     one, tiles = (ROWS, length, 1), (values(config, "max_num_tiles") or [1])[0]
-    masks = {"image_attention_mask": one, "cross_attention_mask": (*one, tiles)}
-    crossed = {name: torch.ones(shape, dtype=torch.int64) for name, shape in masks.items() if name in taken}
-    return crossed | ({"bbox": torch.zeros(ROWS, length, 4)} if "bbox" in taken else {})
+    masks = {"image_attention_mask": one, "cross_attention_mask": (*one, tiles), "bbox": (ROWS, length, 4)}
+    return {name: torch.ones(shape, dtype=torch.int64) for name, shape in masks.items() if name in taken}

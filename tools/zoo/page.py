@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlora.tools.zoo.examine import EQUAL, UNBUILT, UNTRAINED
+from fastlora.tools.zoo.kinds import LANGUAGE
 from fastlora.tools.zoo.ways import WAYS
 
 Row = dict[str, Any]
@@ -26,14 +27,19 @@ Measured on {date} on a CPU with {versions} by
 fastlora zoo --page coverage.md
 ```
 
-Every causal language model that this transformers knows, and some encoders and encoder-decoders: a tiny model with
-random float32 weights, made by one shrinking rule, with LoRA on all linear layers but the output head, takes one step
-in evaluation mode, eager and compiled. "Equal" means that the loss and every gradient differ by rounding: by no more
-than 1e-5, or are no further from a float64 step than 1.25 times eager is.
+Every causal language model that this transformers knows, every model that sees or hears and answers in words, and some
+encoders, encoder-decoders and classifiers of texts, pictures and sounds. A tiny model with random float32 weights, made
+by one shrinking rule, with LoRA on all linear layers but the output head, those of vision and audio towers included,
+takes one step in evaluation mode, eager and compiled; pictures and sounds are noise. "Equal" means that the loss and
+every gradient differ by rounding: by no more than 1e-5, or are no further from a float64 step than 1.25 times eager is.
 
 | of | in all | so many |
 | --- | --- | --- |
 {counts}
+
+| what is trained | types | built and trained | equal | fused entirely |
+| --- | --- | --- | --- | --- |
+{classes}
 """
 
 
@@ -57,6 +63,18 @@ def counts(rows: list[Row]) -> list[tuple[str, int, int]]:
     return found
 
 
+def _classes(rows: list[Row]) -> list[str]:
+    """A line for each class of models."""
+    of: dict[str, list[Row]] = {}
+    for row in rows:
+        of.setdefault(row["name"].partition(":")[2] or LANGUAGE, []).append(row)
+    lines = []
+    for name, named in of.items():
+        numbers = [many for _, _, many in counts(named)[:3]]
+        lines.append(f"| {name} | {len(named)} | {' | '.join(map(str, numbers))} |")
+    return lines
+
+
 def _conditions() -> dict[str, str]:
     """What a page says of when and with what it was measured."""
     versions = ", ".join(f"{name} {version(name)}" for name in _LIBRARIES)
@@ -72,6 +90,7 @@ def write_page(rows: list[Row], path: Path) -> None:
     head = _HEAD.format(
         **_conditions(),
         counts="\n".join(f"| {what} | {of} | {many} |" for what, of, many in counts(rows)),
+        classes="\n".join(_classes(rows)),
     )
     known = trained(rows)
     path.write_text("\n".join([head, *_by_type(known), *_left(known), *_others(rows)]) + "\n")

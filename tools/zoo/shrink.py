@@ -76,6 +76,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": ROPE}}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE}},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
     "distilbert": {"dim": HIDDEN, "hidden_dim": INNER},
     "donut-swin": {"num_heads": [2, 2, 4, 4], "window_size": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
@@ -88,6 +89,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "llama4": {"vision_config": {"intermediate_size": 4 * HIDDEN, "vision_output_dim": HIDDEN}},
     "mamba2": {"head_dim": 16},
+    "mistral4": {"head_dim": 2 * HEAD_DIM},
     "mllama": {
         "text_config": {"cross_attention_layers": [1]},
         "vision_config": {"vision_output_dim": 3 * HIDDEN},
