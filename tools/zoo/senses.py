@@ -78,7 +78,9 @@ def _layouts(
         shapes = {"spatial_shapes": [side, side], "pixel_attention_mask": [1] * patches}
         yield (rows, patches, pixels), shapes
     elif "image_position_ids" in taken:
-        yield (rows, patches, pixels), {"image_position_ids": _places(side)}
+        pooled = (values(config, "pooling_kernel_size") or [1])[0]
+        for width in (pixels, pixels * pooled * pooled):
+            yield (rows, patches, width), {"image_position_ids": _places(side)}
     elif "aspect_ratio_ids" in taken:
         tiles = (values(config, "max_num_tiles") or [1])[0]
         described = {"aspect_ratio_ids": [1], "aspect_ratio_mask": [[1] + [0] * (tiles - 1)]}
