@@ -19,6 +19,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch._prims_common import is_contiguous_or_false
 
 OLDEST_CAPABILITY = (7, 0)
 
@@ -50,6 +51,11 @@ def laid_out(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         return t
     result = torch.empty_like(like, dtype=t.dtype)
     return t if result.stride() == t.stride() else result.copy_(t)
+
+
+def contiguous(t: torch.Tensor) -> torch.Tensor:
+    """`t.contiguous()` that asks nothing of sizes that are symbols: what is not known to be contiguous is copied."""
+    return t if is_contiguous_or_false(t) else t.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 from fastlora.kernels import residual_add
 from fastlora.kernels.cost import Cost, Work
-from fastlora.kernels.forms import laid_out
+from fastlora.kernels.forms import contiguous, laid_out
 from fastlora.kernels.op import Gradients, op
 
 _ATTRIBUTES = "Tensor? weight, Tensor? bias, float eps, ScalarType out_dtype"
@@ -54,7 +54,7 @@ def forward(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, out_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns y and the residuals mean and rstd, of shape (..., 1) in the dtype of the computation."""
-    h = x.to(_compute_dtype(x))
+    h = contiguous(x.to(_compute_dtype(x)))
     mean = h.mean(-1, keepdim=True)
     centered = h - mean  # before squaring: mean(h^2) - m^2 would cancel
     rstd = torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)
@@ -63,7 +63,7 @@ def forward(
         y = y * weight
     if bias is not None:
         y = y + bias
-    return y.to(out_dtype).contiguous(), mean, rstd
+    return y.to(out_dtype), mean, rstd
 
 
 def _backward(

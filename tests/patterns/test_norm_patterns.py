@@ -207,16 +207,18 @@ def test_a_module_of_layer_norm_is_claimed_with_its_parameters() -> None:
     outcome.assert_close()
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["of one size", "of any size"])
 @pytest.mark.parametrize("added", [False, True], ids=["alone", "with a residual"])
-def test_layer_norm_of_patches_that_a_convolution_left_transposed_is_claimed(added: bool) -> None:
+def test_layer_norm_of_patches_that_a_convolution_left_transposed_is_claimed(added: bool, dynamic: bool) -> None:
     """As in vision models, whose embeddings stay so through all residual additions; torch's own norm is contiguous."""
 
     def function(x: Tensor, y: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        patches = x.flatten(2).transpose(1, 2)
+        patches = F.avg_pool2d(x, (3, 1)).flatten(2).transpose(1, 2)
         total = patches + y if added else patches
         return F.layer_norm(total, (16,), w, b, 1e-5), total
 
-    outcome = analyse(function, randn(2, 16, 4, 4), randn(2, 16, 16), randn(16), randn(16, seed=1))
+    inputs = randn(2, 16, 9, 4), randn(2, 12, 16), randn(16), randn(16, seed=1)
+    outcome = analyse(function, *inputs, dynamic=dynamic)
     assert outcome.ops == ["add_layer_norm" if added else "layer_norm"]
     assert not outcome.misses
     outcome.assert_close(2e-6)
