@@ -30,15 +30,17 @@ def test_compiled_gradients_are_eagers(way: str, name: str) -> None:
         assert found["missed"] == {}
 
 
-@pytest.mark.parametrize(("way", "last"), [("plain", 2), ("bfloat16", 2 + zoo.BATCHES)])
+@pytest.mark.parametrize(("way", "last"), [("plain", 3 + zoo.BATCHES), ("bfloat16", 2 + zoo.BATCHES)])
 def test_a_wrong_gradient_is_found(way: str, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    stepped, calls = zoo._step, []
+    stepped, calls, largest = zoo._step, [], []
 
     def wrong(*args: object) -> zoo._Step:
         result = stepped(*args)  # type: ignore[arg-type]
         calls.append(1)
-        if 2 <= len(calls) <= last:  # after eager's, the compiled ones
-            name = max(result.gradients, key=lambda each: float(result.gradients[each].norm()))
+        exact = next(iter(result.gradients.values())).dtype is torch.float64
+        if 2 <= len(calls) <= last and not exact:  # after eager's, the compiled ones
+            largest.append(max(result.gradients, key=lambda each: float(result.gradients[each].norm())))
+            name = largest[0]  # the same in all batches
             result.gradients[name] = result.gradients[name] * 1.5
         return result
 

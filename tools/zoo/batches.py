@@ -55,7 +55,8 @@ def batch(model: nn.Module, kind: Kind, seed: int = 0) -> Inputs:
 def typed(model: nn.Module, inputs: Inputs) -> Inputs:
     """With noise in the dtype of the model, that of adapters aside."""
     dtype = next(parameter.dtype for name, parameter in model.named_parameters() if "lora_" not in name)
-    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    noise = {name for name, value in inputs.items() if torch.is_tensor(value) and value.is_floating_point()}
+    return {name: value.to(dtype) if name in noise else value for name, value in inputs.items()}
 
 
 def _senses(base: Any, kind: Kind, taken: frozenset[str], seed: int) -> Iterator[tuple[Inputs, str, str]]:

@@ -31,7 +31,8 @@ Every causal language model that this transformers knows, every model that sees 
 encoders, encoder-decoders and classifiers of texts, pictures and sounds. A tiny model with random float32 weights, made
 by one shrinking rule, with LoRA on all linear layers but the output head, those of vision and audio towers included,
 takes one step in evaluation mode, eager and compiled; pictures and sounds are noise. "Equal" means that the loss and
-every gradient differ by rounding: by no more than 1e-5, or are no further from a float64 step than 1.25 times eager is.
+every gradient differ by rounding: by no more than 1e-5, or are no further from a float64 step than 1.25 times eager is,
+in the median over eight batches if not in the first.
 
 | of | in all | so many |
 | --- | --- | --- |
