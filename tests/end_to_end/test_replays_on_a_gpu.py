@@ -60,3 +60,20 @@ def test_launches_that_a_gpu_waits_for_are_replayed_by_default() -> None:
 def _recordings(model: nn.Module) -> int:
     graphs = model._compiled_call_impl.session.graphs
     return sum(graph.replays.recorded for graph in graphs if graph.replays is not None)
+
+
+def test_quantised_weights_are_read_where_they_lie() -> None:
+    """And not copied for every replay; layers of the same shapes have recordings of their own."""
+    from quantised_models import Format
+    from quantised_models import build as build_quantised
+
+    eager = build_quantised("llama", Format(), "cuda")
+    model = fastlora.compile(build_quantised("llama", Format(), "cuda"), mode="reduce-overhead")
+    expected, found = (train(m, [16]) for m in (eager, model))
+    assert torch.allclose(torch.stack(found), torch.stack(expected), rtol=1e-4)
+    assert _recordings(model) >= 2
+    for graph in model._compiled_call_impl.session.graphs:
+        recordings = graph.replays._recordings.values() if graph.replays is not None else ()
+        for recording in filter(None, recordings):
+            copied = [recording._static[i] for i in recording._activations]
+            assert not any(t.dtype is torch.uint8 for t in copied)
