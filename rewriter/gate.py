@@ -69,14 +69,20 @@ class Gate:
                 session.oblivious = False
 
     def _traced(self, *args: Any, **kwargs: Any) -> Any:
-        self._session.enter(self._region)
-        before = _dynamo.recompile_limit, _shapes.backed_size_oblivious
-        _dynamo.recompile_limit, _shapes.backed_size_oblivious = _GRAPHS_PER_BLOCK, self._session.oblivious
+        session = self._session
+        session.enter(self._region)
+        before = _dynamo.recompile_limit, _shapes.backed_size_oblivious, _dynamo.suppress_errors
+        _dynamo.recompile_limit, _shapes.backed_size_oblivious = _GRAPHS_PER_BLOCK, session.oblivious
+        session.on_piece, session.refusal = _run_what_cannot_be_traced, None
         try:
             with traceable():
-                return self._compiled(*args, **kwargs)
+                result = self._compiled(*args, **kwargs)
         finally:
-            _dynamo.recompile_limit, _shapes.backed_size_oblivious = before
+            session.on_piece = None
+            _dynamo.recompile_limit, _shapes.backed_size_oblivious, _dynamo.suppress_errors = before
+        if session.refusal is not None:
+            raise session.refusal
+        return result
 
     def _bypass(self, kwargs: dict[str, Any]) -> str | None:
         """Why not to run compiled; empty where that is as it should be, None to run compiled."""
@@ -87,6 +93,12 @@ class Gate:
         if self._is_torch_class and (self._module._forward_hooks or self._module._forward_pre_hooks):
             return f"{type(self._module).__name__} is a class of PyTorch's own and has hooks"
         return None
+
+
+def _run_what_cannot_be_traced() -> None:
+    """Once a piece of a region has run, the region cannot be run again: if TorchDynamo fails at a later piece, it is to
+    run that one as it is."""
+    _dynamo.suppress_errors = True
 
 
 class ModelGate:

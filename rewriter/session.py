@@ -104,6 +104,8 @@ class Session:
         self.region = ""
         self.oblivious = True
         self.executions = 0
+        self.on_piece: Callable[[], None] | None = None
+        self.refusal: FastLoRAError | None = None
         self._recorder = CudaGraphs()
         self._pace = Pace(CudaStopwatch)
         budget = None if options.dry else options.memory_budget
@@ -120,7 +122,11 @@ class Session:
     def compile_graph(self, gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         """A TorchDynamo backend: rewrites the graph and lowers it."""
         with progress(f"compiling {self.region or 'the model'}"):
-            return self._compile_graph(gm, inputs)
+            try:
+                return self._compile_graph(gm, inputs)
+            except FastLoRAError as refusal:  # which TorchDynamo may suppress, in a later piece of a region
+                self.refusal = refusal
+                raise
 
     def _compile_graph(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         start = time.perf_counter()
@@ -150,6 +156,8 @@ class Session:
         def served(*args: Any) -> Any:
             self._serving[self.region, frame_id] = traced
             self.executions += 1
+            if self.on_piece is not None:
+                self.on_piece()
             return run(*args) if thrift is None else thrift.run(key, run, args)
 
         return served

@@ -11,6 +11,7 @@ from tiny_models import batch, build, relative, step
 from torch import nn
 
 import fastlora
+from fastlora import session
 from fastlora.deferred import DeferredLogits
 
 
@@ -257,3 +258,46 @@ def test_strict_raises_for_a_candidate_that_stays(model):
     fastlora.compile(widened, strict=True)
     with pytest.raises(fastlora.StrictError, match="glu"):
         step(widened, batch())
+
+
+class InPieces(nn.Module):
+    """A block that TorchDynamo breaks in two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x).relu()
+        torch._dynamo.graph_break()
+        return self.second(y).relu()
+
+
+@pytest.mark.parametrize("failure", [AssertionError, fastlora.FastLoRAError])
+def test_a_later_piece_that_cannot_be_traced_runs_as_it_was(failure, monkeypatch):
+    """The first has run by then; but what fastlora itself refuses is raised."""
+    torch.manual_seed(0)
+    model = nn.Sequential(InPieces(), InPieces())
+    x = torch.randn(3, 8)
+    expected = model(x)
+    wanted = torch.autograd.grad(expected.sum(), list(model.parameters()))
+    made = session.rewrite
+
+    def fails_at_the_second(gm, *args, **kwargs):
+        calls.append(gm)
+        if len(calls) == 2:
+            raise failure("at the second piece")
+        return made(gm, *args, **kwargs)
+
+    calls = []
+    monkeypatch.setattr(session, "rewrite", fails_at_the_second)
+    fastlora.compile(model)
+    if failure is fastlora.FastLoRAError:
+        with pytest.raises(fastlora.FastLoRAError, match="at the second piece"):
+            model(x)
+        return
+    found = model(x)
+    assert len(calls) > 1
+    assert torch.equal(found, expected)
+    assert all(map(torch.equal, torch.autograd.grad(found.sum(), list(model.parameters())), wanted))
+    assert torch._dynamo.config.suppress_errors is False

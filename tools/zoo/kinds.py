@@ -18,7 +18,16 @@ WHOLE = {
 AGAIN = {"AutoModelForMultimodalLM": ("AutoModelForImageTextToText", "AutoModelForSpeechSeq2Seq")}
 """Classes that have the types of others among theirs, and make the same models of them."""
 SOME = {
-    "AutoModelForMaskedLM": ("albert", "bert", "deberta-v2", "distilbert", "electra", "modernbert", "roberta"),
+    "AutoModelForMaskedLM": (
+        "albert",
+        "bert",
+        "deberta-v2",
+        "distilbert",
+        "electra",
+        "longformer",
+        "modernbert",
+        "roberta",
+    ),
     "AutoModelForSeq2SeqLM": ("bart", "m2m_100", "mbart", "pegasus", "t5", "umt5"),
     "AutoModelForImageClassification": (
         *("beit", "clip", "convnext", "convnextv2", "data2vec-vision", "dinov2", "dinov2_with_registers"),
