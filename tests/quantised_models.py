@@ -12,6 +12,8 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import FAMILIES
 from torch import nn
 
+from fastlora.tools.zoo.quantised import decode
+
 WIDTHS = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
 """Multiples of the block sizes that are tested: bitsandbytes 0.50's kernel for CPUs decodes others wrongly."""
 
@@ -76,12 +78,4 @@ def build(family: str, kept: Format, device: str = "cpu", adapters: torch.dtype 
 
 def decoded(model: nn.Module) -> nn.Module:
     """The same model with plain linear layers of the decoded weights, in float32."""
-    plain = copy.deepcopy(model)
-    for name, module in list(plain.named_modules()):
-        if isinstance(module, bnb.nn.Linear4bit):
-            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-            linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-            linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), module.bias
-            parent, _, child = name.rpartition(".")
-            setattr(plain.get_submodule(parent), child, linear)
-    return plain.float()
+    return decode(copy.deepcopy(model)).float()

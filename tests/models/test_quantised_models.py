@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from quantised_models import Format, build, decoded
 from tiny_models import batch, relative, step
 
 import fastlora
+from fastlora.kernels.ops import dequantize_4bit
 
 bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
 FORMATS = {
@@ -71,6 +73,20 @@ def test_lower_precisions_are_no_less_exact_than_eager(kept: Format, adapters: t
     compiled = step(model, inputs())
     assert norm(compiled.gradients, truth.gradients) <= 1.25 * norm(eager.gradients, truth.gradients)
     assert not unexplained(model)
+
+
+@pytest.mark.parametrize("kept", [*FORMATS.values(), *HALVES.values()], ids=[*FORMATS, *HALVES])
+def test_weights_are_decoded_to_bitsandbytes_bits(kept: Format) -> None:
+    torch.manual_seed(0)
+    layer: Any = kept.layer(torch.nn.Linear(256, 128, device=DEVICE, dtype=kept.dtype))
+    state = layer.weight.quant_state
+    nested = state.state2
+    mine = dequantize_4bit(
+        packed=layer.weight.data, absmax=state.absmax, blocksize=state.blocksize, quant_type=state.quant_type,
+        nested_absmax=nested.absmax if nested else None, nested_code=nested.code if nested else None,
+        offset=state.offset, nested_blocksize=256, rows=128, cols=256, dtype=kept.dtype,
+    )  # fmt: skip
+    assert torch.equal(mine, bitsandbytes.functional.dequantize_4bit(layer.weight.data, state))
 
 
 @pytest.mark.parametrize("lora", [{"lora_dropout": 0.2}, {"use_rslora": True}, {"lora_bias": True}], ids=str)

@@ -22,6 +22,7 @@ from torch import nn
 from fastlora.tools.problems import one_line
 from fastlora.tools.zoo.batches import batch, typed
 from fastlora.tools.zoo.kinds import Kind
+from fastlora.tools.zoo.quantised import decode
 from fastlora.tools.zoo.shrink import shrunk
 from fastlora.tools.zoo.ways import PLAIN, Way
 
@@ -241,11 +242,12 @@ def _off(step: _Step, exact: _Step, name: str) -> float:
 
 
 def _in_float64(model: nn.Module) -> nn.Module:
-    """With experts one by one: the product of all at once, which transformers prefers, has no such dtype."""
+    """With experts one by one, as the product of all at once, which transformers prefers, has no such dtype; nor have
+    quantised layers."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     if getattr(getattr(base, "config", None), "_experts_implementation", None) == "grouped_mm":
         base.set_experts_implementation("eager")
-    return model.double()
+    return decode(model).double()
 
 
 def _compare_rounded(found: Examined, model: nn.Module, way: Way, kind: Kind, truth: nn.Module) -> None:

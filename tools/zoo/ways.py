@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.tools.zoo.quantised import quantise
+
 RANK = 4
 PACKED = 8
 """Tokens of each sequence in a packed row."""
@@ -92,6 +94,10 @@ def _every_other(base: nn.Module, names: list[str]) -> nn.Module:
 
 def _full(base: nn.Module, names: list[str]) -> nn.Module:
     return base.requires_grad_(True)
+
+
+def _quantised(base: nn.Module, names: list[str]) -> nn.Module:
+    return lora()(quantise(base, names), names)
 
 
 def _prefix(base: nn.Module, names: list[str]) -> nn.Module:
@@ -191,6 +197,7 @@ WAYS = {
         Way("bfloat16", "a bfloat16 base with float32 adapters", dtype=torch.bfloat16),
         Way("autocast", "bfloat16 autocast over float32", autocast=torch.bfloat16),
         Way("both", "bfloat16 autocast over a bfloat16 base", dtype=torch.bfloat16, autocast=torch.bfloat16),
+        Way("nf4", "base layers in NF4, quantised twice; dropout in the model", _quantised, training=True),
         Way("full", "no adapters, everything is trained", _full),
         Way("mixed-ranks", "rank_pattern, alpha_pattern and rsLoRA", _mixed),
         Way("lora-bias", "a bias in B", lora(lora_bias=True)),

@@ -1,0 +1,50 @@
+"""Tiny models over bitsandbytes' 4-bit layers, and the same ones decoded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+BLOCKSIZES = (64, 32)
+"""Of which the first that a row holds a multiple of is taken: bitsandbytes 0.50's kernel for CPUs decodes others
+wrongly, so rows that are multiples of none stay as they are."""
+
+
+def quantise(base: Any, names: list[str]) -> Any:
+    """Puts NF4 layers, quantised twice, in the place of these linear layers, as where transformers loads in 4 bits."""
+    import bitsandbytes as bnb
+
+    for name in names:
+        linear = base.get_submodule(name)
+        size = next((size for size in BLOCKSIZES if isinstance(linear, nn.Linear) and not linear.in_features % size), 0)
+        if not size:
+            continue
+        made: Any = bnb.nn.Linear4bit(
+            linear.in_features, linear.out_features, linear.bias is not None, linear.weight.dtype
+        )
+        made.weight = bnb.nn.Params4bit(
+            linear.weight.data, requires_grad=False, blocksize=size, quant_type="nf4", module=made
+        )
+        made.bias = linear.bias
+        _put(base, name, made.to(linear.weight.device))
+    base.is_loaded_in_4bit = True
+    return base
+
+
+def decode(model: Any) -> Any:
+    """Puts linear layers of the decoded weights in the place of 4-bit ones."""
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == "Linear4bit" and hasattr(module.weight, "quant_state"):
+            import bitsandbytes as bnb
+
+            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, weight.device)
+            linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), module.bias
+            _put(model, name, linear)
+    return model
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
