@@ -27,6 +27,8 @@ class DeferredProduct(nn.Module):
 
     def forward(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         plain = type(hidden) is torch.Tensor and type(weight) in (torch.Tensor, nn.Parameter)
+        plain &= torch._C._is_torch_function_enabled()  # TorchDynamo runs a graph without where it has parameters of
+        # subclasses, as bitsandbytes' are; what meets deferred logits there would not see that they are
         if plain and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
             return defer(hidden, weight, bias, self._tally)
         return F.linear(hidden, weight, bias)

@@ -156,9 +156,12 @@ def _shared_with_results(node: fx.Node, inputs: list[fx.Node]) -> list[int]:
     if not isinstance(forward, fx.GraphModule):
         return list(range(len(inputs)))
     inner = Mutations(forward.graph, always=True)
-    results: Any = next(iter(reversed(forward.graph.nodes))).args[0][0]  # what it saves comes second
-    memory = {inner.storage(each) for each in tree_leaves(results) if isinstance(each, fx.Node)}
+    returned: Any = next(iter(reversed(forward.graph.nodes))).args[0]
     placeholders = [n for n in forward.graph.nodes if n.op == "placeholder"]
+    if not isinstance(returned, (tuple, list)) or len(placeholders) != len(node.args) - 2:
+        return list(range(len(inputs)))
+    results = returned[0]  # what it saves comes second
+    memory = {inner.storage(each) for each in tree_leaves(results) if isinstance(each, fx.Node)}
     shared = {operand for operand, p in zip(node.args[2:], placeholders, strict=True) if inner.storage(p) in memory}
     return [position for position, source in enumerate(inputs) if source in shared]
 

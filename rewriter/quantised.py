@@ -64,9 +64,9 @@ class Proposal:
 
 def propose(gm: fx.GraphModule) -> list[Proposal]:
     """Puts what each product of a 4-bit weight means in its place."""
-    first = next(node for node in gm.graph.nodes if node.op not in ("placeholder", "get_attr"))
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
     read = [(node, given) for node in gm.graph.nodes if (given := _product(gm, node)) is not None]
-    return [_propose(gm.graph, node, given, first) for node, given in read]
+    return [_propose(gm.graph, node, given, order) for node, given in read]
 
 
 def settle(graph: fx.Graph, proposals: list[Proposal]) -> None:
@@ -128,7 +128,7 @@ def _is_view(node: fx.Node) -> bool:
     return node.op == "call_method" and node.target == "view"
 
 
-def _propose(graph: fx.Graph, node: fx.Node, given: dict[str, Any], first: fx.Node) -> Proposal:
+def _propose(graph: fx.Graph, node: fx.Node, given: dict[str, Any], order: dict[fx.Node, int]) -> Proposal:
     rows, cols = given["shapeB"]
     example = meta(node)
     assert example is not None
@@ -146,7 +146,7 @@ def _propose(graph: fx.Graph, node: fx.Node, given: dict[str, Any], first: fx.No
         "cols": cols,
         "dtype": example.dtype,
     })  # fmt: skip
-    with graph.inserting_before(first):
+    with graph.inserting_after(max((v for v in values if isinstance(v, fx.Node)), key=order.__getitem__)):
         weight = graph.call_function(dequantize_4bit.target, tuple(values))
     with example.fake_mode:  # type: ignore[attr-defined]
         weight.meta["example_value"] = torch.empty(rows, cols, dtype=example.dtype, device=example.device)
@@ -229,7 +229,20 @@ def _of_function(gm: fx.GraphModule, call: fx.Node) -> dict[str, Any] | None:
     first: Any = results[0][0] if isinstance(results[0], (tuple, list)) else results[0]
     if not isinstance(first, fx.Node) or _gemm(first) is None:
         return None
+    _thaw(backward)
     return {name: outer[value] if isinstance(value, fx.Node) else value for name, value in given.items()}
+
+
+def _thaw(backward: fx.GraphModule) -> None:
+    """Has a backward cast the weight to the dtype of what comes in, as it is written, and not to the one that tracing
+    saw: under autocast gradients may come in another."""
+    product = next(node for node in backward.graph.nodes if _short(node) == "matmul")
+    incoming, weight = product.args
+    with backward.graph.inserting_before(product):
+        dtype = backward.graph.call_function(getattr, (incoming, "dtype"))
+        cast = backward.graph.call_method("to", (weight, dtype))
+    product.args = (incoming, cast)
+    backward.recompile()
 
 
 def _decodes(backward: fx.GraphModule, given: dict[str, Any]) -> bool:

@@ -88,10 +88,16 @@ class Step:
     gradients: dict[str, torch.Tensor]
 
 
-def step(model: nn.Module, inputs: dict[str, torch.Tensor], autocast: torch.dtype | None = None, seed: int = 0) -> Step:
+def step(
+    model: nn.Module,
+    inputs: dict[str, torch.Tensor],
+    autocast: torch.dtype | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Step:
     model.zero_grad()
     torch.manual_seed(seed)
-    with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+    with torch.autocast(device, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
         loss = model(**inputs).loss
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

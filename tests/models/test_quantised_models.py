@@ -99,6 +99,18 @@ def test_adapters_may_be_set_as_they_like(lora: dict[str, Any]) -> None:
     assert not unexplained(model)
 
 
+@pytest.mark.parametrize("compute", [f32, bf16], ids=str)
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]], ids=str)
+def test_autocast_trains_as_eager_does(compute: torch.dtype, targets: Any) -> None:
+    """Products that no op claims have the backward that bitsandbytes wrote, whatever dtype gradients come in."""
+    model = build("llama", Format(compute=compute), DEVICE, target_modules=targets)
+    truth = step(decoded(model), inputs())
+    eager = step(model, inputs(), autocast=bf16, device=DEVICE)
+    fastlora.compile(model)
+    compiled = step(model, inputs(), autocast=bf16, device=DEVICE)
+    assert norm(compiled.gradients, truth.gradients) <= 1.25 * norm(eager.gradients, truth.gradients)
+
+
 def test_a_layer_is_fused_as_a_plain_one_is() -> None:
     model = build("llama", Format(), DEVICE)
     fastlora.compile(model, strict=True, verify=True)

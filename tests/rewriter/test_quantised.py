@@ -111,6 +111,26 @@ def test_a_norm_before_the_product_is_made_again_as_it_is_before_a_plain_one() -
     assert close(results(lower(gm, inputs, "eager", "default"), inputs), expected)
 
 
+def test_products_that_a_graph_begins_with_are_claimed() -> None:
+    kept = Format(nested=False)
+    layers: Any = [kept.layer(nn.Linear(WIDTH, WIDTH, bias=False)) for _ in range(2)]
+    a, b = (nn.Parameter(0.1 * torch.randn(shape)) for shape in ((RANK, WIDTH), (WIDTH, RANK)))
+    packed = [layer.weight.data for layer in layers]
+    scales = [layer.weight.quant_state.absmax for layer in layers]
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        ys = [
+            torch.ops.bitsandbytes.gemm_4bit.default(x, p, [WIDTH, WIDTH], s, 64, "nf4") + (x @ a.T) @ b.T * 2.0
+            for p, s in zip(packed, scales, strict=True)
+        ]
+        return ys[0] + ys[1]
+
+    x = torch.randn(3, WIDTH)
+    expected = function(x)
+    found = torch.compile(function, backend="fastlora", fullgraph=True)(x)
+    assert close([found], [expected])
+
+
 def doubled(backward: fx.Graph) -> None:
     """Another gradient."""
     product = next(node for node in backward.nodes if getattr(node.target, "__name__", None) == "matmul")

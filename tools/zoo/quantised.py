@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import nn
@@ -33,11 +34,11 @@ def quantise(base: Any, names: list[str]) -> Any:
 
 
 def decode(model: Any) -> Any:
-    """Puts linear layers of the decoded weights in the place of 4-bit ones."""
-    for name, module in list(model.named_modules()):
-        if type(module).__name__ == "Linear4bit" and hasattr(module.weight, "quant_state"):
-            import bitsandbytes as bnb
-
+    """Puts linear layers of the decoded weights in the place of 4-bit ones, of which there are none without their
+    library."""
+    bnb: Any = sys.modules.get("bitsandbytes")
+    for name, module in list(model.named_modules()) if bnb is not None else ():
+        if isinstance(module, bnb.nn.Linear4bit):
             weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
             linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, weight.device)
             linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), module.bias
