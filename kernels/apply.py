@@ -46,7 +46,7 @@ class Made(NamedTuple):
 
     def without_tensors(self) -> Made:
         arguments = zip(self.maker.arguments, self.values, strict=True)
-        return self._replace(values=tuple(_nothing(v) if a.is_tensor else v for a, v in arguments))
+        return self._replace(values=tuple(nothing(v) if a.is_tensor else v for a, v in arguments))
 
     def put(self, values: list[Any], at: int, value: Any) -> None:
         """Puts `value` in its place, the entry `at` of `values` or one of the list there."""
@@ -56,7 +56,8 @@ class Made(NamedTuple):
             values[at] = [*values[at][: self.member], value, *values[at][self.member + 1 :]]
 
 
-def _nothing(value: Any) -> Any:
+def nothing(value: Any) -> list[None] | None:
+    """What is kept in place of a tensor, or of a list of them."""
     return [None] * len(value) if isinstance(value, (list, tuple)) else None
 
 

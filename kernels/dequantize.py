@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from fastlora.kernels.cost import Cost, Work
-from fastlora.kernels.op import Gradients, op
+from fastlora.kernels.op import op
 
 _NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -104,28 +104,14 @@ def reference(
 
 
 def forward(
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    nested_absmax: torch.Tensor | None,
-    nested_code: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    blocksize: int,
-    nested_blocksize: int,
-    quant_type: str,
-    rows: int,
-    cols: int,
-    dtype: torch.dtype,
+    packed: torch.Tensor, blocksize: int, quant_type: str, rows: int, cols: int, dtype: torch.dtype, **scaling: Any
 ) -> tuple[torch.Tensor]:
     """The same, byte by byte and block by block."""
     stored = packed.contiguous().view(torch.uint8).reshape(-1)
     values = pairs(quant_type, packed.device)[stored.int()].flatten()
-    scale = scales(absmax, nested_absmax, nested_code, offset, nested_blocksize)
+    scale = scales(**scaling)
     blocks = F.pad(values, (0, len(scale) * blocksize - len(values))).view(-1, blocksize)
     return ((blocks * scale[:, None]).to(dtype).view(-1)[: rows * cols].view(rows, cols),)
-
-
-def backward(**_: Any) -> Gradients:
-    raise RuntimeError("dequantize_4bit: quantised weights take no gradient")
 
 
 dequantize_4bit = op(
@@ -138,8 +124,6 @@ dequantize_4bit = op(
     outputs=1,
     reference=reference,
     forward=forward,
-    backward=backward,
     saves=(),
-    is_constant=True,
     cost=Cost(forward=Work(flops="2*N*K", bytes="N*K*b + N*K/2 + N*K/S"), backward=Work(flops="0", bytes="0")),
 )

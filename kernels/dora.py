@@ -50,18 +50,13 @@ def reference(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scale: torch.Tensor,
-    scaling: float,
     base_dtype: torch.dtype,
-    lora_dtype: torch.dtype,
-    out_dtype: torch.dtype,
+    **adapter: Any,
 ) -> torch.Tensor:
     """The adapted layer as PEFT writes it. Returns y of shape (..., N) in `out_dtype`."""
     base = F.linear(x.to(base_dtype), weight.to(base_dtype), cast(bias, base_dtype))
     plain = base if bias is None else base - bias
-    return add_reference(base, plain, x, lora_a, lora_b, scale, scaling, lora_dtype, out_dtype)
+    return add_reference(base, plain, x, **adapter)
 
 
 def add_reference(
@@ -106,16 +101,11 @@ def forward(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scale: torch.Tensor,
-    scaling: float,
     base_dtype: torch.dtype,
-    lora_dtype: torch.dtype,
-    out_dtype: torch.dtype,
+    **adapter: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     plain = F.linear(x.to(base_dtype), weight.to(base_dtype))
-    return _results(plain, bias, x, lora_a, lora_b, scale, scaling, lora_dtype, out_dtype)
+    return _results(plain, bias, x, **adapter)
 
 
 def _scaled(dy: torch.Tensor, scale: torch.Tensor, *dtypes: torch.dtype) -> torch.Tensor:
@@ -182,18 +172,10 @@ dora_linear = op(
 
 
 def add_forward(
-    base: torch.Tensor,
-    plain: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scale: torch.Tensor,
-    scaling: float,
-    lora_dtype: torch.dtype,
-    out_dtype: torch.dtype,
+    base: torch.Tensor, plain: torch.Tensor, x: torch.Tensor, **adapter: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rest = base.to(_wide(base.dtype, plain.dtype)) - plain
-    return _results(plain, rest, x, lora_a, lora_b, scale, scaling, lora_dtype, out_dtype)
+    return _results(plain, rest, x, **adapter)
 
 
 def add_backward(
@@ -282,10 +264,6 @@ def norm_forward(
     return (torch.cat(norms).to(out_dtype),)
 
 
-def norm_backward(**_: Any) -> Gradients:
-    raise RuntimeError("dora_norm: no gradient flows into the norm")
-
-
 dora_norm = op(
     "dora_norm",
     family="lora",
@@ -296,7 +274,5 @@ dora_norm = op(
     outputs=1,
     reference=norm_reference,
     forward=norm_forward,
-    backward=norm_backward,
     saves=(),
-    is_constant=True,
 )

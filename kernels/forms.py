@@ -28,18 +28,22 @@ def _never(**_: Any) -> bool:
     return False
 
 
+def _no_backward(**_: Any) -> dict[str, Any]:
+    raise RuntimeError("no gradient flows into what a constant op is made of")
+
+
 @dataclass(frozen=True)
 class Form:
     """One implementation of an op.
 
-    `forward` and `backward` take what the PyTorch form's take. `serves` is asked with the arguments of the forward,
-    `serves_backward` with those of the backward (`wanted`, `grads` and what was saved); both by name. `restore` takes
-    what was saved, by name, and makes what the op spared of it.
+    `forward` and `backward` take what the PyTorch form's take; that of a constant op has no backward. `serves` is asked
+    with the arguments of the forward, `serves_backward` with those of the backward (`wanted`, `grads` and what was
+    saved); both by name. `restore` takes what was saved, by name, and makes what the op spared of it.
     """
 
     name: str
     forward: Callable[..., tuple[Any, ...]]
-    backward: Callable[..., dict[str, Any]]
+    backward: Callable[..., dict[str, Any]] = _no_backward
     serves: Callable[..., bool] = _never
     serves_backward: Callable[..., bool] = _never
     restore: Callable[..., tuple[torch.Tensor, ...]] | None = None

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastlora.kernels import dispatch
-from fastlora.kernels.apply import Apply, Made, with_encoded
+from fastlora.kernels.apply import Apply, Made, nothing, with_encoded
 from fastlora.kernels.cost import Cost
 from fastlora.kernels.encoded import decoded
 from fastlora.kernels.forms import Form, Forms
@@ -112,8 +112,8 @@ class SemanticOp:
     for bit, of the rest of what is saved, which has all tensors that the op takes (`sparing.py`). `decodes` names
     frozen matrices that all forms read in no other way than `encoded.py` has it. `again` is for ops that are cheap, and
     keep for their own backward what their first output can be made from: the op that makes it (None for itself), and
-    what its arguments are called here if otherwise. The results of one that `is_constant` carry no gradient, as the
-    model stops it there.
+    what its arguments are called here if otherwise. One without a backward `is_constant`: its results carry no
+    gradient, as the model stops it there.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class SemanticOp:
         outputs: int,
         reference: Callable[..., Any],
         forward: Callable[..., tuple[Any, ...]],
-        backward: Callable[..., Gradients],
+        backward: Callable[..., Gradients] | None = None,
         saves: tuple[str, ...],
         saved_if: dict[str, SavedIf] | None = None,
         tied: tuple[str, ...] = (),
@@ -137,12 +137,12 @@ class SemanticOp:
         spares: tuple[str, ...] = (),
         decodes: tuple[str, ...] = (),
         again: tuple[SemanticOp | None, dict[str, str]] | None = None,
-        is_constant: bool = False,
         cost: Cost | None = None,
     ) -> None:
         self.name, self.family, self.schema = name, family, schema
         self.reference = reference
-        self.forms = Forms(name, Form("pytorch", forward, backward))
+        self.is_constant = backward is None
+        self.forms = Forms(name, Form("pytorch", forward) if backward is None else Form("pytorch", forward, backward))
         self.arguments, results = parse(schema)
         self.outputs, self.residuals = results[:outputs], results[outputs:]
         self.tensors = tuple(a for a in self.arguments if a.is_tensor)
@@ -169,7 +169,7 @@ class SemanticOp:
         )
         self._read_by = read_by or {}
         self.foresees, self.spends, self.spares, self._again = foresees, spends, spares, again
-        self.decodes, self.is_constant, self.cost = decodes, is_constant, cost
+        self.decodes, self.cost = decodes, cost
         self._register(schema)
 
     def __repr__(self) -> str:
@@ -356,7 +356,7 @@ class SemanticOp:
         named = dict(zip((*self.names, *self.result_names), everything, strict=True))
         wanted = self.wanted(needs)
         dropped = {name for name, hold in self.saved_if.items() if not hold(wanted, named)}
-        saved = [_nothing(t) if a.name in dropped else t for a, t in zip(self.saved, saved, strict=True)]
+        saved = [nothing(t) if a.name in dropped else t for a, t in zip(self.saved, saved, strict=True)]
         return saved, [*(_dtype(named[name]) for name in self.saved_if), *constants]
 
 
@@ -375,10 +375,6 @@ def _dtype(value: Any) -> torch.dtype | None:
     if isinstance(value, list):
         return next((t.dtype for t in value if t is not None), None)
     return None if value is None else value.dtype
-
-
-def _nothing(value: Any) -> list[None] | None:
-    return [None] * len(value) if isinstance(value, list) else None
 
 
 def op(name: str, **declaration: Any) -> SemanticOp:
