@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 from fastlora.kernels import ops
-from fastlora.metadata import known_equal, known_less, same_shape
+from fastlora.metadata import known_equal, same_shape
 from fastlora.pattern import Op, Opt, Param, Pattern, Scalar, cast, either, linear
-from fastlora.patterns.lora import low_rank
+from fastlora.patterns.lora import has_low_rank, low_rank
 from fastlora.rule import GroupRule, Match, Rule, dtype_of, rule
 
 
@@ -66,13 +66,8 @@ def dora_norm(weight, lora_a: Param(2), lora_b: Param(2), scaling: Scalar = 1.0)
     return Op("detach", input=cast(Op("linalg_norm", input=total, ord=None, dim=_rows, keepdim=False, dtype=None)))
 
 
-@dora_linear.where
-@dora_add.where
-@dora_norm.where
-def _is_low_rank(match: Match):
-    a, b = match.tensor("lora_a"), match.tensor("lora_b")
-    low = known_less(a.shape[0], a.shape[1]) and known_less(a.shape[0], b.shape[0])
-    return low or "the inner dimension is not the smallest"
+for _adapter in (dora_linear, dora_add, dora_norm):
+    _adapter.where(has_low_rank)
 
 
 @dora_linear.where

@@ -27,7 +27,17 @@ def low_rank(view: View, node: fx.Node) -> bool:
     a, b = meta(inner.args["weight"]), meta(outer.args["weight"])
     if a is None or b is None or a.dim() != 2 or b.dim() != 2:
         return False
+    return _is_smallest(a, b)
+
+
+def _is_smallest(a, b):
+    """Whether the rank of A (R, K) and B (N, R) is smaller than K and N."""
     return known_less(a.shape[0], a.shape[1]) and known_less(a.shape[0], b.shape[0])
+
+
+def has_low_rank(match: Match):
+    """A condition on an adapter."""
+    return _is_smallest(match.tensor("lora_a"), match.tensor("lora_b")) or "the inner dimension is not the smallest"
 
 
 def cheap_to_draw_again(view: View, dropped: fx.Node) -> bool | str:
@@ -97,12 +107,8 @@ def lora_add(
     return cast(base + _contribution(adapted, lora_a, lora_b, lora_bias, scaling))
 
 
-@lora_linear.where
-@lora_add.where
-def _is_low_rank(match: Match):
-    a, b = match.tensor("lora_a"), match.tensor("lora_b")
-    low = known_less(a.shape[0], a.shape[1]) and known_less(a.shape[0], b.shape[0])
-    return low or "the inner dimension is not the smallest"
+for _adapter in (lora_linear, lora_add):
+    _adapter.where(has_low_rank)
 
 
 @lora_add.where
