@@ -99,10 +99,11 @@ def read_encoded(graph: fx.Graph, ops: dict[Any, SemanticOp]) -> Iterator[Again]
 
 def tidy(graph: fx.Graph) -> None:
     """Removes decoded weights that nobody reads, and puts the others before what does."""
-    for node in list(graph.nodes):
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in order:
         if node.target is dequantize_4bit.target:
             if node.users:
-                min(node.users, key=list(graph.nodes).index).prepend(node)
+                min(node.users, key=order.__getitem__).prepend(node)
             else:
                 graph.erase_node(node)
 
@@ -249,7 +250,7 @@ def _decodes(backward: fx.GraphModule, given: dict[str, Any]) -> bool:
     """Whether a backward multiplies what comes in by the weight that the forward multiplied by, decoded."""
     calls = [node for node in backward.graph.nodes if node.op.startswith("call")]
     decoded = [node for node in calls if _names(node, "bitsandbytes.dequantize_4bit.default")]
-    products = [node for node in calls if getattr(node.target, "__name__", node.target) == "matmul"]
+    products = [node for node in calls if _short(node) == "matmul"]
     if len(decoded) != 1 or len(products) != 1 or not all(_short(node) in _BACKWARD for node in calls):
         return False
     format_ = (given["blocksize"], given["quant_type"], tuple(given["shapeB"]))

@@ -204,6 +204,7 @@ class _Recording:
         self._activations = _activations(args, steady)
         self._static = [_static(arg, i in self._activations) for i, arg in enumerate(args)]
         tensors = {i: arg for i, arg in enumerate(args) if isinstance(arg, torch.Tensor)}
+        self.read_in_place = [i for i in tensors if i not in self._activations]
         self._differentiable = [i for i, t in tensors.items() if t.requires_grad]
         self._results, self._forward = recorder.record(self._run_forward, transient=False)
         self._incoming = torch.empty_like(self._live)
@@ -239,10 +240,6 @@ class _Recording:
                 flat.setdefault(gradient.dtype, []).append(gradient.reshape(-1))
         activations = [g if i in self._activations else None for i, g in zip(self._differentiable, found, strict=True)]
         return activations, {dtype: torch.cat(parts) for dtype, parts in flat.items()}
-
-    def read(self, args: Sequence[Any]) -> list[torch.Tensor]:
-        """What a replay reads where it lies."""
-        return [arg for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and i not in self._activations]
 
     def forward(self, args: Sequence[Any]) -> tuple[_Pass, list[torch.Tensor]]:
         if self._activations:
@@ -297,7 +294,7 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, recording: _Recording, args: Sequence[Any], *differentiable: torch.Tensor) -> Any:
         ctx.recording = recording
-        ctx.parameters = recording.read(args)
+        ctx.parameters = [args[i] for i in recording.read_in_place]
         ctx.read = _state(ctx.parameters)
         ctx.begun, results = recording.forward(args)
         ctx.mark_non_differentiable(*(t for i, t in enumerate(results) if i != recording.live_at))
