@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import FAMILIES
 from torch import nn
 
-from fastlora.tools.zoo.quantised import decode
+from fastlora.tools.zoo.quantised import decode, four_bit_layer
 
 WIDTHS = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
 """Multiples of the block sizes that are tested: bitsandbytes 0.50's kernel for CPUs decodes others wrongly."""
@@ -31,19 +31,14 @@ class Format:
 
     def layer(self, linear: nn.Linear) -> nn.Module:
         """A quantised layer of a linear one."""
+        linear.requires_grad_(False)
+        if self.quant_type != "int8":
+            kept = {"quant_type": self.quant_type, "blocksize": self.blocksize, "compress_statistics": self.nested}
+            return four_bit_layer(linear, self.compute, self.storage, **kept)
         sizes = linear.in_features, linear.out_features, linear.bias is not None
-        made: Any
-        if self.quant_type == "int8":
-            made = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0)
-            made.weight = bnb.nn.Int8Params(linear.weight.data.half(), requires_grad=False, has_fp16_weights=False)
-        else:
-            made = bnb.nn.Linear4bit(*sizes, compute_dtype=self.compute, quant_storage=self.storage)
-            made.weight = bnb.nn.Params4bit(
-                linear.weight.data, requires_grad=False, blocksize=self.blocksize, compress_statistics=self.nested,
-                quant_type=self.quant_type, quant_storage=self.storage, module=made,
-            )  # fmt: skip
-        if linear.bias is not None:
-            made.bias = nn.Parameter(linear.bias.data, requires_grad=False)
+        made: Any = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0)
+        made.weight = bnb.nn.Int8Params(linear.weight.data.half(), requires_grad=False, has_fp16_weights=False)
+        made.bias = linear.bias
         return made.to(linear.weight.device)
 
 
@@ -63,8 +58,7 @@ def build(family: str, kept: Format, device: str = "cpu", adapters: torch.dtype 
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and module is not head:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, kept.layer(module))
+            model.set_submodule(name, kept.layer(module))
     setattr(model, "is_loaded_in_8bit" if kept.quant_type == "int8" else "is_loaded_in_4bit", True)
     model = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **lora}))
     generator = torch.Generator().manual_seed(0)

@@ -1,15 +1,15 @@
 """Getting a tokenizer and a model with LoRA adapters, the built-in ones or the user's own."""
 
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from fastlora.tools.builtin_model import build_model, build_tokenizer
+from fastlora.tools.four_bits import check_installed, four_bits
 from fastlora.tools.problems import UsageError, one_line
 from fastlora.tools.settings import Settings
 
@@ -62,26 +62,23 @@ def _base_model(settings: Settings) -> Any:
         return _loaded(settings)
     from peft import prepare_model_for_kbit_training
 
-    if find_spec("bitsandbytes") is None:
-        raise UsageError("--load-in-4bit: needs bitsandbytes; run: pip install 'fastlora-fx[quant]'")
-    dtype = torch.bfloat16 if settings.bf16 else torch.float32
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
+    check_installed("--load-in-4bit")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     return prepare_model_for_kbit_training(
-        _loaded(settings, quantization_config=config, device_map="cuda" if torch.cuda.is_available() else "cpu"),
+        _loaded(settings, quantization_config=four_bits(_dtype(settings)), device_map=device),
         use_gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
     )
 
 
+def _dtype(settings: Settings) -> torch.dtype:
+    return torch.bfloat16 if settings.bf16 else torch.float32
+
+
 def _loaded(settings: Settings, **options: Any) -> Any:
     if settings.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise UsageError("--bf16: this GPU does not compute in bfloat16; leave it out")
-    dtype = torch.bfloat16 if settings.bf16 else torch.float32
+    dtype = _dtype(settings)
     if settings.model is None:
         return _builtin(settings.seed, dtype, options)
     _check_path(settings.model)

@@ -38,8 +38,7 @@ def stack() -> nn.Module:
     layer = model.model.layers[0]
     for name, module in list(layer.named_modules()):
         if isinstance(module, nn.Linear):
-            parent, _, child = name.rpartition(".")
-            setattr(layer.get_submodule(parent), child, kept.layer(module))
+            layer.set_submodule(name, kept.layer(module))
     model.model.layers = nn.ModuleList([layer, *(copy.deepcopy(layer) for _ in range(LAYERS - 1))])
     for i, each in enumerate(model.model.layers):
         each.self_attn.layer_idx = i

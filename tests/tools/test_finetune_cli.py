@@ -267,5 +267,5 @@ def test_quantised_weights_train_as_well(folder: Path, capsys: pytest.CaptureFix
 def test_what_quantised_weights_need_is_named(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastlora.tools.models.find_spec", lambda _: None)
+    monkeypatch.setattr("fastlora.tools.four_bits.find_spec", lambda _: None)
     assert "needs bitsandbytes" in refused(capsys, folder, "--load-in-4bit")

@@ -19,14 +19,7 @@ AGAIN = {"AutoModelForMultimodalLM": ("AutoModelForImageTextToText", "AutoModelF
 """Classes that have the types of others among theirs, and make the same models of them."""
 SOME = {
     "AutoModelForMaskedLM": (
-        "albert",
-        "bert",
-        "deberta-v2",
-        "distilbert",
-        "electra",
-        "longformer",
-        "modernbert",
-        "roberta",
+        *("albert", "bert", "deberta-v2", "distilbert", "electra", "longformer", "modernbert", "roberta"),
     ),
     "AutoModelForSeq2SeqLM": ("bart", "m2m_100", "mbart", "pegasus", "t5", "umt5"),
     "AutoModelForImageClassification": (

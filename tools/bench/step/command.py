@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import tempfile
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from fastlora.tools.bench.step.limit import limit
 from fastlora.tools.bench.step.models import MODELS
 from fastlora.tools.bench.step.processes import work
 from fastlora.tools.bench.step.truth import ROUNDED, TRUTH
-from fastlora.tools.bench.step.weights import QUANTISATIONS
+from fastlora.tools.four_bits import FORMATS, check_installed
 from fastlora.tools.output import writing
 from fastlora.tools.problems import RunError, UsageError
 
@@ -207,10 +206,10 @@ def _check(race: Race) -> list[tuple[int, int]]:
             named(name)
         except ValueError as problem:
             raise UsageError(f"--contenders {name}: {problem}") from None
-    if race.quant is not None and race.quant not in QUANTISATIONS:
-        raise UsageError(f"--quant {race.quant}: unknown; choose from {', '.join(QUANTISATIONS)}")
-    if race.quant is not None and find_spec("bitsandbytes") is None:
-        raise UsageError(f"--quant {race.quant}: needs bitsandbytes; run: pip install 'fastlora-fx[quant]'")
+    if race.quant is not None:
+        if race.quant not in FORMATS:
+            raise UsageError(f"--quant {race.quant}: unknown; choose from {', '.join(FORMATS)}")
+        check_installed(f"--quant {race.quant}")
     least = {"--layers": (race.layers, 1), "--steps": (race.steps, 1), "--warmup": (race.warmup, 0)}
     for option, (number, bound) in least.items():
         if number is not None and number < bound:

@@ -64,10 +64,8 @@ def parts(model: Model, layers: int, tokens: int, quantised: bool = False) -> It
     yield from _both(ops.glu, "GLU", layers, {"T": tokens, "I": shape.intermediate})
     yield from _both(ops.linear_cross_entropy, "head and loss", 1, head)
     for name, widths, K in _linears(model) if quantised else ():
-        sizes = {"N": sum(widths), "K": K}
-        cost = ops.dequantize_4bit.cost
-        assert cost is not None
-        yield Part(f"{name} decoded", 2 * layers, *cost.forward.at({**sizes, "b": _DTYPE.itemsize, "S": _BLOCKSIZE}))
+        sizes = {"N": sum(widths), "K": K, "S": _BLOCKSIZE}
+        yield _part(ops.dequantize_4bit, "forward", f"{name} decoded", 2 * layers, sizes)
     yield Part("embedding", 1, 0, 2 * tokens * shape.hidden * _DTYPE.itemsize)
     yield Part("optimizer", 1, 0, _ADAMW_BYTES * trained_weights(model, layers))
 
@@ -122,4 +120,4 @@ def _both(op: SemanticOp, name: str, times: int, sizes: dict[str, int]) -> Itera
 def _part(op: SemanticOp, direction: str, name: str, times: int, sizes: dict[str, int]) -> Part:
     assert op.cost is not None
     elements = {"b": _DTYPE.itemsize, "w": _DTYPE.itemsize, "p": 4, "S": 0}
-    return Part(name, times, *getattr(op.cost, direction).at({**sizes, **elements}))
+    return Part(name, times, *getattr(op.cost, direction).at({**elements, **sizes}))

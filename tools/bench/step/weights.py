@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fastlora.tools.bench.step.models import MODELS
+from fastlora.tools.four_bits import four_bits
 
 RANK, ALPHA = 16, 32
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -20,7 +21,6 @@ FIRST_TOKEN = 259
 """Tokens are drawn from here on: below are those of the tokenizer, whose padding some libraries treat specially."""
 _B_SPREAD = 0.02
 _MODEL, _ADAPTER, _QUANTISATION = "model", "adapter.safetensors", "quantisation"
-QUANTISATIONS = ("nf4", "fp4")
 
 
 def model_folder(folder: Path) -> Path:
@@ -66,18 +66,12 @@ def save(name: str, layers: int, folder: Path, device: torch.device, quant: str 
 def load(folder: Path, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Any:
     """The base model without adapters; quantised, if it is to be and `dtype` is bfloat16, else with the weights that
     then are decoded."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": dtype}
     quant = quantisation(folder)
     if quant is not None:
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quant,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-        options = {"dtype": torch.bfloat16, "quantization_config": config}
+        options = {"dtype": torch.bfloat16, "quantization_config": four_bits(torch.bfloat16, quant)}
     model = AutoModelForCausalLM.from_pretrained(model_folder(folder), device_map=str(device), **options)
     return model if quant is None or dtype is torch.bfloat16 else model.dequantize(dtype).to(dtype)
 
