@@ -33,8 +33,7 @@ class Made(NamedTuple):
 
     def make(self, leaves: Iterator[torch.Tensor | None]) -> Any:
         """It, or what stands in for it; `leaves` goes on with the maker's tensors, as they were saved."""
-        flat = iter(self.maker.leaves.grouped([next(leaves) for _ in self.leaves]))
-        values = [next(flat) if a.is_tensor else v for a, v in zip(self.maker.arguments, self.values, strict=True)]
+        values = self.maker.leaves.filled(self.values, leaves)
         if self.encoded:
             return Encoded(self.maker, values)
         results = self.maker.below_autograd(self.maker.leaves.flat(values), values)
@@ -45,8 +44,7 @@ class Made(NamedTuple):
         return self.maker.leaves.flat(self.values)
 
     def without_tensors(self) -> Made:
-        arguments = zip(self.maker.arguments, self.values, strict=True)
-        return self._replace(values=tuple(nothing(v) if a.is_tensor else v for a, v in arguments))
+        return self._replace(values=self.maker.leaves.emptied(self.values))
 
     def put(self, values: list[Any], at: int, value: Any) -> None:
         """Puts `value` in its place, the entry `at` of `values` or one of the list there."""
@@ -54,11 +52,6 @@ class Made(NamedTuple):
             values[at] = value
         else:
             values[at] = [*values[at][: self.member], value, *values[at][self.member + 1 :]]
-
-
-def nothing(value: Any) -> list[None] | None:
-    """What is kept in place of a tensor, or of a list of them."""
-    return [None] * len(value) if isinstance(value, (list, tuple)) else None
 
 
 def with_encoded(values: Sequence[Any], made: Sequence[Made]) -> Sequence[Any]:
@@ -96,6 +89,7 @@ class Apply(torch.autograd.Function):
         others = [leaf for each in made for leaf in each.leaves]
         ctx.made = tuple(each.without_tensors() for each in made)
         ctx.lengths = [len(value) if isinstance(value, list) else None for value in saved]
+        ctx.others = len(others)
         ctx.save_for_backward(*op.saved_leaves.flat(saved), *others)
         outputs = op.output_leaves.flat(results)
         ctx.outputs = len(outputs)
@@ -127,7 +121,8 @@ class Apply(torch.autograd.Function):
                 each.put(saved, each.saved, each.make(flat))
             if ctx.spared:
                 sparing.restore(op, saved, ctx.constants)
-            found = op.differentiate(list(grads), asked, leaves, *saved, *ctx.constants, owned=ctx.owns)
+            own = leaves[: len(leaves) - ctx.others]
+            found = op.differentiate(list(grads), asked, own, *saved, *ctx.constants, owned=ctx.owns)
         computed = iter(found)
         results = [next(computed) if ask else None for ask in asked]
         return (None, None, None, None, *ctx.shared.spread(results, needs, grads[0]))

@@ -22,7 +22,7 @@ class Encoded:
     Attributes:
         maker: the op whose only output the matrix is.
         values: that op's arguments, in the schema's order.
-        shape, dtype, device: of the matrix.
+        shape, dtype: of the matrix.
     """
 
     def __init__(self, maker: SemanticOp, values: Sequence[Any]) -> None:
@@ -30,12 +30,16 @@ class Encoded:
         named = dict(zip(maker.names, values, strict=True))
         self.shape = torch.Size((named["rows"], named["cols"]))
         self.dtype: torch.dtype = named["dtype"]
-        self.device: torch.device = next(t for t in maker.leaves.flat(values) if t is not None).device
+        self._leaves = maker.leaves.flat(values)
+
+    @property
+    def device(self) -> torch.device:
+        return next(t.device for t in self._leaves if t is not None)
 
     def to(self, dtype: torch.dtype) -> torch.Tensor:
         """The matrix, decoded anew."""
-        made: torch.Tensor = self.maker.below_autograd(self.maker.leaves.flat(self.values), self.values)
-        return made.to(dtype)
+        made: torch.Tensor = self.maker.below_autograd(self._leaves, self.values)
+        return made if made.dtype is dtype else made.to(dtype)
 
     def dim(self) -> int:
         return len(self.shape)

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastlora.kernels import dispatch
-from fastlora.kernels.apply import Apply, Made, nothing, with_encoded
+from fastlora.kernels.apply import Apply, Made, with_encoded
 from fastlora.kernels.cost import Cost
 from fastlora.kernels.encoded import decoded
 from fastlora.kernels.forms import Form, Forms
@@ -311,7 +311,8 @@ class SemanticOp:
         """Runs the forward operator on its `values`, the tensors among which are given as well; encoded ones count as
         the plain ones that they are made of."""
         if dispatch.unheard(tensors):
-            return self._run_forward(*values)
+            with torch._C.DisableTorchFunctionSubclass():  # as 4-bit parameters are, whose attributes take microseconds
+                return self._run_forward(*values)
         with torch._C._AutoDispatchBelowAutograd():
             return self.target(*decoded(values))
 
@@ -323,11 +324,12 @@ class SemanticOp:
         *values: Any,
         owned: bool,
     ) -> list[torch.Tensor]:
-        """Runs the backward operator on its `values`, whose tensors `saved` has as a flat list; residuals among them
-        are `owned` if nobody else has them."""
+        """Runs the backward operator on its `values`, whose tensors `saved` has as a flat list, but for those that
+        others make for it; residuals among them are `owned` if nobody else has them."""
         if dispatch.unheard(grads) and dispatch.unheard(saved):
             may_spend = self.foresees or (self.spends and owned)
-            return self._run_backward(grads, asked, *values, spent=may_spend and dispatch.is_last_backward())
+            with torch._C.DisableTorchFunctionSubclass():
+                return self._run_backward(grads, asked, *values, spent=may_spend and dispatch.is_last_backward())
         return self.backward_target(grads, asked, *decoded(values))
 
     def rehearse(self, values: Sequence[Any], needs: Sequence[bool]) -> None:
@@ -356,7 +358,7 @@ class SemanticOp:
         named = dict(zip((*self.names, *self.result_names), everything, strict=True))
         wanted = self.wanted(needs)
         dropped = {name for name, hold in self.saved_if.items() if not hold(wanted, named)}
-        saved = [nothing(t) if a.name in dropped else t for a, t in zip(self.saved, saved, strict=True)]
+        saved = [_nothing(t) if a.name in dropped else t for a, t in zip(self.saved, saved, strict=True)]
         return saved, [*(_dtype(named[name]) for name in self.saved_if), *constants]
 
 
@@ -375,6 +377,10 @@ def _dtype(value: Any) -> torch.dtype | None:
     if isinstance(value, list):
         return next((t.dtype for t in value if t is not None), None)
     return None if value is None else value.dtype
+
+
+def _nothing(value: Any) -> list[None] | None:
+    return [None] * len(value) if isinstance(value, list) else None
 
 
 def op(name: str, **declaration: Any) -> SemanticOp:

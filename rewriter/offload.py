@@ -99,8 +99,11 @@ class CudaLanes:
     def _copy(self, to: torch.Tensor, of: torch.Tensor, device: torch.device, outward: bool) -> _End:
         stream, computing = self._stream(device, outward), torch.cuda.current_stream(device)
         stream.wait_stream(computing)  # which makes `of`, or has just freed the memory of `to`
-        with torch.cuda.stream(stream):
+        torch.cuda.set_stream(stream)  # as `with torch.cuda.stream` does, which takes longer than the copy's launch
+        try:
             to.copy_(of, non_blocking=True)
+        finally:
+            torch.cuda.set_stream(computing)
         return _End(stream.record_event(), computing)
 
     def _stream(self, device: torch.device, outward: bool) -> torch.cuda.Stream:
@@ -167,8 +170,8 @@ class _Moved:
 
 
 class _Stayed(NamedTuple):
-    """A saved tensor that did not move, without its history: what saves its own result would otherwise keep itself
-    alive. And its version, which autograd does not check for tensors with hooks."""
+    """A saved tensor that did not move, without the history that it may have: what saves its own result would otherwise
+    keep itself alive. And its version, which autograd does not check for tensors with hooks."""
 
     tensor: torch.Tensor
     version: int
@@ -214,9 +217,9 @@ class Mover:
         moved: dict[int, _Moved | None] = {}
 
         def pack(t: torch.Tensor) -> Any:
-            at = t.untyped_storage().data_ptr() if t.nbytes >= SMALL and _is_plain(t) else None
+            at = t.untyped_storage().data_ptr() if _is_plain(t) and t.nbytes >= SMALL else None
             if at is None or at in staying:
-                return _Stayed(t.detach(), t._version)
+                return _Stayed(t if t.grad_fn is None else t.detach(), t._version)
             memory = moved.get(at)
             if at not in moved or (memory is not None and memory.here is None):  # then others have that address now
                 seen(t.untyped_storage().nbytes())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -19,7 +19,12 @@ import torch
 import triton
 from triton.runtime.jit import JITFunction
 
+from fastlora.kernels.gpu.launch import IS_INTERPRETED
+from fastlora.kernels.gpu.repeat import heard, launch, likeness
+
 MOST_THREADS = 16
+MOST_KNOWN = 4096
+"""Kinds of launches of one kernel that are known again."""
 
 
 class Launch(NamedTuple):
@@ -38,18 +43,36 @@ _recorder = _Recorder()
 
 
 class Kernel(JITFunction):
-    """What `triton.jit` makes of a function, but for launches that are recorded."""
+    """What `triton.jit` makes of a function, but for launches that are recorded, and for those that are like one that
+    was made before."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._known: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
 
     def run(self, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        if _recorder.launches is None:
+        if _recorder.launches is not None:
+            _recorder.launches.append(Launch(self, args, options))
+            return None
+        if heard():
             return super().run(*args, grid=grid, warmup=warmup, **options)
-        _recorder.launches.append(Launch(self, args, options))
-        return None
+        device = torch.cuda.current_device()
+        like = (device, likeness(self.params, args), *options.items())
+        known = self._known.get(like)
+        if known is None:
+            kernel = super().run(*args, grid=grid, warmup=warmup, **options)
+            rest = self.params[len(args) :]
+            if all(param.is_constexpr for param in rest) and len(self._known) < MOST_KNOWN:
+                self._known[like] = kernel, tuple(options.get(param.name, param.default) for param in rest)
+            return kernel
+        kernel, constants = known
+        launch(kernel, grid, device, (*args, *constants))
+        return kernel
 
 
 def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """`triton.jit` for what is launched, and not called by other kernels."""
-    return lambda function: (triton.jit if triton.knobs.runtime.interpret else Kernel)(function, **options)
+    return lambda function: (triton.jit if IS_INTERPRETED else Kernel)(function, **options)
 
 
 @contextmanager

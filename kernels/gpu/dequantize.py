@@ -42,7 +42,8 @@ def kernel(
     unit = tl.arange(0, BLOCK)
     present = unit < units - start
     at = row * units + start + unit
-    stored = tl.load(packed_ptr + at, mask=present, other=0).to(tl.int32)
+    words = packed_ptr.to(tl.pointer_type(tl.int32 if PER == 8 else tl.uint8), bitcast=True)
+    stored = tl.load(words + at, mask=present, other=0).to(tl.int32)
     block = at // (BLOCKSIZE // PER)
     if NESTED:
         index = tl.load(absmax_ptr + block, mask=present, other=0).to(tl.int32)
@@ -75,10 +76,9 @@ def decode_into(
     rows, cols = out.shape
     if out.stride(0) == cols:  # rows that follow each other are one
         rows, cols = 1, rows * cols
-    stored, per = packed.contiguous().view(-1).view(torch.uint8), 2
+    stored = packed.contiguous()
     whole = blocksize % 8 == 0 and (rows == 1 or cols % 8 == 0)
-    if whole and stored.numel() % 4 == 0 and stored.data_ptr() % 4 == 0:
-        stored, per = stored.view(torch.int32), 8
+    per = 8 if whole and stored.nbytes % 4 == 0 and stored.data_ptr() % 4 == 0 else 2
     if rows > 1 and cols % per:  # a byte has the end of a row and the beginning of the next
         whole_rows = empty(rows, cols, like=out)
         decode_into(

@@ -10,8 +10,11 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 
+IS_INTERPRETED = triton.knobs.runtime.interpret
+"""Whether Triton's interpreter runs the kernels, which is settled when they are defined."""
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float32, *HALVES)
 
@@ -37,7 +40,8 @@ def real(device: torch.device) -> Gpu:
     return Gpu(torch.cuda.get_device_capability(device), torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _gpu(device: torch.device) -> Gpu:
+def gpu(device: torch.device) -> Gpu:
+    """What a device is, or stands for."""
     return real(device) if device.type == "cuda" else stand_in if device.type == "meta" else INTERPRETER
 
 
@@ -49,7 +53,7 @@ def take_for(gpu: Gpu) -> None:
 
 def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability of a device."""
-    return _gpu(device).capability
+    return gpu(device).capability
 
 
 def computes(dtype: torch.dtype, device: torch.device) -> bool:
@@ -67,7 +71,7 @@ def supported(*tensors: torch.Tensor | None) -> bool:
 
 def processors(device: torch.device) -> int:
     """The streaming multiprocessors of a device."""
-    return _gpu(device).processors
+    return gpu(device).processors
 
 
 class Rows:

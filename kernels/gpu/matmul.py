@@ -33,7 +33,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels.gpu import ahead
-from fastlora.kernels.gpu.launch import HALVES, allocate, capability, cdiv, processors
+from fastlora.kernels.gpu.launch import HALVES, IS_INTERPRETED, Gpu, allocate, capability, cdiv, gpu, processors
 
 Addend = tuple[torch.Tensor, torch.Tensor]
 """left (M, K) and right (K, N), which stand for left @ right."""
@@ -244,13 +244,18 @@ def serves(addends: Sequence[Addend], bias: torch.Tensor | None = None, out: tor
         return answer
     left, right = addends[0]
     device = left.device
-    if device.type != "cpu":
-        M, N, K = left.shape[0], right.shape[1], sum(a.shape[1] for a, _ in addends)
-        if M < FEWEST_ROWS:
-            return f"fewer than {FEWEST_ROWS} rows"
-        ours = expected(M, N, device, K)
-        if ours > _library_microseconds(M, N, K, len(addends) - 1, capability(device)):
-            return "cuBLAS is faster: the tiles leave the last wave too empty"
+    if device.type == "cpu":
+        return True
+    K = sum(a.shape[1] for a, _ in addends)
+    return _is_faster(left.shape[0], right.shape[1], K, len(addends) - 1, gpu(device))
+
+
+@lru_cache(maxsize=1024)
+def _is_faster(M: int, N: int, K: int, added: int, gpu: Gpu) -> bool | str:
+    if M < FEWEST_ROWS:
+        return f"fewer than {FEWEST_ROWS} rows"
+    if _expected(M, N, K, gpu) > _library_microseconds(M, N, K, added, gpu.capability):
+        return "cuBLAS is faster: the tiles leave the last wave too empty"
     return True
 
 
@@ -283,14 +288,19 @@ def readable(
 def describable(t: torch.Tensor) -> bool:
     """Whether a tensor descriptor can name this matrix, or its transpose: one dimension contiguous, the other's stride
     and the address multiples of 16 bytes."""
-    if t.stride(1) != 1:
-        t = t.t()
-    step = t.stride(0) * t.element_size()
-    return t.stride(1) == 1 and step > 0 and step % 16 == 0 and t.data_ptr() % 16 == 0 and t.numel() > 0
+    down, right = t.stride()
+    step = (down if right == 1 else right) * t.element_size()
+    return 1 in (down, right) and step > 0 and step % 16 == 0 and t.data_ptr() % 16 == 0 and t.numel() > 0
 
 
 def describe(t: torch.Tensor, *block: int) -> TensorDescriptor:
-    return TensorDescriptor(t, list(t.shape), list(t.stride()), list(block))
+    """The descriptor of a matrix that is `describable`, for blocks of that shape."""
+    if IS_INTERPRETED:
+        return TensorDescriptor(t, list(t.shape), list(t.stride()), list(block))
+    made = object.__new__(TensorDescriptor)  # whose constructor checks again, for longer than a launch takes
+    made.base, made.shape, made.strides, made.block_shape = t, list(t.shape), list(t.stride()), list(block)
+    made.padding = "zero"
+    return made
 
 
 def _transposed(t: torch.Tensor) -> bool:
@@ -305,8 +315,11 @@ def measured(device: torch.device) -> bool:
 
 def expected(M: int, N: int, device: torch.device, K: int) -> float:
     """The microseconds that (M, K) @ (K, N) should take here, by the measured waves of tiles."""
-    programs = processors(device)
-    return _microseconds(_best(M, N, programs, capability(device)), M, N, K, programs)
+    return _expected(M, N, K, gpu(device))
+
+
+def _expected(M: int, N: int, K: int, gpu: Gpu) -> float:
+    return _microseconds(_best(M, N, gpu.processors, gpu.capability), M, N, K, gpu.processors)
 
 
 def _microseconds(tile: Tile, M: int, N: int, K: int, programs: int) -> float:
@@ -357,7 +370,7 @@ def _launch(
     sum_kernel[(min(programs, cdiv(M, tile.m) * cdiv(N, tile.n)),)](
         describe(out, tile.m, tile.n // 2), *operands, *[None] * (2 * missing), bias, count,
         M, N, *depths, *[0] * missing,
-        LEFT_T=left_t, RIGHT_T=right_t, LIMIT=limit, ADD=add, INTERPRETED=triton.knobs.runtime.interpret,
+        LEFT_T=left_t, RIGHT_T=right_t, LIMIT=limit, ADD=add, INTERPRETED=IS_INTERPRETED,
         PROGRAMS=programs, GROUP_M=GROUP_M, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -1,0 +1,68 @@
+"""Launches that are taken for alike run the same kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import triton.language as tl
+from hypothesis import given
+from hypothesis import strategies as st
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastlora.kernels.gpu.repeat import heard, likeness
+
+
+def _kernel(first, second, third, CONSTANT: tl.constexpr, NAMED: tl.constexpr = 4):
+    pass
+
+
+FUNCTION = JITFunction(_kernel, do_not_specialize=["third"])
+BACKEND = make_backend(GPUTarget("cuda", 90, 32))
+DTYPES = [torch.float32, torch.bfloat16, torch.uint8]
+
+integers = st.one_of(
+    st.integers(-40, 40), st.sampled_from([2**31 - 1, 2**31, 2**31 + 16, -(2**31), -(2**31) - 1, 2**40])
+)
+tensors = st.builds(
+    lambda dtype, start: torch.zeros(4096, dtype=dtype)[start:], st.sampled_from(DTYPES), st.sampled_from([0, 1, 64])
+)
+descriptors = st.builds(
+    lambda dtype, rows, cols: TensorDescriptor(torch.zeros(64, 64, dtype=dtype), [64, 64], [64, 1], [rows, cols]),
+    *(st.sampled_from(choices) for choices in (DTYPES[:2], [16, 32], [16, 32])),
+)
+values = st.one_of(st.none(), integers, st.floats(allow_nan=False), st.booleans(), tensors, descriptors)
+launches = st.tuples(values, values, integers, st.sampled_from([1, 2, 16, "a", torch.float16]))
+
+
+def specialised(args: tuple[Any, ...]) -> list[Any]:
+    """What Triton chooses a kernel by."""
+    bind = create_function_from_signature(FUNCTION.signature, FUNCTION.params, BACKEND)
+    return list(bind(*args, debug=False)[1])
+
+
+@given(launches, launches)
+def test_launches_that_triton_tells_apart_are_told_apart(one: tuple[Any, ...], other: tuple[Any, ...]) -> None:
+    if likeness(FUNCTION.params, one) == likeness(FUNCTION.params, other):
+        assert specialised(one) == specialised(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(3, 5), (32, 48), (2.0, 7.0), (torch.zeros(8), torch.ones(16)), (torch.zeros(9)[1:], torch.ones(5)[1:])],
+    ids=str,
+)
+def test_what_kernels_are_not_specialised_in_makes_no_difference(one: Any, other: Any) -> None:
+    assert likeness(FUNCTION.params, (one, 1, 1, 1)) == likeness(FUNCTION.params, (other, 1, 1, 1))
+
+
+def test_hooks_on_launches_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton import knobs
+
+    assert not heard()
+    monkeypatch.setattr(knobs.runtime.launch_enter_hook, "calls", [print])
+    assert heard()
