@@ -2,10 +2,11 @@
 
     base = linear(x, W, b)                           every operand in base_dtype
     xa   = z A^T        low = linear(xa, B, c)       every operand in lora_dtype; z is x, or x after dropout
-    y    = (base + low * s).to(out_dtype)            the sum in the wider of the two dtypes
+    y    = (base + low * s).to(out_dtype)            the sum in the widest of the three dtypes
 
 so the roundings are eager's, in eager's order: float32 adapters on a bfloat16 base compute in float32, and under
-autocast all of it is bfloat16.  `lora_add` is the last line for any `base` that somebody else computed.
+autocast all of it is bfloat16, but for a float32 sum where the base's result is cast to join a float32 residual stream.
+`lora_add` is the last line for any `base` that somebody else computed.
 
 Backward, with the low-rank path factored through dxa, which is only R wide:
 
@@ -86,7 +87,13 @@ def add_reference(
         x = masks.reference(x, None, seed, dropout, lora_dtype)
     xa = F.linear(x.to(lora_dtype), lora_a.to(lora_dtype))
     low = F.linear(xa, lora_b.to(lora_dtype), cast(lora_bias, lora_dtype))
-    return (base + low * scaling).to(out_dtype)
+    return _sum(base, low * scaling, out_dtype)
+
+
+def _sum(base: torch.Tensor, low: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """base + low in `dtype`, rounded to it once."""
+    wide = torch.promote_types(torch.promote_types(base.dtype, low.dtype), dtype)
+    return (base.to(wide) + low).to(dtype)
 
 
 def cast(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -148,7 +155,7 @@ def add_forward(
     masks.check_argument(seed, dropout)
     xa = F.linear(dropped_out(x, seed, dropout, lora_dtype), lora_a.to(lora_dtype))
     low = F.linear(xa, lora_b.to(lora_dtype), cast(lora_bias, lora_dtype))
-    return (base + low * scaling).to(out_dtype), rows(xa) * carried(scaling, lora_dtype)
+    return _sum(base, low * scaling, out_dtype), rows(xa) * carried(scaling, lora_dtype)
 
 
 def forward(

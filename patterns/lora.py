@@ -87,9 +87,17 @@ def lora_linear(
     scaling: Scalar = 1.0,
     dropout: Scalar = None,
 ):
-    base = linear(x, weight, bias).named("base")
+    read = either(same=x, rounded=cast(x)).named("read")
+    base = cast(linear(read, weight, bias).named("base"))  # whose rounding the op does not repeat
     adapted = either(seeded=_seeded(x, dropout), dropped=_dropped(x, _p), plain=cast(x))
     return cast(base + _contribution(adapted, lora_a, lora_b, lora_bias, scaling))
+
+
+@lora_linear.where
+def _base_is_rounded_once(match: Match):
+    """The op casts x to the dtype that the base computes in, and to no other before."""
+    direct = match.dtype("read") in (match.dtype("x"), match.dtype("base"))
+    return direct or "the base's input is rounded to another dtype before it is read"
 
 
 @rule(ops.lora_add, anchor=low_rank, benefit=2, attrs={"lora_dtype": dtype_of("inner"), "out_dtype": dtype_of()})

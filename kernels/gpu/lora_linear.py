@@ -20,7 +20,7 @@ from fastlora.kernels import lora_linear as op
 from fastlora.kernels.forms import Form, laid_out
 from fastlora.kernels.gpu import dropout as mask
 from fastlora.kernels.gpu import low_rank, matmul
-from fastlora.kernels.gpu.launch import FLOATS, computes, supported
+from fastlora.kernels.gpu.launch import FLOATS, HALVES, computes, supported
 from fastlora.kernels.op import Gradients, Wanted
 
 Addend = op.Addend
@@ -38,10 +38,28 @@ def total(
     if lows and matmul.serves([*lows, *products], bias) is True:
         return matmul.sum_of_products([*lows, *products], bias, dtype=dtype)
     left, right = products[0]
+    if dtype is torch.float32 and left.dtype in HALVES:
+        return _wide_total([*products, *lows], bias)
     out = torch.mm(left, right) if bias is None else torch.addmm(bias.to(left.dtype), left, right)
     for left, right in [*products[1:], *lows]:
         out.addmm_(left, right)
     return out.to(dtype)
+
+
+def _wide_total(products: Sequence[Addend], bias: torch.Tensor | None) -> torch.Tensor:
+    """The sum of products of 16 bits in float32."""
+    (left, right), *others = products
+    out = low_rank.wide_product(left, right)
+    for left, right in others:
+        out = wide_sum(out, left, right)
+    return out if bias is None else out.add_(bias)
+
+
+def wide_sum(t: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scaling: float = 1.0) -> torch.Tensor:
+    """t + scaling * left @ right in float32, of operands of 16 bits; by cuBLAS, but for Triton's interpreter."""
+    if left.is_cuda:
+        return torch.addmm(t, left, right, out_dtype=torch.float32, alpha=scaling)
+    return t + low_rank.wide_product(left, right) * scaling
 
 
 def biases(
@@ -237,7 +255,11 @@ def add_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     masks.check_argument(seed, dropout)
     xa = low_rank.down(dropped_out(x, seed, dropout, lora_dtype), [lora_a], op.carried(scaling, lora_dtype))
-    y = torch.addmm(op.rows(base), xa, lora_b.to(lora_dtype).t(), alpha=op.remainder(scaling, lora_dtype))
+    b, rest = lora_b.to(lora_dtype).t(), op.remainder(scaling, lora_dtype)
+    if out_dtype is torch.float32 and lora_dtype in HALVES:
+        y = wide_sum(op.rows(base).float(), xa, b, rest)
+    else:
+        y = torch.addmm(op.rows(base), xa, b, alpha=rest)
     if lora_bias is not None:
         y += lora_bias.to(lora_dtype) * scaling
     return laid_out(y.to(out_dtype).view(base.shape), base), xa

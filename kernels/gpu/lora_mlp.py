@@ -29,27 +29,30 @@ def serves(
     out_dtype: torch.dtype,
     **given: Any,
 ) -> bool:
-    """The gated unit lies between the layers' products, so it has their dtype."""
+    """The gated unit lies between the layers' products, so it has their dtype; or float32, as around a residual stream
+    of that."""
     weights = (given[f"{p}_weight"] for p in op.PROJECTIONS)
     return (
         activation in glu.ACTIVATIONS
-        and proj_dtype is hidden_dtype is base_dtype
+        and proj_dtype is hidden_dtype
+        and proj_dtype in (base_dtype, torch.float32)
         and all(layer.serves(x, w, base_dtype, lora_dtype, out_dtype) for w in weights)
     )
 
 
-def _gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    """h (T, I) = act(gate) * up, in the dtype that all three have."""
-    hidden = empty(*gate.shape, like=gate)
+def _gated(gate: torch.Tensor, up: torch.Tensor, activation: str, dtype: torch.dtype) -> torch.Tensor:
+    """h (T, I) = act(gate) * up, in the dtype that down reads it in."""
+    hidden = empty(*gate.shape, like=gate, dtype=dtype)
     glu.run_forward(gate, up, activation, hidden)
     return hidden
 
 
 def _inner(tokens: torch.Tensor, inner_xa: torch.Tensor, given: dict[str, Any]) -> list[torch.Tensor]:
-    """gate and up (T, I) of x (T, H), whose dtype is that of the computation."""
+    """gate and up (T, I), in `proj_dtype`, of x (T, H), whose dtype is that of the computation."""
     members = [op.of(p, given) for p in op.INNER]
     parts = inner_xa.split([len(member.pop("lora_a")) for member in members], dim=1)
-    return [layer.project(tokens, xa, out_dtype=tokens.dtype, **m) for xa, m in zip(parts, members, strict=True)]
+    dtype = given["proj_dtype"]
+    return [layer.project(tokens, xa, out_dtype=dtype, **m) for xa, m in zip(parts, members, strict=True)]
 
 
 def restore(x: torch.Tensor, inner_xa: torch.Tensor, base_dtype: torch.dtype, **given: Any) -> tuple[torch.Tensor, ...]:
@@ -65,7 +68,7 @@ def forward(
     adapters, scaling = ([given[f"{p}_{name}"] for p in op.INNER] for name in ("lora_a", "scaling"))
     inner_xa = lora_group.down(tokens, adapters, scaling)
     gate, up = _inner(tokens, inner_xa, given)
-    hidden = _gated(gate, up, activation)
+    hidden = _gated(gate, up, activation, base_dtype)
     down = op.of("down", given)
     down_xa = low_rank.down(hidden, [down.pop("lora_a")], single.carried(down["scaling"], base_dtype))
     y = layer.project(hidden, down_xa, out_dtype=out_dtype, **down)
@@ -90,19 +93,23 @@ def _down_backward(
     **down: Any,
 ) -> tuple[Gradients, list[torch.Tensor | None]]:
     """The gradients of down's parameters; and dgate and dup, as far as `inward` has it that they are wanted, in the
-    memory of gate and up if these are `spent`."""
+    memory of gate and up if these are `spent`. All are in dy's dtype, that of the computation; gate and up, and with
+    them the gradient of h, may be wider."""
     goes_on, dtype = any(inward.values()), dy.dtype
     alone = want["weight"] or (want["lora_a"] and not goes_on)  # rare: else h is made along with dgate and dup
-    hidden = _gated(gate, up, activation) if alone else None
+    hidden = _gated(gate, up, activation, dtype) if alone else None
     gradients, dxa = layer.parameter_gradients(want, want["lora_a"] or goes_on, dy, hidden, xa, **down)
     inner: list[torch.Tensor | None] = [None, None]
     if goes_on:
         assert dxa is not None
-        dhidden = layer.total((dxa, lora_a.to(dtype)), [(dy, down["weight"].to(dtype))], None, dtype)
+        dhidden = layer.total((dxa, lora_a.to(dtype)), [(dy, down["weight"].to(dtype))], None, gate.dtype)
+        fits = gate.dtype is dtype
         for i, (p, t) in enumerate(zip(op.INNER, (gate, up), strict=True)):
             if inward[p]:
-                inner[i] = t if spent else empty(*t.shape, like=t)
-        made = dhidden if want["lora_a"] and hidden is None else None
+                inner[i] = t if spent and fits else empty(*t.shape, like=t, dtype=dtype)
+        made = None
+        if want["lora_a"] and hidden is None:
+            made = dhidden if fits else empty(*gate.shape, like=gate, dtype=dtype)
         glu.run_backward(dhidden, gate, up, activation, inner[0], inner[1], made)
         hidden = made if hidden is None else hidden
     if want["lora_a"]:

@@ -282,8 +282,13 @@ def _gradient(dy: torch.Tensor, xa: torch.Tensor, dtype: torch.dtype) -> torch.T
 
 def _gradient_by_library(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if dtype is torch.float32 and left.dtype == right.dtype and left.dtype in HALVES:
-        return torch.mm(left, right, out_dtype=dtype) if left.is_cuda else left.float() @ right.float()
+        return wide_product(left, right)
     return (left @ right).to(dtype)
+
+
+def wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right in float32, of operands of 16 bits; by cuBLAS, but for Triton's interpreter."""
+    return torch.mm(left, right, out_dtype=torch.float32) if left.is_cuda else left.float() @ right.float()
 
 
 def _product_into(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch.Tensor:

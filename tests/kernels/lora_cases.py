@@ -34,6 +34,9 @@ SCHEMES = {
     "autocast": Scheme(f32, f32, f32, bf16, bf16, bf16),
     "autocast to float16": Scheme(f32, f32, f32, f16, f16, f16),
     "autocast of a bfloat16 model": Scheme(bf16, bf16, f32, bf16, bf16, bf16),
+    "bfloat16 products in a float32 stream": Scheme(f32, bf16, f32, bf16, f32, f32),
+    "autocast in a float32 stream": Scheme(f32, bf16, f32, bf16, bf16, f32),
+    "float16 autocast in a float32 stream": Scheme(f32, f16, f32, f16, f16, f32),
 }
 
 

@@ -73,6 +73,7 @@ def test_lower_precisions_are_no_less_exact_than_eager(kept: Format, adapters: t
     compiled = step(model, inputs())
     assert norm(compiled.gradients, truth.gradients) <= 1.25 * norm(eager.gradients, truth.gradients)
     assert not unexplained(model)
+    assert {"lora_group", "lora_linear", "lora_mlp"} <= {site.op for site in fastlora.report(model).fused}
 
 
 @pytest.mark.parametrize("kept", [*FORMATS.values(), *HALVES.values()], ids=[*FORMATS, *HALVES])
@@ -109,6 +110,7 @@ def test_autocast_trains_as_eager_does(compute: torch.dtype, targets: Any) -> No
     fastlora.compile(model)
     compiled = step(model, inputs(), autocast=bf16, device=DEVICE)
     assert norm(compiled.gradients, truth.gradients) <= 1.25 * norm(eager.gradients, truth.gradients)
+    assert "lora_add" not in {site.op for site in fastlora.report(model).fused}
 
 
 def test_a_layer_is_fused_as_a_plain_one_is() -> None:

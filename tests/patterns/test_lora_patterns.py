@@ -82,6 +82,36 @@ def test_an_adapter_under_autocast_is_claimed(p: float) -> None:
     outcome.assert_close(2e-2)
 
 
+def in_a_wide_stream(x, w, a, b):
+    return F.linear(x.to(bf16), w).to(f32) + F.linear(F.linear(x, a), b) * 2.0
+
+
+def rounded_before(x, w, a, b):
+    with torch.autocast("cpu", dtype=bf16):
+        return F.linear(x.half(), w) + F.linear(F.linear(x, a), b) * 2.0
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_base_that_is_cast_to_a_wider_residual_stream_is_claimed(autocast: bool) -> None:
+    """As over bases of which PEFT has made all but the products float32."""
+
+    def function(*given: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=bf16, enabled=autocast):
+            return in_a_wide_stream(*given)
+
+    outcome = analyse(function, X, *layer(24, 16, base=bf16))
+    assert outcome.ops == ["lora_linear"]
+    found = outcome.chosen[0].arguments
+    assert (found["base_dtype"], found["lora_dtype"], found["out_dtype"]) == (bf16, bf16 if autocast else f32, f32)
+    outcome.assert_tidy()
+    outcome.assert_close(2e-6)
+
+
+def test_a_base_whose_input_is_rounded_to_another_dtype_is_not_read_as_its_adapter() -> None:
+    outcome = analyse(rounded_before, X, *layer(24, 16))
+    assert "lora_linear" not in outcome.ops
+
+
 @pytest.mark.parametrize("trained", ["x", "a", "b", "w", "x a", "a b", "x b", "x w a b"])
 def test_any_choice_of_trained_tensors_gets_its_gradients(trained: str) -> None:
     tensors = dict(zip("xwab", (X, *layer(24, 16)), strict=True))
