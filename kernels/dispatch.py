@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from functools import cache
 from typing import Any
 
@@ -21,15 +20,22 @@ def run(name: str, form: Callable[..., Any], anchor: torch.Tensor, arguments: di
 
 def _run(form: Callable[..., Any], anchor: torch.Tensor, arguments: dict[str, Any]) -> Any:
     device = anchor.device
-    elsewhere = anchor.is_cuda and _several_gpus() and device.index != torch.cuda.current_device()
     with torch._C._AutoDispatchBelowAutograd():
-        if anchor.is_meta or (not elsewhere and not torch.is_autocast_enabled(device.type)):
-            return form(**arguments)
-        with ExitStack() as stack:
-            if elsewhere:
-                stack.enter_context(torch.cuda.device(device))
-            stack.enter_context(torch.autocast(device.type, enabled=False))
-            return form(**arguments)
+        if anchor.is_cuda and _several_gpus() and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return _without_autocast(device.type, form, arguments)
+        return form(**arguments) if anchor.is_meta else _without_autocast(device.type, form, arguments)
+
+
+def _without_autocast(device: str, form: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """As within `torch.autocast(device, enabled=False)`, which takes as long as the launch of some kernels."""
+    if not torch.is_autocast_enabled(device):
+        return form(**arguments)
+    torch.set_autocast_enabled(device, False)
+    try:
+        return form(**arguments)
+    finally:
+        torch.set_autocast_enabled(device, True)
 
 
 def unheard(tensors: Iterable[torch.Tensor | None]) -> bool:
