@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fastlora.kernels import dispatch
 from fastlora.kernels.cost import Cost, Work
 from fastlora.kernels.op import op
 
@@ -39,11 +40,11 @@ CODES = {"nf4": _NF4, "fp4": (*_FP4, *(-value for value in _FP4))}
 def _kept(make: Callable[[str, torch.device], torch.Tensor]) -> Callable[[str, torch.device], torch.Tensor]:
     """Makes a table once for each format and device; but where a mode is active, which may have it made of tensors
     without memory, every time."""
-    cached = cache(make)
+    cached = cache(lambda *of: dispatch.constant(make(*of)))
 
     @wraps(make)
     def table(quant_type: str, device: torch.device) -> torch.Tensor:
-        return (make if torch._C._len_torch_dispatch_stack() else cached)(quant_type, device)
+        return (make if dispatch.mode_is_active() else cached)(quant_type, device)
 
     return table
 

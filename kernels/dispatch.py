@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -42,13 +44,48 @@ def unheard(tensors: Iterable[torch.Tensor | None]) -> bool:
     """Whether the dispatcher would do nothing, below autograd, but call the op's kernel, which then can be called as it
     is: the tensors are plain ones in memory, no mode is active (fake tensors, tracing, counting), and no transform of
     torch.func. A call through the dispatcher takes microseconds."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if mode_is_active() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     plain, keys = _plain_keys(), torch._C._dispatch_keys
     for t in tensors:  # noqa: SIM110  (a generator takes longer)
         if t is not None and keys(t).raw_repr() not in plain:
             return False
     return True
+
+
+class _Thread(threading.local):
+    unlistened = 0
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def unlistened() -> Iterator[None]:
+    """In this thread, one mode that is entered next only looks on: operators are called as if it was not there."""
+    _thread.unlistened += 1
+    try:
+        yield
+    finally:
+        _thread.unlistened -= 1
+
+
+def mode_is_active() -> bool:
+    """Whether a mode sees what the dispatcher is asked to do, and may do something else."""
+    return torch._C._len_torch_dispatch_stack() > _thread.unlistened
+
+
+_constants: list[torch.Tensor] = []
+
+
+def constant(t: torch.Tensor) -> torch.Tensor:
+    """Registers a tensor that is made once, and never changes."""
+    _constants.append(t)
+    return t
+
+
+def is_constant(t: torch.Tensor) -> bool:
+    return any(each is t for each in _constants)
 
 
 def is_last_backward() -> bool:

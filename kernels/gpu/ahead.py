@@ -13,10 +13,12 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from fastlora.kernels.gpu.launch import IS_INTERPRETED
@@ -35,11 +37,16 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
-class _Recorder(threading.local):
+class _Thread(threading.local):
     launches: list[Launch] | None = None
+    listener: Listener | None = None
 
 
-_recorder = _Recorder()
+_thread = _Thread()
+
+
+Listener = Callable[[Callable[[tuple[Any, ...]], Any] | None, tuple[Any, ...]], None]
+"""What is told of a launch: a function that makes it again with other arguments, if there can be one, and those."""
 
 
 class Kernel(JITFunction):
@@ -51,8 +58,8 @@ class Kernel(JITFunction):
         self._known: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
 
     def run(self, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        if _recorder.launches is not None:
-            _recorder.launches.append(Launch(self, args, options))
+        if _thread.launches is not None:
+            _thread.launches.append(Launch(self, args, options))
             return None
         if heard():
             return super().run(*args, grid=grid, warmup=warmup, **options)
@@ -64,26 +71,59 @@ class Kernel(JITFunction):
             rest = self.params[len(args) :]
             if all(param.is_constexpr for param in rest) and len(self._known) < MOST_KNOWN:
                 self._known[like] = kernel, tuple(options.get(param.name, param.default) for param in rest)
+            _tell(None, args)
             return kernel
         kernel, constants = known
-        launch(kernel, grid, device, (*args, *constants))
+        whole = (*args, *constants)
+        launch(kernel, grid, device, whole)
+        _tell(partial(launch, kernel, grid, device), whole)
         return kernel
+
+
+class Interpreted(InterpretedFunction[Any]):
+    """The same for Triton's interpreter."""
+
+    def run(self, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        result = super().run(*args, grid=grid, warmup=warmup, **options)
+        again = partial(super().run, grid=grid, warmup=warmup, **options)
+        _tell(lambda given: again(*given), args)
+        return result
+
+
+def _tell(again: Callable[[tuple[Any, ...]], Any] | None, args: tuple[Any, ...]) -> None:
+    if _thread.listener is not None:
+        _thread.listener(again, args)
 
 
 def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """`triton.jit` for what is launched, and not called by other kernels."""
-    return lambda function: (triton.jit if IS_INTERPRETED else Kernel)(function, **options)
+    return lambda function: (Interpreted if IS_INTERPRETED else Kernel)(function, **options)
 
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
     """The launches that this thread would make, in order; none is made."""
     launches: list[Launch] = []
-    before, _recorder.launches = _recorder.launches, launches
+    before, _thread.launches = _thread.launches, launches
     try:
         yield launches
     finally:
-        _recorder.launches = before
+        _thread.launches = before
+
+
+def is_recording() -> bool:
+    """Whether this thread's launches are not made, but recorded."""
+    return _thread.launches is not None
+
+
+@contextmanager
+def told(listener: Listener) -> Iterator[None]:
+    """Has `listener` be told of the launches that this thread makes."""
+    before, _thread.listener = _thread.listener, listener
+    try:
+        yield
+    finally:
+        _thread.listener = before
 
 
 def compile_all(launches: Sequence[Launch], device: torch.device) -> None:

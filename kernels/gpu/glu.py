@@ -17,6 +17,7 @@ from fastlora.kernels import glu as op
 from fastlora.kernels.forms import Form, laid_out
 from fastlora.kernels.gpu import ahead
 from fastlora.kernels.gpu.launch import FLOATS, Rows, cdiv, power_of_two, supported
+from fastlora.kernels.gpu.tape import taped
 from fastlora.kernels.op import Gradients, Wanted
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -181,4 +182,4 @@ def backward(
     return {name: laid_out(t, like[name]) for name, t in made.items()}
 
 
-op.glu.forms.accelerated.append(Form("triton", forward, backward, serves, serves_backward))
+op.glu.forms.accelerated.append(Form("triton", taped(forward), taped(backward), serves, serves_backward))

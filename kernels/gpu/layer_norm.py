@@ -21,6 +21,7 @@ from fastlora.kernels.gpu import ahead
 from fastlora.kernels.gpu import rows as over
 from fastlora.kernels.gpu.dropout import drawing, row_factors
 from fastlora.kernels.gpu.launch import TL_DTYPES, Rows, supported, vector
+from fastlora.kernels.gpu.tape import taped
 from fastlora.kernels.op import Gradients, Wanted
 
 
@@ -254,5 +255,7 @@ def add_backward(
     return {**gradients, "residual": dresidual, "x": dx}
 
 
-op.layer_norm.forms.accelerated.append(Form("triton", forward, backward, serves, serves_backward))
-op.add_layer_norm.forms.accelerated.append(Form("triton", add_forward, add_backward, serves, serves_add_backward))
+op.layer_norm.forms.accelerated.append(Form("triton", taped(forward), taped(backward), serves, serves_backward))
+op.add_layer_norm.forms.accelerated.append(
+    Form("triton", taped(add_forward), taped(add_backward), serves, serves_add_backward)
+)

@@ -18,6 +18,7 @@ from fastlora.kernels.forms import Form
 from fastlora.kernels.gpu import lora_linear as layer
 from fastlora.kernels.gpu import low_rank
 from fastlora.kernels.gpu.launch import allocate
+from fastlora.kernels.gpu.tape import taped
 from fastlora.kernels.op import Gradients, Wanted
 
 Members = list[dict[str, Any]]
@@ -195,4 +196,4 @@ def backward(
     return gradients
 
 
-op.lora_group.forms.accelerated.append(Form("triton", forward, backward, serves, serves_backward))
+op.lora_group.forms.accelerated.append(Form("triton", taped(forward), taped(backward), serves, serves_backward))

@@ -21,6 +21,7 @@ from fastlora.kernels.forms import Form, laid_out
 from fastlora.kernels.gpu import dropout as mask
 from fastlora.kernels.gpu import low_rank, matmul
 from fastlora.kernels.gpu.launch import FLOATS, HALVES, computes, supported
+from fastlora.kernels.gpu.tape import taped
 from fastlora.kernels.op import Gradients, Wanted
 
 Addend = op.Addend
@@ -233,7 +234,7 @@ def backward(
     return gradients
 
 
-op.lora_linear.forms.accelerated.append(Form("triton", forward, backward, serves, serves_backward))
+op.lora_linear.forms.accelerated.append(Form("triton", taped(forward), taped(backward), serves, serves_backward))
 
 
 def serves_add(base: torch.Tensor, x: torch.Tensor, lora_dtype: torch.dtype, out_dtype: torch.dtype, **_: Any) -> bool:
@@ -297,4 +298,6 @@ def add_backward(
     return gradients
 
 
-op.lora_add.forms.accelerated.append(Form("triton", add_forward, add_backward, serves_add, serves_add_backward))
+op.lora_add.forms.accelerated.append(
+    Form("triton", taped(add_forward), taped(add_backward), serves_add, serves_add_backward)
+)

@@ -16,6 +16,7 @@ from fastlora.kernels.forms import Form
 from fastlora.kernels.gpu import glu, lora_group, low_rank
 from fastlora.kernels.gpu import lora_linear as layer
 from fastlora.kernels.gpu.launch import empty
+from fastlora.kernels.gpu.tape import taped
 from fastlora.kernels.op import Gradients, Wanted
 
 
@@ -153,4 +154,6 @@ def backward(
     return gradients
 
 
-op.lora_mlp.forms.accelerated.append(Form("triton", forward, backward, serves, serves_backward, restore))
+op.lora_mlp.forms.accelerated.append(
+    Form("triton", taped(forward), taped(backward), serves, serves_backward, taped(restore))
+)

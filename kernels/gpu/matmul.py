@@ -34,6 +34,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels.gpu import ahead
 from fastlora.kernels.gpu.launch import HALVES, IS_INTERPRETED, Gpu, allocate, capability, cdiv, gpu, processors
+from fastlora.kernels.gpu.repeat import descriptor
 
 Addend = tuple[torch.Tensor, torch.Tensor]
 """left (M, K) and right (K, N), which stand for left @ right."""
@@ -295,12 +296,8 @@ def describable(t: torch.Tensor) -> bool:
 
 def describe(t: torch.Tensor, *block: int) -> TensorDescriptor:
     """The descriptor of a matrix that is `describable`, for blocks of that shape."""
-    if IS_INTERPRETED:
-        return TensorDescriptor(t, list(t.shape), list(t.stride()), list(block))
-    made = object.__new__(TensorDescriptor)  # whose constructor checks again, for longer than a launch takes
-    made.base, made.shape, made.strides, made.block_shape = t, list(t.shape), list(t.stride()), list(block)
-    made.padding = "zero"
-    return made
+    make = TensorDescriptor if IS_INTERPRETED else descriptor
+    return make(t, list(t.shape), list(t.stride()), list(block))
 
 
 def _transposed(t: torch.Tensor) -> bool:

@@ -45,6 +45,13 @@ def heard() -> bool:
     return any(getattr(hook, "calls", hook) for hook in hooks)
 
 
+def descriptor(base: torch.Tensor, shape: list[int], strides: list[int], block: list[int]) -> TensorDescriptor:
+    """A descriptor whose parts are known to be right; the constructor checks them, for longer than a launch takes."""
+    made = object.__new__(TensorDescriptor)
+    made.base, made.shape, made.strides, made.block_shape, made.padding = base, shape, strides, block, "zero"
+    return made
+
+
 def launch(kernel: Any, grid: Sequence[int], device: int, args: Sequence[Any]) -> None:
     """Launches a compiled kernel on the device's current stream, with all of its arguments in order."""
     x, y, z = (*grid, 1, 1)[:3]

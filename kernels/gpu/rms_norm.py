@@ -20,6 +20,7 @@ from fastlora.kernels.gpu import ahead
 from fastlora.kernels.gpu import rows as over
 from fastlora.kernels.gpu.dropout import drawing, row_factors
 from fastlora.kernels.gpu.launch import TL_DTYPES, Rows, supported, vector
+from fastlora.kernels.gpu.tape import taped
 from fastlora.kernels.op import Gradients, Wanted
 
 
@@ -249,5 +250,7 @@ def add_backward(
     return {"residual": dresidual, "x": dx, "weight": dw}
 
 
-op.rms_norm.forms.accelerated.append(Form("triton", forward, backward, serves, serves_backward))
-op.add_rms_norm.forms.accelerated.append(Form("triton", add_forward, add_backward, serves, serves_add_backward))
+op.rms_norm.forms.accelerated.append(Form("triton", taped(forward), taped(backward), serves, serves_backward))
+op.add_rms_norm.forms.accelerated.append(
+    Form("triton", taped(add_forward), taped(add_backward), serves, serves_add_backward)
+)

@@ -13,6 +13,8 @@ def launches() -> Iterator[list[str]]:
     """The names of the kernels launched, in order."""
     from triton.runtime.jit import KernelInterface
 
+    from fastlora.kernels.gpu.tape import stopped
+
     launched: list[str] = []
     start = KernelInterface.__getitem__
 
@@ -20,5 +22,5 @@ def launches() -> Iterator[list[str]]:
         launched.append(kernel.fn.__name__)
         return start(kernel, grid)
 
-    with patch.object(KernelInterface, "__getitem__", spy):
+    with stopped(), patch.object(KernelInterface, "__getitem__", spy):
         yield launched
