@@ -1,9 +1,9 @@
 """What an op costs at the least: floating-point operations, and bytes of device memory moved, each byte counted once.
 
 Costs are formulas in the sizes of the op's docstring, T being tokens. M counts the members of a group (heads, for
-rotary), S is 1 if the base weights are trained and else 0 (of 4-bit weights, the size of a block; of a sum before a
-norm, 1 if an operand is dropped out), and `b` are the bytes of an activation's element, `w` of a weight's, `p` of an
-adapter's. A benchmark compares times with them:
+rotary; experts, for grouped layers), S is 1 if the base weights are trained and else 0 (of 4-bit weights, the size of a
+block; of a sum before a norm, 1 if an operand is dropped out), and `b` are the bytes of an activation's element, `w` of
+a weight's, `p` of an adapter's. A benchmark compares times with them:
 
     limit = max(flops / rate, bytes / bandwidth)
 

@@ -7,6 +7,7 @@ from fastlora.kernels.glu import glu
 from fastlora.kernels.layer_norm import add_layer_norm, layer_norm
 from fastlora.kernels.linear_cross_entropy import linear_cross_entropy
 from fastlora.kernels.lora_group import lora_group
+from fastlora.kernels.lora_grouped import lora_grouped
 from fastlora.kernels.lora_linear import lora_add, lora_linear
 from fastlora.kernels.lora_mlp import lora_mlp
 from fastlora.kernels.rms_norm import add_rms_norm, rms_norm
@@ -25,6 +26,7 @@ __all__ = [
     "linear_cross_entropy",
     "lora_add",
     "lora_group",
+    "lora_grouped",
     "lora_linear",
     "lora_mlp",
     "rms_norm",
