@@ -31,7 +31,11 @@ BODIES = ("tag_activation_checkpoint", "wrap")
 _PURE = ("autograd_function_apply", "flex_attention")
 _FRESH = {"add", "sub", "mul", "div", "neg", "pow", "square", "sqrt", "rsqrt", "reciprocal", "mean", "var"}
 _FRESH |= {"tanh", "sigmoid", "silu", "gelu", "linear", "matmul", "cat", "stack"}
+_FRESH |= {"baddbmm", "grouped_mm", "grouped_mm_or_zero"}
 _FRESH |= {"layer_norm", "torch_rms_norm", "cross_entropy"}
+
+REGARDLESS_OF_AUTOCAST = {"mT", "grouped_mm", "grouped_mm_or_zero"}
+"""Operations whose results are the same whether autocast is on or off."""
 
 
 def modes(graph: fx.Graph) -> dict[fx.Node, Mode]:

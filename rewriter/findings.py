@@ -44,7 +44,7 @@ def where(node: fx.Node, region: str = "") -> str:
 def _bytes_saved(match: Match) -> int:
     """The size of the intermediates that no longer come into being."""
     outputs = set(match.outputs)
-    views = {"slice", "transposed", "flatten", "reshape"}
+    views = {"slice", "transposed", "mT", "flatten", "reshape"}
     inner = [
         m for m in match.members if m not in outputs and (t := match.view.term(m)) is not None and t.op not in views
     ]

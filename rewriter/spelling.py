@@ -1,8 +1,9 @@
 """How PyTorch spells the operations that patterns speak of: one line per operation.
 
 `spell("add", "input other alpha=1", operator.add, torch.add, "add")` says that those two functions and that method are
-the same canonical operation, and what their arguments are called. Strings are method names. A call that does not fit
-the signature (say, `out=`) is left opaque, and patterns never see it.
+the same canonical operation, and what their arguments are called. Strings are method names, or, with a dot in them,
+operators of libraries that need not be installed. A call that does not fit the signature (say, `out=`) is left opaque,
+and patterns never see it.
 """
 
 from __future__ import annotations
@@ -41,10 +42,11 @@ class Spelling:
 
 _FUNCTIONS: dict[Any, Spelling] = {}
 _METHODS: dict[str, Spelling] = {}
+_OPERATORS: dict[str, Spelling] = {}
 
 
 def spell(op: str, signature: str, *spellings: Callable[..., Any] | str) -> None:
-    """Registers spellings (callables, or method names as strings) of the canonical operation `op`.
+    """Registers spellings (callables, or as strings method names and operators) of the canonical operation `op`.
 
     The signature lists argument names; `name=value` gives a default, a literal of Python or a bare word.
     """
@@ -57,7 +59,7 @@ def spell(op: str, signature: str, *spellings: Callable[..., Any] | str) -> None
     spelling = Spelling(op, tuple(names), defaults)
     for target in spellings:
         if isinstance(target, str):
-            _METHODS[target] = spelling
+            (_OPERATORS if "." in target else _METHODS)[target] = spelling
         else:
             _FUNCTIONS[target] = spelling
 
@@ -73,9 +75,12 @@ def spelling_of(node: fx.Node) -> Spelling | None:
     """The spelling of a call node, or None if the table does not know its target."""
     if node.op == "call_function":
         try:
-            return _FUNCTIONS.get(node.target)
+            found = _FUNCTIONS.get(node.target)
         except TypeError:  # an unhashable callable
             return None
+        if found is None and isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+            return _OPERATORS.get(str(node.target).removesuffix(".default"))
+        return found
     return _METHODS.get(str(node.target)) if node.op == "call_method" else None
 
 
@@ -101,6 +106,10 @@ spell("silu", "input inplace=False", F.silu)
 spell("gelu", "input approximate=none", F.gelu)
 spell("linear", "input weight bias=None", F.linear)
 spell("matmul", "input other", operator.matmul, torch.matmul, "matmul")
+spell("baddbmm", "input batch1 batch2 beta=1 alpha=1", torch.baddbmm, "baddbmm")
+spell("einsum", "equation first second", torch.einsum)
+spell("grouped_mm", "input mat2 offs=None bias=None out_dtype=None", torch._grouped_mm, F.grouped_mm)
+spell("grouped_mm_or_zero", "input mat2 offs", "transformers.grouped_mm_fallback")
 spell("cat", "tensors dim=0", torch.cat, torch.concat, torch.concatenate)
 spell("stack", "tensors dim=0", torch.stack)
 spell("flatten", "input start_dim=0 end_dim=-1", torch.flatten, "flatten")

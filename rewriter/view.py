@@ -207,16 +207,27 @@ class View:
         return Term("linear", {"input": bound["input"], "weight": right.args["input"], "bias": None})
 
     def _read_attribute(self, node: fx.Node, bound: dict[str, Any]) -> Term | None:
+        """Of a matrix the transpose; `mT`, of a stack of them, stands apart, as no linear layer reads one."""
         source = meta(bound["input"])
-        is_transpose = bound["name"] in ("T", "mT") and source is not None and source.dim() == 2
-        return Term("transposed", {"input": bound["input"]}) if is_transpose else None
+        if source is None or bound["name"] not in ("T", "mT"):
+            return None
+        if source.dim() == 2:
+            return Term("transposed", {"input": bound["input"]})
+        return Term("mT", {"input": bound["input"]}) if bound["name"] == "mT" and source.dim() > 2 else None
 
     def _read_t(self, node: fx.Node, bound: dict[str, Any]) -> Term | None:
         return self._read_attribute(node, {"input": bound["input"], "name": "T"})
 
     def _read_transpose(self, node: fx.Node, bound: dict[str, Any]) -> Term | None:
-        matrix = {bound["dim0"], bound["dim1"]} in ({0, 1}, {-1, -2}, {0, -1}, {1, -2})
-        return self._read_attribute(node, {"input": bound["input"], "name": "T"}) if matrix else None
+        source, dims = meta(bound["input"]), (bound["dim0"], bound["dim1"])
+        if source is None or source.dim() < 2 or not all(isinstance(dim, int) for dim in dims):
+            return None
+        last = {dim % source.dim() for dim in dims} == {source.dim() - 2, source.dim() - 1}
+        return self._read_attribute(node, {"input": bound["input"], "name": "mT"}) if last else None
+
+    def _read_grouped_mm(self, node: fx.Node, bound: dict[str, Any]) -> Term | None:
+        plain = bound["bias"] is None and bound["out_dtype"] is None and bound["offs"] is not None
+        return Term("grouped_mm", {name: bound[name] for name in ("input", "mat2", "offs")}) if plain else None
 
     def _read_cat(self, node: fx.Node, bound: dict[str, Any]) -> Term | None:
         return self._joined("cat", node, bound)

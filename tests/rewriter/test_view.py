@@ -109,6 +109,24 @@ def test_a_product_with_a_transposed_matrix_is_a_linear_layer(spelling: Callable
 
 
 @pytest.mark.parametrize(
+    ("spelling", "op"),
+    [
+        (lambda w: w.mT, "mT"),
+        (lambda w: w.transpose(-2, -1), "mT"),
+        (lambda w: w.transpose(2, 1), "mT"),
+        (lambda w: w[0].transpose(0, -1), "transposed"),
+        (lambda w: w.transpose(0, 1), None),
+        (lambda w: w.transpose(0, 2), None),
+    ],
+)
+def test_a_stack_of_matrices_is_transposed_in_its_last_two_dimensions(
+    spelling: Callable[[Tensor], Tensor], op: str | None
+) -> None:
+    term = _term(spelling, X)
+    assert (None if term is None else term.op) == op
+
+
+@pytest.mark.parametrize(
     "function",
     [
         lambda x, y: torch.add(x, y, alpha=2),
