@@ -154,6 +154,7 @@ lora_grouped = op(
         "x": lambda wanted, given: wanted["weight"] or wanted[_names(given["out_first"])[0]],
         "xa": lambda wanted, given: wanted[_names(given["out_first"])[1]],
     },
+    gives=True,
     samples={"offs": grouped.even_ends},
     cost=Cost(
         forward=Work(flops="2*T*N*K + 2*T*R*(N + K)", bytes="(T*K + T*N + T*R)*b + M*(N*K*w + R*(N + K)*p)"),

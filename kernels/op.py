@@ -114,7 +114,8 @@ class SemanticOp:
     frozen matrices that all forms read in no other way than `encoded.py` has it. `again` is for ops that are cheap, and
     keep for their own backward what their first output can be made from: the op that makes it (None for itself), and
     what its arguments are called here if otherwise. One without a backward `is_constant`: its results carry no
-    gradient, as the model stops it there. `samples` makes a meaningful value, for replays on random ones, of an
+    gradient, as the model stops it there. Outputs of one that `gives` them away have memory of their own, and no form
+    reads them again: the graph may write to them. `samples` makes a meaningful value, for replays on random ones, of an
     argument for which a random tensor would be none, from all the tensors that the op is given, by name.
     """
 
@@ -139,6 +140,7 @@ class SemanticOp:
         spares: tuple[str, ...] = (),
         decodes: tuple[str, ...] = (),
         again: tuple[SemanticOp | None, dict[str, str]] | None = None,
+        gives: bool = False,
         samples: dict[str, Sample] | None = None,
         cost: Cost | None = None,
     ) -> None:
@@ -172,7 +174,8 @@ class SemanticOp:
         )
         self._read_by = read_by or {}
         self.foresees, self.spends, self.spares, self._again = foresees, spends, spares, again
-        self.decodes, self.cost, self.samples = decodes, cost, samples or {}
+        self.decodes, self.cost = decodes, cost
+        self.gives, self.samples = gives, samples or {}
         self._register(schema)
 
     def __repr__(self) -> str:

@@ -146,6 +146,10 @@ def _why(result: Rewrite, anchor: fx.Node, about: list[Rule]) -> tuple[str, str]
     if refused:
         match, reason = max(refused, key=lambda pair: len(pair[0].members))
         return repr(match.rule), reason
+    for rule in about:
+        for explain in rule.explanations:
+            if (told := explain(result.view, anchor)) is not None:
+                return repr(rule), told
     depth, closest = 0, (repr(about[0]), "no pattern of this family has it in this place")
     for rule in about:
         for root in _downstream(result.view, anchor):

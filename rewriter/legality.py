@@ -2,9 +2,10 @@
 
     L1 closed     no value inside the match is used outside of it, other than its outputs
     L2 placed     there is a place after all inputs and before every use of an output
-    L3 effects    nothing in it is random (but for a dropout whose seed the op takes) or written in place, and no input
-                  changes before the replacement reads it
-    L4 one mode   gradient mode and autocast are the same for all its nodes and at the insertion point
+    L3 effects    nothing in it is random (but for a dropout whose seed the op takes) or written in place (but for an
+                  output that the op gives away, later), and no input changes before the replacement reads it
+    L4 one mode   gradient mode, and autocast where it says something, are the same for all its nodes and at the
+                  insertion point
     L5 autograd   the outputs require gradients exactly where the op's do
     L6 metadata   the op's outputs have the shapes, dtypes, devices and strides of what they replace
     L7 no guards  deciding so has not narrowed the inputs that the graph serves
@@ -22,6 +23,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fastlora.effects import REGARDLESS_OF_AUTOCAST
 from fastlora.kernels.ops import dequantize_4bit
 from fastlora.metadata import known_equal, meta
 from fastlora.rule import Match
@@ -82,22 +84,33 @@ class Legality:
             if term is not None and term.op == "dropout" and member not in drawn:
                 return f"L3: {member.name} is random"
             for writer in self._mutations.writers(member):
-                return f"L3: {writer.name} writes to {member.name} in place"
+                if not self._is_given_away(match, member, writer):
+                    return f"L3: {writer.name} writes to {member.name} in place"
         for node in argument_nodes(match):
             for writer in self._mutations.writers(node):
                 if self._view.order[writer] > first:
                     return f"L3: {writer.name} writes to the input {node.name} in place"
         return None
 
+    def _is_given_away(self, match: Match, member: fx.Node, writer: fx.Node) -> bool:
+        """Whether all that a write changes is an output that the match has no more to do with."""
+        after = all(self._view.order[node] < self._view.order[writer] for node in match.members)
+        return match.op.gives and member in match.outputs and after
+
     def _one_mode(self, match: Match) -> str | None:
         at = {self._modes[member] for member in match.members}
-        if len(at) > 1:
+        heeding = {self._modes[member] for member in match.members if self._heeds_autocast(member)}
+        if len({(grad, *others) for grad, _, *others in at}) > 1 or len(heeding) > 1:
             return "L4: it spans regions with different gradient or autocast modes"
         if self._modes[match.place()] not in at:
             return "L4: the only place for it is in a region with other gradient or autocast modes"
         if self._modes[match.root][3]:
             return "L4: it is inside a transform of torch.func, where its tensors stand for several"
         return None
+
+    def _heeds_autocast(self, node: fx.Node) -> bool:
+        term = self._view.term(node)
+        return term is None or term.op not in REGARDLESS_OF_AUTOCAST
 
     def _autograd(self, match: Match) -> str | None:
         grad_enabled = self._modes[match.root][0]

@@ -29,6 +29,7 @@ from fastlora.pattern import Opt, Param, Scalar
 from fastlora.view import View
 
 Anchor = str | Callable[[View, fx.Node], bool]
+Explanation = Callable[[View, fx.Node], "str | None"]
 Verdict = bool | str
 
 
@@ -120,6 +121,7 @@ class Rule:
     benefit: int
     fuses: bool
     conditions: list[Callable[[Match], Verdict]] = field(default_factory=list)
+    explanations: list[Explanation] = field(default_factory=list)
 
     def __repr__(self) -> str:
         return f"{self.name} ({self.source})"
@@ -128,6 +130,12 @@ class Rule:
         """Decorates a condition on the match that answers True, or a sentence that says why not."""
         self.conditions.append(condition)
         return condition
+
+    def otherwise(self, explanation: Explanation) -> Explanation:
+        """Decorates a function of the view and a candidate in no match, which says why if it can tell better than what
+        is left of a failed attempt; None if it cannot."""
+        self.explanations.append(explanation)
+        return explanation
 
     def find(self, view: View, root: fx.Node) -> Match | None:
         """The first way in which the pattern fits with `root` at its top."""

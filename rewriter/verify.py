@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from fastlora.kernels import grouped
 from fastlora.legality import argument_nodes
 from fastlora.metadata import hint, meta
 from fastlora.rule import Match
 from fastlora.seeds import Seed, seeds
+from fastlora.view import View
 
 _ALGEBRA = 1e-10
 _SLACK = 1.25
@@ -49,10 +51,10 @@ def _kind(node: fx.Node) -> Any:
 
 def _compare(match: Match) -> str | None:
     inputs = {node: _random(meta(node)) for node in dict.fromkeys(argument_nodes(match)) if meta(node) is not None}
+    inputs |= _sampled(match, inputs)
     exact = {node: tensor.double() if tensor.is_floating_point() else tensor for node, tensor in inputs.items()}
     device = next(iter(inputs.values())).device.type
-    with _autocast_of(match):
-        original, native = _replay(match, inputs, False), _reference(match, inputs, False)
+    original, native = _replay(match, inputs, False), _reference(match, inputs, False)
     with torch.autocast(device, enabled=False):
         truth, algebra = _replay(match, exact, True), _reference(match, exact, True)
     for name, true, mine in zip(_names(match, exact), truth, algebra, strict=True):
@@ -65,9 +67,9 @@ def _compare(match: Match) -> str | None:
     return None
 
 
-def _autocast_of(match: Match) -> AbstractContextManager[Any]:
-    """The autocast region of the graph that the match is in; an ambient one is in force already."""
-    regions = match.view.modes[match.root][1]
+def _autocast_of(view: View, node: fx.Node) -> AbstractContextManager[Any]:
+    """The autocast region of the graph that a node is in; an ambient one is in force already."""
+    regions = view.modes[node][1]
     arguments: Any = regions[-1].args if regions else ()
     return torch.autocast(*arguments) if regions else nullcontext()
 
@@ -83,6 +85,12 @@ def _random(example: torch.Tensor | None) -> torch.Tensor:
     if example.is_floating_point():
         return torch.randn(shape, device=example.device).to(example.dtype)
     return torch.randint(0, 2, shape, device=example.device).to(example.dtype)
+
+
+def _sampled(match: Match, inputs: dict[fx.Node, torch.Tensor]) -> dict[fx.Node, torch.Tensor]:
+    """The arguments that a random tensor would be no value for, by the op's own account."""
+    given = {n: inputs[v] for n, v in match.arguments.items() if isinstance(v, fx.Node) and v in inputs}
+    return {match.arguments[name]: make(given) for name, make in match.op.samples.items()}
 
 
 def _with_gradients(
@@ -108,6 +116,7 @@ def _replay(match: Match, inputs: dict[fx.Node, torch.Tensor], exact: bool) -> l
 
     def run(leaves: dict[fx.Node, torch.Tensor]) -> list[torch.Tensor]:
         values: dict[fx.Node, Any] = {same: leaf for n, leaf in leaves.items() for same in view.value_class(n)}
+        values |= {n: hint(n.meta.get("example_value")) for n in argument_nodes(match) if meta(n) is None}
 
         def value(node: fx.Node) -> Any:
             if node not in values:
@@ -117,7 +126,7 @@ def _replay(match: Match, inputs: dict[fx.Node, torch.Tensor], exact: bool) -> l
                 elif exact and (node is not view.producer(node) or (term is not None and term.op == "cast")):
                     values[node] = value(node.all_input_nodes[0])
                 else:
-                    values[node] = _call(node, value, exact)
+                    values[node] = _call(view, node, value, exact)
             return values[node]
 
         return [value(output) for output in match.outputs]
@@ -125,12 +134,16 @@ def _replay(match: Match, inputs: dict[fx.Node, torch.Tensor], exact: bool) -> l
     return _with_gradients(run, inputs)
 
 
-def _call(node: fx.Node, value: Callable[[fx.Node], Any], exact: bool) -> Any:
+def _call(view: View, node: fx.Node, value: Callable[[fx.Node], Any], exact: bool) -> Any:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-    if node.op == "call_method":
-        result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    else:
-        result = node.target(*args, **kwargs)  # type: ignore[operator]
+    term = view.term(node)
+    if exact and term is not None and term.op == "grouped_mm":  # PyTorch has none in float64
+        return grouped.reference(*(value(term.args[name]) for name in ("input", "mat2", "offs")))
+    with nullcontext() if exact else _autocast_of(view, node):
+        if node.op == "call_method":
+            result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        else:
+            result = node.target(*args, **kwargs)  # type: ignore[operator]
     made = exact and isinstance(result, torch.Tensor) and result.is_floating_point()
     return result.double() if made else result  # what the graph makes of nothing has a dtype of its own
 

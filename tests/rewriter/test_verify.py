@@ -198,6 +198,15 @@ def _mlp(x: Tensor, *weights: Tensor) -> Tensor:
     return lora(F.silu(lora(x, *weights[:3])) * lora(x, *weights[3:6]), *weights[6:])
 
 
+EXPERTS = (randn(2, 8, 16, grad=False), randn(2, 8, 2), randn(2, 2, 16))
+
+
+def _experts(x: Tensor, w: Tensor, left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    from transformers.integrations.moe import _grouped_mm
+
+    return _grouped_mm(x, torch.baddbmm(w, left, right, alpha=2.0).mT, ends)
+
+
 RIGHT: dict[str, tuple[list[str], Callable[..., Any], tuple[Any, ...]]] = {
     "rms_norm": (["rms_norm"], rms_norm, (X, W)),
     "rms_norm in bfloat16": (["rms_norm"], rms_norm, (BF16, W.detach().to(bf16).requires_grad_())),
@@ -217,6 +226,12 @@ RIGHT: dict[str, tuple[list[str], Callable[..., Any], tuple[Any, ...]]] = {
     "lora_add": (["lora_add"], lambda x, w, a, b: lora(x, w, a, b).relu() + lora(x, w * 2, a, b), (X, *LAYER)),
     "lora_group": (["lora_group"], lambda x, *w: (lora(x, *w[:3]), lora(x, *w[3:])), (X, *LAYER, *OTHER)),
     "lora_mlp": (["lora_mlp"], _mlp, (X, *LAYER, *OTHER, *DOWN)),
+    "lora_grouped": (["lora_grouped"], _experts, (X[0], *EXPERTS, torch.tensor([1, 3], dtype=torch.int32))),
+    "lora_grouped in bfloat16": (
+        ["lora_grouped"],
+        _experts,
+        (BF16[0], *(t.to(bf16) for t in EXPERTS), torch.tensor([1, 3], dtype=torch.int32)),
+    ),
     "linear_cross_entropy": (
         ["linear_cross_entropy"],
         lambda x, w, labels: F.cross_entropy(F.linear(x, w).float(), labels),
@@ -231,6 +246,14 @@ def test_a_right_rule_passes_verification(name: str) -> None:
     outcome = analyse(function, *inputs, verify=True)
     assert "verify" not in outcome.turned_down()
     assert set(expected) <= set(outcome.ops)
+
+
+def test_a_number_that_the_graph_takes_is_one_in_replays() -> None:
+    """A norm's eps, of several values in one process."""
+    outcome = analyse(rms_norm, X, W, 0.5, verify=True, dynamic=True)
+    assert outcome.ops == ["rms_norm"], outcome.turned_down()
+    assert not isinstance(outcome.chosen[0].arguments["eps"], float)
+    outcome.assert_close()
 
 
 def test_verification_leaves_random_numbers_as_they_were() -> None:

@@ -1,0 +1,114 @@
+"""LoRA on the parameters of experts, which hold the matrices of all of them as one three-dimensional tensor.
+
+PEFT adds the adapters' low-rank products to such a parameter in one `baddbmm`, before anybody reads it. Where tokens
+are sorted by expert and meet the sums in a grouped product, the two are an op that makes no sums. Matrices that are
+taken out of the sums one by one, for each token or in a loop over the experts, are made for everybody else as well.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from fastlora.kernels import ops
+from fastlora.metadata import known_less, meta
+from fastlora.pattern import Op, Param, Scalar, either
+from fastlora.rule import GroupRule, Match, Rule, rule
+from fastlora.view import View
+
+_PARAMETER = Param(3)
+_SUM = "the sum of weight and adapter"
+_ADVICE = "with set_experts_implementation('grouped_mm') transformers sorts tokens by expert, and it is fused"
+
+
+def adapted_experts(view: View, node: fx.Node) -> bool:
+    """A sum of a three-dimensional parameter and low-rank products, one for each of its matrices."""
+    term = view.term(node)
+    if term is None:
+        return False
+    if term.op == "baddbmm":
+        left, right = meta(term.args["batch1"]), meta(term.args["batch2"])
+        low = left is not None and right is not None and _low(left, right)
+        return low and _PARAMETER(view, term.args["input"]) is True
+    return term.op == "add" and any(
+        _PARAMETER(view, term.args[one]) is True and _sums_products(view, term.args[other])
+        for one, other in (("input", "other"), ("other", "input"))
+    )
+
+
+def _low(left, right):
+    """Whether the rank of left (E, M, R) and right (E, R, N) is smaller than M and N."""
+    return known_less(right.shape[1], left.shape[1]) and known_less(right.shape[1], right.shape[2])
+
+
+def _sums_products(view: View, value) -> bool:
+    """Whether a value is a product of the factors of all matrices at once, or scaled, cast or added up from some."""
+    term, tensor = view.term(value), meta(value)
+    if term is None or tensor is None or tensor.dim() != 3:
+        return False
+    if term.op in ("mul", "cast"):
+        return _sums_products(view, term.args["input"])
+    if term.op == "add":
+        return any(_sums_products(view, term.args[name]) for name in ("input", "other"))
+    return term.op in ("einsum", "bmm")
+
+
+@rule(
+    ops.lora_grouped,
+    anchor=adapted_experts,
+    benefit=2,
+    attrs={
+        "out_first": lambda match: match.tag("layout") == "out_first",
+        "zero_rest": lambda match: match.tag("product") == "zero",
+    },
+)
+def lora_grouped(x, weight: Param(3), left, right, offs, scaling: Scalar = 1.0):
+    total = Op("baddbmm", input=weight, batch1=left, batch2=right, beta=1, alpha=scaling)
+    matrices = either(out_first=Op("mT", input=total), in_first=total).named("layout")
+    zero = Op("grouped_mm_or_zero", input=x, mat2=matrices, offs=offs)
+    return either(zero=zero, undefined=Op("grouped_mm", input=x, mat2=matrices, offs=offs)).named("product")
+
+
+@lora_grouped.where
+def _has_low_rank(match: Match):
+    return _low(match.tensor("left"), match.tensor("right")) or "the inner dimension is not the smallest"
+
+
+@lora_grouped.where
+def _one_dtype(match: Match):
+    dtypes = {match.dtype(name) for name in ("x", "weight", "left", "right")}
+    return len(dtypes) == 1 or f"its operands differ in dtype: {', '.join(sorted(map(str, dtypes)))}"
+
+
+@lora_grouped.otherwise
+def _where_the_sum_goes(view: View, total: fx.Node) -> str | None:
+    """Of a sum that not one grouped product alone reads."""
+    term = view.term(total)
+    if term is not None and term.op == "add":
+        return "several adapters are active on one parameter, and PEFT multiplies each out to add them up"
+    readers = [user for user in _beyond_transposes(view, total) if not _is_grouped(view, user)]
+    if any(user.op == "output" for user in readers):
+        return f"{_SUM} leaves the graph before a product reads it, as where experts run in a loop; {_ADVICE}"
+    if any(_takes_by_index(user) for user in readers):
+        return f"each token, or each expert, takes its matrix out of {_SUM}; {_ADVICE}"
+    return f"{readers[0].name}, which is no grouped product, reads {_SUM}" if readers else None
+
+
+def _is_grouped(view: View, node: fx.Node) -> bool:
+    term = view.term(node)
+    return term is not None and term.op in ("grouped_mm", "grouped_mm_or_zero")
+
+
+def _beyond_transposes(view: View, node: fx.Node) -> list[fx.Node]:
+    """The users of a value, where one transposes it those of the transpose."""
+    found: list[fx.Node] = []
+    for user in view.users(node):
+        term = view.term(user)
+        found += _beyond_transposes(view, user) if term is not None and term.op == "mT" else [user]
+    return found
+
+
+def _takes_by_index(node: fx.Node) -> bool:
+    return getattr(node.target, "__name__", node.target) in ("getitem", "index_select", "unbind", "select")
+
+
+RULES: list[Rule | GroupRule] = [lora_grouped]
