@@ -1,0 +1,213 @@
+"""Mixtures of experts with LoRA on the experts' parameters: gradients are eager's, and what is left has a reason."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from tiny_experts import EXPERTS, FAMILIES, LAYERS, PARAMETERS, build, fill, one_by_one
+from tiny_models import Step, batch, double, relative, step
+from torch import nn
+
+import fastlora
+
+SITES = LAYERS * len(PARAMETERS)
+bf16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def _apart() -> None:
+    """Models of other tests do not make numbers of this one's change."""
+    torch._dynamo.reset()
+
+
+def assert_equal(mine: Step, expected: Step) -> None:
+    assert relative(mine.loss, expected.loss) <= 1e-6
+    assert mine.gradients.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        assert relative(mine.gradients[name], gradient) <= 5e-6, name
+
+
+def lora_of(model: nn.Module) -> tuple[int, int, list[str]]:
+    """Candidates, those that are fused, and the reasons of the others."""
+    report = fastlora.report(model)
+    coverage = report.coverage["lora"]
+    return coverage.seen, coverage.fused, [miss.reason for miss in report.missed if miss.op == "lora"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_eagers_and_every_site_is_fused(family: str) -> None:
+    model = build(family)
+    expected = step(model, batch(padded=True))
+    fastlora.compile(model, strict=True, verify=True)
+    assert_equal(step(model, batch(padded=True)), expected)
+    assert len(expected.gradients) == 2 * SITES
+    assert lora_of(model) == (SITES, SITES, [])
+    report = fastlora.report(model)
+    assert sum(site.count for site in report.fused if site.op == "lora_grouped") == SITES
+    assert report.breaks == []
+
+
+@pytest.mark.parametrize("adapter", [torch.float32, bf16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rounded_gradients_are_no_further_from_the_truth_than_eagers(family: str, adapter: torch.dtype) -> None:
+    """In the median, as a token that rounding sends to another expert makes a large error of either."""
+    model = build(family, dtype=bf16, adapter=adapter)
+    errors: list[list[float]] = [[], []]
+    for seed in range(6):
+        truth = step(one_by_one(double(fastlora.disable(model))), batch(seed=seed))
+        for own, prepare in zip(errors, (fastlora.compile, fastlora.disable), strict=True):
+            mine = step(prepare(model), batch(seed=seed))
+            own.append(distance(mine, truth))
+    assert statistics.median(a / b for a, b in zip(*errors, strict=True)) <= 1.25
+
+
+def distance(mine: Step, truth: Step) -> float:
+    squares = [(g.double() - truth.gradients[name]).square().sum() for name, g in mine.gradients.items()]
+    return float(torch.stack(squares).sum().sqrt())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, bf16], ids=str)
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_autocast_leaves_the_products_of_experts_as_they_are(family: str, dtype: torch.dtype) -> None:
+    model = build(family, dtype=dtype, adapter=torch.float32)
+    truth = step(one_by_one(double(model)), batch())
+    expected = step(model, batch(), autocast=bf16)
+    fastlora.compile(model, strict=True, verify=True)
+    mine = step(model, batch(), autocast=bf16)
+    assert lora_of(model) == (SITES, SITES, [])
+    assert distance(mine, truth) <= 1.25 * distance(expected, truth)
+    assert relative(mine.loss, expected.loss) <= 1e-3
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_checkpointing(family: str, reentrant: bool) -> None:
+    model = build(family).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    expected = step(model, batch())
+    mine = step(fastlora.compile(model, strict=True), batch())
+    assert_equal(mine, expected)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_that_are_trained_themselves_get_their_gradients(family: str) -> None:
+    model = build(family)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora" in name or "experts" in name)
+    expected = step(model, batch())
+    assert any(name.endswith("gate_up_proj") for name in expected.gradients)
+    assert_equal(step(fastlora.compile(model, strict=True), batch()), expected)
+
+
+def test_adapters_on_layers_beside_those_on_parameters() -> None:
+    model = build("mixtral", target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    expected = step(model, batch())
+    assert_equal(step(fastlora.compile(model, strict=True), batch()), expected)
+    assert lora_of(model)[:2] == (SITES + 4 * LAYERS,) * 2
+
+
+def test_one_parameter_of_two() -> None:
+    model = build("qwen3_moe", target_parameters=["down_proj"])
+    expected = step(model, batch())
+    assert_equal(step(fastlora.compile(model, strict=True), batch()), expected)
+    assert lora_of(model) == (LAYERS, LAYERS, [])
+
+
+def test_lengths_may_change() -> None:
+    model = fastlora.compile(build("mixtral"), strict=True)
+    plain = build("mixtral")
+    for length in (16, 9, 12, 7):
+        assert_equal(step(model, batch(length)), step(plain, batch(length)))
+
+
+def test_experts_of_other_devices() -> None:
+    """Their tokens come last, and belong to none of the groups here."""
+    model = build("mixtral")
+    for module in model.modules():
+        if hasattr(module, "_is_expert_parallel"):
+            module._is_expert_parallel, module.num_experts = True, EXPERTS - 1
+            for name in PARAMETERS:
+                setattr(module, name, nn.Parameter(getattr(module, name)[:-1], requires_grad=False))
+    for module in model.modules():
+        if hasattr(module, "parameter_name"):
+            module.num_experts = EXPERTS - 1
+            a, b = module.lora_A["default"], module.lora_B["default"]
+            a.weight, b.weight = nn.Parameter(a.weight[:-2].clone()), nn.Parameter(b.weight[:, :-2].clone())
+    expected = step(model, batch())
+    assert all(gradient.isfinite().all() for gradient in expected.gradients.values())
+    fastlora.compile(model, strict=True)
+    assert_equal(step(model, batch()), expected)
+    assert lora_of(model) == (SITES, SITES, [])
+
+
+def test_nothing_of_the_parameters_size_is_kept_for_the_backward() -> None:
+    """But for the parameters themselves: eager keeps the sums, but for the first one, whose input has no gradient."""
+    model = build("mixtral")
+    weights = [p for name, p in model.named_parameters() if name.endswith(tuple(PARAMETERS))]
+    sizes, own = {p.numel() for p in weights}, {p.data_ptr() for p in weights}
+    assert len(weights) == SITES
+
+    def kept() -> int:
+        found: set[int] = set()
+
+        def pack(t: torch.Tensor) -> torch.Tensor:
+            if t.numel() in sizes and t.data_ptr() not in own:
+                found.add(t.data_ptr())
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss = model(**batch()).loss
+        loss.backward()
+        return len(found)
+
+    assert kept() == SITES - 1
+    fastlora.compile(model)
+    step(model, batch())
+    assert kept() == 0
+
+
+def two(model: Any) -> Any:
+    model.add_adapter("second", LoraConfig(r=2, lora_alpha=3, target_modules=[], target_parameters=PARAMETERS))
+    model.base_model.set_adapter(["default", "second"])
+    fill(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("implementation", "prepare", "seen", "reason"),
+    [
+        ("batched_mm", lambda model: model, SITES, "each token, or each expert, takes its matrix out of"),
+        (
+            "eager",
+            lambda model: model,
+            len(PARAMETERS),
+            "leaves the graph before a product reads it, as where experts run",
+        ),
+        ("grouped_mm", two, SITES, "several adapters are active on one parameter"),
+    ],
+    ids=["batched", "loop", "two adapters"],
+)
+def test_what_is_not_fused_has_a_reason(implementation: str, prepare: Any, seen: int, reason: str) -> None:
+    """Of a loop, one frame of PEFT's serves both parameters of a layer, and is traced for each."""
+    model = prepare(build("mixtral", implementation))
+    expected = step(model, batch())
+    fastlora.compile(model)
+    assert_equal(step(model, batch()), expected)
+    found = lora_of(model)
+    assert found[:2] == (seen, 0)
+    assert found[2]
+    assert all(reason in each for each in found[2])
+
+
+def test_a_model_that_is_no_longer_compiled_is_what_it_was() -> None:
+    model = build("gpt_oss")
+    before = step(model, batch())
+    step(fastlora.compile(model), batch())
+    after = step(fastlora.disable(model), batch())
+    assert torch.equal(after.loss, before.loss)
+    assert all(torch.equal(after.gradients[name], g) for name, g in before.gradients.items())
