@@ -100,28 +100,32 @@ class Groups:
             return _scaled(self._all(aligned(left).t(), right), alpha)
         made = left.new_empty(self._offs.shape[0], left.shape[1], right.shape[1])
         if not self._asks_for_shapes:
-            for each, (start, end) in zip(made, self._bounds, strict=True):
-                if start < end:
-                    each.addmm_(left[start:end].t(), right[start:end], beta=0, alpha=alpha)
+            for each, one, other in zip(made.unbind(), self._parts(left), self._parts(right), strict=True):
+                if len(one):
+                    each.addmm_(one.t(), other, beta=0, alpha=alpha)
                 else:
                     each.zero_()
         return made
 
     @cached_property
-    def _bounds(self) -> list[tuple[int, int]]:
-        """The first row of each group and the one after its last, for which a GPU is waited for."""
+    def _sizes(self) -> list[int]:
+        """How many rows each group has, for which a GPU is waited for."""
         ends = _ends(self._offs, self._rows)
-        return list(zip([0, *ends[:-1]], ends, strict=True))
+        return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+    def _parts(self, t: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The rows of each group, without those of none."""
+        return t[: sum(self._sizes)].split(self._sizes)
 
     def _one_by_one(self, y: torch.Tensor, x: torch.Tensor, matrices: torch.Tensor, **factors: Any) -> torch.Tensor:
         if not self._asks_for_shapes:
-            for matrix, (start, end) in zip(matrices, self._bounds, strict=True):
-                if start < end:
-                    y[start:end].addmm_(x[start:end], matrix, **factors)
+            for mine, its, matrix in zip(self._parts(y), self._parts(x), matrices.unbind(), strict=True):
+                if len(its):
+                    mine.addmm_(its, matrix, **factors)
         return y
 
     def _all(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        return torch._grouped_mm(left, aligned(right), offs=self._offs).contiguous()
+        return torch._grouped_mm(left, aligned(right), offs=self._offs.to(torch.int32)).contiguous()
 
     def _rested(self, y: torch.Tensor) -> torch.Tensor:
         """`y` with zeros in the rows of no group. Group by group that costs nothing where there are none."""
@@ -129,7 +133,7 @@ class Groups:
             beyond = torch.arange(self._rows, device=y.device) >= self._offs[-1]
             return y.masked_fill_(beyond[:, None], 0)
         if not self._at_once and not self._asks_for_shapes:
-            y[self._bounds[-1][1] :].zero_()
+            y[sum(self._sizes) :].zero_()
         return y
 
 

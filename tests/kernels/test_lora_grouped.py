@@ -268,6 +268,14 @@ def test_errors_of_all_at_once_on_average(at_once: list[Any], out_first: bool) -
     assert_precise_on_average(lora_grouped, complete(lora_grouped, given_))
 
 
+def test_offsets_of_64_bits_are_taken(at_once: list[Any]) -> None:
+    given_ = complete(lora_grouped, arguments(bf16, n=16, k=8, rank=8))
+    expected, found = (
+        evaluate(lora_grouped, given_ | {"offs": given_["offs"].to(t)}) for t in (torch.int32, torch.int64)
+    )
+    assert all(torch.equal(found.values()[name], value) for name, value in expected.values().items())
+
+
 def test_factors_as_peft_lays_them_out_are_taken(at_once: list[Any]) -> None:
     """B's elements of one expert are as far apart as there are experts."""
     given_ = complete(lora_grouped, arguments(bf16, n=16, k=8, rank=8))
