@@ -10,7 +10,8 @@ from __future__ import annotations
 from torch import fx
 
 from fastlora.kernels import ops
-from fastlora.metadata import known_less, meta
+from fastlora.matching import describe
+from fastlora.metadata import known_equal, known_less, meta, same_shape
 from fastlora.pattern import Op, Param, Scalar, either
 from fastlora.rule import GroupRule, Match, Rule, rule
 from fastlora.view import View
@@ -21,18 +22,35 @@ _ADVICE = "with set_experts_implementation('grouped_mm') transformers sorts toke
 
 
 def adapted_experts(view: View, node: fx.Node) -> bool:
-    """A sum of a three-dimensional parameter and low-rank products, one for each of its matrices."""
+    """A sum of a three-dimensional parameter and low-rank products of parameters, one for each of its matrices.
+
+    Attention scores with a bias look much the same, but that their factors are no parameters.
+    """
     term = view.term(node)
-    if term is None:
+    if term is None or term.op not in ("baddbmm", "add"):
         return False
     if term.op == "baddbmm":
-        left, right = meta(term.args["batch1"]), meta(term.args["batch2"])
-        low = left is not None and right is not None and _low(left, right)
-        return low and _PARAMETER(view, term.args["input"]) is True
-    return term.op == "add" and any(
-        _PARAMETER(view, term.args[one]) is True and _sums_products(view, term.args[other])
+        left, right = term.args["batch1"], term.args["batch2"]
+        products = _given(view, left) and _given(view, right) and _low(meta(left), meta(right))
+        return products and _is_weight(view, term.args["input"], node)
+    return any(
+        _is_weight(view, term.args[one], node) and _sums_products(view, term.args[other])
         for one, other in (("input", "other"), ("other", "input"))
     )
+
+
+def _is_weight(view: View, value, total: fx.Node) -> bool:
+    """Whether a value is a three-dimensional parameter, of the size of a sum with it."""
+    tensor, result = meta(value), meta(total)
+    return _PARAMETER(view, value) is True and tensor is not None and result is not None and same_shape(tensor, result)
+
+
+def _given(view: View, value) -> bool:
+    """Whether a value is an input of the graph, or made of one alone, as by casts and views."""
+    node = view.producer(value)
+    while isinstance(node, fx.Node) and len(node.all_input_nodes) == 1:
+        (node,) = node.all_input_nodes
+    return isinstance(node, fx.Node) and node.op in ("placeholder", "get_attr")
 
 
 def _low(left, right):
@@ -41,15 +59,15 @@ def _low(left, right):
 
 
 def _sums_products(view: View, value) -> bool:
-    """Whether a value is a product of the factors of all matrices at once, or scaled, cast or added up from some."""
-    term, tensor = view.term(value), meta(value)
-    if term is None or tensor is None or tensor.dim() != 3:
+    """Whether a value is a product of all matrices' factors at once, or scaled, cast or added up from some."""
+    term = view.term(value)
+    if term is None:
         return False
     if term.op in ("mul", "cast"):
         return _sums_products(view, term.args["input"])
     if term.op == "add":
-        return any(_sums_products(view, term.args[name]) for name in ("input", "other"))
-    return term.op in ("einsum", "bmm")
+        return all(_sums_products(view, term.args[name]) for name in ("input", "other"))
+    return term.op == "einsum" and all(_given(view, term.args[name]) for name in ("first", "second"))
 
 
 @rule(
@@ -74,6 +92,13 @@ def _has_low_rank(match: Match):
 
 
 @lora_grouped.where
+def _nothing_is_broadcast(match: Match):
+    weight, a, b = (match.tensor(name) for name in ("weight", "left", "right"))
+    product = (a.shape[0], a.shape[1], b.shape[2])
+    return all(map(known_equal, weight.shape, product)) or "the weight is broadcast"
+
+
+@lora_grouped.where
 def _one_dtype(match: Match):
     dtypes = {match.dtype(name) for name in ("x", "weight", "left", "right")}
     return len(dtypes) == 1 or f"its operands differ in dtype: {', '.join(sorted(map(str, dtypes)))}"
@@ -90,7 +115,7 @@ def _where_the_sum_goes(view: View, total: fx.Node) -> str | None:
         return f"{_SUM} leaves the graph before a product reads it, as where experts run in a loop; {_ADVICE}"
     if any(_takes_by_index(user) for user in readers):
         return f"each token, or each expert, takes its matrix out of {_SUM}; {_ADVICE}"
-    return f"{readers[0].name}, which is no grouped product, reads {_SUM}" if readers else None
+    return f"{describe(readers[0])}, which is no grouped product, reads {_SUM}" if readers else None
 
 
 def _is_grouped(view: View, node: fx.Node) -> bool:

@@ -248,6 +248,34 @@ def under_autocast(x: Tensor, w: Tensor, a: Tensor, b: Tensor, ends: Tensor) -> 
     return product(x, total, ends)
 
 
+def broadcast(x: Tensor, w: Tensor, a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    return product(x, summed(w, a, b), ends)
+
+
+def scores(bias: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    """Of attention, with a bias for each head and key."""
+    q, k = F.linear(x, w).chunk(2, -1)
+    return bias.baddbmm(q, k.transpose(1, 2), beta=1.0, alpha=0.25).softmax(-1)
+
+
+def mixed(residual: Tensor, x: Tensor, w: Tensor, out: Tensor) -> Tensor:
+    return residual + torch.einsum("bsh,hm->bsm", F.linear(x, w), out)
+
+
+@pytest.mark.parametrize(
+    ("function", "inputs"),
+    [
+        (scores, (randn(EXPERTS, 1, TOKENS), randn(EXPERTS, TOKENS, K), randn(8, K))),
+        (scores, (randn(EXPERTS, TOKENS, TOKENS), randn(EXPERTS, TOKENS, K), randn(8, K))),
+        (mixed, (randn(EXPERTS, TOKENS, 8), randn(EXPERTS, TOKENS, K), randn(16, K), randn(16, 8))),
+    ],
+)
+def test_attention_is_no_candidate(function: Any, inputs: Any) -> None:
+    outcome = analyse(function, *inputs)
+    assert not [miss for miss in outcome.misses if miss.op == "lora"]
+    outcome.assert_identical()
+
+
 HIGH = layer(rank=K)
 LOOKALIKES = [
     Lookalike("the sum is read twice", read_twice, GIVEN, missed="L1: total, inside the match, is also used"),
@@ -264,6 +292,7 @@ LOOKALIKES = [
     Lookalike("a weight that changes", weight_that_changes, GIVEN, missed="L3: mul_ writes to the input"),
     Lookalike("a sum without gradients", of_another_mode, GIVEN, missed="L4"),
     Lookalike("a sum under autocast", under_autocast, GIVEN, missed="its operands differ in dtype"),
+    Lookalike("one weight for all", broadcast, (X, W[:1], A, B, ENDS)),
     Lookalike("a high rank", experts, (X, *HIGH, ENDS)),
 ]
 
