@@ -18,7 +18,7 @@ from fastlora.view import View
 
 _PARAMETER = Param(3)
 _SUM = "the sum of weight and adapter"
-_ADVICE = "with set_experts_implementation('grouped_mm') transformers sorts tokens by expert, and it is fused"
+_ADVICE = "where transformers can sort tokens by expert, set_experts_implementation('grouped_mm') has it fused"
 
 
 def adapted_experts(view: View, node: fx.Node) -> bool:

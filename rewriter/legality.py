@@ -3,8 +3,8 @@
     L1 closed     no value inside the match is used outside of it, other than its outputs
     L2 placed     there is a place after all inputs and before every use of an output
     L3 effects    nothing in it is random (but for a dropout whose seed the op takes) or written in place (but for an
-                  output that the op gives away, later), and no input changes between its first read and the
-                  replacement's
+                  output that the op gives away, later), and no input changes once the match or its replacement has
+                  read it
     L4 one mode   gradient mode, and autocast where it says something, are the same for all its nodes and at the
                   insertion point
     L5 autograd   the outputs require gradients exactly where the op's do
@@ -88,17 +88,18 @@ class Legality:
                     return f"L3: {writer.name} writes to {member.name} in place"
         for node in argument_nodes(match):
             writers = self._mutations.writers(node)
-            first = self._first_read(match, node) if writers else 0.0
+            since = self._read_since(match, node) if writers else 0.0
             for writer in writers:
-                if self._view.order[writer] > first:
+                if self._view.order[writer] >= since:
                     return f"L3: {writer.name} writes to the input {node.name} in place"
         return None
 
-    def _first_read(self, match: Match, node: fx.Node) -> float:
-        """Where the match reads an input first; of one that no member reads as it is, where it begins."""
+    def _read_since(self, match: Match, node: fx.Node) -> float:
+        """Where an input is read first, by the match or by its replacement, which may come before some of its nodes; of
+        an input that no member reads as it is, where the match begins."""
         same = set(self._view.value_class(node))
         reading = [member for member in match.members if not same.isdisjoint(member.all_input_nodes)]
-        return min(self._view.order[member] for member in reading or match.members)
+        return min(self._view.order[reader] for reader in (*(reading or match.members), match.place()))
 
     def _is_given_away(self, match: Match, member: fx.Node, writer: fx.Node) -> bool:
         """Whether all that a write changes is an output that the match has no more to do with."""

@@ -143,6 +143,21 @@ def test_l3_an_input_that_changed_before_the_first_read_does_not() -> None:
     outcome.assert_close()
 
 
+def test_l3_an_input_that_changes_before_its_first_read_but_after_the_replacement_stops_the_match() -> None:
+    """The first layer's result is used before the second one's weight has its value, so they cannot be a group."""
+
+    def function(x: Tensor, *layers: Tensor) -> tuple[Tensor, Tensor]:
+        q = _adapted(x, *layers[:3])
+        early = q.sin()
+        layers[3].mul_(2)
+        return early, _adapted(x, *layers[3:])
+
+    outcome = analyse(function, X, *LAYER, *OTHER)
+    assert outcome.ops == ["lora_linear", "lora_linear"]
+    assert "L3: mul_ writes to the input" in outcome.turned_down()
+    outcome.assert_close()
+
+
 def test_l3_an_augmented_residual_is_no_obstacle_to_its_norm() -> None:
     """The write comes before the cast that reads it, in bfloat16 as in float32."""
 

@@ -30,7 +30,7 @@ def activated_in_place(gate, up):
 def written_between(gate, up):
     gate, up = gate * 1.5, up * 1.5
     active = F.silu(gate)
-    up.add_(1)
+    gate.add_(1)
     return active * up
 
 
@@ -62,7 +62,7 @@ GLUS = [
     ),
     Lookalike("the activation is clamped in place", mutated_activation, (GATE, UP), missed="clamp_"),
     Lookalike("the gate is activated in place", activated_in_place, (GATE, UP)),
-    Lookalike("up is written between", written_between, (GATE, UP), missed="in place"),
+    Lookalike("the gate is written between", written_between, (GATE.detach(), UP), missed="in place"),
     Lookalike("the activation has no gradients", activated_without_gradients, (GATE, UP), missed="L4"),
     Lookalike("the activation is detached", lambda gate, up: F.silu(gate).detach() * up, (GATE, UP)),
     Lookalike("the activation is made whole", lambda gate, up: F.silu(4 * gate).to(torch.int32) * up, (GATE, UP)),
