@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -79,20 +80,32 @@ def test_contract(case: Case, check: Any) -> None:
 
 @given(st.data())
 def test_errors_are_no_larger_than_eager_ones(data: st.DataObject) -> None:
-    dtype, out_first = data.draw(dtypes()), data.draw(st.booleans())
-    n, k, rank = (data.draw(sizes) for _ in range(3))
-    counts = data.draw(st.lists(st.sampled_from([0, 1, 2, 5, 13]), min_size=1, max_size=4).filter(any))
+    assert_as_precise(lora_grouped, data.draw(layers(data.draw(dtypes()))))
+
+
+@given(st.data())
+def test_errors_of_all_products_at_once_are_no_larger_than_eager_ones(data: st.DataObject) -> None:
+    with patch.object(grouped, "makes_at_once", lambda like: like.dtype is bf16):
+        assert_as_precise(lora_grouped, data.draw(layers(bf16)))
+
+
+@st.composite
+def layers(draw: st.DrawFn, dtype: torch.dtype) -> Arguments:
+    """Up to four experts, some without tokens, and tokens without an expert."""
+    out_first = draw(st.booleans())
+    n, k, rank = (draw(sizes) for _ in range(3))
+    counts = draw(st.lists(st.sampled_from([0, 1, 2, 5, 13]), min_size=1, max_size=4).filter(any))
     ends = torch.tensor(counts).cumsum(0, dtype=torch.int32)
-    rest = data.draw(st.sampled_from([0, 3]))
+    rest = draw(st.sampled_from([0, 3]))
 
     def matrix(rows: int, cols: int) -> torch.Tensor:
-        return data.draw(tensors((len(counts), rows, cols) if out_first else (len(counts), cols, rows), dtype))
+        return draw(tensors((len(counts), rows, cols) if out_first else (len(counts), cols, rows), dtype))
 
     weight, a, b = matrix(n, k), matrix(rank, k), matrix(n, rank)
     left, right = (b, a) if out_first else (a, b)
-    drawn = {"x": data.draw(tensors((sum(counts) + rest, k), dtype)), "weight": weight, "left": left, "right": right}
-    options = {"scaling": data.draw(st.sampled_from([1.0, 0.5, 2.83, 16.0])), "out_first": out_first}
-    assert_as_precise(lora_grouped, complete(lora_grouped, {**drawn, "offs": ends, **options, "zero_rest": True}))
+    drawn = {"x": draw(tensors((sum(counts) + rest, k), dtype)), "weight": weight, "left": left, "right": right}
+    options = {"scaling": draw(st.sampled_from([1.0, 0.5, 2.83, 16.0])), "out_first": out_first}
+    return complete(lora_grouped, {**drawn, "offs": ends, **options, "zero_rest": True})
 
 
 @LAYOUTS
@@ -305,6 +318,22 @@ def test_only_what_lies_otherwise_is_copied(t: torch.Tensor, copied: bool) -> No
     assert (found is not t) == copied
     assert torch.equal(found, t)
     assert aligned(found) is found
+
+
+@pytest.mark.parametrize("all_at_once", [True, False])
+def test_the_output_may_be_written_to(all_at_once: bool) -> None:
+    """As a graph does that adds a bias in place: no gradient depends on it, nor any argument."""
+    given_ = complete(lora_grouped, arguments(bf16, n=16, k=8, rank=8))
+
+    def written(**values: Any) -> torch.Tensor:
+        y = lora_grouped.run(*lora_grouped.order(values))[0]
+        y.mul_(0)
+        return y + lora_grouped(**values)
+
+    with patch.object(grouped, "makes_at_once", lambda like: all_at_once):
+        found, expected = (evaluate(run, given_) for run in (written, lora_grouped))
+    for name, value in expected.values().items():
+        assert torch.equal(found.values()[name], value), name
 
 
 def test_shapes_are_known_without_values() -> None:
