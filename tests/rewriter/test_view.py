@@ -117,12 +117,14 @@ def test_a_product_with_a_transposed_matrix_is_a_linear_layer(spelling: Callable
         (lambda w: w[0].transpose(0, -1), "transposed"),
         (lambda w: w.transpose(0, 1), None),
         (lambda w: w.transpose(0, 2), None),
+        (lambda w: w.sum().transpose(0, -1), None),
     ],
 )
 def test_a_stack_of_matrices_is_transposed_in_its_last_two_dimensions(
     spelling: Callable[[Tensor], Tensor], op: str | None
 ) -> None:
-    term = _term(spelling, X)
+    view, node = _result(lambda w: spelling(w).exp(), X)
+    term = view.term(node.all_input_nodes[0])
     assert (None if term is None else term.op) == op
 
 
