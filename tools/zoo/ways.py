@@ -92,6 +92,12 @@ def _every_other(base: nn.Module, names: list[str]) -> nn.Module:
     return lora()(base, names[::2])
 
 
+def _experts(base: nn.Module, names: list[str]) -> nn.Module:
+    """The parameters that hold the matrices of all experts as well, where there are some."""
+    stacked = [name for name, p in base.named_parameters() if p.dim() == 3 and ".experts." in name]
+    return lora(target_parameters=stacked or None)(base, names)
+
+
 def _full(base: nn.Module, names: list[str]) -> nn.Module:
     return base.requires_grad_(True)
 
@@ -217,6 +223,7 @@ WAYS = {
         Way("ia3", "IA3", other("IA3Config", feedforward_modules=[])),
         Way("prefix", "prefix tuning", _prefix),
         Way("living", "generation, evaluation, copies and reloading between steps", between=_live),
+        Way("experts", "LoRA on the parameters of experts as well", _experts),
     )
 }
 """By name."""
