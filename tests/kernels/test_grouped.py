@@ -1,0 +1,142 @@
+"""Products of groups of rows, all at once as GPUs make them: `torch._grouped_mm` asks for the same layouts on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from expert_cases import LAYOUTS, SMALL, arguments, layers
+from hypothesis import given
+from hypothesis import strategies as st
+from op_checks import bf16, complete, evaluate
+from op_precision import assert_as_precise, assert_precise_on_average
+
+from fastlora.kernels import grouped
+from fastlora.kernels.grouped import Groups, aligned, even_ends
+from fastlora.kernels.ops import lora_grouped
+
+FORMS = ["pytorch"]
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Every product is made by `torch._grouped_mm`; its arguments."""
+    calls: list[tuple[Any, ...]] = []
+    original = torch._grouped_mm
+
+    def spied(left: torch.Tensor, right: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+        calls.append((left, right))
+        return original(left, right, offs=offs)
+
+    monkeypatch.setattr(grouped, "makes_at_once", lambda like: True)
+    monkeypatch.setattr(torch, "_grouped_mm", spied)
+    return calls
+
+
+@given(st.data())
+def test_errors_of_all_products_at_once_are_no_larger_than_eager_ones(data: st.DataObject) -> None:
+    with patch.object(grouped, "makes_at_once", lambda like: like.dtype is bf16):
+        assert_as_precise(lora_grouped, data.draw(layers(bf16)))
+
+
+SHAPES = [(16, 8, 8), (8, 24, 4), (16, 16, 3), (10, 6, 1)]
+
+
+@LAYOUTS
+@pytest.mark.parametrize(("n", "k", "rank"), SHAPES)
+@pytest.mark.parametrize("rest", [0, 3])
+def test_all_at_once_is_the_same(
+    at_once: list[Any], monkeypatch: pytest.MonkeyPatch, n: int, k: int, rank: int, rest: int, out_first: bool
+) -> None:
+    """For any shape, though rows have to begin at multiples of 16 bytes."""
+    given_ = complete(lora_grouped, arguments(bf16, n=n, k=k, rank=rank, rest=rest, out_first=out_first))
+    result = evaluate(lora_grouped, given_)
+    assert len(at_once) == 3 + 6
+    monkeypatch.setattr(grouped, "makes_at_once", lambda like: False)
+    expected = evaluate(lora_grouped, given_)
+    for name, value in expected.values().items():
+        mine = result.values()[name]
+        assert (mine.shape, mine.dtype, mine.stride()) == (value.shape, value.dtype, value.stride()), name
+        assert (mine - value).norm() <= 2 * torch.finfo(bf16).eps * value.norm(), name
+        assert not mine[7:].any() or name not in ("output 0", "gradient of x")
+
+
+@LAYOUTS
+def test_errors_of_all_at_once_on_average(at_once: list[Any], out_first: bool) -> None:
+    torch.manual_seed(0)
+    given_ = arguments(bf16, n=80, k=64, rank=8, ends=[40, 40, 96], out_first=out_first)
+    assert_precise_on_average(lora_grouped, complete(lora_grouped, given_))
+
+
+def test_offsets_of_64_bits_are_taken(at_once: list[Any]) -> None:
+    given_ = complete(lora_grouped, arguments(bf16, n=16, k=8, rank=8))
+    expected, found = (
+        evaluate(lora_grouped, given_ | {"offs": given_["offs"].to(t)}) for t in (torch.int32, torch.int64)
+    )
+    assert all(torch.equal(found.values()[name], value) for name, value in expected.values().items())
+
+
+def test_factors_as_peft_lays_them_out_are_taken(at_once: list[Any]) -> None:
+    """B's elements of one expert are as far apart as there are experts."""
+    given_ = complete(lora_grouped, arguments(bf16, n=16, k=8, rank=8))
+    b = given_["left"]
+    apart = b.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    assert apart.stride(-1) == 3
+    expected, found = (evaluate(lora_grouped, given_ | {"left": t}) for t in (b, apart))
+    assert all(torch.equal(found.values()[name], value) for name, value in expected.values().items())
+
+
+@pytest.mark.parametrize(
+    ("t", "copied"),
+    [
+        (torch.ones(4, 8, dtype=bf16), False),
+        (torch.ones(4, 8, dtype=bf16).t(), False),
+        (torch.ones(3, 4, 8, dtype=bf16).mT, False),
+        (torch.ones(4, 16, dtype=bf16)[:, :3], False),
+        (torch.ones(4, 3, dtype=bf16), True),
+        (torch.ones(4, 16, dtype=bf16)[:, 1:9], True),
+        (torch.ones(1, 8, dtype=bf16).expand(4, 8), True),
+        (torch.ones(3, 4, 3, dtype=bf16), True),
+    ],
+    ids=lambda v: f"{tuple(v.shape)} of strides {v.stride()}" if isinstance(v, torch.Tensor) else str(v),
+)
+def test_only_what_lies_otherwise_is_copied(t: torch.Tensor, copied: bool) -> None:
+    found = aligned(t)
+    assert (found is not t) == copied
+    assert torch.equal(found, t)
+    assert aligned(found) is found
+
+
+@pytest.mark.parametrize("all_at_once", [True, False])
+def test_the_output_may_be_written_to(all_at_once: bool) -> None:
+    """As a graph does that adds a bias in place: no gradient depends on it, nor any argument."""
+    given_ = complete(lora_grouped, arguments(bf16, n=16, k=8, rank=8))
+
+    def written(**values: Any) -> torch.Tensor:
+        y = lora_grouped.run(*lora_grouped.order(values))[0]
+        y.mul_(0)
+        return y + lora_grouped(**values)
+
+    with patch.object(grouped, "makes_at_once", lambda like: all_at_once):
+        found, expected = (evaluate(run, given_) for run in (written, lora_grouped))
+    for name, value in expected.values().items():
+        assert torch.equal(found.values()[name], value), name
+
+
+def test_shapes_are_known_without_values() -> None:
+    """Where tensors have no memory nothing waits for offsets."""
+    given_ = arguments(bf16, **SMALL)
+    values = [v.to("meta") if isinstance(v, torch.Tensor) else v for v in lora_grouped.order(given_)]
+    lora_grouped.rehearse(values, [True, False, True, True, False])
+    groups = Groups(values[4], values[0], zero_rest=True)
+    assert groups.outer(values[0], values[0]).shape == (3, 5, 5)
+
+
+@pytest.mark.parametrize(("rows", "count"), [(7, 3), (2, 5), (0, 2), (9, 1)])
+def test_even_ends_leave_no_row_out(rows: int, count: int) -> None:
+    ends = even_ends({"x": torch.ones(rows, 2), "offs": torch.zeros(count, dtype=torch.int64)})
+    assert ends.dtype is torch.int64
+    assert (ends.diff() >= 0).all()
+    assert ends[-1] == rows
