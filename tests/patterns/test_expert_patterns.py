@@ -128,12 +128,17 @@ def test_tokens_of_other_devices_experts_stay_what_transformers_makes_of_them() 
     assert_fused(analyse(function, X, *layer(), ends, mask))
 
 
-def test_rows_of_no_group_are_zero_where_the_product_has_them_so() -> None:
+@pytest.mark.parametrize("overload", [False, True], ids=["operator", "overload"])
+def test_rows_of_no_group_are_zero_where_the_product_has_them_so(overload: bool) -> None:
     """Nothing masks them here."""
+    import transformers.integrations.moe  # noqa: F401  (which registers the operator)
+
     ends = torch.tensor([2, 5, 8], dtype=torch.int32)
+    operator = torch.ops.transformers.grouped_mm_fallback
+    operator = operator.default if overload else operator
 
     def function(x: Tensor, w: Tensor, a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-        return torch.ops.transformers.grouped_mm_fallback(x, summed(w, a, b).mT, offs=ends)
+        return operator(x, summed(w, a, b).mT, offs=ends)
 
     outcome = analyse(function, X, *layer(), ends)
     assert outcome.chosen[0].arguments["zero_rest"] is True
