@@ -12,6 +12,7 @@
     L7 no guards  deciding so has not narrowed the inputs that the graph serves
     L8 rounding   is part of each op's meaning (where a narrowing cast sits is one of its arguments)
     L9 encoded    a weight that is kept encoded goes to an op that reads it so
+    L10 plain     no argument is of a tensor subclass, which has products of its own
 
 Each check answers None, or the sentence that the report prints.
 """
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastlora.effects import REGARDLESS_OF_AUTOCAST
 from fastlora.kernels.ops import dequantize_4bit
@@ -52,7 +54,8 @@ class Legality:
     def refusal(self, match: Match) -> str | None:
         """The first reason against the match, or None if it is legal."""
         checks = (
-            self._closed, self._placed, self._effects, self._one_mode, self._autograd, self._metadata, self._encoded,
+            self._closed, self._placed, self._effects, self._one_mode, self._autograd, self._plain, self._metadata,
+            self._encoded,
         )  # fmt: skip
         for check in checks:
             reason = check(match)
@@ -129,6 +132,14 @@ class Legality:
             found = meta(output)
             if found is not None and found.requires_grad != expected:
                 return f"L5: {output.name} {'requires' if found.requires_grad else 'takes'} no gradient as the op would"
+        return None
+
+    def _plain(self, match: Match) -> str | None:
+        """What a subclass does with its values, such as to round what they are multiplied by, only its owner knows."""
+        for node in argument_nodes(match):
+            tensor = meta(node)
+            if tensor is not None and is_traceable_wrapper_subclass(tensor):
+                return f"L10: {node.name} is no plain tensor but of the class {type(tensor).__name__}"
         return None
 
     def _metadata(self, match: Match) -> str | None:

@@ -1,4 +1,5 @@
-"""The legality checks L5 to L8 (gradients, metadata, guards, rounding), by matches that only they turn down."""
+"""The legality checks L5 to L8 (gradients, metadata, guards, rounding) and L10 (subclasses), by matches that only they
+turn down."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from graphs import analyse, bf16, fresh, lora, randn, rms_norm, rotary, trace
 from torch import Tensor, fx
+from torch.utils._pytree import tree_map
 
 from fastlora.engine import rewrite
 from fastlora.kernels.op import SemanticOp, op
@@ -218,3 +220,44 @@ def test_l8_a_result_rounded_before_it_is_read_stays_rounded() -> None:
     (glu,) = [match for match in outcome.chosen if match.op.name == "glu"]
     assert glu.tensor("gate").dtype == bf16
     outcome.assert_close(2e-2)
+
+
+# ---- L10 plain
+
+
+class Rough(Tensor):
+    """A matrix that is multiplied by whole numbers only; all else is done to the tensor that it is made of."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Rough:
+        options = {"dtype": inner.dtype, "strides": inner.stride()}
+        made: Rough = Tensor._make_wrapper_subclass(cls, inner.shape, **options)  # type: ignore[attr-defined]
+        made.inner = inner
+        return made
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inner"], None
+
+    @staticmethod
+    def __tensor_unflatten__(parts: dict[str, Tensor], context: None, size: Any, stride: Any) -> Rough:
+        return Rough(parts["inner"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        if func is aten.mm.default and isinstance(args[1], cls):
+            args = (args[0].round(), args[1])
+        result = func(*tree_map(lambda t: t.inner if isinstance(t, cls) else t, args), **(kwargs or {}))
+        keeps = func in (aten.t.default, aten.detach.default, aten.clone.default, aten.alias.default)
+        return cls(result) if keeps else result
+
+
+def test_l10_products_of_a_subclass_are_its_own() -> None:
+    w, a, b = LAYER
+    outcome = analyse(lora, X, Rough(w), a, b)
+    assert "L10: l_weight_ is no plain tensor but of the class Rough" in outcome.turned_down()
+    assert outcome.ops == ["lora_add"]
+    assert float((outcome.eager.outputs[0] - lora(X, w, a, b)).detach().norm()) > 1
+    outcome.assert_close()
