@@ -62,11 +62,12 @@ def _dropped(x, p):
 def _low_rank_path(x, lora_a, lora_b, lora_bias, scaling):
     inner = linear(x, lora_a).named("inner")
     low = either(biased=linear(inner, lora_b, lora_bias), plain=linear(inner, lora_b))
-    return either(scaled=low * scaling, plain=low)
+    return either(scaled=cast(low) * scaling, plain=low)
 
 
 def _contribution(x, lora_a, lora_b, lora_bias, scaling):
-    """PEFT rounds it to the dtype of a quantised base layer's result before it adds it; the op rounds the sum alone."""
+    """PEFT rounds it to the dtype of a quantised base layer's result before it adds it, and for some layers before it
+    scales it; the op rounds the sum alone."""
     return cast(_low_rank_path(x, lora_a, lora_b, lora_bias, scaling))
 
 

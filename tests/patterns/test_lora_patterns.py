@@ -140,12 +140,12 @@ class Quantised(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Tensor) -> Tensor:
         ctx.save_for_backward(packed)
-        return F.linear(x, packed.float() / 16)
+        return F.linear(x, packed.to(x.dtype) / 16)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         (packed,) = ctx.saved_tensors
-        return grad @ (packed.float() / 16), None
+        return grad @ (packed.to(grad.dtype) / 16), None
 
 
 def on_a_function(x, packed, a, b):
@@ -163,6 +163,27 @@ def test_an_adapter_on_an_autograd_function_keeps_that_functions_gradient() -> N
     outcome = analyse(on_a_function, X, packed, *layer(24, 16)[1:])
     assert outcome.ops == ["lora_add"]
     outcome.assert_close(2e-6)
+
+
+@pytest.mark.parametrize("rounded", ["before it is scaled", "before it is added", "never"])
+def test_the_contribution_to_a_base_of_half_precision_may_be_rounded(rounded: str) -> None:
+    """As PEFT does it for the layers of AWQ, for others that are quantised, and for those that are not."""
+
+    def function(x: Tensor, packed: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        half = bf16 if x.dtype == f32 else x.dtype
+        base = Quantised.apply(x, packed).to(half)
+        low = F.linear(F.linear(x.to(a.dtype), a), b)
+        if rounded == "before it is scaled":
+            return base + low.to(half) * 3.0
+        return base + (low * 3.0).to(half) if rounded == "before it is added" else (base + low * 3.0).to(half)
+
+    packed = torch.arange(384).remainder(17).sub(8).view(24, 16).to(torch.int8)
+    inputs = [X, packed, *layer(24, 16)[1:]]
+    outcome = analyse(function, *inputs)
+    assert outcome.ops == ["lora_add"]
+    outcome.assert_tidy()
+    outcome.assert_close(2e-2)
+    assert_as_exact(outcome, function, inputs)
 
 
 def test_an_adapter_on_a_conv1d_is_claimed() -> None:
