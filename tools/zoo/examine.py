@@ -134,6 +134,8 @@ def build(kind: Kind, way: Way = PLAIN) -> nn.Module:
         if not name.endswith("bias") and not parameter.any():
             nn.init.normal_(parameter, std=0.1)
     model: Any = way.adapt(base, _linear_layers(base))
+    if way.initialise is not None:
+        way.initialise(model, typed(model, way.inputs(batch(model, kind))))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()

@@ -106,6 +106,19 @@ def _quantised(base: nn.Module, names: list[str]) -> nn.Module:
     return lora()(quantise(base, names), names)
 
 
+def _explain_variance(model: nn.Module, inputs: Batch) -> None:
+    """EVA: each A is made of the directions in which what its layer reads varies most, and ranks go where they do."""
+    from peft import initialize_lora_eva_weights
+
+    def rows(layer_input: Any, inputs: Any, name: str) -> torch.Tensor:
+        given: torch.Tensor = layer_input[0] if isinstance(layer_input, tuple) else layer_input
+        return given.flatten(end_dim=-2)
+
+    initialize_lora_eva_weights(
+        model, [inputs], prepare_model_inputs_fn=None, prepare_layer_inputs_fn=rows, show_progress_bar=False
+    )
+
+
 def _prefix(base: nn.Module, names: list[str]) -> nn.Module:
     from peft import PrefixTuningConfig, get_peft_model
 
@@ -163,6 +176,7 @@ class Way:
         does: what it changes, for a page.
         adapt: makes the model that is trained of the base model and the names of its linear layers.
         inputs: makes the batch of the plain one.
+        initialise: is called with the adapted model and its batch before anything else, where adapters begin with data.
         initialised: whether adapters stay as PEFT made them.
         training: whether dropout is active.
         dtype: of the base model; adapters are float32.
@@ -175,6 +189,7 @@ class Way:
     does: str
     adapt: Adapt = lora()  # noqa: RUF009  (a function)
     inputs: Callable[[Batch], Batch] = _as_it_is
+    initialise: Callable[[nn.Module, Batch], None] | None = None
     initialised: bool = False
     training: bool = False
     dtype: torch.dtype = torch.float32
@@ -224,6 +239,7 @@ WAYS = {
         Way("prefix", "prefix tuning", _prefix),
         Way("living", "generation, evaluation, copies and reloading between steps", between=_live),
         Way("experts", "LoRA on the parameters of experts as well", _experts),
+        Way("eva", "EVA initialisation", lora(init_lora_weights="eva"), initialise=_explain_variance),
     )
 }
 """By name."""
