@@ -4,8 +4,8 @@ Some that PEFT has would cut a region in pieces. Before it hands out a layer's w
 package the weight's class comes, and TorchDynamo has no answer to that for a plain parameter. A weight that lies the
 other way round it wraps as a parameter of its own, which nobody else ever sees. And an adapter on a parameter, such as
 the weights of all experts, is a parametrisation that it registers for the call, which gives the layer another class. A
-stand-in gives for plain tensors and parameters what the function itself gives, and hands anything else to that
-function.
+stand-in gives for plain tensors and parameters what the function itself gives, for DoRA also for 4-bit weights of
+bitsandbytes, and hands anything else to that function.
 
 Nothing is replaced: who calls the function gets the function. TorchDynamo alone looks for the attribute that
 `torch.compile` sets on what it returns, to say what to trace in its place; it is on the function only while some region
@@ -34,7 +34,7 @@ Known = tuple[FunctionType, Callable[..., Any] | None]
 _lock = threading.Lock()
 _inside = 0
 _marked: list[FunctionType] = []
-_known: dict[tuple[str, str, Any], Known] = {}
+_known: dict[tuple[str, str, Any, bool], Known] = {}
 
 
 @contextmanager
@@ -55,13 +55,14 @@ def traceable() -> Iterator[None]:
 
 
 def _mark() -> None:
+    quantises = "bitsandbytes" in sys.modules  # which may be imported later, and then there is more to know
     for entry in _STAND_INS:
-        found = _known.get(entry)
+        found = _known.get((*entry, quantises))
         if found is None:
             found = _find(*entry)
             if found is None:
                 continue
-            _known[entry] = found
+            _known[(*entry, quantises)] = found
         function, stand_in = found
         if stand_in is not None and not hasattr(function, _INLINE):
             setattr(function, _INLINE, stand_in)
@@ -90,18 +91,40 @@ def _unmarked(function: FunctionType) -> Callable[..., Any]:
 
 
 def _weight_of(function: FunctionType) -> Callable[..., Any] | None:
-    """From a layer to its weight, which is the same object where it is not quantised."""
+    """From a layer to its weight, which is the same object where it is not quantised, and decoded where it is."""
     plain = torch.zeros(1), nn.Parameter(torch.zeros(1))
     if any(function(SimpleNamespace(weight=weight)) is not weight for weight in plain):
         return None
-    original = _unmarked(function)
+    original, (kept, decode) = _unmarked(function), _four_bits(function)
+
+    def is_packed(state: Any) -> bool:
+        """In another order, that of bitsandbytes' kernel for evaluation on a CPU; or there is no state yet."""
+        return state is None or getattr(state, "packing_format_for_cpu", False)
 
     def weight_of(module: Any) -> Any:
-        if not hasattr(module, "W_q") and type(module.weight) in _PLAIN:
-            return module.weight
+        if not hasattr(module, "W_q"):
+            if type(module.weight) in _PLAIN:
+                return module.weight
+            if type(module.weight) is kept and not is_packed(module.weight.quant_state):
+                return decode(module.weight.detach(), module.weight.quant_state)
         return original(module)
 
     return weight_of
+
+
+def _four_bits(function: FunctionType) -> tuple[type | None, Callable[..., Any]]:
+    """The class of bitsandbytes' 4-bit weights, and what decodes them, if the function gives that; on a CPU it makes
+    another parameter of the weight as well, and gives the layer that."""
+    bnb: Any = sys.modules.get("bitsandbytes")
+    if bnb is None:
+        return None, function
+    try:
+        weight = bnb.nn.Params4bit(torch.ones(1, 64, dtype=torch.float32, device="cpu"), requires_grad=False).to("cpu")
+        decoded = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        known = torch.equal(function(SimpleNamespace(weight=weight)), decoded)
+    except Exception:  # as releases do that have nothing for CPUs
+        known = False
+    return (bnb.nn.Params4bit if known else None), bnb.functional.dequantize_4bit
 
 
 def _transposed_if(function: FunctionType) -> Callable[..., Any] | None:

@@ -13,6 +13,7 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
+from quantised_models import Format
 from torch import Tensor, nn
 
 from fastlora import standins
@@ -91,6 +92,44 @@ def test_plain_weights_are_handed_out_and_all_others_are_the_functions_business(
     assert weight_of(other) == "dequantised"
     with pytest.raises(TypeError, match=r"nn\.Parameter"):
         weight_of(SimpleNamespace(weight=1))
+
+
+def test_a_weight_of_4_bits_is_decoded_and_stays_where_it_is() -> None:
+    layer = Format().layer(nn.Linear(64, 8))
+    weight = layer.weight
+    decoded = stand_in(dequantize_module_weight)(layer)
+    assert layer.weight is weight
+    assert torch.equal(decoded, dequantize_module_weight(layer))
+
+
+def test_a_weight_that_is_packed_for_evaluation_is_the_functions_business() -> None:
+    def counted(module: Any) -> Any:
+        calls.append(module)
+        return (
+            module.weight if getattr(module.weight, "quant_state", None) is None else dequantize_module_weight(module)
+        )
+
+    calls: list[Any] = []
+    layer = Format().layer(nn.Linear(64, 8))
+    weight_of = standins._weight_of(counted)  # type: ignore[arg-type]
+    assert weight_of is not None
+    calls.clear()
+    weight_of(layer)
+    assert calls == []
+    layer.weight.quant_state.packing_format_for_cpu = True  # type: ignore[union-attr]
+    weight_of(layer)
+    assert calls == [layer]
+
+
+def test_a_function_that_decodes_otherwise_keeps_weights_of_4_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def halved(module: Any) -> Any:
+        weight = dequantize_module_weight(module)
+        return weight if type(weight) in (torch.Tensor, nn.Parameter) and weight is module.weight else weight / 2
+
+    layer = Format().layer(nn.Linear(64, 8))
+    weight_of = standins._weight_of(halved)  # type: ignore[arg-type]
+    assert weight_of is not None
+    assert torch.equal(weight_of(layer), halved(layer))
 
 
 def test_a_transpose_is_what_it_was_but_for_a_parameter_that_nobody_sees() -> None:
