@@ -35,3 +35,11 @@ def known_less(left: Any, right: Any) -> bool:
 def same_shape(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Whether two shapes are equal for every input the graph admits; never adds a guard."""
     return left.dim() == right.dim() and all(map(known_equal, left.shape, right.shape))
+
+
+def steady(gm: fx.GraphModule) -> frozenset[int]:
+    """The graph's inputs, by position, that TorchDynamo found in a module and not among what it was called with:
+    parameters, buffers, and what else weights are made of, such as the scales of quantised ones."""
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    held = [node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") is not None for node in inputs]
+    return frozenset(i for i, is_held in enumerate(held) if is_held)

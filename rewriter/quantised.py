@@ -108,14 +108,6 @@ def tidy(graph: fx.Graph) -> None:
                 graph.erase_node(node)
 
 
-def steady(gm: fx.GraphModule) -> frozenset[int]:
-    """The graph's inputs, by position, that only decoding reads: parts of weights, though no parameters."""
-    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    return frozenset(
-        i for i, node in enumerate(inputs) if node.users and all(u.target is dequantize_4bit.target for u in node.users)
-    )
-
-
 def _without(value: Any, member: int | None) -> Any:
     return None if member is None else [None if i == member else each for i, each in enumerate(value)]
 

@@ -52,7 +52,7 @@ class Replays:
         recorder: what records.
         note: is told why something is not recorded.
         pace: tells whether recording pays; None to record in any case.
-        steady: the positions of arguments that are read where they lie as parameters are: parts of encoded weights.
+        steady: the positions of arguments that are read where they lie as parameters are, such as buffers.
     """
 
     run: Runnable
@@ -128,7 +128,9 @@ class Replays:
             self._unfit(kind, f"{len(live)} of its results have gradients, not one")
         else:
             self._runs[kind] += 0
-            live[0].register_hook(lambda _: self._runs.update([kind]))
+            read = [arg for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and _stays(i, arg, self.steady)]
+            state = _state(read)
+            live[0].register_hook(lambda _: self._runs.update([kind] if _state(read) == state else []))
         return results
 
     def _unfit(self, kind: Hashable, reason: str) -> None:
@@ -163,6 +165,7 @@ class Replays:
                 return None
             elif _stays(i, arg, self.steady):
                 kind += (arg.data_ptr(), arg.dtype, arg.requires_grad)
+                kind += () if isinstance(arg, nn.Parameter) else (arg.shape, arg.stride())
             elif type(arg) is not torch.Tensor or (not arg.is_floating_point() and arg.nbytes > LARGE):
                 return None
             else:

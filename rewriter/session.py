@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fastlora import quantised
 from fastlora.boundary import defer_escaping_logits
 from fastlora.deferred import Tally
 from fastlora.engine import AnyRule, Rewrite, bodies, rewrite
@@ -21,7 +20,7 @@ from fastlora.findings import misses, sites
 from fastlora.foresight import calls, loss_call
 from fastlora.kernels.rehearsal import compile_kernels
 from fastlora.lowering import checkpoints, lower, pretend
-from fastlora.metadata import meta
+from fastlora.metadata import meta, steady
 from fastlora.offload import CudaLanes, Mover
 from fastlora.pace import CudaStopwatch, Pace
 from fastlora.progress import progress
@@ -146,9 +145,9 @@ class Session:
         options = self.options
         if not options.dry:
             self._compile_kernels(traced)
-        thrift, steady = self._thrift_of(gm), quantised.steady(gm)
+        thrift, stays = self._thrift_of(gm), steady(gm)
         run = pretend(gm) if options.dry else lower(gm, inputs, options.lowering, options.mode)
-        traced.replays = self._replays(gm, run, steady)
+        traced.replays = self._replays(gm, run, stays)
         run, key = traced.replays or run, len(self.graphs)
         self._entered = time.perf_counter()
         self.seconds.lower += self._entered - start
@@ -158,7 +157,7 @@ class Session:
             self.executions += 1
             if self.on_piece is not None:
                 self.on_piece()
-            return run(*args) if thrift is None else thrift.run(key, run, args)
+            return run(*args) if thrift is None else thrift.run(key, run, args, stays)
 
         return served
 
@@ -176,7 +175,7 @@ class Session:
         except Exception as problem:  # then they are compiled one by one, where the problem shows if it is one
             self._note(f"kernels could not be compiled ahead: {type(problem).__name__}: {problem}".partition("\n")[0])
 
-    def _replays(self, gm: fx.GraphModule, run: Callable[..., Any], steady: frozenset[int]) -> Replays | None:
+    def _replays(self, gm: fx.GraphModule, run: Callable[..., Any], stays: frozenset[int]) -> Replays | None:
         """What replays a graph on a GPU; Inductor has replays of its own."""
         options = self.options
         asked = options.mode == "reduce-overhead"
@@ -186,7 +185,7 @@ class Session:
             if asked:
                 self._note("a region is not replayed as CUDA graphs: it computes on a CPU")
             return None
-        return Replays(run, self._recorder, self._note, None if asked else self._pace, steady)
+        return Replays(run, self._recorder, self._note, None if asked else self._pace, stays)
 
     def _thrift_of(self, gm: fx.GraphModule) -> Thrift | None:
         if self.thrift is not None and checkpoints(gm):

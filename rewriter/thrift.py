@@ -61,10 +61,17 @@ class Thrift:
             f"keep to the host, and {spares} are to make their widest activations again"
         )
 
-    def run(self, graph: Hashable, run: Callable[..., Any], args: Sequence[Any]) -> Any:
-        """Runs a graph on its arguments: parameters, activations and plain values."""
+    def run(
+        self, graph: Hashable, run: Callable[..., Any], args: Sequence[Any], steady: frozenset[int] = frozenset()
+    ) -> Any:
+        """Runs a graph on its arguments: activations, plain values, and parameters and what else modules hold, which
+        is in the positions `steady`."""
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-        given = [t for t in tensors if not isinstance(t, nn.Parameter)]
+        given = [
+            arg
+            for i, arg in enumerate(args)
+            if isinstance(arg, torch.Tensor) and not isinstance(arg, nn.Parameter) and i not in steady
+        ]
         autograd = torch._C._autograd
         disabled = autograd._saved_tensors_hooks_get_disabled_error_message() is not None
         if disabled or autograd._top_saved_tensors_default_hooks(True) is not None:

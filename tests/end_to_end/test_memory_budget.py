@@ -7,6 +7,8 @@ import gc
 import pytest
 import torch
 from copies import LateCopies
+from quantised_models import Format, decoded
+from quantised_models import build as quantised
 from tiny_models import batch, build, step
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -98,6 +100,18 @@ def test_layers_beyond_the_budget_move_first_and_make_again_where_copies_are_slo
         for _ in range(2):
             step(model, given)
         assert any(words in note for note in fastlora.report(model).notes), fastlora.report(model).notes
+
+
+def test_scales_of_weights_are_not_taken_for_activations(copies):
+    """They are more than two tokens are, and a layer of decoded weights computes as much."""
+    over_codes = quantised("llama", Format(nested=False))
+    found = []
+    for model in (decoded(over_codes), over_codes):
+        fastlora.compile(model, memory_budget=0)
+        step(model, batch(length=2, rows=1))
+        needs = model._compiled_call_impl.session.thrift._needs
+        found.append(sorted(each.flops for each in needs.values() if each.flops))
+    assert found[0] == found[1]
 
 
 def test_on_a_cpu_what_can_be_made_again_is_not_kept():

@@ -53,6 +53,20 @@ def test_parameters_that_are_changed_in_place_are_read_anew() -> None:
     assert_equal(after, gradients(region, region.run, rows()))
 
 
+def test_buffers_are_read_where_they_lie() -> None:
+    held, w = torch.randn(4, 4), nn.Parameter(torch.randn(4, 4))
+    replays = Replays(lambda x, q, w: (torch.tanh(x @ q) @ w,), Rerun(), lambda _: None, steady=frozenset([1]))
+    for _ in range(RUNS_BEFORE + 1):
+        replays(rows(), held, w)[0].sum().backward()
+    assert replays.recorded == 1
+    x = rows(seed=1)
+    for buffer in (held, held.mul_(2)):
+        assert torch.equal(replays(x, buffer, w)[0], torch.tanh(x @ buffer) @ w)
+    for other in (held.clone(), held.t()):  # elsewhere, or in the same place and otherwise
+        assert torch.equal(replays(x, other, w)[0], torch.tanh(x @ other) @ w)
+    assert replays.recorded == 1
+
+
 @pytest.mark.parametrize("other", ["length", "value", "frozen input", "moved parameter"])
 def test_inputs_of_another_kind_are_not_replayed(other: str) -> None:
     region = Region()

@@ -86,6 +86,16 @@ def test_a_parameter_that_changes_before_the_backward_is_refused(change: str) ->
         y.sum().backward()
 
 
+def test_a_graph_whose_buffers_change_before_its_backward_is_not_recorded() -> None:
+    buffer, w = torch.ones(4), nn.Parameter(torch.randn(4, 4))
+    replays = Replays(lambda x, b, w: ((x + b) @ w,), Rerun(), lambda _: None, steady=frozenset([1]))
+    for _ in range(RUNS_BEFORE + 3):
+        y = replays(rows(), buffer, w)[0]
+        buffer.add_(1)
+        y.sum().backward()
+    assert not replays.recorded
+
+
 def test_tensors_that_wrap_others_are_left_alone() -> None:
     from torch.testing._internal.two_tensor import TwoTensor
 
