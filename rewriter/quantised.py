@@ -75,10 +75,13 @@ def settle(graph: fx.Graph, proposals: list[Proposal]) -> None:
     for proposal in proposals:
         if proposal.linear in alive:
             proposal.restore(graph, alive)
-    sources = [source for proposal in proposals for source in proposal.args if isinstance(source, fx.Node)]
-    for source in dict.fromkeys(sources):
-        if source in alive and not source.users and _is_left_over(source):
-            graph.erase_node(source)
+    read: set[fx.Node] = set()
+    for proposal in proposals:
+        fx.node.map_arg((proposal.args, proposal.kwargs), read.add)
+    for node in reversed(list(graph.nodes)):
+        if node in read and not node.users and _is_left_over(node):
+            read.update(node.all_input_nodes)
+            graph.erase_node(node)
     tidy(graph)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from graphs import called
 from quantised_models import Format
 from torch import fx, nn
@@ -131,6 +132,29 @@ def test_products_that_a_graph_begins_with_are_claimed() -> None:
     expected = function(x)
     found = torch.compile(function, backend="fastlora", fullgraph=True)(x)
     assert close([found], [expected])
+
+
+def test_casts_that_only_the_product_read_go_with_it() -> None:
+    layer: Any = Format(nested=False).layer(nn.Linear(WIDTH, WIDTH))
+    a, b = (nn.Parameter(0.1 * torch.randn(shape)) for shape in ((RANK, WIDTH), (WIDTH, RANK)))
+    packed, scales, bias = layer.weight.data, layer.weight.quant_state.absmax, layer.bias.detach()
+    seen: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        seen.append(gm)
+        rewrite(gm, default_rules())
+        return lower(gm, inputs, "eager", "default")
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        cast, more = (t.to(torch.float32).to(torch.float32) for t in (x, bias))
+        y = torch.ops.bitsandbytes.gemm_4bit.default(cast, packed, [WIDTH, WIDTH], scales, 64, "nf4", bias=more)
+        return y + F.linear(F.linear(x, a), b) * 2.0
+
+    x = torch.randn(3, WIDTH)
+    found = torch.compile(function, backend=backend, fullgraph=True)(x)
+    assert calls(seen, lora_linear.target) == 1
+    assert [node.name for node in seen[0].graph.nodes if node.op.startswith("call") and not node.users] == []
+    assert close([found], [function(x)])
 
 
 def doubled(backward: fx.Graph) -> None:
