@@ -87,6 +87,11 @@ def lora_grouped(x, weight: Param(3), left, right, offs, scaling: Scalar = 1.0):
 
 
 @lora_grouped.where
+def _where_it_was_tested(match: Match):
+    return match.tensor("x").device.type == "cpu" or "the op for experts has been run on CPUs only"
+
+
+@lora_grouped.where
 def _has_low_rank(match: Match):
     return _low(match.tensor("left"), match.tensor("right")) or "the inner dimension is not the smallest"
 

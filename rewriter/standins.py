@@ -112,7 +112,7 @@ def _weight_of(function: FunctionType) -> Callable[..., Any] | None:
     return weight_of
 
 
-def _four_bits(function: FunctionType) -> tuple[type | None, Callable[..., Any]]:
+def _four_bits(function: FunctionType) -> tuple[Any, Callable[..., Any]]:
     """The class of bitsandbytes' 4-bit weights, and what decodes them, if the function gives that; on a CPU it makes
     another parameter of the weight as well, and gives the layer that."""
     bnb: Any = sys.modules.get("bitsandbytes")
