@@ -2,7 +2,8 @@
 
 Some that PEFT has would cut a region in pieces. Before it hands out a layer's weight, for DoRA, it asks from which
 package the weight's class comes, and TorchDynamo has no answer to that for a plain parameter. A weight that lies the
-other way round it wraps as a parameter of its own, which nobody else ever sees. And an adapter on a parameter, such as
+other way round it wraps as a parameter of its own, which nobody else ever sees. In every step of DoRA's it empties a
+cache that is empty, which a checkpoint takes for a change outside of it. And an adapter on a parameter, such as
 the weights of all experts, is a parametrisation that it registers for the call, which gives the layer another class. A
 stand-in gives for plain tensors and parameters what the function itself gives, for DoRA also for 4-bit weights of
 bitsandbytes, and hands anything else to that function.
@@ -145,6 +146,21 @@ def _transposed_if(function: FunctionType) -> Callable[..., Any] | None:
     return transposed_if
 
 
+def _emptied(function: FunctionType) -> Callable[..., Any] | None:
+    """The emptying of DoRA's cache, which has nothing in it in training: inside a checkpoint nothing of a layer's may
+    be written to."""
+    layer = SimpleNamespace(_dora_cache={"key": 1})
+    if function(layer) is not None or vars(layer) != {"_dora_cache": {}}:
+        return None
+    original = _unmarked(function)
+
+    def emptied(self: Any) -> None:
+        if self._dora_cache:
+            original(self)
+
+    return emptied
+
+
 def _on_a_parameter(function: FunctionType) -> Callable[..., Any] | None:
     """The forward of a layer, of whose parameters one carries an adapter: the layer runs on that parameter's sum."""
     original = _unmarked(function)
@@ -209,6 +225,7 @@ def _run_on_experts(experts: int, peft: dict[str, Any], forward: Callable[..., A
 _STAND_INS = (
     ("peft.utils.integrations", "dequantize_module_weight", _weight_of),
     ("peft.utils.other", "transpose", _transposed_if),
+    ("peft.tuners.lora.dora", "DoraLinearLayer._cache_clear", _emptied),
     ("peft.tuners.lora.layer", "ParamWrapper.forward", _on_a_parameter),
 )
 """Where the functions are, and what makes the stand-in of each, or None."""

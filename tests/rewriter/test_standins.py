@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from fastlora import standins
 from fastlora.standins import traceable
 
-FUNCTIONS = (dequantize_module_weight, transpose, ParamWrapper.forward)
+FUNCTIONS = (dequantize_module_weight, transpose, DoraLinearLayer._cache_clear, ParamWrapper.forward)
 MARK = "_torchdynamo_inline"
 
 
@@ -130,6 +131,13 @@ def test_a_function_that_decodes_otherwise_keeps_weights_of_4_bits(monkeypatch: 
     weight_of = standins._weight_of(halved)  # type: ignore[arg-type]
     assert weight_of is not None
     assert torch.equal(weight_of(layer), halved(layer))
+
+
+def test_a_cache_is_emptied_if_there_is_something_in_it() -> None:
+    for kept in ({}, {"weight-norm": 1}):
+        layer = SimpleNamespace(_dora_cache=dict(kept))
+        stand_in(DoraLinearLayer._cache_clear)(layer)
+        assert layer._dora_cache == {}
 
 
 def test_a_transpose_is_what_it_was_but_for_a_parameter_that_nobody_sees() -> None:
