@@ -65,6 +65,7 @@ class _Recorder(TorchDispatchMode):
         self.problem: str | None = None
         self._tensors: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
         self._reads: set[str] = set()
+        self._device = inputs[0].device
         for i, t in enumerate(inputs):
             self._tensors.setdefault(id(t), (weakref.ref(t), f"i{i}"))
 
@@ -95,6 +96,8 @@ class _Recorder(TorchDispatchMode):
             if not self._reads:
                 return  # a question that has nothing to do with tensors, such as for dtypes
             raise Unknown(f"{func} gives what is no tensor")
+        if any(t.device != self._device for t in results):
+            raise Unknown(f"{func} takes values to another device, where Python may look at them")
         is_known = any(self._name(t) is not None for t in results)
         if is_known or func._schema.is_mutable:
             self._note((), text, is_pure=False)
@@ -212,7 +215,11 @@ def _look(values: Any, found: list[Hashable], tensors: list[torch.Tensor], place
 
 
 def taped(form: Callable[..., Any]) -> Callable[..., Any]:
-    """A form's forward or backward, which plays from a tape where one of such a call was recorded."""
+    """A form's forward or backward, which plays from a tape where one of such a call was recorded.
+
+    It may ask its tensors for all but their values, at least in ways that the dispatcher does not see, as `tolist` and
+    `numpy` are on a CPU.
+    """
     seen: set[Hashable] = set()
     tapes: dict[Hashable, Callable[..., Any] | None] = {}
 
