@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -72,30 +72,22 @@ class Forms:
 
     def forward(self, anchor: torch.Tensor, arguments: dict[str, Any]) -> Form:
         """The form to run a forward on; `anchor` is any of the tensors."""
-        for form in self._candidates(anchor):
-            if form.serves(**arguments):
-                return form
-        return self._last()
+        return self._first(anchor, arguments, "serves")
 
     def backward(self, anchor: torch.Tensor, arguments: dict[str, Any]) -> Form:
-        for form in self._candidates(anchor):
-            if form.serves_backward(**arguments):
-                return form
-        return self._last()
+        return self._first(anchor, arguments, "serves_backward")
 
-    def _candidates(self, anchor: torch.Tensor) -> Sequence[Form]:
-        """The forms before the PyTorch form that are to be asked."""
-        if _only == self.pytorch.name:
-            return ()
+    def _first(self, anchor: torch.Tensor, arguments: dict[str, Any], question: str) -> Form:
         on_gpu = (anchor.is_cuda and runs_kernels(anchor.device)) or (anchor.is_meta and _thread.rehearses)
         if _only is None and not on_gpu:
-            return ()
+            return self.pytorch
+        if _only == self.pytorch.name:
+            return self.pytorch
         _load()
-        return self.accelerated if _only is None else [form for form in self.accelerated if form.name == _only]
-
-    def _last(self) -> Form:
-        """The form for what no other serves."""
-        if _only not in (None, self.pytorch.name):
+        for form in self.accelerated:
+            if form.name == (_only or form.name) and getattr(form, question)(**arguments):
+                return form
+        if _only is not None:
             raise NotImplementedError(f"{self.op}: the {_only} form does not serve these arguments")
         return self.pytorch
 

@@ -71,12 +71,14 @@ class Kernel(JITFunction):
             rest = self.params[len(args) :]
             if all(param.is_constexpr for param in rest) and len(self._known) < MOST_KNOWN:
                 self._known[like] = kernel, tuple(options.get(param.name, param.default) for param in rest)
-            _tell(None, args)
+            if _thread.listener is not None:
+                _thread.listener(None, args)
             return kernel
         kernel, constants = known
         whole = (*args, *constants)
         launch(kernel, grid, device, whole)
-        _tell(partial(launch, kernel, grid, device), whole)
+        if _thread.listener is not None:
+            _thread.listener(partial(launch, kernel, grid, device), whole)
         return kernel
 
 
@@ -84,15 +86,11 @@ class Interpreted(InterpretedFunction[Any]):
     """The same for Triton's interpreter."""
 
     def run(self, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        result = super().run(*args, grid=grid, warmup=warmup, **options)
         again = partial(super().run, grid=grid, warmup=warmup, **options)
-        _tell(lambda given: again(*given), args)
+        result = again(*args)
+        if _thread.listener is not None:
+            _thread.listener(lambda given: again(*given), args)
         return result
-
-
-def _tell(again: Callable[[tuple[Any, ...]], Any] | None, args: tuple[Any, ...]) -> None:
-    if _thread.listener is not None:
-        _thread.listener(again, args)
 
 
 def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels import glu as op
-from fastlora.kernels.forms import Form, laid_out
+from fastlora.kernels.forms import laid_out
 from fastlora.kernels.gpu import ahead
 from fastlora.kernels.gpu.launch import FLOATS, Rows, cdiv, power_of_two, supported
-from fastlora.kernels.gpu.tape import taped
+from fastlora.kernels.gpu.tape import taped_form
 from fastlora.kernels.op import Gradients, Wanted
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -182,4 +182,4 @@ def backward(
     return {name: laid_out(t, like[name]) for name, t in made.items()}
 
 
-op.glu.forms.accelerated.append(Form("triton", taped(forward), taped(backward), serves, serves_backward))
+op.glu.forms.accelerated.append(taped_form(forward, backward, serves, serves_backward))

@@ -16,12 +16,12 @@ import triton.language as tl
 
 from fastlora.kernels import layer_norm as op
 from fastlora.kernels import residual_add
-from fastlora.kernels.forms import Form, laid_out
+from fastlora.kernels.forms import laid_out
 from fastlora.kernels.gpu import ahead
 from fastlora.kernels.gpu import rows as over
 from fastlora.kernels.gpu.dropout import drawing, row_factors
 from fastlora.kernels.gpu.launch import TL_DTYPES, Rows, supported, vector
-from fastlora.kernels.gpu.tape import taped
+from fastlora.kernels.gpu.tape import taped_form
 from fastlora.kernels.op import Gradients, Wanted
 
 
@@ -255,7 +255,5 @@ def add_backward(
     return {**gradients, "residual": dresidual, "x": dx}
 
 
-op.layer_norm.forms.accelerated.append(Form("triton", taped(forward), taped(backward), serves, serves_backward))
-op.add_layer_norm.forms.accelerated.append(
-    Form("triton", taped(add_forward), taped(add_backward), serves, serves_add_backward)
-)
+op.layer_norm.forms.accelerated.append(taped_form(forward, backward, serves, serves_backward))
+op.add_layer_norm.forms.accelerated.append(taped_form(add_forward, add_backward, serves, serves_add_backward))

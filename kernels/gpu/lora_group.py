@@ -14,11 +14,10 @@ import torch
 from fastlora.kernels import lora_group as op
 from fastlora.kernels import lora_linear as single
 from fastlora.kernels.dropout import check_argument
-from fastlora.kernels.forms import Form
 from fastlora.kernels.gpu import lora_linear as layer
 from fastlora.kernels.gpu import low_rank
 from fastlora.kernels.gpu.launch import allocate
-from fastlora.kernels.gpu.tape import taped
+from fastlora.kernels.gpu.tape import taped_form
 from fastlora.kernels.op import Gradients, Wanted
 
 Members = list[dict[str, Any]]
@@ -196,4 +195,4 @@ def backward(
     return gradients
 
 
-op.lora_group.forms.accelerated.append(Form("triton", taped(forward), taped(backward), serves, serves_backward))
+op.lora_group.forms.accelerated.append(taped_form(forward, backward, serves, serves_backward))

@@ -17,11 +17,11 @@ import torch
 
 from fastlora.kernels import dropout as masks
 from fastlora.kernels import lora_linear as op
-from fastlora.kernels.forms import Form, laid_out
+from fastlora.kernels.forms import laid_out
 from fastlora.kernels.gpu import dropout as mask
 from fastlora.kernels.gpu import low_rank, matmul
 from fastlora.kernels.gpu.launch import FLOATS, HALVES, computes, supported
-from fastlora.kernels.gpu.tape import taped
+from fastlora.kernels.gpu.tape import taped_form
 from fastlora.kernels.op import Gradients, Wanted
 
 Addend = op.Addend
@@ -234,7 +234,7 @@ def backward(
     return gradients
 
 
-op.lora_linear.forms.accelerated.append(Form("triton", taped(forward), taped(backward), serves, serves_backward))
+op.lora_linear.forms.accelerated.append(taped_form(forward, backward, serves, serves_backward))
 
 
 def serves_add(base: torch.Tensor, x: torch.Tensor, lora_dtype: torch.dtype, out_dtype: torch.dtype, **_: Any) -> bool:
@@ -298,6 +298,4 @@ def add_backward(
     return gradients
 
 
-op.lora_add.forms.accelerated.append(
-    Form("triton", taped(add_forward), taped(add_backward), serves_add, serves_add_backward)
-)
+op.lora_add.forms.accelerated.append(taped_form(add_forward, add_backward, serves_add, serves_add_backward))

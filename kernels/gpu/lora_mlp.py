@@ -12,11 +12,10 @@ import torch
 
 from fastlora.kernels import lora_linear as single
 from fastlora.kernels import lora_mlp as op
-from fastlora.kernels.forms import Form
 from fastlora.kernels.gpu import glu, lora_group, low_rank
 from fastlora.kernels.gpu import lora_linear as layer
 from fastlora.kernels.gpu.launch import empty
-from fastlora.kernels.gpu.tape import taped
+from fastlora.kernels.gpu.tape import taped_form
 from fastlora.kernels.op import Gradients, Wanted
 
 
@@ -154,6 +153,4 @@ def backward(
     return gradients
 
 
-op.lora_mlp.forms.accelerated.append(
-    Form("triton", taped(forward), taped(backward), serves, serves_backward, taped(restore))
-)
+op.lora_mlp.forms.accelerated.append(taped_form(forward, backward, serves, serves_backward, restore))

@@ -244,11 +244,10 @@ def serves(addends: Sequence[Addend], bias: torch.Tensor | None = None, out: tor
     if answer is not True:
         return answer
     left, right = addends[0]
-    device = left.device
-    if device.type == "cpu":
+    if left.device.type == "cpu":
         return True
     K = sum(a.shape[1] for a, _ in addends)
-    return _is_faster(left.shape[0], right.shape[1], K, len(addends) - 1, gpu(device))
+    return _is_faster(left.shape[0], right.shape[1], K, len(addends) - 1, gpu(left.device))
 
 
 @lru_cache(maxsize=1024)
@@ -310,12 +309,8 @@ def measured(device: torch.device) -> bool:
     return capability(device) in TILES
 
 
-def expected(M: int, N: int, device: torch.device, K: int) -> float:
-    """The microseconds that (M, K) @ (K, N) should take here, by the measured waves of tiles."""
-    return _expected(M, N, K, gpu(device))
-
-
 def _expected(M: int, N: int, K: int, gpu: Gpu) -> float:
+    """The microseconds that (M, K) @ (K, N) should take here, by the measured waves of tiles."""
     return _microseconds(_best(M, N, gpu.processors, gpu.capability), M, N, K, gpu.processors)
 
 

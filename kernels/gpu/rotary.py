@@ -16,11 +16,10 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels import rotary as op
-from fastlora.kernels.forms import Form
 from fastlora.kernels.gpu import ahead, launch
 from fastlora.kernels.gpu.launch import FLOATS, supported
 from fastlora.kernels.gpu.rotary_plan import HEADS, OLDER_HEADS, Launch, inner, plan, shape_of
-from fastlora.kernels.gpu.tape import taped
+from fastlora.kernels.gpu.tape import taped_form
 from fastlora.kernels.op import Gradients, Wanted
 
 LAYOUTS = ("half", "flipped", "pairs", "interleaved")
@@ -272,7 +271,7 @@ def group_backward(
     return {"x": [dx.get(i) for i in range(len(x))], **op.table_gradients(wanted, grads[0], x, *how)}
 
 
-op.rotary.forms.accelerated.append(Form("triton", taped(forward), taped(backward), serves, serves_backward))
+op.rotary.forms.accelerated.append(taped_form(forward, backward, serves, serves_backward))
 op.rotary_group.forms.accelerated.append(
-    Form("triton", taped(group_forward), taped(group_backward), _serves_group, serves_group_backward)
+    taped_form(group_forward, group_backward, _serves_group, serves_group_backward)
 )

@@ -26,6 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels import dispatch
 from fastlora.kernels.encoded import Encoded
+from fastlora.kernels.forms import Form
 from fastlora.kernels.gpu import ahead
 from fastlora.kernels.gpu.repeat import descriptor, heard
 
@@ -62,7 +63,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.lines: list[_Line] = []
         self.constants: dict[str, Any] = {}
-        self.problem: str | None = None
+        self._knows_all = True
         self._tensors: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
         self._reads: set[str] = set()
         self._device = inputs[0].device
@@ -72,20 +73,24 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        try:
+        with self._writing():
             self._operator(func, args, kwargs, result)
-        except Unknown as problem:
-            self.problem = self.problem or str(problem)
         return result
 
     def launch(self, again: Callable[[tuple[Any, ...]], Any] | None, args: tuple[Any, ...]) -> None:
         """Notes a launch; an `ahead.Listener`."""
-        try:
+        with self._writing():
             if again is None:
                 raise Unknown("it launches a kernel as none was launched before")
             self._note((), f"{self._constant(again)}({self.text(args)})", is_pure=False)
-        except Unknown as problem:
-            self.problem = self.problem or str(problem)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Goes on where something cannot be written, without a tape in the end."""
+        try:
+            yield
+        except Unknown:
+            self._knows_all = False
 
     def _operator(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         given = [*map(self.text, args), *(f"{name}={self.text(value)}" for name, value in kwargs.items())]
@@ -144,9 +149,12 @@ class _Recorder(TorchDispatchMode):
         self.constants[name] = value
         return name
 
-    def tape(self, inputs: int, result: Any) -> Callable[..., Any]:
-        """The function that plays."""
-        returned = self.text(result)
+    def tape(self, inputs: int, result: Any) -> Callable[..., Any] | None:
+        """The function that plays, if there can be one."""
+        with self._writing():
+            returned = self.text(result)
+        if not self._knows_all:
+            return None
         reads = set(self._reads)
         lines: list[str] = []
         for line in reversed(self.lines):
@@ -243,6 +251,18 @@ def taped(form: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def taped_form(
+    forward: Callable[..., tuple[Any, ...]],
+    backward: Callable[..., dict[str, Any]],
+    serves: Callable[..., bool],
+    serves_backward: Callable[..., bool],
+    restore: Callable[..., tuple[torch.Tensor, ...]] | None = None,
+) -> Form:
+    """A Triton form whose functions all play from tapes."""
+    again = None if restore is None else taped(restore)
+    return Form("triton", taped(forward), taped(backward), serves, serves_backward, again)
+
+
 def _recorded(
     form: Callable[..., Any], arguments: dict[str, Any], tensors: Sequence[torch.Tensor]
 ) -> tuple[Any, Callable[..., Any] | None]:
@@ -254,9 +274,4 @@ def _recorded(
             result = form(**arguments)
     finally:
         _thread.records = False
-    if recorder.problem is not None:
-        return result, None
-    try:
-        return result, recorder.tape(len(tensors), result)
-    except Unknown:
-        return result, None
+    return result, recorder.tape(len(tensors), result)

@@ -15,12 +15,6 @@ from test_rms_norm import CASES as NORMS
 FORMS = ["triton"]
 
 
-def form_of(op: Any) -> Any:
-    from fastlora.kernels import gpu  # noqa: F401  (which registers the forms)
-
-    return op.forms.accelerated[0]
-
-
 @pytest.mark.parametrize("case", [*LAYERS, *GROUPS, *MLPS, *NORMS], ids=str)
 def test_what_is_played_has_the_bits_of_what_the_form_does(case: Any) -> None:
     from fastlora.kernels.gpu import tape
@@ -37,7 +31,7 @@ def test_what_is_played_has_the_bits_of_what_the_form_does(case: Any) -> None:
 
 
 class Calls:
-    """A form that counts its calls: y = 2 x + bias, by launches that write where it says."""
+    """A form that counts its calls: y = scale x + bias, and each of the parts plus one."""
 
     def __init__(self) -> None:
         self.calls = 0
