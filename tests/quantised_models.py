@@ -9,7 +9,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, Step
 from torch import nn
 
 from fastlora.tools.zoo.quantised import decode, four_bit_layer
@@ -61,13 +61,25 @@ def build(family: str, kept: Format, device: str = "cpu", adapters: torch.dtype 
             model.set_submodule(name, kept.layer(module))
     setattr(model, "is_loaded_in_8bit" if kept.quant_type == "int8" else "is_loaded_in_4bit", True)
     model = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **lora}))
+    return fill(model, adapters)
+
+
+def fill(model: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """The same model with adapters of that dtype, of which no B is zero."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            parameter.data = parameter.data.to(adapters)
+            parameter.data = parameter.data.to(dtype)
         if "lora_B" in name:
             parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def distance(found: Step, truth: Step) -> float:
+    """That of all gradients together, relative to the truth's."""
+    pairs = [(found.gradients[name].double(), g.double()) for name, g in truth.gradients.items()]
+    off = sum(float((mine - its).square().sum()) for mine, its in pairs)
+    return float((off / sum(float(its.square().sum()) for _, its in pairs)) ** 0.5)
 
 
 def decoded(model: nn.Module) -> nn.Module:

@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from quantised_models import WIDTHS
-from tiny_models import FAMILIES, Step, batch, relative, step
+from quantised_models import WIDTHS, distance, fill
+from tiny_models import FAMILIES, batch, relative, step
 from torch import Tensor, nn
 
 import fastlora
@@ -131,13 +131,7 @@ def build(quantise: Quantise, dtype: torch.dtype = f32, **lora: Any) -> Any:
         if name.endswith(tuple(TARGETS)):
             model.set_submodule(name, quantise(module))
     model = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": TARGETS, **lora}))
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.float()
-        if "lora_B" in name:
-            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.train()
+    return fill(model).train()
 
 
 def decoded(model: Any) -> Any:
@@ -153,13 +147,6 @@ def decoded(model: Any) -> Any:
             if hasattr(module, place):
                 setattr(module, place, plain.requires_grad_(False))
     return model.float()
-
-
-def distance(found: Step, truth: Step) -> float:
-    """That of all gradients together, relative to the truth's."""
-    pairs = [(found.gradients[name].double(), g.double()) for name, g in truth.gradients.items()]
-    off = sum(float((mine - its).square().sum()) for mine, its in pairs)
-    return float((off / sum(float(its.square().sum()) for _, its in pairs)) ** 0.5)
 
 
 def assert_fused(model: Any, sites: int) -> None:

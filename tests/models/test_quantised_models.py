@@ -8,7 +8,7 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
-from quantised_models import Format, build, decoded
+from quantised_models import Format, build, decoded, distance
 from tiny_models import batch, relative, step
 
 import fastlora
@@ -37,14 +37,6 @@ def inputs() -> dict[str, torch.Tensor]:
     return {name: value.to(DEVICE) for name, value in batch(padded=True).items()}
 
 
-def norm(gradients: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
-    """The distance of all gradients together, relative to that of the second."""
-    off, all_ = (torch.stack([t.double().norm() for t in ts]).norm() for ts in (
-        [gradients[name].double() - g.double() for name, g in others.items()], list(others.values())
-    ))  # fmt: skip
-    return float(off / all_)
-
-
 def unexplained(model: Any) -> list[Any]:
     return [miss for miss in fastlora.report(model).missed if miss.op == "lora"]
 
@@ -71,7 +63,7 @@ def test_lower_precisions_are_no_less_exact_than_eager(kept: Format, adapters: t
     eager = step(model, inputs())
     fastlora.compile(model)
     compiled = step(model, inputs())
-    assert norm(compiled.gradients, truth.gradients) <= 1.25 * norm(eager.gradients, truth.gradients)
+    assert distance(compiled, truth) <= 1.25 * distance(eager, truth)
     assert not unexplained(model)
     assert {"lora_group", "lora_linear", "lora_mlp"} <= {site.op for site in fastlora.report(model).fused}
 
@@ -96,7 +88,7 @@ def test_adapters_may_be_set_as_they_like(lora: dict[str, Any]) -> None:
     eager = step(model.eval(), inputs())
     fastlora.compile(model)
     compiled = step(model, inputs())
-    assert norm(compiled.gradients, eager.gradients) < 1e-5
+    assert distance(compiled, eager) < 1e-5
     assert not unexplained(model)
 
 
@@ -108,7 +100,7 @@ def test_dora_is_fused_and_its_norms_read_decoded_weights(nested: bool, p: float
     fastlora.compile(model, strict=True)
     compiled = step(model, inputs())
     assert compiled.gradients.keys() == eager.gradients.keys()
-    assert norm(compiled.gradients, eager.gradients) < 1e-5
+    assert distance(compiled, eager) < 1e-5
     report = fastlora.report(model)
     assert (report.coverage["lora"].fused, report.graphs, report.breaks) == (28, 3, [])
 
@@ -120,7 +112,7 @@ def test_dora_in_lower_precisions_is_no_less_exact_than_eager(kept: Format) -> N
     eager = step(model, inputs())
     fastlora.compile(model)
     compiled = step(model, inputs())
-    assert norm(compiled.gradients, truth.gradients) <= 1.25 * norm(eager.gradients, truth.gradients)
+    assert distance(compiled, truth) <= 1.25 * distance(eager, truth)
     assert not unexplained(model)
 
 
@@ -133,7 +125,7 @@ def test_autocast_trains_as_eager_does(compute: torch.dtype, targets: Any) -> No
     eager = step(model, inputs(), autocast=bf16, device=DEVICE)
     fastlora.compile(model)
     compiled = step(model, inputs(), autocast=bf16, device=DEVICE)
-    assert norm(compiled.gradients, truth.gradients) <= 1.25 * norm(eager.gradients, truth.gradients)
+    assert distance(compiled, truth) <= 1.25 * distance(eager, truth)
     assert "lora_add" not in {site.op for site in fastlora.report(model).fused}
 
 
@@ -153,7 +145,7 @@ def test_layers_of_8_bits_run_as_their_owner_wrote_them() -> None:
     eager = step(model, inputs())
     fastlora.compile(model)
     compiled = step(model, inputs())
-    assert norm(compiled.gradients, eager.gradients) < 1e-4
+    assert distance(compiled, eager) < 1e-4
     if DEVICE == "cpu":  # on a GPU the shapes of outliers depend on data, which cuts blocks into pieces
         assert fastlora.report(model).coverage["lora"].fused == 14
 
