@@ -22,14 +22,15 @@ class Encoded:
     Attributes:
         maker: the op whose only output the matrix is.
         values: that op's arguments, in the schema's order.
+        arguments: the same by name.
         shape, dtype: of the matrix.
     """
 
     def __init__(self, maker: SemanticOp, values: Sequence[Any]) -> None:
         self.maker, self.values = maker, values
-        named = dict(zip(maker.names, values, strict=True))
-        self.shape = torch.Size((named["rows"], named["cols"]))
-        self.dtype: torch.dtype = named["dtype"]
+        self.arguments: dict[str, Any] = dict(zip(maker.names, values, strict=True))
+        self.shape = torch.Size((self.arguments["rows"], self.arguments["cols"]))
+        self.dtype: torch.dtype = self.arguments["dtype"]
         self._leaves = maker.leaves.flat(values)
 
     @property

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 
 from fastlora.kernels import dequantize as op
@@ -21,11 +22,33 @@ UNITS, WARPS = 128, 2
 """Stored units that a program decodes, and its warps. Measured on an H200, bfloat16."""
 
 
+@triton.jit
+def scales(absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, block, present, NESTED_BLOCKSIZE: tl.constexpr):
+    """The scales of blocks, in float32; zeros where none is present."""
+    stored = tl.load(absmax_ptr + block, mask=present, other=0)
+    if nested_absmax_ptr is not None:
+        nested = tl.load(nested_absmax_ptr + block // NESTED_BLOCKSIZE, mask=present, other=0.0)
+        scale = tl.load(nested_code_ptr + stored.to(tl.int32)).to(tl.float32) * nested.to(tl.float32)
+        if offset_ptr is not None:
+            scale = scale + tl.load(offset_ptr).to(tl.float32)
+    else:
+        scale = stored.to(tl.float32)
+    return scale
+
+
+@triton.jit
+def halves(stored, code_ptr, PER: tl.constexpr):
+    """The code's values of the PER halves of each stored unit, as a last dimension."""
+    half = tl.arange(0, PER).reshape([1] * len(stored.shape) + [PER])
+    shift = half // 2 * 8 + (1 - half % 2) * 4  # bytes from low to high, in each the high half first
+    return tl.load(code_ptr + ((tl.expand_dims(stored, -1) >> shift) & 15))
+
+
 @ahead.kernel()
 def kernel(
     packed_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, code_ptr, out_ptr,
     K, units, out_stride,
-    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, OFFSET: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
     ONE_ROW: tl.constexpr, PER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[row, i] = code[q_i] * scale of i's block, for BLOCK stored units of PER halves each of one row.
@@ -45,18 +68,9 @@ def kernel(
     words = packed_ptr.to(tl.pointer_type(tl.int32 if PER == 8 else tl.uint8), bitcast=True)
     stored = tl.load(words + at, mask=present, other=0).to(tl.int32)
     block = at // (BLOCKSIZE // PER)
-    if NESTED:
-        index = tl.load(absmax_ptr + block, mask=present, other=0).to(tl.int32)
-        nested = tl.load(nested_absmax_ptr + block // NESTED_BLOCKSIZE, mask=present, other=0.0)
-        scale = tl.load(nested_code_ptr + index).to(tl.float32) * nested.to(tl.float32)
-        if OFFSET:
-            scale = scale + tl.load(offset_ptr).to(tl.float32)
-    else:
-        scale = tl.load(absmax_ptr + block, mask=present, other=0.0).to(tl.float32)
-    half = tl.arange(0, PER)[None, :]
-    shift = half // 2 * 8 + (1 - half % 2) * 4  # bytes from low to high, in each the high half first
-    value = tl.load(code_ptr + ((stored[:, None] >> shift) & 15)) * scale[:, None]
-    i = unit[:, None] * PER + half
+    scale = scales(absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, block, present, NESTED_BLOCKSIZE)
+    value = halves(stored, code_ptr, PER) * scale[:, None]
+    i = unit[:, None] * PER + tl.arange(0, PER)[None, :]
     to = out_ptr + row * out_stride + start * PER
     tl.store(to + i, value.to(out_ptr.dtype.element_ty), mask=i < K - start * PER)
 
@@ -90,9 +104,8 @@ def decode_into(
     kernel[(rows * cdiv(units, UNITS),)](
         stored, absmax, nested_absmax, nested_code, offset, op.code(quant_type, packed.device), out,
         cols, units, out.stride(0),
-        BLOCKSIZE=blocksize, NESTED=nested_absmax is not None, OFFSET=offset is not None,
-        NESTED_BLOCKSIZE=nested_blocksize, ONE_ROW=rows == 1, PER=per, BLOCK=UNITS, num_warps=WARPS,
-        enable_fp_fusion=False,
+        BLOCKSIZE=blocksize, NESTED_BLOCKSIZE=nested_blocksize, ONE_ROW=rows == 1, PER=per, BLOCK=UNITS,
+        num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
 
 

@@ -17,9 +17,10 @@ import torch
 
 from fastlora.kernels import dropout as masks
 from fastlora.kernels import lora_linear as op
+from fastlora.kernels.encoded import Encoded
 from fastlora.kernels.forms import laid_out
 from fastlora.kernels.gpu import dropout as mask
-from fastlora.kernels.gpu import low_rank, matmul
+from fastlora.kernels.gpu import few_rows, low_rank, matmul
 from fastlora.kernels.gpu.launch import FLOATS, HALVES, computes, supported
 from fastlora.kernels.gpu.tape import taped_form
 from fastlora.kernels.op import Gradients, Wanted
@@ -76,7 +77,7 @@ def biases(
 def project(
     x: torch.Tensor,
     xa: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | Encoded,
     bias: torch.Tensor | None,
     lora_b: torch.Tensor,
     lora_bias: torch.Tensor | None,
@@ -86,8 +87,10 @@ def project(
     """y (T, N) of x (T, K), whose dtype is that of the computation, and of xa (T, R) as it is kept."""
     dtype, rest = x.dtype, op.remainder(scaling, x.dtype)
     b = lora_b.to(dtype) if rest == 1 else (lora_b.float() * rest).to(dtype)
-    low, base = (xa, b.t()), (x, weight.to(dtype).t())
-    return total(low, [base], biases(bias, lora_bias, scaling, dtype), out_dtype)
+    low, added = (xa, b.t()), biases(bias, lora_bias, scaling, dtype)
+    if few_rows.serves(x, weight, low, added):
+        return few_rows.product(x, weight, low, added, out_dtype)
+    return total(low, [(x, weight.to(dtype).t())], added, out_dtype)
 
 
 def parameter_gradients(

@@ -141,7 +141,7 @@ def reduce_kernel(
         _add_shares(shares1_ptr, out1_ptr, block - first, count1, size1, width1, stride1, BLOCK, SHARES)
 
 
-def _reduce(*sums: tuple[torch.Tensor, torch.Tensor]) -> None:
+def reduce(*sums: tuple[torch.Tensor, torch.Tensor]) -> None:
     """For one or two (shares, out), in one launch: out = shares.sum(0)."""
     args: list[object] = []
     blocks = 0
@@ -186,7 +186,7 @@ def sum_rows(
         num_warps=sweep.warps, num_stages=_stages(sweep, 2 * sweep.cols * block),
     )  # fmt: skip
     if count > 1:
-        _reduce((target, out))
+        reduce((target, out))
     return out
 
 
@@ -216,7 +216,7 @@ def sum_columns(
     if count > 1:
         sums.append((shares, out) if out.stride(1) == 1 else (shares, out.t()))
     if sums:
-        _reduce(*sums)
+        reduce(*sums)
 
 
 def down(

@@ -25,7 +25,9 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from fastlora.kernels import forms
-from fastlora.kernels.gpu import ahead, launch, matmul
+from fastlora.kernels.encoded import Encoded
+from fastlora.kernels.gpu import ahead, few_rows, launch, matmul
+from fastlora.kernels.ops import dequantize_4bit
 from fastlora.tools.bench.cases import Case, cases
 from fastlora.tools.bench.shapes import SHAPES
 
@@ -48,6 +50,7 @@ def launches(capability: int) -> list[ahead.Launch]:
             for case in _cases():
                 if case.op.forms.accelerated:
                     _run(case, dtype)
+            _multiply_by_four_bits(dtype)
     return recorded
 
 
@@ -70,6 +73,28 @@ def _run(case: Case, dtype: torch.dtype) -> None:
             require_every_gradient(arguments)
         values = case.op.order(arguments)
         case.op.rehearse(values, [t is not None and t.requires_grad for t in case.op.leaves.flat(values)])
+
+
+def _multiply_by_four_bits(dtype: torch.dtype) -> None:
+    """Few rows and a weight of 4 bits that is decoded where it is multiplied by, on the GPUs that do so."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    N, K, R = 14336, 4096, 16
+    packed, blocks = empty(N * K // 2, 1, dtype=torch.uint8), N * K // 64
+    plain = (packed, empty(blocks, dtype=torch.float32), None, None, None)
+    twice = (
+        packed,
+        empty(blocks, dtype=torch.uint8),
+        *(empty(n, dtype=torch.float32) for n in (blocks // 256, 256, 1)),
+    )
+    for scales in (plain, twice):
+        weight = Encoded(dequantize_4bit, (*scales, 64, 256, "nf4", N, K, dtype))
+        for T in (1, 16, 64):
+            x, low = empty(T, K), (empty(T, R), empty(N, R).t())
+            if few_rows.serves(x, weight, low, None):
+                few_rows.product(x, weight, low, empty(N), dtype)
 
 
 def compiled(made: ahead.Launch, capability: int) -> tuple[str, Any]:

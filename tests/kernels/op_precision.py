@@ -204,6 +204,14 @@ def assert_rounded_once(op: SemanticOp, arguments: Arguments) -> None:
         assert ((value.double() - truth[name]).abs() <= nearest + wide).all(), name
 
 
+def assert_rounded(value: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+    """Each element is the truth rounded once, to `dtype`, up to what float32 sums make of its summands."""
+    nearest = torch.finfo(dtype or value.dtype).eps / 2 * truth.abs()
+    wide = 64 * torch.finfo(torch.float32).eps * truth.abs().max()
+    worst = ((value.double() - truth).abs() - nearest - wide).max()
+    assert worst <= 0, f"off by {worst:.3g} more than a rounding"
+
+
 def assert_propagates(op: SemanticOp, arguments: Arguments) -> None:
     """One inf, -inf or nan in any argument: outputs and gradients are finite exactly where the reference's are."""
     for name, tensor in leaves(arguments).items():

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from op_checks import DEVICE, bf16, f16, f32, guarded_memory
+from op_precision import assert_rounded
 
 from fastlora.kernels.gpu import low_rank, matmul, split
 
@@ -32,14 +33,6 @@ def every_size_takes_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def draw(data: st.DataObject, dtype: torch.dtype = HALF) -> Callable[..., torch.Tensor]:
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**16)))
     return lambda *shape: torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
-
-
-def assert_rounded(value: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype | None = None) -> None:
-    """Each element is the truth rounded once, to `dtype`, up to what float32 sums make of its summands."""
-    nearest = torch.finfo(dtype or value.dtype).eps / 2 * truth.abs()
-    wide = 64 * torch.finfo(f32).eps * truth.abs().max()
-    worst = ((value.double() - truth).abs() - nearest - wide).max()
-    assert worst <= 0, f"off by {worst:.3g} more than a rounding"
 
 
 @given(st.data())
