@@ -3,7 +3,8 @@
 Of what a call keeps for its backward, two things can be had elsewhere. All of it can lie on the host in between, which
 costs nothing as long as the copies take less time than the forward does. And the widest activations can be made again
 in the backward (`kernels/sparing.py`), which always costs their products. So as much is moved as is free, then made
-again, and only then more is moved than is free.
+again, and only then more is moved than is free. Where all make theirs again, the last calls keep them, as far as there
+is room or moving more is free: theirs are read first, when they would be there again anyway.
 """
 
 from __future__ import annotations
@@ -80,9 +81,31 @@ def choose(calls: Sequence[Needs], budget: int, bytes_per_flop: float) -> list[C
     if over <= 0:
         return choices
     over = sum(call.kept - call.spared for call in calls) - budget
+    free = bytes_per_flop * sum(call.flops for call in calls)
     choices = [Choice(spares=call.spared > 0) for call in calls]
     for i, call in enumerate(calls):
         if over > 0:
             choices[i] = LEAST
-            over -= call.kept - call.spared
+            over, free = over - (call.kept - call.spared), free - (call.kept - call.spared)
+    _keep_last(calls, choices, -over, free)
     return choices
+
+
+def _keep_last(calls: Sequence[Needs], choices: list[Choice], room: int, free: float) -> None:
+    """Has the last calls that would make something again keep it, as far as there is `room` for that, or will be if
+    others move what they keep, `free` bytes at most."""
+    for last in reversed(range(len(calls))):
+        if choices[last] != Choice(spares=True):
+            continue
+        moving = []
+        for i, call in enumerate(calls[:last]):
+            size = call.kept - call.spared
+            if room < calls[last].spared and not choices[i].moves and size <= free:
+                moving.append(i)
+                room, free = room + size, free - size
+        if room < calls[last].spared:
+            return
+        room -= calls[last].spared
+        choices[last] = KEEP
+        for i in moving:
+            choices[i] = LEAST

@@ -40,6 +40,10 @@ def test_what_is_no_budget_is_named(text: object) -> None:
         (340, 0.0, [SPARE, KEEP, KEEP, KEEP]),
         (160, 0.0, [SPARE] * 4),
         (90, 0.0, [LEAST, LEAST, SPARE, SPARE]),
+        (115, 0.0, [LEAST, LEAST, SPARE, SPARE]),
+        (140, 0.0, [LEAST, SPARE, SPARE, SPARE]),  # moving a second one is not free
+        (100, 2.5, [LEAST, LEAST, SPARE, SPARE]),
+        (100, 3.0, [LEAST, LEAST, LEAST, KEEP]),  # 120 bytes can be moved for nothing
         (0, 100.0, [MOVE] * 4),
         (0, 0.0, [LEAST] * 4),
     ],
