@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import fx
 
 from fastlora.kernels import ops
+from fastlora.kernels.grouped import makes_at_once
 from fastlora.matching import describe
 from fastlora.metadata import known_equal, known_less, meta, same_shape
 from fastlora.pattern import Op, Param, Scalar, either
@@ -87,8 +88,10 @@ def lora_grouped(x, weight: Param(3), left, right, offs, scaling: Scalar = 1.0):
 
 
 @lora_grouped.where
-def _where_it_was_tested(match: Match):
-    return match.tensor("x").device.type == "cpu" or "the op for experts has been run on CPUs only"
+def _without_waiting(match: Match):
+    """Group by group a GPU would be waited for, in each forward and backward, and could not replay a region."""
+    x = match.tensor("x")
+    return x.device.type == "cpu" or makes_at_once(x) or f"on a {x.device.type} device grouped products are of bfloat16"
 
 
 @lora_grouped.where

@@ -1,0 +1,82 @@
+"""Mixtures of experts with LoRA on the experts' parameters, on a GPU, in bfloat16 beside a float64 step."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from typing import Any
+
+import pytest
+import torch
+from tiny_experts import FAMILIES, LAYERS, PARAMETERS, build, one_by_one
+from tiny_models import Step, batch, double, relative, step
+from torch import nn
+
+import fastlora
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="these compute on a GPU")
+SITES = LAYERS * len(PARAMETERS)
+
+
+@pytest.fixture(autouse=True)
+def _apart() -> None:
+    """Models of other tests do not make numbers of this one's change."""
+    torch._dynamo.reset()
+
+
+def on_gpu(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: t.cuda() for name, t in inputs.items()}
+
+
+def distance(mine: Step, truth: Step) -> float:
+    squares = [(g.double() - truth.gradients[name]).square().sum() for name, g in mine.gradients.items()]
+    return float(torch.stack(squares).sum().sqrt())
+
+
+def lora_of(model: nn.Module) -> tuple[int, list[str]]:
+    """Fused sites, and the reasons of the others."""
+    report = fastlora.report(model)
+    return report.coverage["lora"].fused, [miss.reason for miss in report.missed if miss.op == "lora"]
+
+
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_no_further_from_the_truth_than_eagers(family: str, adapter: torch.dtype) -> None:
+    """In the median, as a token that rounding sends to another expert makes a large error of either."""
+    eager = build(family, dtype=torch.bfloat16, adapter=adapter).cuda()
+    model = fastlora.compile(copy.deepcopy(eager), strict=True)
+    exact = one_by_one(double(copy.deepcopy(eager)))
+    ratios = []
+    for seed in range(6):
+        inputs = on_gpu(batch(seed=seed))
+        truth = step(exact, inputs)
+        ratios.append(distance(step(model, inputs), truth) / distance(step(eager, inputs), truth))
+    assert statistics.median(ratios) <= 1.25
+    assert lora_of(model) == (SITES, [])
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "no-cudagraphs"])
+def test_a_model_trains_as_eager_does(mode: str) -> None:
+    eager = build("mixtral", dtype=torch.bfloat16, adapter=torch.float32).cuda()
+    model = fastlora.compile(copy.deepcopy(eager), mode=mode)
+    losses = []
+    for trained in (eager, model):
+        optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-3)
+        for i in range(12):
+            losses.append(trained(**on_gpu(batch(seed=i % 3))).loss)
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    expected, found = torch.stack(losses).detach().float().chunk(2)
+    assert torch.allclose(found, expected, rtol=2e-2)
+    assert lora_of(model) == (SITES, [])
+
+
+def test_products_for_which_the_host_would_wait_are_left_alone() -> None:
+    model = build("mixtral").cuda()
+    inputs = on_gpu(batch())
+    expected = step(model, inputs)
+    found = step(fastlora.compile(model), inputs)
+    assert relative(found.loss, expected.loss) <= 1e-5
+    assert all(relative(found.gradients[name], g) <= 1e-4 for name, g in expected.gradients.items())
+    assert lora_of(model) == (0, ["on a cuda device grouped products are of bfloat16"] * SITES)
