@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastlora import again, quantised
 from fastlora.engine import bodies
 from fastlora.kernels import ops
 from fastlora.kernels.op import SemanticOp
-from fastlora.metadata import hint
+from fastlora.metadata import hint, steady
 
 Runnable = Callable[..., Any]
 
@@ -37,7 +37,7 @@ def lower(gm: fx.GraphModule, inputs: Sequence[Any], how: str, mode: str) -> Run
         return compiled
     make_arguments(gm)
     call_directly(gm)
-    keep_random_state(gm)  # last, as bodies are found by the targets that change here
+    checkpoint_as_eager_does(gm)  # last, as bodies are found by the targets that change here
     return gm.forward
 
 
@@ -73,24 +73,60 @@ def checkpoints(gm: fx.GraphModule) -> bool:
     return any(node.target is target for body in bodies(gm) for node in body.graph.nodes)
 
 
-def keep_random_state(gm: fx.GraphModule) -> None:
-    """Makes checkpointed regions draw the same random numbers again when they are recomputed.
+def checkpoint_as_eager_does(gm: fx.GraphModule) -> None:
+    """Has checkpointed regions of a graph that runs eagerly be what `checkpoint` makes of them outside of graphs.
 
-    Run eagerly, `tag_activation_checkpoint` calls `checkpoint(..., preserve_rng_state=False)`, which leaves that to
-    AOTAutograd: a recomputed dropout would have another mask, and the gradients would be wrong without any error.
+    Run eagerly, `tag_activation_checkpoint` calls `checkpoint(..., preserve_rng_state=False)`, which leaves it to
+    AOTAutograd to draw the same random numbers when a region is recomputed: a dropout would have another mask, and the
+    gradients would be wrong without any error. It also forgets whether reentry was asked for, and hands over what
+    modules hold along with activations.
     """
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    held = {inputs[i] for i in steady(gm)}
     for body in list(bodies(gm)):  # all of them first, since they are found by the targets that change here
         for node in body.graph.nodes:
             if node.target is torch.ops.higher_order.tag_activation_checkpoint:
                 node.target = run_checkpointed
                 context = node.meta.get("_checkpoint_context_fn")
-                node.kwargs = {"context_fn": context} if context is not None else {}
+                options = {} if context is None else {"context_fn": context}
+                node.kwargs = {
+                    "held": tuple(i for i, value in enumerate(node.args[1:]) if value in held),
+                    "reentrant": bool(node.kwargs.get("use_reentrant", False)),
+                    **options,
+                }
         body.recompile()
 
 
-def run_checkpointed(body: Runnable, *args: Any, **kwargs: Any) -> Any:
-    """A checkpointed region of a graph that runs eagerly."""
-    return checkpoint(body, *args, use_reentrant=False, preserve_rng_state=True, **kwargs)
+def run_checkpointed(
+    body: Runnable, *args: Any, held: Sequence[int] = (), reentrant: bool = False, **options: Any
+) -> Any:
+    """A checkpointed region of a graph that runs eagerly.
+
+    Args:
+        body, args: the region, and all that it reads.
+        held: positions of what modules hold, which may change before the region is recomputed, as batch statistics do
+            in its own forward. Of activations `checkpoint` sees to it that they do not.
+        reentrant: whether a checkpoint with reentry was asked for. That gives gradients to nothing, not even to
+            parameters, where no activation has one; otherwise it is as one without.
+    """
+    kept = frozenset(held)
+    activations = [arg for i, arg in enumerate(args) if i not in kept]
+    if not any(isinstance(arg, torch.Tensor) for arg in activations):  # by which the random states to keep are found
+        kept, activations = frozenset(), list(args)
+    if reentrant and not any(_leads_back(arg) for arg in activations):
+        with torch.no_grad():
+            return body(*args)
+
+    def run(*activations: Any) -> Any:
+        given = iter(activations)
+        return body(*(arg if i in kept else next(given) for i, arg in enumerate(args)))
+
+    return checkpoint(run, *activations, use_reentrant=False, preserve_rng_state=True, **options)
+
+
+def _leads_back(arg: Any) -> bool:
+    """Whether an argument is an activation that has a gradient."""
+    return isinstance(arg, torch.Tensor) and arg.requires_grad and not isinstance(arg, nn.Parameter)
 
 
 def pretend(gm: fx.GraphModule) -> Runnable:
