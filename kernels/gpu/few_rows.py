@@ -12,7 +12,7 @@ fill the GPU, the sums are cut into shares, kept in float32 and added in order: 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import triton
@@ -139,7 +139,7 @@ Low = tuple[torch.Tensor, torch.Tensor]
 """xa (T, R), and B^T (R, N)."""
 
 
-def serves(x: torch.Tensor, weight: Any, low: Low | None, bias: torch.Tensor | None) -> bool:
+def serves(weight: Any, x: torch.Tensor, low: Low | None, bias: torch.Tensor | None) -> TypeGuard[Encoded]:
     """Whether W (N, K) is still encoded, and the kernels take it and x (T, K) and are faster than a decoded weight."""
     T, K = x.shape
     if T > MOST_ROWS or type(weight) is not Encoded or weight.maker is not op.dequantize_4bit:

@@ -88,7 +88,7 @@ def project(
     dtype, rest = x.dtype, op.remainder(scaling, x.dtype)
     b = lora_b.to(dtype) if rest == 1 else (lora_b.float() * rest).to(dtype)
     low, added = (xa, b.t()), biases(bias, lora_bias, scaling, dtype)
-    if few_rows.serves(x, weight, low, added):
+    if few_rows.serves(weight, x, low, added):
         return few_rows.product(x, weight, low, added, out_dtype)
     return total(low, [(x, weight.to(dtype).t())], added, out_dtype)
 

@@ -93,7 +93,7 @@ def _multiply_by_four_bits(dtype: torch.dtype) -> None:
         weight = Encoded(dequantize_4bit, (*scales, 64, 256, "nf4", N, K, dtype))
         for T in (1, 16, 64):
             x, low = empty(T, K), (empty(T, R), empty(N, R).t())
-            if few_rows.serves(x, weight, low, None):
+            if few_rows.serves(weight, x, low, None):
                 few_rows.product(x, weight, low, empty(N), dtype)
 
 

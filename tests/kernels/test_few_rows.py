@@ -56,7 +56,7 @@ def test_the_product_is_rounded_once(data: st.DataObject) -> None:
     x, bias = torch.randn(T, K, dtype=HALF, device=DEVICE), torch.randn(N, device=DEVICE)
     low = (torch.randn(T, R), torch.randn(N, R).t()) if R else None
     low = None if low is None else (low[0].to(DEVICE, HALF), low[1].to(DEVICE, HALF))
-    assert few_rows.serves(x, weight, low, bias)
+    assert few_rows.serves(weight, x, low, bias)
     with guarded_memory() as check:
         y = few_rows.product(x, weight, low, bias, dtype)
     check()
@@ -83,15 +83,15 @@ def test_what_is_multiplied_by_are_the_bits_of_the_decoded_matrix(dtype: torch.d
 )
 def test_what_the_kernels_cannot_take_is_left_to_others(rows: int, cols: int, weight: dict[str, Any]) -> None:
     given_ = encoded(8, cols, False, **weight)
-    assert not few_rows.serves(torch.zeros(rows, cols, dtype=given_.dtype, device=DEVICE), given_, None, None)
+    assert not few_rows.serves(given_, torch.zeros(rows, cols, dtype=given_.dtype, device=DEVICE), None, None)
 
 
 def test_few_rows_of_a_small_weight_are_multiplied_by_a_decoded_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     weight = encoded(8, 64, False)
     x = torch.zeros(4, 64, dtype=HALF, device=DEVICE)
-    assert not few_rows.serves(x, weight, None, None)
-    assert few_rows.serves(x[:1], weight, None, None)
+    assert not few_rows.serves(weight, x, None, None)
+    assert few_rows.serves(weight, x[:1], None, None)
 
 
 @pytest.mark.parametrize(("tokens", "launched"), [(1, "one_row_kernel"), (5, "few_rows_kernel")])
