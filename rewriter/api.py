@@ -139,9 +139,11 @@ def _install(model: nn.Module, session: Session) -> None:
             inner = gate
         else:
             region.module._compiled_call_impl = gate
-    if head is not None and defers and inner is None:
-        session.head, session.head_layer = name, head  # type: ignore[assignment]
-        head._compiled_call_impl = DeferringHead(head, session.tally)  # type: ignore[arg-type]
+    if head is not None and inner is None:
+        session.head = name
+        if defers:
+            session.head_layer = head  # type: ignore[assignment]
+            head._compiled_call_impl = DeferringHead(head, session.tally)  # type: ignore[arg-type]
     model._compiled_call_impl = ModelGate(model, session, inner)  # type: ignore[assignment]
 
 

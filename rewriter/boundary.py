@@ -1,21 +1,25 @@
-"""The loss boundary of a graph that is traced whole: its logits are an output next to the loss.
+"""The boundary between a graph and a loss outside of it, or beside which the logits leave it.
 
-Head and loss cannot become one op then, because the logits escape. Instead the head's product is deferred, which leaves
-every other node as it is: the cross-entropy meets deferred logits when the graph runs, and so does the caller.
+Head and loss cannot become one op then. Instead the head's product is deferred, which leaves every other node as it is:
+the cross-entropy meets deferred logits, be it in the graph when that runs or later, and so does the caller.
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fastlora.deferred import Tally, defer
+from fastlora.deferred import Tally, defer, defer_adapted
 from fastlora.engine import Rewrite
+from fastlora.kernels.ops import lora_linear
+from fastlora.metadata import known_less, meta
+from fastlora.recipe import Adapter
 from fastlora.spelling import spelling_of
-from fastlora.view import View
+from fastlora.view import CASTS, View
 
 
 class DeferredProduct(nn.Module):
@@ -32,6 +36,66 @@ class DeferredProduct(nn.Module):
         if plain and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
             return defer(hidden, weight, bias, self._tally)
         return F.linear(hidden, weight, bias)
+
+
+class DeferredAdaptedProduct(nn.Module):
+    """Stands for a head with an adapter, in a graph that runs eagerly; called with the arguments of `lora_linear`."""
+
+    def __init__(self, tally: Tally) -> None:
+        super().__init__()
+        self._tally = tally
+
+    def forward(self, *values: Any) -> torch.Tensor:
+        given = dict(zip(lora_linear.names, values, strict=True))
+        x, low = given["x"], Adapter(given["lora_a"], given["lora_b"], given["scaling"], given["lora_dtype"])
+        parts = (given["weight"], low.a, low.b)
+        plain = type(x) is torch.Tensor and all(type(t) in (torch.Tensor, nn.Parameter) for t in parts)
+        plain &= torch._C._is_torch_function_enabled()
+        if plain and torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parts)):
+            base_dtype, dtype = given["base_dtype"], given["out_dtype"]
+            return defer_adapted(x, given["weight"], given["bias"], low, base_dtype, dtype, self._tally)
+        made: torch.Tensor = lora_linear(**given)
+        return made
+
+
+def defer_adapted_head(gm: fx.GraphModule, tally: Tally) -> bool:
+    """Defers the result of a graph that is a head with an adapter, and nothing else; whether it was one.
+
+    A head has more outputs than inputs, as a vocabulary has. One that drops out what its adapter reads, or whose
+    adapter has a bias, runs as it is: the loss takes neither.
+    """
+    (result,) = (node.args[0] for node in gm.graph.nodes if node.op == "output")
+    if not isinstance(result, (tuple, list)) or len(result) != 1 or not isinstance(result[0], fx.Node):
+        return False
+    (last,) = result
+    part = _without_idle_casts(last)
+    node = part.args[0] if part.target is operator.getitem and part.args[1] == 0 else None
+    if not isinstance(node, fx.Node) or node.target is not lora_linear.target:
+        return False
+    given = dict(zip(lora_linear.names, node.args, strict=True))
+    weight = meta(given["weight"])
+    if weight is None or not known_less(weight.shape[1], weight.shape[0]):
+        return False
+    if any(given[name] is not None for name in ("x_dropped", "seed", "lora_bias")):
+        return False
+    gm.add_submodule("deferred_head", DeferredAdaptedProduct(tally))
+    with gm.graph.inserting_after(last):
+        product = gm.graph.call_module("deferred_head", node.args)
+    product.meta = dict(last.meta)
+    last.replace_all_uses_with(product)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return True
+
+
+def _without_idle_casts(node: fx.Node) -> fx.Node:
+    """What a value was before casts to the dtype that it has anyway."""
+    while node.op == "call_method" and node.target in CASTS and isinstance(source := node.args[0], fx.Node):
+        before, after = meta(source), meta(node)
+        if before is None or after is None or (before.dtype, before.device) != (after.dtype, after.device):
+            break
+        node = source
+    return node
 
 
 def defer_escaping_logits(gm: fx.GraphModule, rewrite: Rewrite, tally: Tally) -> None:

@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from fastlora.errors import FastLoRAError
-from fastlora.kernels.ops import linear_cross_entropy
+from fastlora.recipe import Adapter, Recipe
 
 
 @dataclass
@@ -34,60 +33,6 @@ class Tally:
     fused: int = 0
     materialised: Counter[str] = field(default_factory=Counter)
     dry: bool = False
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What the logits are: `linear(hidden, weight, bias)` in `base_dtype`, times `scale`, then, if `squashed`, the tanh
-    of that times `gain`; as `dtype`. `hidden` has the leading dimensions of the logits."""
-
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    base_dtype: torch.dtype
-    dtype: torch.dtype
-    scale: float = 1.0
-    squashed: bool = False
-    gain: float = 1.0
-    versions: tuple[int, ...] = ()
-
-    def check(self) -> None:
-        """Raises if what the logits are made of has been written to since: they can no longer be computed."""
-        if self._now() != self.versions:
-            raise FastLoRAError(
-                "the hidden states or the weights behind deferred logits were modified in place (by an optimizer step, "
-                "say) before the logits were used; read them earlier, or use fastlora.compile(..., defer_logits=False)"
-            )
-
-    def _now(self) -> tuple[int, ...]:
-        return tuple(t._version for t in (self.hidden, self.weight, self.bias) if t is not None)
-
-    def of(self, **parts: torch.Tensor | None) -> Recipe:
-        """The same of other tensors, views of these say, as they are now."""
-        self.check()
-        made = replace(self, **parts)  # type: ignore[arg-type]
-        return replace(made, versions=made._now())
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (*self.hidden.shape[:-1], self.weight.shape[0])
-
-    def multiply(self) -> torch.Tensor:
-        """The plain product, before anything was done to it."""
-        self.check()
-        with torch.autocast(self.hidden.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.to(self.base_dtype)
-            return F.linear(self.hidden.to(self.base_dtype), self.weight.to(self.base_dtype), bias)
-
-    def cross_entropy(self, labels: torch.Tensor, **options: Any) -> torch.Tensor:
-        """The loss, without the logits."""
-        self.check()
-        scale = self.scale * self.gain if self.squashed else self.scale
-        return linear_cross_entropy(
-            x=self.hidden, weight=self.weight, bias=self.bias, labels=labels, scale=scale,
-            softcap=self.gain if self.squashed else 0.0, z_loss=0.0, base_dtype=self.base_dtype,
-            logits_dtype=self.dtype, **options,
-        )  # fmt: skip
 
 
 class DeferredLogits(torch.Tensor):
@@ -181,11 +126,27 @@ def can_defer(head: nn.Module | None) -> bool:
 
 def defer(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tally: Tally) -> DeferredLogits:
     """Deferred `F.linear(hidden, weight, bias)`, in the dtype that autocast would give it."""
-    tally.deferred += 1
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    recipe = Recipe(hidden, weight, bias, dtype, dtype)
-    recipe = replace(recipe, versions=recipe._now())
+    return _begin(Recipe(hidden, weight, bias, dtype, dtype), tally)
+
+
+def defer_adapted(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    adapter: Adapter,
+    base_dtype: torch.dtype,
+    dtype: torch.dtype,
+    tally: Tally,
+) -> DeferredLogits:
+    """The deferred result, in `dtype`, of a linear layer that computes in `base_dtype`, with an adapter."""
+    return _begin(Recipe(hidden, weight, bias, base_dtype, dtype, adapter), tally)
+
+
+def _begin(recipe: Recipe, tally: Tally) -> DeferredLogits:
+    tally.deferred += 1
+    recipe = replace(recipe, versions=recipe.now())
     return DeferredLogits(recipe, tally, recipe.multiply, [])
 
 
@@ -236,10 +197,7 @@ def _same(logits: DeferredLogits, *_: Any, **__: Any) -> DeferredLogits:
 
 
 def _detach(logits: DeferredLogits) -> DeferredLogits:
-    recipe = logits.recipe
-    bias = None if recipe.bias is None else recipe.bias.detach()
-    cut = recipe.of(hidden=recipe.hidden.detach(), weight=recipe.weight.detach(), bias=bias)
-    return logits.then(cut, lambda real: real.detach())
+    return logits.then(logits.recipe.detached(), lambda real: real.detach())
 
 
 def _getitem(logits: DeferredLogits, index: Any) -> DeferredLogits | None:
@@ -258,6 +216,7 @@ def _plus(logits: DeferredLogits, other: Any, **options: Any) -> DeferredLogits 
     """A bias, if the head has none and nothing else was done before."""
     recipe = logits.recipe
     untouched = recipe.dtype is recipe.base_dtype and recipe.scale == 1.0 and not recipe.squashed
+    untouched &= recipe.adapter is None
     if options or recipe.bias is not None or not untouched or type(other) not in (torch.Tensor, nn.Parameter):
         return None
     if (
@@ -306,8 +265,7 @@ def _cross_entropy(
 
 
 def _requires_grad(logits: DeferredLogits) -> bool:
-    recipe = logits.recipe
-    return any(t is not None and t.requires_grad for t in (recipe.hidden, recipe.weight, recipe.bias))
+    return any(t.requires_grad for t in logits.recipe.tensors)
 
 
 _TENSOR: Any = torch.Tensor

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fastlora.boundary import defer_escaping_logits
+from fastlora.boundary import defer_adapted_head, defer_escaping_logits
 from fastlora.deferred import Tally
 from fastlora.engine import AnyRule, Rewrite, bodies, rewrite
 from fastlora.errors import FastLoRAError, StrictError
@@ -78,12 +78,14 @@ class Options:
 
 @dataclass
 class TracedGraph:
-    """A graph that TorchDynamo handed over: its rewrites, the region and the code frame it is of, and what runs it."""
+    """A graph that TorchDynamo handed over: its rewrites, the region and the code frame it is of, whether it does
+    nothing but to defer the product of a head with an adapter, and what runs it."""
 
     gm: fx.GraphModule
     rewrites: list[Rewrite]
     name: str
     frame: int
+    defers: bool = False
     replays: Replays | None = None
 
 
@@ -137,6 +139,7 @@ class Session:
         traced = TracedGraph(gm, rewrites, self.region, frame_id)
         if runs_eagerly and self.options.defer_logits:
             defer_escaping_logits(gm, traced.rewrites[0], self.tally)
+            traced.defers = self.region == self.head and not self.options.dry and defer_adapted_head(gm, self.tally)
         self.seconds.match += time.perf_counter() - start
         self.graphs.append(traced)
         if self.options.strict:
@@ -145,9 +148,9 @@ class Session:
         options = self.options
         if not options.dry:
             self._compile_kernels(traced)
-        thrift, stays = self._thrift_of(gm), steady(gm)
+        thrift, stays = None if traced.defers else self._thrift_of(gm), steady(gm)
         run = pretend(gm) if options.dry else lower(gm, inputs, options.lowering, options.mode)
-        traced.replays = self._replays(gm, run, stays)
+        traced.replays = None if traced.defers else self._replays(gm, run, stays)
         run, key = traced.replays or run, len(self.graphs)
         self._entered = time.perf_counter()
         self.seconds.lower += self._entered - start
