@@ -139,7 +139,7 @@ class Session:
         traced = TracedGraph(gm, rewrites, self.region, frame_id)
         if runs_eagerly and self.options.defer_logits:
             defer_escaping_logits(gm, traced.rewrites[0], self.tally)
-            traced.defers = self.region == self.head and not self.options.dry and defer_adapted_head(gm, self.tally)
+            traced.defers = self.region == self.head and defer_adapted_head(gm, self.tally)
         self.seconds.match += time.perf_counter() - start
         self.graphs.append(traced)
         if self.options.strict:
@@ -149,7 +149,8 @@ class Session:
         if not options.dry:
             self._compile_kernels(traced)
         thrift, stays = None if traced.defers else self._thrift_of(gm), steady(gm)
-        run = pretend(gm) if options.dry else lower(gm, inputs, options.lowering, options.mode)
+        pretends = options.dry and not traced.defers
+        run = pretend(gm) if pretends else lower(gm, inputs, options.lowering, options.mode)
         traced.replays = None if traced.defers else self._replays(gm, run, stays)
         run, key = traced.replays or run, len(self.graphs)
         self._entered = time.perf_counter()

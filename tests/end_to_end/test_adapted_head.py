@@ -78,6 +78,10 @@ def test_rounded_gradients_are_no_further_from_the_truth_than_eagers(autocast: t
     assert loss_of(model) == (1, 1)
 
 
+def test_it_is_foretold() -> None:
+    assert fastlora.explain(build(), **batch()).coverage["loss"].fused == 1
+
+
 def test_logits_that_are_read_are_eagers_with_their_gradients() -> None:
     eager = build()
     model = fastlora.compile(copy.deepcopy(eager))
