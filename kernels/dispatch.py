@@ -21,8 +21,9 @@ def run(name: str, form: Callable[..., Any], anchor: torch.Tensor, arguments: di
 
 
 def _run(form: Callable[..., Any], anchor: torch.Tensor, arguments: dict[str, Any]) -> Any:
+    """Below what tracks views as well: a result that a form has reshaped is nobody's view, so it may be written to."""
     device = anchor.device
-    with torch._C._AutoDispatchBelowAutograd():
+    with torch._C._AutoDispatchBelowADInplaceOrView():
         if anchor.is_cuda and _several_gpus() and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return _without_autocast(device.type, form, arguments)

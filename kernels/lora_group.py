@@ -118,6 +118,7 @@ lora_group = op(
     saves=("x", *single.PARAMETERS, "xa", "seed"),
     saved_if={"x": lambda wanted, _: any(wanted["weight"]) or any(wanted["lora_a"])},
     decodes=("weight",),
+    gives=True,
     cost=Cost(
         forward=Work(flops="2*T*N*K + 2*T*R*(N + M*K)", bytes="(T*K + T*N + M*T*R)*b + N*K*w + R*(N + M*K)*p"),
         backward=Work(flops="2*T*N*K + 4*T*R*(N + M*K)", bytes="(2*T*K + T*N + M*T*R)*b + N*K*w + 2*R*(N + M*K)*p"),

@@ -299,6 +299,7 @@ lora_linear = op(
         "x_dropped": lambda wanted, _: wanted["lora_a"],
     },
     decodes=("weight",),
+    gives=True,
     cost=Cost(
         forward=Work(flops="2*T*N*K + 2*T*R*(N + K)", bytes="(T*K + T*N + T*R)*b + N*K*w + R*(N + K)*p"),
         backward=Work(flops="2*T*N*K + 4*T*R*(N + K)", bytes="(2*T*K + T*N + T*R)*b + N*K*w + 2*R*(N + K)*p"),
@@ -340,6 +341,7 @@ lora_add = op(
     saves=("x", "lora_a", "lora_b", "lora_bias", "xa", "seed"),
     saved_if={"x": lambda wanted, _: wanted["lora_a"]},
     passthrough=("base",),
+    gives=True,
     cost=Cost(
         forward=Work(flops="2*T*R*(N + K)", bytes="(T*K + 2*T*N + T*R)*b + R*(N + K)*p"),
         backward=Work(flops="4*T*R*(N + K)", bytes="(2*T*K + T*N + T*R)*b + 2*R*(N + K)*p"),

@@ -371,10 +371,32 @@ def guarded_memory() -> Iterator[Callable[[], None]]:
         yield check
 
 
+def check_what_is_given_may_be_written_to(case: Case) -> None:
+    """Outputs that an op gives away share no memory with what it read, keeps or gives as well, and its gradients are
+    the same after they were written to."""
+    op, arguments = case.op, case.arguments(f32)
+    if not op.gives:
+        pytest.skip("it gives nothing away")
+    inputs = {n: t.detach().requires_grad_() for n, t in leaves(arguments).items()}
+    outputs = flat(op(**replaced(arguments, inputs)))
+    expected = torch.autograd.grad(outputs, [*inputs.values()], cotangents(outputs))
+    with saved_for_backward() as saved:
+        outputs = flat(op(**replaced(arguments, inputs)))
+    own = [t.untyped_storage().data_ptr() for t in outputs]
+    others = {t.untyped_storage().data_ptr() for t in (*saved, *inputs.values())}
+    assert len(set(own)) == len(own)
+    assert others.isdisjoint(own)
+    written = [t.mul_(3) for t in outputs]
+    found = torch.autograd.grad(written, [*inputs.values()], [g / 3 for g in cotangents(outputs)])
+    for name, mine, its in zip(inputs, found, expected, strict=True):
+        assert_same_but_for_rounding(mine, its, name)
+
+
 CONTRACT = [
     check_gradcheck,
     check_every_subset_of_gradients,
     check_nothing_is_written,
+    check_what_is_given_may_be_written_to,
     check_expanded_gradient,
     check_double_backward_raises,
     check_autocast_is_inert,
