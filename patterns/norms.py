@@ -84,6 +84,16 @@ def _weight_fits(match):
     return _last_dimension(match)
 
 
+@rms_norm.otherwise
+def _of_a_sum(view: View, root: fx.Node) -> str | None:
+    term = view.term(root)
+    power = term.args["input"] if term is not None else root
+    inner = view.term(power)
+    summands = inner.args.values() if inner is not None and inner.op == "add" else [power]
+    is_sum = any(getattr(view.producer(value), "target", None) in ("sum", torch.sum) for value in summands)
+    return "it divides by the root of a sum, as an L2 norm does, and not of a mean" if is_sum else None
+
+
 def _torch_eps(match: Match) -> float:
     eps = match.value("_eps")
     return torch.finfo(_wide(match)).eps if eps is None else eps

@@ -130,7 +130,7 @@ LOOKALIKES = [
         (X, W),
         missed="want mean",
     ),
-    Lookalike("sum for mean", rms_with(lambda x: x.pow(2).sum(-1, keepdim=True) + EPS), (X, W), missed="want mean"),
+    Lookalike("sum for mean", rms_with(lambda x: x.pow(2).sum(-1, keepdim=True) + EPS), (X, W), missed="L2 norm"),
     Lookalike("cube for square", rms_with(lambda x: x.abs().pow(3).mean(-1, keepdim=True) + EPS), (X, W), missed="pow"),
     Lookalike("size for square", rms_with(lambda x: x.abs().mean(-1, keepdim=True) + EPS), (X, W), missed="abs"),
     Lookalike("no eps", rms_with(lambda x: x.pow(2).mean(-1, keepdim=True)), (X, W), missed="want add"),
