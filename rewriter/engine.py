@@ -17,6 +17,7 @@ from torch import fx
 from fastlora.commit import commit
 from fastlora.effects import BODIES
 from fastlora.legality import Legality
+from fastlora.matching import RAISED
 from fastlora.quantised import propose, settle
 from fastlora.rule import Anchor, GroupRule, Match, Rule
 from fastlora.verify import disagreement
@@ -190,7 +191,7 @@ def _fuse(result: Rewrite, rules: list[Rule]) -> Iterator[Match]:
         roots = rule.outputs[0].roots()
         for node in result.view.producers():
             term = result.view.term(node)
-            names = {f"raised.{m.op.name}" for m in result.view.raised.get(node, ())} | ({term.op} if term else set())
+            names = {f"{RAISED}{m.op.name}" for m in result.view.raised.get(node, ())} | ({term.op} if term else set())
             if names & roots:
                 yield from _accepted(result, rule, node)
 
