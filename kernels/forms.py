@@ -85,7 +85,7 @@ class Forms:
             return self.pytorch
         _load()
         for form in self.accelerated:
-            if form.name == (_only or form.name) and getattr(form, question)(**arguments):
+            if _only in (None, form.name) and getattr(form, question)(**arguments):
                 return form
         if _only is not None:
             raise NotImplementedError(f"{self.op}: the {_only} form does not serve these arguments")

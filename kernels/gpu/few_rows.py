@@ -12,7 +12,7 @@ fill the GPU, the sums are cut into shares, kept in float32 and added in order: 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import triton
@@ -22,8 +22,8 @@ from fastlora.kernels import dequantize as op
 from fastlora.kernels.encoded import Encoded
 from fastlora.kernels.gpu import ahead
 from fastlora.kernels.gpu.dequantize import halves, scales
-from fastlora.kernels.gpu.launch import HALVES, allocate, cdiv, power_of_two, processors
-from fastlora.kernels.gpu.low_rank import reduce
+from fastlora.kernels.gpu.launch import HALVES, allocate, cdiv, processors
+from fastlora.kernels.gpu.low_rank import Sweep, block_of, in_shares, reduce
 from fastlora.kernels.gpu.matmul import measured
 
 MOST_ROWS = 64
@@ -35,17 +35,8 @@ PER = 8
 """Halves of a word."""
 
 
-class Sweep(NamedTuple):
-    """How a program walks over a weight: rows and words of a tile, and the kernel's options."""
-
-    rows: int
-    words: int
-    warps: int
-    stages: int
-
-
-ONE = Sweep(8, 128, warps=4, stages=2)
-FEW = Sweep(64, 16, warps=4, stages=1)
+ONE = Sweep(8, 1024, warps=4, stages=2)
+FEW = Sweep(64, 128, warps=4, stages=1)
 PROGRAMS = 8
 """For each processor, where the sums are cut. All measured on an H100, bfloat16: with more stages, loads of the code's
 values would be pipelined, through memory, and take several times as long."""
@@ -178,20 +169,17 @@ def product(
     strips = cdiv(N, sweep.rows)
     options = {
         "BLOCKSIZE": given["blocksize"], "NESTED_BLOCKSIZE": given["nested_blocksize"], "BLOCK_N": sweep.rows,
-        "WORDS": sweep.words, "BLOCK_R": max(16, power_of_two(max(R, 1))),
+        "WORDS": sweep.cols // PER, "BLOCK_R": block_of(R),
         "num_warps": sweep.warps, "num_stages": sweep.stages, "enable_fp_fusion": False,
     }  # fmt: skip
     if T == 1:
         one_row_kernel[(strips,)](*operands, out, N, K, R, *to_b, **options)
         return out
-    step = sweep.words * PER
-    count = max(1, min(K // (2 * step), PROGRAMS * processors(x.device) // strips))
-    share = cdiv(cdiv(K, count), step) * step
-    count = cdiv(K, share)
+    count, share = in_shares(strips, K, sweep.cols, PROGRAMS * processors(x.device), steps=2)
     shares = out.unsqueeze(0) if count == 1 else allocate((count, T, N), torch.float32, x.device)
     few_rows_kernel[(strips, count)](
         *operands, shares, T, N, K, R, x.stride(0), 0 if xa is None else xa.stride(0), *to_b,
-        share, shares.stride(0), shares.stride(1), BLOCK_T=max(16, power_of_two(T)), **options,
+        share, shares.stride(0), shares.stride(1), BLOCK_T=block_of(T), **options,
     )  # fmt: skip
     if count > 1:
         reduce((shares, out))

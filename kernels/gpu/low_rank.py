@@ -153,15 +153,16 @@ def reduce(*sums: tuple[torch.Tensor, torch.Tensor]) -> None:
     reduce_kernel[(blocks,)](*args, BLOCK=REDUCED, SHARES=16, num_warps=4)
 
 
-def _shares(blocks: int, size: int, step: int, device: torch.device) -> tuple[int, int]:
-    """Into how many shares to cut the summed `size`, and a share's size: as many as give one wave of blocks * shares
-    programs, none of fewer than four steps."""
-    count = max(1, min(size // (4 * step), processors(device) // blocks))
+def in_shares(blocks: int, size: int, step: int, programs: int, steps: int = 4) -> tuple[int, int]:
+    """Into how many shares to cut the summed `size`, and a share's size: as many as give blocks * shares no more than
+    `programs`, none of fewer than `steps` steps."""
+    count = max(1, min(size // (steps * step), programs // blocks))
     share = cdiv(cdiv(size, count), step) * step
     return cdiv(size, share), share
 
 
-def _block(R: int) -> int:
+def block_of(R: int) -> int:
+    """The narrowest block for a dimension of a product that is as small as R."""
     return max(16, power_of_two(R))
 
 
@@ -175,9 +176,9 @@ def sum_rows(
 ) -> torch.Tensor:
     """out (T, R) = scaling * x (T, K) @ factor (K, R)."""
     (T, K), R = x.shape, factor.shape[1]
-    block, transposed = _block(R), factor.stride(1) != 1
+    block, transposed = block_of(R), factor.stride(1) != 1
     strips = cdiv(T, sweep.rows)
-    count, share = _shares(strips, K, sweep.cols, x.device)
+    count, share = in_shares(strips, K, sweep.cols, processors(x.device))
     target = out if count == 1 else allocate((count, T, R), torch.float32, x.device)
     rows_kernel[(strips, count)](
         describe(x, sweep.rows, sweep.cols), describe(factor.t(), block, sweep.cols) if transposed else factor, target,
@@ -197,10 +198,10 @@ def sum_columns(
     """out (C, R) = x (T, C)^T @ thin (T, R); and rows (T, R) = scaling * x @ factor (C, R), if these are given.
     `out` or its transpose is contiguous."""
     (T, C), R = x.shape, thin.shape[1]
-    block = _block(R)
+    block = block_of(R)
     held = 0 if factor is None else 2 * sweep.cols * block
     strips = cdiv(C, sweep.cols)
-    count, share = _shares(strips, T, sweep.rows, x.device)
+    count, share = in_shares(strips, T, sweep.rows, processors(x.device))
     shares = out.unsqueeze(0)
     if count > 1:
         shares = allocate((count, C * R), torch.float32, x.device)
@@ -243,7 +244,7 @@ def up_gradients(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """dxa (T, R) in dy's dtype = scaling * dy (T, N) @ B (N, R), and dB (N, R) in `dtype` = dy^T @ xa (T, R), each if
     wanted. xa holds its scaling already, as `down` gives it. `out`, for dxa, may be some columns of a wider matrix."""
-    (T, R), block = xa.shape, _block(xa.shape[1])
+    (T, R), block = xa.shape, block_of(xa.shape[1])
     dxa = None
     if wants[0]:
         dxa = allocate((T, R), dy.dtype, dy.device) if out is None else out
