@@ -50,13 +50,18 @@ def _last_dimension(match: Match) -> bool | str:
     return fits or "weight and x differ"
 
 
+def _summands(view: View, value) -> list:
+    """What a sum is of; nothing, of any other value."""
+    term = view.term(value)
+    return list(term.args.values()) if term is not None and term.op == "add" else []
+
+
 def normaliser(view: View, node: fx.Node) -> bool:
     """The root of a mean and a little more: `rsqrt`, or `sqrt` if it is of that kind, by which something is divided."""
     term = view.term(node)
     if term is None or term.op != "sqrt":
         return term is not None and term.op == "rsqrt"
-    inner = view.term(term.args["input"])
-    terms = [view.term(value) for value in inner.args.values()] if inner is not None and inner.op == "add" else []
+    terms = map(view.term, _summands(view, term.args["input"]))
     return any(each is not None and each.op in ("mean", "var") for each in terms)
 
 
@@ -88,9 +93,8 @@ def _weight_fits(match):
 def _of_a_sum(view: View, root: fx.Node) -> str | None:
     term = view.term(root)
     power = term.args["input"] if term is not None else root
-    inner = view.term(power)
-    summands = inner.args.values() if inner is not None and inner.op == "add" else [power]
-    is_sum = any(getattr(view.producer(value), "target", None) in ("sum", torch.sum) for value in summands)
+    values = [power, *_summands(view, power)]
+    is_sum = any(getattr(view.producer(value), "target", None) in ("sum", torch.sum) for value in values)
     return "it divides by the root of a sum, as an L2 norm does, and not of a mean" if is_sum else None
 
 

@@ -67,7 +67,7 @@ def choose(calls: Sequence[Needs], budget: int, bytes_per_flop: float) -> list[C
     In the time of a floating-point operation `bytes_per_flop` can be moved. Those that move come first: they have the
     longest time until their backward.
     """
-    free = bytes_per_flop * sum(call.flops for call in calls)
+    free = movable = bytes_per_flop * sum(call.flops for call in calls)
     over = sum(call.kept for call in calls) - budget
     choices = [KEEP] * len(calls)
     for i, call in enumerate(calls):
@@ -81,7 +81,7 @@ def choose(calls: Sequence[Needs], budget: int, bytes_per_flop: float) -> list[C
     if over <= 0:
         return choices
     over = sum(call.kept - call.spared for call in calls) - budget
-    free = bytes_per_flop * sum(call.flops for call in calls)
+    free = movable
     choices = [Choice(spares=call.spared > 0) for call in calls]
     for i, call in enumerate(calls):
         if over > 0:

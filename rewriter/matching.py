@@ -344,8 +344,8 @@ class Raised(Pattern):
 
 
 def _match_all(pairs: list[tuple[Pattern, Any]], view: View, state: State, trace: Trace | None) -> Iterator[State]:
-    """All the ways in which each value fits its pattern. Values that are of no operation that their pattern could begin
-    with are told first, but where somebody wants to know what else there is to say."""
+    """All the ways in which each value fits its pattern. If one is of no operation that its pattern could begin with,
+    none is tried, unless somebody wants to know how far the others would have come."""
     if trace is not None or all(pattern.admits(view, value) for pattern, value in pairs):
         yield from _match_in_turn(pairs, view, state, trace)
 
