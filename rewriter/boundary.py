@@ -13,13 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fastlora.deferred import Tally, defer, defer_adapted
+from fastlora.deferred import Tally, begin, defer, is_worthwhile
 from fastlora.engine import Rewrite
 from fastlora.kernels.ops import lora_linear
 from fastlora.metadata import known_less, meta
-from fastlora.recipe import Adapter
+from fastlora.recipe import Adapter, Recipe
 from fastlora.spelling import spelling_of
 from fastlora.view import CASTS, View
+
+
+def _is_seen() -> bool:
+    """Whether what meets deferred logits sees that they are. TorchDynamo runs a graph without PyTorch's function
+    overrides where it has parameters of subclasses, as bitsandbytes' are."""
+    return torch._C._is_torch_function_enabled()
 
 
 class DeferredProduct(nn.Module):
@@ -30,10 +36,7 @@ class DeferredProduct(nn.Module):
         self._tally = tally
 
     def forward(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        plain = type(hidden) is torch.Tensor and type(weight) in (torch.Tensor, nn.Parameter)
-        plain &= torch._C._is_torch_function_enabled()  # TorchDynamo runs a graph without where it has parameters of
-        # subclasses, as bitsandbytes' are; what meets deferred logits there would not see that they are
-        if plain and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        if _is_seen() and is_worthwhile(hidden, weight):
             return defer(hidden, weight, bias, self._tally)
         return F.linear(hidden, weight, bias)
 
@@ -47,13 +50,9 @@ class DeferredAdaptedProduct(nn.Module):
 
     def forward(self, *values: Any) -> torch.Tensor:
         given = dict(zip(lora_linear.names, values, strict=True))
-        x, low = given["x"], Adapter(given["lora_a"], given["lora_b"], given["scaling"], given["lora_dtype"])
-        parts = (given["weight"], low.a, low.b)
-        plain = type(x) is torch.Tensor and all(type(t) in (torch.Tensor, nn.Parameter) for t in parts)
-        plain &= torch._C._is_torch_function_enabled()
-        if plain and torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parts)):
-            base_dtype, dtype = given["base_dtype"], given["out_dtype"]
-            return defer_adapted(x, given["weight"], given["bias"], low, base_dtype, dtype, self._tally)
+        x, weight, low = given["x"], given["weight"], Adapter(*(given[name] for name in Adapter._fields))
+        if _is_seen() and is_worthwhile(x, weight, low.lora_a, low.lora_b):
+            return begin(Recipe(x, weight, given["bias"], given["base_dtype"], given["out_dtype"], low), self._tally)
         made: torch.Tensor = lora_linear(**given)
         return made
 

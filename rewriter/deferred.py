@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from fastlora.recipe import Adapter, Recipe
+from fastlora.recipe import Recipe
 
 
 @dataclass
@@ -114,9 +114,7 @@ class DeferringHead:
     def _defers(self, hidden: Any) -> bool:
         head = self._head
         hooked = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks
-        plain = type(hidden) is torch.Tensor and type(head.weight) in (torch.Tensor, nn.Parameter)
-        wanted = plain and (hidden.requires_grad or head.weight.requires_grad)
-        return wanted and torch.is_grad_enabled() and not hooked and not torch.compiler.is_compiling()
+        return not hooked and not torch.compiler.is_compiling() and is_worthwhile(hidden, head.weight)
 
 
 def can_defer(head: nn.Module | None) -> bool:
@@ -124,27 +122,21 @@ def can_defer(head: nn.Module | None) -> bool:
     return type(head) is nn.Linear and head.out_features > head.in_features and head.weight.device.type != "meta"
 
 
+def is_worthwhile(hidden: Any, *parameters: torch.Tensor) -> bool:
+    """Whether a head's product of plain tensors has a gradient, so that a loss is likely to be taken from it."""
+    plain = type(hidden) is torch.Tensor and all(type(t) in (torch.Tensor, nn.Parameter) for t in parameters)
+    return plain and torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *parameters))
+
+
 def defer(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tally: Tally) -> DeferredLogits:
     """Deferred `F.linear(hidden, weight, bias)`, in the dtype that autocast would give it."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    return _begin(Recipe(hidden, weight, bias, dtype, dtype), tally)
+    return begin(Recipe(hidden, weight, bias, dtype, dtype), tally)
 
 
-def defer_adapted(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    adapter: Adapter,
-    base_dtype: torch.dtype,
-    dtype: torch.dtype,
-    tally: Tally,
-) -> DeferredLogits:
-    """The deferred result, in `dtype`, of a linear layer that computes in `base_dtype`, with an adapter."""
-    return _begin(Recipe(hidden, weight, bias, base_dtype, dtype, adapter), tally)
-
-
-def _begin(recipe: Recipe, tally: Tally) -> DeferredLogits:
+def begin(recipe: Recipe, tally: Tally) -> DeferredLogits:
+    """The deferred logits of a recipe to which nothing was done yet."""
     tally.deferred += 1
     recipe = replace(recipe, versions=recipe.now())
     return DeferredLogits(recipe, tally, recipe.multiply, [])

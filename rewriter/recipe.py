@@ -13,12 +13,12 @@ from fastlora.kernels.ops import linear_cross_entropy, lora_linear
 
 
 class Adapter(NamedTuple):
-    """A low-rank adapter on the head, computed in `dtype`: s B A, of A (R, H) and B (V, R)."""
+    """A low-rank adapter on the head, as the ops call its parts: scaling * B A, of A (R, H) and B (V, R)."""
 
-    a: torch.Tensor
-    b: torch.Tensor
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
     scaling: float
-    dtype: torch.dtype
+    lora_dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Recipe:
     @property
     def tensors(self) -> list[torch.Tensor]:
         """All that the logits are computed from."""
-        low = () if self.adapter is None else (self.adapter.a, self.adapter.b)
+        low = () if self.adapter is None else self.adapter[:2]
         return [t for t in (self.hidden, self.weight, self.bias, *low) if t is not None]
 
     def now(self) -> tuple[int, ...]:
@@ -62,7 +62,9 @@ class Recipe:
         cut = self.of(
             hidden=self.hidden.detach(), weight=self.weight.detach(), bias=None if bias is None else bias.detach()
         )
-        return cut if low is None else replace(cut, adapter=low._replace(a=low.a.detach(), b=low.b.detach()))
+        if low is None:
+            return cut
+        return replace(cut, adapter=low._replace(lora_a=low.lora_a.detach(), lora_b=low.lora_b.detach()))
 
     def of(self, **parts: torch.Tensor | None) -> Recipe:
         """The same of other tensors, views of these say, as they are now."""
@@ -77,12 +79,11 @@ class Recipe:
     def multiply(self) -> torch.Tensor:
         """The plain product, before anything was done to it."""
         self.check()
-        low = self.adapter
         with torch.autocast(self.hidden.device.type, enabled=False):
-            if low is not None:
+            if self.adapter is not None:
                 adapted: torch.Tensor = lora_linear(
-                    x=self.hidden, weight=self.weight, bias=self.bias, lora_a=low.a, lora_b=low.b, scaling=low.scaling,
-                    base_dtype=self.base_dtype, lora_dtype=low.dtype, out_dtype=self.dtype,
+                    x=self.hidden, weight=self.weight, bias=self.bias, base_dtype=self.base_dtype,
+                    out_dtype=self.dtype, **self.adapter._asdict(),
                 )  # fmt: skip
                 return adapted
             bias = None if self.bias is None else self.bias.to(self.base_dtype)
@@ -93,8 +94,7 @@ class Recipe:
         self.check()
         scale = self.scale * self.gain if self.squashed else self.scale
         if self.adapter is not None:
-            names = ("lora_a", "lora_b", "scaling", "lora_dtype")
-            options |= dict(zip(names, self.adapter, strict=True))
+            options |= self.adapter._asdict()
         loss: torch.Tensor = linear_cross_entropy(
             x=self.hidden, weight=self.weight, bias=self.bias, labels=labels, scale=scale,
             softcap=self.gain if self.squashed else 0.0, z_loss=0.0, base_dtype=self.base_dtype,
