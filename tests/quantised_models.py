@@ -9,7 +9,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import FAMILIES, Step
+from tiny_models import FAMILIES
 from torch import nn
 
 from fastlora.tools.zoo.quantised import decode, four_bit_layer
@@ -73,13 +73,6 @@ def fill(model: Any, dtype: torch.dtype = torch.float32) -> Any:
         if "lora_B" in name:
             parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model
-
-
-def distance(found: Step, truth: Step) -> float:
-    """That of all gradients together, relative to the truth's."""
-    pairs = [(found.gradients[name].double(), g.double()) for name, g in truth.gradients.items()]
-    off = sum(float((mine - its).square().sum()) for mine, its in pairs)
-    return float((off / sum(float(its.square().sum()) for _, its in pairs)) ** 0.5)
 
 
 def decoded(model: nn.Module) -> nn.Module:

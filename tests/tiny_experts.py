@@ -10,6 +10,8 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import COMMON
 from torch import nn
 
+import fastlora
+
 LAYERS, EXPERTS = 2, 4
 PARAMETERS = ["gate_up_proj", "down_proj"]
 _COMMON = {**COMMON, "num_hidden_layers": LAYERS, "num_experts_per_tok": 2}
@@ -87,3 +89,10 @@ def one_by_one(model: Any) -> Any:
     """The same model with experts in a loop, which any dtype runs through."""
     model.get_base_model().set_experts_implementation("eager")
     return model
+
+
+def lora_of(model: nn.Module) -> tuple[int, int, list[str]]:
+    """Candidates, those that are fused, and the reasons of the others."""
+    report = fastlora.report(model)
+    coverage = report.coverage["lora"]
+    return coverage.seen, coverage.fused, [miss.reason for miss in report.missed if miss.op == "lora"]

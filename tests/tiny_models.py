@@ -44,7 +44,7 @@ LLAMA_LIKE = [name for name in FAMILIES if name not in ("gpt_neox", "bert")]
 def build(
     family: str, dtype: torch.dtype = torch.float32, dropout: float = 0.0, seed: int = 0, **lora: object
 ) -> nn.Module:
-    """A PEFT model with fp32 adapters on all linear layers, B not zero so that every gradient is."""
+    """A PEFT model with fp32 adapters, on all linear layers unless told, B not zero so that every gradient is."""
     import transformers
 
     name, settings = FAMILIES[family]
@@ -58,7 +58,8 @@ def build(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(
-            model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=dropout, **lora)
+            model,
+            LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "lora_dropout": dropout, **lora}),
         )
     model.to(dtype)
     generator = torch.Generator().manual_seed(seed)
@@ -108,6 +109,21 @@ def relative(mine: torch.Tensor, truth: torch.Tensor) -> float:
     """The distance of two tensors in the norm of the second."""
     mine, truth = mine.detach().double(), truth.detach().double()
     return float((mine - truth).norm() / truth.norm().clamp_min(1e-30))
+
+
+def distance(found: Step, truth: Step) -> float:
+    """That of all gradients together, relative to the truth's."""
+    pairs = [(found.gradients[name].double(), g.double()) for name, g in truth.gradients.items()]
+    off = sum(float((mine - its).square().sum()) for mine, its in pairs)
+    return float((off / sum(float(its.square().sum()) for _, its in pairs)) ** 0.5)
+
+
+def assert_equal(mine: Step, expected: Step) -> None:
+    """Two float32 steps, whose sums may have been made in another order."""
+    assert relative(mine.loss, expected.loss) <= 1e-6
+    assert mine.gradients.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        assert relative(mine.gradients[name], gradient) <= 5e-6, name
 
 
 def double(model: nn.Module) -> nn.Module:

@@ -6,48 +6,22 @@ import copy
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
-from peft import LoraConfig, get_peft_model
-from tiny_models import FAMILIES, Step, batch, double, relative, step
+from tiny_models import Step, assert_equal, batch, double, relative, step
 from torch import nn
 
 import fastlora
 from fastlora.deferred import DeferredLogits
 
 
-@pytest.fixture(autouse=True)
-def _apart() -> None:
-    """Models of other tests do not make numbers of this one's change."""
-    torch._dynamo.reset()
-
-
 def build(family: str = "llama", dtype: torch.dtype = torch.float32, **lora: Any) -> Any:
-    """Adapters in float32 on q_proj and on the head; no B is zero."""
-    import transformers
-
-    name, settings = FAMILIES[family]
-    model_class = getattr(transformers, name)
-    torch.manual_seed(0)
-    base = model_class(model_class.config_class(**settings)).to(dtype)
-    model: Any = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"], **lora))
-    for parameter_name, parameter in model.named_parameters():
-        if "lora_" in parameter_name:
-            parameter.data = parameter.data.float()
-        if "lora_B" in parameter_name:
-            nn.init.normal_(parameter, std=0.1)
-    return model
+    return tiny_models.build(family, dtype, target_modules=["q_proj", "lm_head"], **lora)
 
 
 def loss_of(model: nn.Module) -> tuple[int, int]:
     coverage = fastlora.report(model).coverage.get("loss")
     return (0, 0) if coverage is None else (coverage.seen, coverage.fused)
-
-
-def assert_equal(mine: Step, expected: Step, bound: float = 5e-6) -> None:
-    assert relative(mine.loss, expected.loss) <= bound
-    assert mine.gradients.keys() == expected.gradients.keys()
-    for name, gradient in expected.gradients.items():
-        assert relative(mine.gradients[name], gradient) <= bound, name
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
@@ -113,7 +87,7 @@ def test_a_step_after_the_logits_were_kept_is_refused_to_read_them() -> None:
         outputs.logits.sum()
 
 
-@pytest.mark.parametrize("lora", [{"lora_dropout": 0.5}, {"lora_bias": True}], ids=str)
+@pytest.mark.parametrize("lora", [{"dropout": 0.5}, {"lora_bias": True}], ids=str)
 def test_what_the_loss_does_not_take_runs_as_it_is(lora: dict[str, Any]) -> None:
     model = build(**lora)
     expected = step(model, batch())

@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from quantised_models import WIDTHS, distance, fill
-from tiny_models import FAMILIES, batch, relative, step
+from quantised_models import WIDTHS, fill
+from tiny_models import FAMILIES, batch, distance, relative, step
 from torch import Tensor, nn
 
 import fastlora

@@ -8,8 +8,8 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
-from quantised_models import Format, build, decoded, distance
-from tiny_models import batch, relative, step
+from quantised_models import Format, build, decoded
+from tiny_models import batch, distance, relative, step
 
 import fastlora
 from fastlora.kernels.ops import dequantize_4bit
