@@ -105,7 +105,8 @@ class ModelGate:
     """Sits on the whole model: a training step needs no KV cache, so none is built for it unless it is asked for.
 
     Nor where that would change what is computed: positions without a mask tell the sequences of a packed row apart, but
-    in transformers only if there is no cache.
+    in transformers only if there is no cache; and a prefix that PEFT has learned comes in one, which some models ignore
+    unless they are to use it.
     """
 
     def __init__(self, model: nn.Module, session: Session, inner: Gate | None) -> None:
@@ -124,8 +125,13 @@ class ModelGate:
         asked = any(kwargs.get(name) is not None for name in ("use_cache", "past_key_values"))
         asked |= kwargs.get("position_ids") is not None and kwargs.get("attention_mask") is None
         training = self._model.training or kwargs.get("labels") is not None
-        if self._caches and training and not asked and torch.is_grad_enabled():
+        if self._caches and training and not asked and not self._has_prompts() and torch.is_grad_enabled():
             kwargs["use_cache"] = False
         if self.session.thrift is not None:
             self.session.thrift.begin()
         return self._inner(*args, **kwargs) if self._inner is not None else self._model._call_impl(*args, **kwargs)
+
+    def _has_prompts(self) -> bool:
+        """Whether PEFT puts something learned before the tokens."""
+        configs = getattr(self._model, "peft_config", None) or {}
+        return any(config.is_prompt_learning for config in configs.values())

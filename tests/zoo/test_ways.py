@@ -19,7 +19,7 @@ from fastlora.tools.zoo.ways import WAYS
 OTHERS = ("gemma2", "qwen3", "phi3", "granite", "olmo2", "glm4", "mixtral")
 PAIRS = [(way, name) for i, way in enumerate(WAYS) for name in ("llama", OTHERS[i % len(OTHERS)])]
 PAIRS += [("experts", name) for name in ("mixtral", "gpt_oss")]
-PAIRS.append(("eva", "bert:AutoModelForMaskedLM"))
+PAIRS += [("eva", "bert:AutoModelForMaskedLM"), ("prefix", "whisper")]
 UNFUSED = ("adalora", "prefix")
 """Where other tuners' layers, or a cache, keep blocks from being fused entirely."""
 
