@@ -127,7 +127,9 @@ def doctor(
 
 @app.command()
 def zoo(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[TYPE]...", help="Which; default: all.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[TYPE]...", help="Which, or an auto class of them; default: all.")
+    ] = None,
     output: Annotated[Path, typer.Option(metavar="DIR", help="Where the results go, as one line of JSON each.")] = Path(
         "fastlora-zoo"
     ),

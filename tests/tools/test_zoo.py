@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,21 @@ def test_results_are_kept_and_written(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(arguments) == 0
     assert "gpt2: equal" not in capsys.readouterr().out
     assert len((tmp_path / RESULTS).read_text().splitlines()) == 1
+
+
+def test_the_name_of_a_class_stands_for_its_types(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def equal(errands: list[command.Errand], *_: object) -> list[command.Row]:
+        return [asdict(examine.Examined(str(kind), way, examine.EQUAL)) for kind, way in errands]
+
+    monkeypatch.setattr(command, "examined", equal)
+    page = tmp_path / "ways.md"
+    assert run(Visit(tmp_path, ["gpt2", "AutoModelForCTC", "gpt2"], ["dropout", "full"], page=page), Console())
+    rows = [json.loads(line) for line in (tmp_path / RESULTS).read_text().splitlines()]
+    types = {row["name"] for row in rows}
+    assert len(rows) == 2 * len(types)
+    assert {"gpt2", "wav2vec2:AutoModelForCTC"} <= types
+    assert "llama" not in types
+    assert "fastlora zoo gpt2 AutoModelForCTC gpt2 --way" in page.read_text()
 
 
 @pytest.mark.parametrize(("visit", "named"), [

@@ -33,8 +33,9 @@ _PRELOADED = ["torch", "transformers", "peft", "fastlora", "fastlora.tools.zoo.e
 
 @dataclass(frozen=True)
 class Visit:
-    """What to look at: no names mean everything, no ways the plain one, and "all" all of them. `resume` keeps what an
-    earlier run has found in the same folder, `page` and `golden` are files to write as well."""
+    """What to look at: no names mean everything, that of an auto class all of its types; no ways the plain one, and
+    "all" all of them. `resume` keeps what an earlier run has found in the same folder, `page` and `golden` are files to
+    write as well."""
 
     output: Path
     names: list[str] = field(default_factory=list)
@@ -53,8 +54,11 @@ def run(visit: Visit, console: Console) -> bool:
         UsageError: for an unknown name, or numbers that make no sense.
     """
     known = kinds()
+    of: dict[str, list[str]] = {}
+    for name, kind in known.items():
+        of.setdefault(kind.auto_class, []).append(name)
     for name in visit.names:
-        if name not in known:
+        if name not in known and name not in of:
             raise UsageError(f"{name}: no architecture of the installed transformers; `fastlora zoo --list` lists them")
     for name in visit.ways:
         if name not in WAYS and name != "all":
@@ -62,7 +66,8 @@ def run(visit: Visit, console: Console) -> bool:
     if visit.jobs < 1 or not visit.seconds > 0:
         raise UsageError(f"--jobs {visit.jobs}, --seconds {visit.seconds:g}: both must be more than 0")
     ways = list(WAYS) if "all" in visit.ways else visit.ways or [PLAIN.name]
-    asked = [(name, way) for way in ways for name in visit.names or list(known)]
+    named = [each for name in visit.names or known for each in of.get(name, [name])]
+    asked = [(name, way) for way in ways for name in dict.fromkeys(named)]
     with writing(visit.output):
         visit.output.mkdir(parents=True, exist_ok=True)
         path = visit.output / RESULTS
@@ -78,7 +83,7 @@ def run(visit: Visit, console: Console) -> bool:
         if visit.page is not None and ways == [PLAIN.name]:
             write_page(chosen, visit.page)
         elif visit.page is not None:
-            write_ways(chosen, visit.page)
+            write_ways(chosen, visit.page, visit.names)
         if visit.golden is not None:
             write_golden(chosen, visit.golden)
     console.print(summary(chosen))
@@ -143,13 +148,14 @@ def _work(kind: Kind, way: str, sender: Any) -> None:
 
 def _earlier(path: Path) -> dict[tuple[str, str], Row]:
     """What an earlier run has written, but for a last line that was cut off."""
-    rows = {}
+    rows: dict[tuple[str, str], Row] = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        rows[row["name"], row["way"]] = row
+        if row.keys() == Examined.__dataclass_fields__.keys():  # and not of another version of this
+            rows[row["name"], row["way"]] = row
     return rows
 
 

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -44,8 +45,13 @@ MAMBA_OWN = ("out_proj", "conv1d")
 MAMBA_TYPES = ("falcon_h1", "nemotron_h")
 """Types that PEFT counts among those models, whose classes do not say so."""
 
+LIBRARIES = ("torch", "transformers", "peft")
 _LOSS = "the loss"
 EQUAL, DIFFERENT, FAILED, UNTRAINED, UNBUILT = "equal", "different", "failed", "eager fails", "not built"
+
+
+def _versions() -> str:
+    return ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
 
 
 @dataclass
@@ -61,6 +67,7 @@ class Examined:
         missed: reasons for which candidates were left, and how often.
         notes: what else the report says, such as why a block ran as it was.
         loss_difference, gradient_difference: relative to eager's; of gradients the largest.
+        versions: of the libraries it was seen with.
     """
 
     name: str
@@ -75,6 +82,7 @@ class Examined:
     loss_difference: float | None = None
     gradient_difference: float | None = None
     seconds: float = 0.0
+    versions: str = field(default_factory=_versions)
 
 
 @dataclass

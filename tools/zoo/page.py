@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 from collections import Counter
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from fastlora.tools.zoo.ways import WAYS
 Row = dict[str, Any]
 
 FAMILIES = ("lora", "norm", "rotary", "glu", "loss")
-_LIBRARIES = ("torch", "transformers", "peft")
 
 _HEAD = """\
 # Architectures
@@ -76,9 +74,9 @@ def _classes(rows: list[Row]) -> list[str]:
     return lines
 
 
-def _conditions() -> dict[str, str]:
-    """What a page says of when and with what it was measured."""
-    versions = ", ".join(f"{name} {version(name)}" for name in _LIBRARIES)
+def _conditions(rows: list[Row]) -> dict[str, str]:
+    """What a page says of when and with what it was measured: results of several machines can be read together."""
+    versions = " and ".join(dict.fromkeys(row["versions"] for row in rows))
     return {"date": datetime.date.today().isoformat(), "versions": versions}
 
 
@@ -89,7 +87,7 @@ def _problem(row: Row, most: int) -> str:
 
 def write_page(rows: list[Row], path: Path) -> None:
     head = _HEAD.format(
-        **_conditions(),
+        **_conditions(rows),
         counts="\n".join(f"| {what} | {of} | {many} |" for what, of, many in counts(rows)),
         classes="\n".join(_classes(rows)),
     )
@@ -149,7 +147,7 @@ _WAYS_HEAD = """\
 Measured on {date} on a CPU with {versions} by
 
 ```bash
-fastlora zoo {names} --way all --page ways.md
+fastlora zoo {names}--way all --page ways.md
 ```
 
 Tiny models as in [coverage.md](coverage.md), each trained in every way. "Equal" is as there; where eager itself rounds
@@ -161,16 +159,20 @@ times eager's. Not every model can be trained in every way: some cannot be built
 """
 
 
-def write_ways(rows: list[Row], path: Path) -> None:
-    """A line for each way, and one for each model that is not equal in it."""
-    head = _WAYS_HEAD.format(**_conditions(), names=" ".join(dict.fromkeys(row["name"] for row in rows)))
+def write_ways(rows: list[Row], path: Path, names: list[str]) -> None:
+    """A line for each way, and one for each model and problem with it. `names` are those that were asked for."""
+    head = _WAYS_HEAD.format(**_conditions(rows), names="".join(f"{name} " for name in names))
     lines = [
         _way_line(way, [row for row in rows if row["way"] == way]) for way in dict.fromkeys(r["way"] for r in rows)
     ]
-    odd = [row for row in rows if row["verdict"] != EQUAL]
-    table = ["", "## What is not equal", "", "| model | way | | problem |", "| --- | --- | --- | --- |"]
-    for row in odd:
-        table.append(f"| {row['name']} | {row['way']} | {row['verdict']} | {_problem(row, 140)} |")
+    odd: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        if row["verdict"] != EQUAL:
+            odd.setdefault((row["name"], row["verdict"], _problem(row, 140)), []).append(row["way"])
+    table = ["", "## What is not equal", "", "| model | | problem | ways |", "| --- | --- | --- | --- |"]
+    for (name, verdict, problem), ways in odd.items():
+        shown = "all" if len(ways) == len(lines) > 1 else ", ".join(ways)
+        table.append(f"| {name} | {verdict} | {problem} | {shown} |")
     path.write_text(head + "\n".join([*lines, *table]) + "\n")
 
 
