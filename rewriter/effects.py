@@ -34,6 +34,17 @@ _FRESH |= {"tanh", "sigmoid", "silu", "gelu", "linear", "matmul", "cat", "stack"
 _FRESH |= {"baddbmm", "grouped_mm", "grouped_mm_or_zero"}
 _FRESH |= {"layer_norm", "torch_rms_norm", "cross_entropy"}
 
+_REGIONS = (
+    torch._C._set_grad_enabled,
+    torch.amp.autocast_mode._enter_autocast,
+    torch.amp.autocast_mode._exit_autocast,
+    torch.autograd.grad_mode._enter_inference_mode,
+    torch.autograd.grad_mode._exit_inference_mode,
+    torch._C._autograd._saved_tensors_hooks_disable,
+    torch._C._autograd._saved_tensors_hooks_enable,
+)
+"""What begins and ends regions of another mode."""
+
 REGARDLESS_OF_AUTOCAST = {"mT", "grouped_mm", "grouped_mm_or_zero"}
 """Operations whose results are the same whether autocast is on or off."""
 
@@ -128,8 +139,11 @@ def _probe(node: fx.Node) -> Probe:
     inputs = node.all_input_nodes
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return _probe_higher_order(node, inputs)
+    everything = list(range(len(inputs)))
     if _is_of_functorch(node):  # to run one by itself would leave a transform that nobody ends
-        return [], list(range(len(inputs)))
+        return [], everything
+    if node.target in _REGIONS:  # likewise, and autocast empties its cache of cast weights where its last region ends
+        return everything, everything
     examples = [source.meta.get("example_value") for source in inputs]
     signature = tuple(str((e.dtype, e.dim())) if isinstance(e, torch.Tensor) else str(type(e)) for e in examples)
     key = (node.target, str(fx.node.map_arg((node.args, node.kwargs), lambda _: "node")), signature)

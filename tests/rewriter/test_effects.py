@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from graphs import WRITES, analyse, bf16, randn, rms_norm, trace, view_of
 from torch import Tensor, fx
 
+from fastlora import effects
 from fastlora.effects import Mutations, modes
 from fastlora.view import View
 
@@ -248,6 +249,23 @@ def test_autocast_regions_are_told_apart_and_nest() -> None:
     assert before == after
     assert first == rest
     assert len({before, first, inner, second}) == 4
+
+
+def test_no_region_is_entered_to_know_its_effects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast keeps what it has cast of weights until its outermost region ends: with one left open, forever."""
+
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        with torch.autograd.graph.disable_saved_tensors_hooks("a reason"), torch.autocast("cpu", dtype=bf16):
+            return F.linear(x, w)
+
+    module, _ = trace(function, [X, randn(8, 8)])
+    monkeypatch.setattr(effects, "_PROBED", {})  # what another test may know already
+    Mutations(module.graph)
+    depth = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    assert depth == 1
+    assert not torch.is_autocast_enabled("cpu")
+    assert torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is None
 
 
 def test_inference_regions_are_known() -> None:
