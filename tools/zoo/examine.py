@@ -37,6 +37,9 @@ LOSS_SLACK = 3.5
 """The same for the losses of `BATCHES` batches, a number each: of errors that are alike, the root mean squares of eight
 differ as much in one of a thousand cases (the 0.999 quantile of the F distribution is 12)."""
 
+SCALE = 1024.0
+"""By which losses are scaled under float16 autocast, where small gradients would be nothing."""
+
 LINEAR = re.compile(r"(?!.*Grouped).*(Linear|Conv1D)")
 """How classes of linear layers are called; others that derive from one are routers, which return more than a tensor.
 Nor are grouped ones, whose weight PEFT takes for that of one layer."""
@@ -179,8 +182,10 @@ def _step(model: nn.Module, inputs: dict[str, torch.Tensor], autocast: torch.dty
     set_seed(0)  # of NumPy as well, which masks of sounds are drawn from
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
         loss = model(**typed(model, inputs)).loss
-    loss.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, enabled=autocast is torch.float16)
+    scaler.scale(loss).backward()
+    scale = scaler.get_scale()
+    gradients = {name: p.grad / scale for name, p in model.named_parameters() if p.grad is not None}
     finite = all(bool(g.isfinite().all()) for g in (loss, *gradients.values()))
     if not finite or not gradients:
         raise ArithmeticError(

@@ -240,6 +240,7 @@ WAYS = {
         Way("living", "generation, evaluation, copies and reloading between steps", between=_live),
         Way("experts", "LoRA on the parameters of experts as well", _experts),
         Way("eva", "EVA initialisation", lora(init_lora_weights="eva"), initialise=_explain_variance),
+        Way("scaled", "float16 autocast over float32, the loss scaled by a GradScaler", autocast=torch.float16),
     )
 }
 """By name."""
