@@ -43,7 +43,8 @@ _REGIONS = (
     torch._C._autograd._saved_tensors_hooks_disable,
     torch._C._autograd._saved_tensors_hooks_enable,
 )
-"""What begins and ends regions of another mode."""
+"""What begins and ends regions of another mode, and neither takes nor makes tensors. Autocast keeps what it has cast of
+weights until its outermost region ends."""
 
 REGARDLESS_OF_AUTOCAST = {"mT", "grouped_mm", "grouped_mm_or_zero"}
 """Operations whose results are the same whether autocast is on or off."""
@@ -139,11 +140,8 @@ def _probe(node: fx.Node) -> Probe:
     inputs = node.all_input_nodes
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return _probe_higher_order(node, inputs)
-    everything = list(range(len(inputs)))
-    if _is_of_functorch(node):  # to run one by itself would leave a transform that nobody ends
-        return [], everything
-    if node.target in _REGIONS:  # likewise, and autocast empties its cache of cast weights where its last region ends
-        return everything, everything
+    if _is_of_functorch(node) or node.target in _REGIONS:  # to run one by itself would leave what nobody ends
+        return [], list(range(len(inputs)))
     examples = [source.meta.get("example_value") for source in inputs]
     signature = tuple(str((e.dtype, e.dim())) if isinstance(e, torch.Tensor) else str(type(e)) for e in examples)
     key = (node.target, str(fx.node.map_arg((node.args, node.kwargs), lambda _: "node")), signature)

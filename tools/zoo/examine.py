@@ -48,13 +48,13 @@ MAMBA_OWN = ("out_proj", "conv1d")
 MAMBA_TYPES = ("falcon_h1", "nemotron_h")
 """Types that PEFT counts among those models, whose classes do not say so."""
 
-LIBRARIES = ("torch", "transformers", "peft")
+_LIBRARIES = ("torch", "transformers", "peft")
 _LOSS = "the loss"
 EQUAL, DIFFERENT, FAILED, UNTRAINED, UNBUILT = "equal", "different", "failed", "eager fails", "not built"
 
 
 def _versions() -> str:
-    return ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    return ", ".join(f"{name} {version(name)}" for name in _LIBRARIES)
 
 
 @dataclass
