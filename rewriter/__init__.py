@@ -5,13 +5,16 @@ replaces each by a fused op with a hand-derived backward; what it does not know 
 model and changes nothing global: rules live in `fastlora.patterns`, ops in `fastlora.kernels`.
 """
 
+from fastlora.agreement import Agreement
 from fastlora.api import compile, disable, explain, report
+from fastlora.checking import check
 from fastlora.errors import FastLoRAError, RuleError, StrictError
 from fastlora.report import Coverage, Miss, Report, Site
 from fastlora.rule import fuse, group, rule
 from fastlora.session import default_rules
 
 __all__ = [
+    "Agreement",
     "Coverage",
     "FastLoRAError",
     "Miss",
@@ -19,6 +22,7 @@ __all__ = [
     "RuleError",
     "Site",
     "StrictError",
+    "check",
     "compile",
     "default_rules",
     "disable",

@@ -1,0 +1,334 @@
+"""`fastlora.check` finds a compiled step that is not eager's, passes one that is, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from quantised_models import Format
+from quantised_models import build as build_quantised
+from tiny_models import batch, build
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fastlora
+from fastlora import checking
+from fastlora.kernels import ops
+from fastlora.pattern import sigmoid
+from fastlora.rule import dtype_of, rule
+
+WIDTH = 16
+
+
+@rule(ops.glu, anchor="sigmoid", attrs={"activation": "silu", "out_dtype": dtype_of()})
+def wrongly_silu(gate, up):
+    return (gate * sigmoid(1.702 * gate)) * up
+
+
+class Gated(nn.Module):
+    """Gates by an approximation of GELU; normalises by running statistics, and draws in every way there is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(WIDTH, 24), nn.Linear(WIDTH, 24), nn.Linear(24, WIDTH)
+        self.norm, self.dropout = nn.BatchNorm1d(WIDTH), nn.Dropout(0.2)
+        self.calls, self.seen = 0, []
+        self.draws = self.fails = False
+        self.cuts_where_compiled: bool | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.draws:
+            torch.compiler.disable(self._draw)()
+        x = self.norm(x)
+        gate = self.gate(self.dropout(x))
+        if torch.compiler.is_compiling() is self.cuts_where_compiled:
+            gate = gate.detach()
+        return self.down((gate * torch.sigmoid(1.702 * gate)) * self.up(x)).square().mean()
+
+    def _draw(self) -> None:
+        self.calls += 1
+        self.seen.append(random.random() + numpy.random.rand() + float(torch.rand(())))
+        if self.fails:
+            raise ArithmeticError("on purpose")
+
+
+@pytest.fixture
+def gated() -> Gated:
+    torch.manual_seed(0)
+    return Gated()
+
+
+def x() -> Tensor:
+    return torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+# -- what is right -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "dropout"),
+    [("llama", torch.float32, 0.0), ("qwen3", torch.float32, 0.1), ("bert", torch.bfloat16, 0.0)],
+)
+def test_a_model_with_adapters_is_right(family: str, dtype: torch.dtype, dropout: float) -> None:
+    model = build(family, dtype, dropout)
+    found = fastlora.check(model, **batch(padded=True))
+    assert found, str(found)
+    assert found.compared == sum("lora_" in name for name, _ in model.named_parameters())
+    assert found.loss.float64 is not None
+    assert str(found).startswith("right: ")
+    assert found.fused > 0
+    assert not found.skipped
+    assert not found.notes
+
+
+def test_so_is_one_under_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fastlora.check(build("llama"), **batch())
+    assert found, str(found)
+    assert found.loss.float64 != pytest.approx(found.loss.eager, rel=1e-6)  # autocast is off there
+
+
+def test_so_is_a_model_of_ones_own(gated: Gated) -> None:
+    found = fastlora.check(gated, x=x())
+    assert found, str(found)
+    assert found.compared == 8
+
+
+def test_zeros_stand_aside_so_that_every_gradient_is_something() -> None:
+    model = build("llama")
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    found = fastlora.check(model, **batch())
+    assert found, str(found)
+    assert "21 trained parameters are all zeros" in found.notes[0]
+    assert all(each.error > 0 for each in found.worst)
+
+
+def test_quantised_weights_are_compared_with_eager_alone() -> None:
+    found = fastlora.check(build_quantised("llama", Format()), **batch())
+    assert found, str(found)
+    assert found.loss.float64 is None
+    assert "Params4bit" in found.skipped[0]
+    assert found.fused > 0
+    assert all(each.eager_error is None and 0 < each.bound < 1e-3 for each in found.worst)
+
+
+def test_a_checkpoint_with_reentry_needs_a_whole_backward(gated: Gated) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.inner = nn.Linear(WIDTH, WIDTH), gated
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.inner, self.first(x), use_reentrant=True)
+
+    model = Checkpointed()
+    found = fastlora.check(model, x=x())
+    assert found, str(found)
+    assert found.compared == 10
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_weights_that_a_module_holds_twice_are_checked() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.recurrent, self.out = nn.LSTM(WIDTH, 8), nn.Linear(8, WIDTH)  # which lists its weights, too
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.recurrent(x)[0]).square().mean()
+
+    found = fastlora.check(Recurrent(), x=x())
+    assert found, str(found)
+    assert found.compared == 6
+    assert found.notes == ["nothing was compiled, so both steps are eager's"]
+
+
+# -- what is wrong -----------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_rule_is_found(gated: Gated) -> None:
+    found = fastlora.check(gated, rules=[wrongly_silu], x=x())
+    assert not found
+    assert found.fused == 1
+    assert str(found).startswith("wrong: ")
+    named = {each.name for each in found.worst if not each.right}
+    assert {"gate.weight", "up.weight", "down.weight", "the loss"} <= named
+    assert all(f"{name}: error of eager" in str(found) for name in named)
+    assert "fastlora.disable(model)" in str(found)
+
+
+def test_so_it_is_without_float64(gated: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checking, "_free_on_host", lambda: 0)
+    found = fastlora.check(gated, rules=[wrongly_silu], x=x())
+    assert not found
+    assert "MiB" in found.skipped[0]
+    assert fastlora.check(gated, x=x())
+
+
+def test_a_tolerance_is_what_may_differ(gated: Gated) -> None:
+    assert fastlora.check(gated, rules=[wrongly_silu], tolerance=1.0, x=x())
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_gradient_on_one_side_alone_is_found(gated: Gated, compiled: bool) -> None:
+    gated.cuts_where_compiled = compiled
+    found = fastlora.check(gated, x=x())
+    assert not found
+    names = ["gate.bias", "gate.weight"]
+    assert (found.missing, found.extra) == ((names, []) if compiled else ([], names))
+    assert f"gate.weight: got a gradient in the {'eager' if compiled else 'compiled'} step alone" in str(found)
+
+
+def test_overflow_is_right_where_eager_has_it(gated: Gated) -> None:
+    gated.down.weight.data[0, 0] = 1e30
+    assert not torch.isfinite(gated(x()))
+    found = fastlora.check(gated, x=x())
+    assert found, str(found)
+    loss = json.loads(found.to_json(), parse_constant=pytest.fail)["loss"]
+    assert (loss["eager"], loss["compiled"]) == (None, None)
+
+
+# -- batches without a loss --------------------------------------------------------------------------------------------
+
+
+def test_a_batch_without_labels_is_refused() -> None:
+    inputs = batch()
+    del inputs["labels"]
+    with pytest.raises(fastlora.FastLoRAError, match="pass labels"):
+        fastlora.check(build("llama"), **inputs)
+
+
+def test_a_loss_may_be_made_of_what_the_model_returns() -> None:
+    inputs = batch()
+    labels = inputs.pop("labels")
+
+    def loss(output: Any) -> Tensor:
+        return F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    model = build("llama")
+    found = fastlora.check(model, loss_fn=loss, **inputs)
+    assert found, str(found)
+    assert found.loss.eager == pytest.approx(float(model(**inputs, labels=labels).loss))
+
+
+def test_a_model_that_trains_nothing_is_refused(gated: Gated) -> None:
+    gated.requires_grad_(False)
+    with pytest.raises(fastlora.FastLoRAError, match="require"):
+        fastlora.check(gated, x=x())
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (nn.DataParallel, "model.module"),
+        (lambda model: model.to("meta"), "load the weights"),
+        (lambda model: [model], "not an nn.Module"),
+        (torch.compile, "_orig_mod"),
+        (lambda model: _sharded(model), "before it is sharded"),
+    ],
+)
+def test_a_model_that_cannot_be_checked_is_refused(gated: Gated, change: Any, told: str) -> None:
+    with pytest.raises(fastlora.FastLoRAError, match=told):
+        fastlora.check(change(gated), x=x())
+
+
+def _sharded(model: Gated) -> Gated:
+    class Shard(nn.Parameter):
+        pass
+
+    model.up.weight = Shard(model.up.weight.detach())
+    return model
+
+
+# -- what is left behind -----------------------------------------------------------------------------------------------
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """All that may not change, by identity where that matters, and by value."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {
+        "tensors": {name: id(t) for name, t in tensors.items()},
+        "values": {name: t.detach().clone() for name, t in tensors.items()},
+        "versions": {name: t._version for name, t in tensors.items()},
+        "gradients": {
+            name: (id(p.grad), None if p.grad is None else p.grad.clone()) for name, p in model.named_parameters()
+        },
+        "modes": [module.training for module in model.modules()],
+        "slots": [id(module._compiled_call_impl) for module in model.modules()],
+        "hooks": [list(module._forward_hooks) for module in model.modules()],
+        "random": (torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()),
+    }
+
+
+def assert_same(now: Any, before: Any) -> None:
+    if isinstance(before, Tensor):
+        assert torch.equal(now, before)
+    elif isinstance(before, dict):
+        assert list(now) == list(before)
+        for name in before:
+            assert_same(now[name], before[name])
+    elif isinstance(before, (list, tuple)):
+        assert len(now) == len(before)
+        for one, other in zip(now, before, strict=True):
+            assert_same(one, other)
+    else:
+        assert now == before
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_nothing_is_left_behind(gated: Gated, compiled: bool, fails: bool) -> None:
+    gated(x()).backward()
+    if compiled:
+        fastlora.compile(gated)
+    gated.draws, gated.fails = True, fails
+    hooked = []
+    for parameter in gated.parameters():  # as an optimizer that steps in the backward
+        parameter.register_post_accumulate_grad_hook(hooked.append)
+    gated.norm.eval()
+    gated.norm.train()
+    before, held = state(gated), copy.copy(vars(gated))
+    given = x().requires_grad_()
+    if fails:
+        with pytest.raises(ArithmeticError, match="on purpose"):
+            fastlora.check(gated, x=given * 2)
+    else:
+        assert fastlora.check(gated, x=given * 2)
+    assert_same(state(gated), before)
+    assert vars(gated) == held
+    assert (gated.calls, gated.seen, hooked, given.grad) == (0, [], [], None)
+
+
+def test_nor_by_one_that_fails_while_it_is_compiled(gated: Gated) -> None:
+    @rule(ops.glu, anchor="sigmoid", attrs={"activation": _failing, "out_dtype": dtype_of()})
+    def failing(gate, up):
+        return (gate * sigmoid(1.702 * gate)) * up
+
+    before = state(gated)
+    with pytest.raises(Exception, match="on purpose"):
+        fastlora.check(gated, rules=[failing], x=x())
+    assert_same(state(gated), before)
+
+
+def _failing(match: Any) -> str:
+    raise ArithmeticError("on purpose")
+
+
+def test_a_model_trains_on_after_a_check(gated: Gated) -> None:
+    other = copy.deepcopy(gated)
+    for model in (gated, other):
+        torch.manual_seed(3)
+        fastlora.compile(model)
+        if model is gated:
+            assert fastlora.check(model, x=x())
+        model(x()).backward()
+    for mine, its in zip(gated.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine.grad, its.grad)

@@ -1,0 +1,169 @@
+"""What is rounding and what is wrong, of steps made by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fastlora.agreement import STEPS, Compared, Rounding, Steps, compare, rounding, unlike
+from fastlora.checking import agree
+from fastlora.errors import FastLoRAError
+from fastlora.session import Options, Session
+from fastlora.trial import Step
+
+FLOAT32 = rounding([torch.float32], tensor_cores=False)
+TRUE = torch.tensor([3.0, 4.0], dtype=torch.float64)
+HALF = Rounding(2**-7, 2**-7)
+
+
+def step(error: float = 0.0, loss: float = 2.0, **others: torch.Tensor) -> Step:
+    """A step with a gradient `w` that is off by `error`, relative."""
+    return Step(torch.tensor(loss), {"w": TRUE + error * torch.tensor([0.0, 5.0]), **others})
+
+
+def of(name: str, runs: list[Steps], within: Rounding = FLOAT32) -> Compared:
+    (found,) = (each for each in compare(runs, within) if each.name == name)
+    return found
+
+
+def test_an_error_may_be_a_quarter_more_than_eagers() -> None:
+    runs = [Steps(step(mine), step(1e-3), step()) for mine in (1.24e-3, 1.6e-3)]
+    assert of("w", runs[:1]).right
+    assert not of("w", runs[1:]).right
+    assert of("w", runs[:1]).error == pytest.approx(1.24e-3)
+    assert of("w", runs[:1]).eager_error == pytest.approx(1e-3)
+
+
+def test_losses_are_compared_in_the_same_way() -> None:
+    assert of("the loss", [Steps(step(loss=2.00001), step(), step())]).right
+    assert not of("the loss", [Steps(step(loss=2.001), step(), step())]).right
+    assert of("the loss", [Steps(step(loss=2.002), step(loss=2.002), step())]).right
+
+
+def test_without_float64_the_dtype_says_what_is_usual() -> None:
+    for within, right, wrong in ((FLOAT32, 1.5e-4, 2e-4), (HALF, 0.12, 0.15)):
+        assert of("w", [Steps(step(right), step(), None)], within).right
+        assert not of("w", [Steps(step(wrong), step(), None)], within).right
+
+
+def test_what_others_leave_when_they_cancel_is_their_rounding() -> None:
+    nothing = {"mine": torch.full((2,), 4e-8), "its": torch.full((2,), 1e-9), "true": torch.zeros(2)}
+    mine, its, true = (step(b=value) for value in nothing.values())
+    assert of("b", [Steps(mine, its, true)]).right
+    assert not of("b", [Steps(step(b=torch.full((2,), 1e-5)), its, true)]).right
+
+
+@pytest.mark.parametrize(
+    ("mine", "its", "true", "right"),
+    [
+        (math.inf, math.inf, math.inf, True),
+        (math.nan, math.nan, 1.0, True),  # overflow where eager has it
+        (1.0, math.inf, 1.0, True),  # and none where none is due
+        (math.inf, 1.0, 1.0, False),
+        (1.0, math.nan, math.nan, False),
+    ],
+)
+def test_what_is_not_finite_may_be_so_where_eager_or_float64_is(
+    mine: float, its: float, true: float, right: bool
+) -> None:
+    values = (torch.tensor([1.0, value]) for value in (mine, its, true))
+    assert of("b", [Steps(*(step(b=value) for value in values))]).right is right
+
+
+def test_one_that_is_not_finite_leaves_others_to_be_judged() -> None:
+    overflown = torch.tensor([1.0, math.inf])
+    found = [Steps(step(mine, b=overflown), step(b=overflown), step(b=overflown)) for mine in (1e-6, 1e-3)]
+    assert of("w", found[:1]).right
+    assert not of("w", found[1:]).right
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "tensor_cores", "floor"),
+    [
+        ([torch.float64], False, 1e-10),
+        ([torch.float64, torch.float32], False, 1e-5),
+        ([torch.float32], True, 2**-10),
+        ([torch.float32, torch.bfloat16], True, 2**-7),
+        ([torch.float16], False, 2**-10),
+    ],
+)
+def test_the_coarsest_dtype_says_what_rounding_is(dtypes: list[Any], tensor_cores: bool, floor: float) -> None:
+    assert rounding(dtypes, tensor_cores).floor == floor
+
+
+def test_what_is_far_from_eager_in_float64_is_another_computation() -> None:
+    assert unlike(step(0.1), step()) is None
+    assert "60%" in str(unlike(step(0.6), step()))
+
+
+class Rehearsed:
+    """Stands for a trial: steps with these errors, one after another, and eager ones between them."""
+
+    def __init__(self, errors: list[float], exact: bool = True) -> None:
+        self.model, self.dtypes, self.notes = nn.Linear(2, 1, bias=False), {torch.float32}, []
+        self._errors, self._exact, self.taken = errors, exact, 0
+
+    def step(self, slots: Any, exact: bool = False, shaken: int = 0) -> Step:
+        if exact and not self._exact:
+            raise ArithmeticError("no float64")
+        if not slots:
+            return step(0.0 if exact else 1e-3)
+        self.taken += 1
+        return step(self._errors[shaken])
+
+
+def judged(trial: Any) -> Any:
+    return agree(trial, {trial.model: print}, Session(Options()))
+
+
+def test_bad_luck_is_no_error() -> None:
+    trial = Rehearsed([2e-3] * 3 + [1e-3] * (STEPS - 3))
+    found = judged(trial)
+    assert found
+    assert trial.taken == STEPS
+    assert found.worst[0].error == pytest.approx(1e-3)
+
+
+def test_what_is_wrong_most_of_the_time_is() -> None:
+    trial = Rehearsed([2e-3] * 5 + [1e-3] * (STEPS - 5))
+    found = judged(trial)
+    assert not found
+    assert found.wrong == 1
+    assert "w: error of eager 1.0e-03, error 2.0e-03, bound" in str(found)
+
+
+def test_what_is_right_at_once_is_not_repeated() -> None:
+    trial = Rehearsed([1e-3])
+    assert judged(trial)
+    assert trial.taken == 1
+
+
+def test_why_there_is_no_float64_is_said() -> None:
+    found = judged(Rehearsed([1e-3], exact=False))
+    assert found
+    assert "ArithmeticError: no float64" in found.skipped[0]
+    assert "skipped: no step in float64" in str(found)
+    assert "agree with eager PyTorch (" in str(found)
+    assert json.loads(found.to_json())["skipped"] == found.skipped
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_step_without_any_gradient_is_wrong_if_the_other_has_some(compiled: bool) -> None:
+    trial: Any = Rehearsed([0.0], exact=False)
+    trial.step = lambda slots, **_: step() if bool(slots) is compiled else Step(torch.tensor(2.0), {})
+    found = judged(trial)
+    assert not found
+    assert found.wrong == 0
+    assert (found.extra if compiled else found.missing) == ["w"]
+
+
+def test_nothing_to_compare_is_not_right() -> None:
+    trial: Any = Rehearsed([0.0])
+    trial.step = lambda *_, **__: Step(torch.tensor(1.0), {})
+    with pytest.raises(FastLoRAError, match="nothing to compare"):
+        judged(trial)
