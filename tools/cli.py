@@ -37,6 +37,12 @@ Data = Annotated[
 ]
 MaxLength = Annotated[int, typer.Option(help="Cut examples to this many tokens.")]
 BatchSize = Annotated[int, typer.Option(help="Examples per step.")]
+Dropout = Annotated[float, typer.Option(help="Dropout in front of the adapters.")]
+Checkpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="Recompute activations to save memory.")]
+Bfloat16 = Annotated[bool, typer.Option("--bf16", help="Frozen weights and arithmetic in bfloat16, not float32.")]
+FourBits = Annotated[
+    bool, typer.Option("--load-in-4bit", help="QLoRA: frozen weights in 4 bits (NF4, quantised twice).")
+]
 
 
 @app.command()
@@ -51,21 +57,15 @@ def finetune(
     max_length: MaxLength = DEFAULTS.max_length,
     rank: Annotated[int, typer.Option(help="Rank of the LoRA adapters.")] = DEFAULTS.rank,
     alpha: Annotated[int, typer.Option(help="The adapters are scaled by alpha / rank.")] = DEFAULTS.alpha,
-    dropout: Annotated[float, typer.Option(help="Dropout in front of the adapters.")] = DEFAULTS.dropout,
+    dropout: Dropout = DEFAULTS.dropout,
     learning_rate: Annotated[
         float | None, typer.Option(help="Peak learning rate.", show_default="2e-4; 1e-2 for the built-in model")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the adapters and of the order of the data.")] = DEFAULTS.seed,
     lower: Annotated[Lower, typer.Option(help="How the rewritten graph is turned into code.")] = DEFAULTS.lower,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Recompute activations to save memory.")
-    ] = False,
-    bf16: Annotated[
-        bool, typer.Option("--bf16", help="Frozen weights and arithmetic in bfloat16, not float32.")
-    ] = False,
-    load_in_4bit: Annotated[
-        bool, typer.Option("--load-in-4bit", help="QLoRA: frozen weights in 4 bits (NF4, quantised twice).")
-    ] = False,
+    gradient_checkpointing: Checkpointing = False,
+    bf16: Bfloat16 = False,
+    load_in_4bit: FourBits = False,
     compare: Annotated[bool, typer.Option(help="Train eagerly first, and compare the losses.")] = True,
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop with an error if a candidate for fusion is left as it was.")
@@ -112,6 +112,37 @@ def explain(
 
     settings = Settings(model=model, data=data, batch_size=batch_size, max_length=max_length)
     run(settings, Console(), json=json, html=html)
+
+
+@app.command()
+def check(
+    model: Model = None,
+    data: Data = None,
+    batch_size: BatchSize = DEFAULTS.batch_size,
+    max_length: MaxLength = DEFAULTS.max_length,
+    dropout: Dropout = DEFAULTS.dropout,
+    gradient_checkpointing: Checkpointing = False,
+    bf16: Bfloat16 = False,
+    load_in_4bit: FourBits = False,
+    defer_logits: Annotated[bool, typer.Option(help="Fuse the output head with the loss.")] = True,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the result as JSON.")] = None,
+) -> None:
+    """Check that a training step of a model with LoRA adapters has the loss and gradients of eager PyTorch."""
+    _check_installed()
+    from fastlora.tools.check import check as run
+
+    settings = Settings(
+        model=model,
+        data=data,
+        batch_size=batch_size,
+        max_length=max_length,
+        dropout=dropout,
+        gradient_checkpointing=gradient_checkpointing,
+        bf16=bf16,
+        load_in_4bit=load_in_4bit,
+    )
+    if not run(settings, Console(), defer_logits=defer_logits, json=json):
+        raise RunError("compiled, the step is not the one that eager takes; the lines above say where")
 
 
 @app.command()

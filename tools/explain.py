@@ -8,8 +8,8 @@ from rich.console import Console
 import fastlora
 from fastlora.tools.encoding import collator
 from fastlora.tools.finetune import prepare
-from fastlora.tools.output import writing
-from fastlora.tools.problems import RunError, UsageError, one_line
+from fastlora.tools.output import check_file, writing
+from fastlora.tools.problems import RunError, one_line
 from fastlora.tools.quiet import quiet
 from fastlora.tools.settings import Settings
 
@@ -19,8 +19,7 @@ def explain(settings: Settings, console: Console, *, json: Path | None, html: Pa
     with quiet():
         settings.check()
         for option, path in (("--json", json), ("--html", html)):
-            if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
-                raise UsageError(f"{option} {path}: not a file in an existing folder; name another file")
+            check_file(option, path)
         job = prepare(settings)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         batch = collator(job.tokenizer, job.encoded.longest)(job.encoded.rows[: settings.batch_size]).to(device)

@@ -36,6 +36,12 @@ def check_output(output: Path) -> Path:
     return target
 
 
+def check_file(option: str, path: Path | None) -> None:
+    """Raise `UsageError`, naming the option, if there can be no such file."""
+    if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
+        raise UsageError(f"{option} {path}: not a file in an existing folder; name another file")
+
+
 def _is_earlier_run(folder: Path) -> bool:
     if {entry.name for entry in folder.iterdir()} - {SUMMARY, CURVES, ADAPTER}:
         return False

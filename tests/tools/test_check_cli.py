@@ -1,0 +1,83 @@
+"""`fastlora check` prints what came of a check, writes it where asked, and says by its exit code if it is right."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+import fastlora
+from fastlora import checking
+from fastlora.kernels import ops
+from fastlora.pattern import silu
+from fastlora.rule import dtype_of, rule
+from fastlora.tools.builtin_model import build_model, build_tokenizer
+from fastlora.tools.cli import main
+
+SMALL = ["--batch-size", "2", "--max-length", "48"]
+
+
+@pytest.fixture
+def own_model(tmp_path: Path) -> str:
+    path = tmp_path / "own"
+    build_model(1, hidden_size=64, layers=2).save_pretrained(path)
+    build_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def test_a_right_step_is_said_to_be_and_written(
+    tmp_path: Path, own_model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "current"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert main(["check", "--model", own_model, *SMALL, "--dropout", "0.1", "--json", "check.json"]) == 0
+    assert capsys.readouterr().out.startswith("right: the loss and 28 gradients")
+    assert os.listdir(folder) == ["check.json"]
+    written = json.loads((folder / "check.json").read_text())
+    assert written["right"] is True
+    assert written["loss"]["float64"] == pytest.approx(written["loss"]["compiled"], rel=1e-5)
+
+
+def test_so_is_one_in_four_bits(own_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("bitsandbytes")
+    assert main(["check", "--model", own_model, *SMALL, "--load-in-4bit", "--no-defer-logits"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("right: ")
+    assert "Params4bit" in printed
+
+
+def test_a_wrong_step_fails(
+    own_model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @rule(ops.glu, attrs={"activation": "gelu", "out_dtype": dtype_of()})
+    def wrong(gate, up):
+        return silu(gate) * up
+
+    class Wrong(checking.Session):
+        def __init__(self, options: object, rules: object) -> None:
+            super().__init__(options, [wrong])
+
+    monkeypatch.setattr(checking, "Session", Wrong)
+    assert main(["check", "--model", own_model, *SMALL]) == 1
+    output = capsys.readouterr()
+    assert output.out.startswith("wrong: ")
+    assert "gate_proj.lora_B.default.weight: error of eager" in output.out
+    assert output.err.startswith("error: compiled, the step is not")
+
+
+def test_a_refusal_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise fastlora.FastLoRAError("not this one")
+
+    monkeypatch.setattr(fastlora, "check", refuse)
+    assert main(["check", *SMALL]) == 1
+    assert capsys.readouterr().err == "error: fastlora stopped: not this one\n"
+
+
+@pytest.mark.parametrize("arguments", [["--json", "."], ["--dropout", "1"], ["--model", "./nowhere"], ["--nonsense"]])
+def test_wrong_arguments_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
