@@ -110,7 +110,8 @@ class FirstStep:
     """Check a compiled model on its first training step, and make it eager again if the step is wrong.
 
     Call it before each call of the model; it returns whether to go on compiled. The check itself calls the model, and
-    gets True. If the check fails, for lack of memory say, the model stays compiled and a warning says so.
+    gets True. If the check fails, for lack of memory say, the model stays compiled and a warning says so. The report
+    of the model has a note on a step that is right.
 
     Attributes:
         agreement: the result, once there is one.
@@ -138,6 +139,7 @@ class FirstStep:
             _warn(f"the first step could not be checked: {_in_one_line(problem)}")
             return True
         if self.agreement:
+            self._session.notes.append(f"the first step was checked. {self.agreement}".partition("\n")[0])
             return True
         put_slots(self._model, {})
         self._session.forget()
