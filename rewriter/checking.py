@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.agreement import LISTED, STEPS, Agreement, Losses, Rounding, Steps, compare, rounding, unlike
+from fastlora.agreement import LISTED, STEPS, Agreement, Compared, Losses, Rounding, Steps, compare, rounding, unlike
 from fastlora.engine import AnyRule
 from fastlora.errors import FastLoRAError
 from fastlora.session import Options, Session
@@ -102,7 +102,7 @@ def agree(trial: Trial, slots: Slots, session: Session, tolerance: float | None 
         extra=sorted(compiled.gradients.keys() - eager.gradients.keys()),
         fused=sum(site.count for site in session.report().fused),
         skipped=skipped,
-        notes=[*trial.notes, *_remarks(trial, session, eager, compiled)],
+        notes=[*trial.notes, *_remarks(trial, session, runs[0], found)],
     )
 
 
@@ -212,11 +212,18 @@ def _free_on_gpu() -> int | None:
     return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
-def _remarks(trial: Trial, session: Session, eager: Step, compiled: Step) -> list[str]:
+def _remarks(trial: Trial, session: Session, steps: Steps, found: list[Compared]) -> list[str]:
     """Return what makes the comparison weaker than it looks."""
     trained = {name for name, p in trial.model.named_parameters() if p.requires_grad}
-    idle = sorted(trained - eager.gradients.keys() - compiled.gradients.keys())
-    remarks = [f"{len(idle)} trained parameters got no gradient in either step, such as {idle[0]}"] if idle else []
+    idle = sorted(trained - steps.eager.gradients.keys() - steps.compiled.gradients.keys())
+    faint = sorted(each.name for each in found if each.bound >= 1)
+    remarks = []
     if not session.graphs:
         remarks.append("nothing was compiled, so both steps are eager's")
+    if not steps.eager.loss.isfinite():
+        remarks.append("the loss is not finite in eager PyTorch; only what is finite was compared")
+    if idle:
+        remarks.append(f"{len(idle)} trained parameters got no gradient in either step, such as {idle[0]}")
+    if faint:
+        remarks.append(f"{len(faint)} gradients are too small, next to the largest, to be judged, such as {faint[0]}")
     return remarks + [f"{count} calls ran uncompiled: {reason}" for reason, count in session.bypassed.items()]

@@ -207,6 +207,7 @@ def test_overflow_is_right_where_eager_has_it(gated: Gated) -> None:
     assert found, str(found)
     loss = json.loads(found.to_json(), parse_constant=pytest.fail)["loss"]
     assert (loss["eager"], loss["compiled"]) == (None, None)
+    assert any("the loss is not finite" in note for note in found.notes)
 
 
 # -- batches without a loss --------------------------------------------------------------------------------------------

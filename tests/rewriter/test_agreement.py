@@ -162,6 +162,16 @@ def test_a_step_without_any_gradient_is_wrong_if_the_other_has_some(compiled: bo
     assert (found.extra if compiled else found.missing) == ["w"]
 
 
+def test_what_could_not_be_judged_is_said() -> None:
+    trial: Any = Rehearsed([])
+    trial.model = nn.Linear(2, 1)
+    trial.step = lambda slots, **_: step(faint=torch.full((2,), 1e-9))
+    found = judged(trial)
+    assert found
+    assert any("1 gradients are too small" in note and "faint" in note for note in found.notes)
+    assert any("2 trained parameters got no gradient" in note and "bias" in note for note in found.notes)
+
+
 def test_nothing_to_compare_is_not_right() -> None:
     trial: Any = Rehearsed([0.0])
     trial.step = lambda *_, **__: Step(torch.tensor(1.0), {})
