@@ -126,5 +126,6 @@ dequantize_4bit = op(
     reference=reference,
     forward=forward,
     saves=(),
+    choices={"quant_type": tuple(CODES)},
     cost=Cost(forward=Work(flops="2*N*K", bytes="N*K*b + N*K/2 + N*K/S"), backward=Work(flops="0", bytes="0")),
 )

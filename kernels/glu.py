@@ -30,6 +30,7 @@ from fastlora.kernels.cost import Cost, Work
 from fastlora.kernels.forms import laid_out
 from fastlora.kernels.op import Gradients, Wanted, op
 
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 _CUBIC = 0.044715
 
 
@@ -41,7 +42,7 @@ def activate(z: torch.Tensor, activation: str) -> torch.Tensor:
         return F.gelu(z)
     if activation == "gelu_tanh":
         return F.gelu(z, approximate="tanh")
-    raise ValueError(f"glu: activation {activation!r} is none of silu, gelu, gelu_tanh")
+    raise ValueError(f"glu: activation {activation!r} is none of {', '.join(ACTIVATIONS)}")
 
 
 def derivative(z: torch.Tensor, activation: str) -> torch.Tensor:
@@ -58,7 +59,7 @@ def derivative(z: torch.Tensor, activation: str) -> torch.Tensor:
         square = z * z
         t = torch.tanh(slope * (z + _CUBIC * z * square))
         return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * slope * (1 + 3 * _CUBIC * square)
-    raise ValueError(f"glu: activation {activation!r} is none of silu, gelu, gelu_tanh")
+    raise ValueError(f"glu: activation {activation!r} is none of {', '.join(ACTIVATIONS)}")
 
 
 def reference(gate: torch.Tensor, up: torch.Tensor, activation: str, out_dtype: torch.dtype) -> torch.Tensor:
@@ -97,6 +98,7 @@ glu = op(
     forward=forward,
     backward=backward,
     saves=("gate", "up"),
+    choices={"activation": ACTIVATIONS},
     cost=Cost(
         forward=Work(flops="6*T*I", bytes="3*T*I*b"),
         backward=Work(flops="12*T*I", bytes="5*T*I*b"),

@@ -338,6 +338,7 @@ linear_cross_entropy = op(
         "labels": lambda _, given: given["reduction"] == "none",
     },
     foresees=True,
+    choices={"reduction": REDUCTIONS},
     cost=Cost(
         forward=Work(flops="2*T*H*V", bytes="T*H*b + V*H*w + 8*T"),
         backward=Work(flops="2*T*H*V*(1 + S)", bytes="T*H*b + S*V*H*w"),

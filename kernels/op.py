@@ -116,7 +116,8 @@ class SemanticOp:
     what its arguments are called here if otherwise. One without a backward `is_constant`: its results carry no
     gradient, as the model stops it there. Outputs of one that `gives` them away have memory of their own, and no form
     reads them again: the graph may write to them. `samples` makes a meaningful value, for replays on random ones, of an
-    argument for which a random tensor would be none, from all the tensors that the op is given, by name.
+    argument for which a random tensor would be none, from all the tensors that the op is given, by name. `choices` are
+    all the values that a string argument may have.
     """
 
     def __init__(
@@ -142,6 +143,7 @@ class SemanticOp:
         again: tuple[SemanticOp | None, dict[str, str]] | None = None,
         gives: bool = False,
         samples: dict[str, Sample] | None = None,
+        choices: dict[str, tuple[str, ...]] | None = None,
         cost: Cost | None = None,
     ) -> None:
         self.name, self.family, self.schema = name, family, schema
@@ -175,7 +177,7 @@ class SemanticOp:
         self._read_by = read_by or {}
         self.foresees, self.spends, self.spares, self._again = foresees, spends, spares, again
         self.decodes, self.cost = decodes, cost
-        self.gives, self.samples = gives, samples or {}
+        self.gives, self.samples, self.choices = gives, samples or {}, choices or {}
         self._register(schema)
 
     def __repr__(self) -> str:

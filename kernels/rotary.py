@@ -43,6 +43,8 @@ import torch
 from fastlora.kernels.cost import Cost, Work
 from fastlora.kernels.op import Gradients, Wanted, op
 
+LAYOUTS = ("half", "flipped", "pairs", "interleaved")
+
 
 def rotate(t: torch.Tensor, layout: str) -> torch.Tensor:
     """t's partner in every pair, with the sign of a quarter turn; its transpose is its negative."""
@@ -54,7 +56,7 @@ def rotate(t: torch.Tensor, layout: str) -> torch.Tensor:
         return torch.cat((-second, first), dim=-1)
     if layout == "flipped":
         return torch.cat((second, -first), dim=-1)
-    raise ValueError(f"rotary: layout {layout!r} is none of half, flipped, pairs, interleaved")
+    raise ValueError(f"rotary: layout {layout!r} is none of {', '.join(LAYOUTS)}")
 
 
 def turn(t: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: str) -> torch.Tensor:
@@ -194,6 +196,7 @@ rotary = op(
     backward=backward,
     saves=("x", "cos", "sin"),
     saved_if={"x": lambda wanted, _: wanted["cos"] or wanted["sin"]},
+    choices={"layout": LAYOUTS},
     cost=_COST,
 )
 
@@ -247,5 +250,6 @@ rotary_group = op(
     backward=group_backward,
     saves=("x", "cos", "sin"),
     saved_if={"x": lambda wanted, _: wanted["cos"] or wanted["sin"]},
+    choices={"layout": LAYOUTS},
     cost=_COST,
 )
