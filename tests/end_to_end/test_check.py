@@ -112,6 +112,11 @@ def test_so_is_a_model_of_ones_own(gated: Gated) -> None:
     assert found.compared == 8
 
 
+def test_gradients_need_not_be_enabled(gated: Gated) -> None:
+    with torch.no_grad():
+        assert fastlora.check(gated, x=x())
+
+
 def test_quantised_weights_are_compared_with_eager_alone() -> None:
     found = fastlora.check(build_quantised("llama", Format()), **batch())
     assert found, str(found)
