@@ -64,6 +64,59 @@ def with_encoded(values: Sequence[Any], made: Sequence[Made]) -> Sequence[Any]:
     return values if whole is None else whole
 
 
+class Backward(NamedTuple):
+    """The backward of one call of an op, for an autograd function that is not `Apply`."""
+
+    op: SemanticOp
+    needs: Sequence[bool]
+    constants: list[Any]
+    shared: Any
+    lengths: list[int | None]
+
+    def __call__(
+        self, saved: Sequence[torch.Tensor | None], grads: list[torch.Tensor | None]
+    ) -> list[torch.Tensor | None]:
+        """Return a gradient for each tensor leaf, None where none is wanted; `saved` is what `run_apart` returned."""
+        op = self.op
+        needs = op.reached(self.needs, grads)
+        asked = self.shared.ask(needs)
+        found: list[torch.Tensor] = []
+        if any(asked):
+            flat = iter(saved)
+            values = [next(flat) if n is None else [next(flat) for _ in range(n)] for n in self.lengths]
+            found = op.differentiate(grads, asked, saved, *values, *self.constants, owned=False)
+        computed = iter(found)
+        results = [next(computed) if ask else None for ask in asked]
+        spread: list[torch.Tensor | None] = self.shared.spread(results, needs, grads[0])
+        return spread
+
+
+def run_apart(
+    op: SemanticOp, values: Sequence[Any], needs: Sequence[bool]
+) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None], Backward]:
+    """Run an op without autograd: return its outputs, the tensors that its backward takes, and that backward.
+
+    Args:
+        op: the op.
+        values: its arguments in the schema's order.
+        needs: which gradients the backward will be asked for, by tensor leaf.
+    """
+    own = values[: len(op.names)]
+    results = op.below_autograd(op.leaves.flat(own), [*own, list(needs)] if op.foresees else own)
+    results = results if len(op.result_names) > 1 else (results,)
+    saved, constants = op.to_save(needs, own, results)
+    lengths = [len(value) if isinstance(value, list) else None for value in saved]
+    backward = Backward(op, needs, constants, op.sharing(own), lengths)
+    return op.output_leaves.flat(results), op.saved_leaves.flat(saved), backward
+
+
+def refuse_second_derivative(name: str) -> None:
+    """Raise in a backward under `create_graph`, which `once_differentiable` would not do where only saved tensors carry
+    a gradient."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{name} has no second derivative: its backward cannot run under create_graph=True")
+
+
 class Apply(torch.autograd.Function):
     """Connects an op's forward and backward operators; the leaves of its tensor arguments come flat."""
 
@@ -102,10 +155,7 @@ class Apply(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        if torch.is_grad_enabled():  # once_differentiable would say nothing where only saved tensors carry it
-            raise RuntimeError(
-                f"{ctx.op.name} has no second derivative: its backward cannot run under create_graph=True"
-            )
+        refuse_second_derivative(ctx.op.name)
         op: SemanticOp = ctx.op
         grads = grads[: ctx.outputs]
         if all(g is None for g in grads):

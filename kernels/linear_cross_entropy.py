@@ -27,8 +27,8 @@ over many tokens makes no small probability vanish.  The unreduced loss alone ha
 token that is not known in time for sums over tokens: there the forward makes dx only, and the gradients of parameters,
 if any are wanted, compute the logits again.
 
-Saved: the gradients that were made, `made_*`, which have no elements otherwise, and the count of kept tokens; for the
-unreduced loss the labels, and with trained parameters the inputs.
+Saved: the gradients that were made, `made_*`, which have no elements otherwise, the labels and the count of kept
+tokens; for the unreduced loss, with trained parameters, the inputs.
 
 A chunk has as many tokens as `CHUNK_BYTES` hold rows of logits.  Neither loss nor gradients depend on it but for
 rounding.  Ignored tokens meet no product, so that an inf or nan in them stays where it is.  (On a GPU this form, which
@@ -159,6 +159,24 @@ def logits_gradient(
     return (dz * loss.scale).masked_fill_(ignored, 0)
 
 
+def unit_gradient(
+    logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, reduction: str, label_smoothing: float
+) -> torch.Tensor:
+    """The gradient of a cross-entropy for its logits (T, V), in float32 or wider, where that of its result is 1."""
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss = Loss(1.0, 0.0, ignore_index, label_smoothing, 0.0)
+    _, peak, log_sum = token_loss(z, labels, loss)
+    g = z.new_ones(())
+    g = g / (labels != ignore_index).sum() if reduction == "mean" else g
+    return logits_gradient(z, None, peak, log_sum, labels, g, loss)
+
+
+def scaled_gradient(unit: torch.Tensor, g: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """That gradient where the one of the result is g, () or (T,); rows not `kept` stay 0 for any g."""
+    factor = g.to(unit.dtype).expand(kept.shape)
+    return (unit * factor[:, None]).masked_fill_(~kept[:, None], 0)
+
+
 # ---- the PyTorch form
 
 
@@ -240,9 +258,23 @@ def solve(problem: Problem) -> Solution:
     return losses, sums.totals | ({} if dx is None else {"x": dx.reshape(x.shape)})
 
 
-def multiplied(t: torch.Tensor, g: torch.Tensor, dtype: torch.dtype, spent: bool) -> torch.Tensor:
-    """t times g, one number or one for each row, rounded once; nobody else reads a `spent` t."""
-    return (t.to(g.dtype) * (g.reshape(*t.shape[:-1], 1) if g.dim() else g)).to(dtype)
+@dataclass(frozen=True)
+class KeptRows:
+    """Which rows are no ignored tokens: the labels (T,), and the one that is ignored."""
+
+    labels: torch.Tensor
+    ignore_index: int
+
+
+def multiplied(
+    t: torch.Tensor, g: torch.Tensor, dtype: torch.dtype, spent: bool, rows: KeptRows | None = None
+) -> torch.Tensor:
+    """t times g, one number or one for each row, rounded once; rows that are not kept become 0 even if g is inf or nan.
+    Nothing else reads a `spent` t."""
+    product = (t.to(g.dtype) * (g.reshape(*t.shape[:-1], 1) if g.dim() else g)).to(dtype)
+    if rows is None:
+        return product
+    return product.masked_fill_((rows.labels == rows.ignore_index).reshape(*t.shape[:-1], 1), 0)
 
 
 def make(
@@ -279,29 +311,36 @@ def _sum_dtype(losses: torch.Tensor) -> torch.dtype:
 
 def differentiate(
     solve: Callable[[Problem], Solution],
-    multiplied: Callable[[torch.Tensor, torch.Tensor, torch.dtype, bool], torch.Tensor],
+    multiplied: Callable[..., torch.Tensor],
     wanted: Wanted,
     grads: list[torch.Tensor],
     spent: bool,
     x: torch.Tensor | None,
-    labels: torch.Tensor | None,
+    labels: torch.Tensor,
     count: torch.Tensor,
     reduction: str,
     **given: Any,
 ) -> Gradients:
-    """The backward: what the forward made times the incoming gradient, and what it could not make."""
+    """The backward: what the forward made times the incoming gradient, and what it could not make. Of a batch without
+    kept tokens all gradients are 0, also where the incoming one is not finite, as that of a sum divided by 0 is."""
     names = [name for name in ("x", *PARAMETERS) if wanted[name]]
     loss = _loss(given)
     g = grads[0].to(torch.promote_types(given["logits_dtype"], torch.float32))
-    if labels is not None:
-        targets = labels.reshape(-1)
+    targets = labels.reshape(-1)
+    if reduction == "none":
         g = torch.where(targets != loss.ignore_index, g, 0)
     lifted = lift(loss.scale, given["base_dtype"], given["lora_a_dtype"] and given["lora_dtype"])
     factor = g if lifted is None else g / lifted
     if reduction == "mean" and lifted is not None:
         factor = factor / count.clamp(min=1)
     ready = names if reduction != "none" else [name for name in names if name == "x"]
-    gradients = {name: multiplied(given[f"made_{name}"], factor, given[f"{name}_dtype"], spent) for name in ready}
+    rows = KeptRows(targets, loss.ignore_index)
+    gradients = {
+        name: multiplied(given[f"made_{name}"], factor, given[f"{name}_dtype"], spent, rows)
+        if name == "x"
+        else multiplied(given[f"made_{name}"], torch.where(count > 0, factor, 0), given[f"{name}_dtype"], spent)
+        for name in ready
+    }
     late = tuple(name for name in names if name not in ready)
     if late and x is not None:
         parameters = {name: given[name] for name in late}
@@ -335,7 +374,6 @@ linear_cross_entropy = op(
     saves=("x", "labels", *PARAMETERS, *(f"made_{name}" for name in ("x", *PARAMETERS)), "count"),
     saved_if={
         **dict.fromkeys(("x", *PARAMETERS), recomputes),
-        "labels": lambda _, given: given["reduction"] == "none",
     },
     foresees=True,
     choices={"reduction": REDUCTIONS},

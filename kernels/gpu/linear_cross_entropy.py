@@ -147,16 +147,22 @@ def cross_entropy_kernel(
 
 
 @ahead.kernel()
-def multiply_kernel(t_ptr, g_ptr, y_ptr, N, H, EACH: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
-    """t times g, one number for all or one for each H elements. IN_PLACE: y is t, and there is nothing to do for 1."""
+def multiply_kernel(
+    t_ptr, g_ptr, labels_ptr, y_ptr, N, H, ignore_index,
+    EACH: tl.constexpr, ROWS: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """t times g, one number for all or one for each H elements; ROWS: 0 where the label of these is ignored. IN_PLACE:
+    y is t, and there is nothing to do for 1."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < N
     g = tl.load(g_ptr + at // H, mask=mask, other=0.0) if EACH else tl.load(g_ptr)
     if IN_PLACE and not EACH:  # noqa: SIM102  (the outer is decided when it is compiled)
         if g == 1.0:
             return
-    t = tl.load(t_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + at, (t * g).to(y_ptr.dtype.element_ty), mask=mask)
+    t = tl.load(t_ptr + at, mask=mask, other=0.0).to(tl.float32) * g
+    if ROWS:
+        t = tl.where(tl.load(labels_ptr + at // H, mask=mask, other=0) == ignore_index, 0.0, t)
+    tl.store(y_ptr + at, t.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 # ---- products
@@ -315,14 +321,18 @@ def solve(problem: op.Problem) -> op.Solution:
     return losses, made | ({"x": kept.put_back().reshape(x.shape)} if problem.wants("x") else {})
 
 
-def multiplied(t: torch.Tensor, g: torch.Tensor, dtype: torch.dtype, spent: bool) -> torch.Tensor:
-    """t times g, one number or one for each row, rounded once, and laid out as t; in its place if it is `spent`."""
+def multiplied(
+    t: torch.Tensor, g: torch.Tensor, dtype: torch.dtype, spent: bool, rows: op.KeptRows | None = None
+) -> torch.Tensor:
+    """t times g, one number or one for each row, rounded once, and laid out as t, in its place if it is `spent`; rows
+    that are not kept become 0."""
     t = t if t.stride() == torch.empty_like(t, device="meta").stride() else t.contiguous()
     in_place = spent and t.dtype == dtype
     y = t if in_place else empty(t.numel(), like=t, dtype=dtype).as_strided(t.shape, t.stride())
     multiply_kernel[(cdiv(t.numel(), 4096),)](
-        t, g.contiguous(), y, t.numel(), t.shape[-1],
-        EACH=g.dim() > 0, IN_PLACE=in_place, BLOCK=4096, num_warps=8,
+        t, g.contiguous(), None if rows is None else rows.labels.contiguous(), y, t.numel(), t.shape[-1],
+        0 if rows is None else rows.ignore_index,
+        EACH=g.dim() > 0, ROWS=rows is not None, IN_PLACE=in_place, BLOCK=4096, num_warps=8,
     )  # fmt: skip
     return y
 
