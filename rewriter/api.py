@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from fastlora.budget import parse
-from fastlora.deferred import DeferringHead, can_defer
 from fastlora.engine import AnyRule
-from fastlora.errors import FastLoRAError
-from fastlora.gate import Gate, ModelGate
+from fastlora.errors import FastLoRAError, StrictError
+from fastlora.gate import Gate
+from fastlora.head import DeferringHead, is_vocabulary, why_not
+from fastlora.model_gate import CacheGate, ModelGate, builds_cache
 from fastlora.regions import find_regions
 from fastlora.report import Report
 from fastlora.session import Options, Session
@@ -56,10 +57,12 @@ def compile(
     Raises:
         FastLoRAError: if an argument has no meaning; the message says which and what to do.
     """
-    if not isinstance(model, nn.Module):
-        raise FastLoRAError(f"model is a {type(model).__name__}, not an nn.Module")
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        raise FastLoRAError("model comes from torch.compile: pass the model itself, fastlora.compile(model._orig_mod)")
+    _insist_on_module(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise FastLoRAError(
+            "model has parameters on the meta device: load its weights first, or use fastlora.explain to see what "
+            "would be fused"
+        )
     session = Session(Options(lower, mode, strict, verify, defer_logits, parse(memory_budget)), rules)
     disable(model)
     _install(model, session)
@@ -68,11 +71,16 @@ def compile(
 
 
 def disable(model: Model) -> Model:
-    """Undoes `compile`: the model is what it was."""
+    """Undo `compile`: the model is what it was.
+
+    Raises:
+        FastLoRAError: if this is no `nn.Module`.
+    """
+    _insist_on_module(model)
     if isinstance(model._compiled_call_impl, ModelGate):
         model._compiled_call_impl.session.forget()
     for module in model.modules():
-        if isinstance(module._compiled_call_impl, (Gate, ModelGate, DeferringHead)):
+        if isinstance(module._compiled_call_impl, _SLOTS):
             module._compiled_call_impl = None
     return model
 
@@ -101,11 +109,11 @@ def explain(model: nn.Module, rules: Sequence[AnyRule] | None = None, **batch: A
 
 
 def report(model: nn.Module | None = None) -> Report:
-    """What has been fused so far in a compiled model.
+    """Return what has been fused so far in a compiled model.
 
     Args:
-        model: a model that `fastlora.compile` returned; None for what `torch.compile(backend="fastlora")` has compiled
-            in this process.
+        model: a model that `fastlora.compile` returned, one that holds it, or a part of it; None for what
+            `torch.compile(backend="fastlora")` has compiled in this process.
 
     Raises:
         FastLoRAError: if the model is not compiled.
@@ -116,10 +124,24 @@ def report(model: nn.Module | None = None) -> Report:
         collected = default_session().report()
         collected.seconds.trace = traced_seconds()
         return collected
-    gate = model._compiled_call_impl
-    if not isinstance(gate, ModelGate):
-        raise FastLoRAError("model is not compiled by fastlora; call fastlora.compile(model) first")
-    return gate.session.report()
+    _insist_on_module(model)
+    for module in model.modules():
+        if isinstance(slot := module._compiled_call_impl, _SLOTS):
+            return slot.session.report()
+    raise FastLoRAError("model is not compiled by fastlora; call fastlora.compile(model) first")
+
+
+_SLOTS = (CacheGate, Gate, DeferringHead)
+
+
+def _insist_on_module(model: Any) -> None:
+    """Raise a sentence for what is no model that can be compiled."""
+    if not isinstance(model, nn.Module):
+        raise FastLoRAError(f"model is a {type(model).__name__}, not an nn.Module; pass the model itself")
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise FastLoRAError("model comes from torch.compile: pass the model itself, fastlora.compile(model._orig_mod)")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise FastLoRAError("model is a TorchScript module, which cannot be traced; pass the nn.Module it was made of")
 
 
 def _forget(session: weakref.ref[Session]) -> None:
@@ -132,32 +154,52 @@ def _forget(session: weakref.ref[Session]) -> None:
 def _install(model: nn.Module, session: Session) -> None:
     inner = None
     name, head = _output_head(model)
-    defers = session.options.defer_logits and head is not None and can_defer(head)
-    for region in find_regions(model, head if defers else None):
+    problem = why_not(head)
+    defers = session.options.defer_logits and problem is None
+    regions = find_regions(model, head if defers else None)
+    if head is not None and is_vocabulary(head):
+        session.head_problem = problem if session.options.defer_logits else "defer_logits=False"
+        traced = any(head in region.module.modules() for region in regions)
+        if session.options.strict and session.head_problem is not None and not traced:
+            raise StrictError(f"strict=True, and the loss of {name or 'the head'} stays as it is: {problem}")
+    for region in regions:
         gate = Gate(region, session)
         if region.module is model:
             inner = gate
         else:
-            region.module._compiled_call_impl = gate
+            region.module._compiled_call_impl = gate  # type: ignore[assignment]
     if head is not None and inner is None:
         session.head = name
         if defers:
             session.head_layer = head  # type: ignore[assignment]
-            head._compiled_call_impl = DeferringHead(head, session.tally)  # type: ignore[arg-type]
+            head._compiled_call_impl = DeferringHead(head, session)  # type: ignore[arg-type, assignment]
     model._compiled_call_impl = ModelGate(model, session, inner)  # type: ignore[assignment]
+    if not builds_cache(model):
+        for child in model.children():
+            _install_cache_gates(child, session)
+
+
+def _install_cache_gates(module: nn.Module, session: Session) -> None:
+    """Put gates on the models inside of a wrapper that would build KV caches."""
+    if module._compiled_call_impl is None and builds_cache(module):
+        module._compiled_call_impl = CacheGate(module, session)  # type: ignore[assignment]
+    elif not isinstance(module._compiled_call_impl, _SLOTS):
+        for child in module.children():
+            _install_cache_gates(child, session)
 
 
 def _output_head(model: nn.Module) -> tuple[str, nn.Module | None]:
-    """The layer that makes the logits: what transformers calls the output embeddings, else the last linear layer
-    outside of the compiled regions."""
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if get is not None else None
-    if head is None:
-        inside = {inner for region in find_regions(model) for inner in region.module.modules()}
-        linears = [module for module in model.modules() if type(module) is nn.Linear and module not in inside]
-        head = linears[-1] if linears else None
+    """The layer that makes the logits: what transformers calls the output embeddings of the model or of one inside of
+    it, else the last linear layer outside of the compiled regions."""
     names = {module: name for name, module in model.named_modules()}
-    return names.get(head, ""), head  # type: ignore[arg-type]
+    for module in model.modules():
+        get = getattr(module, "get_output_embeddings", None)
+        head = get() if get is not None else None
+        if head is not None:
+            return names.get(head, ""), head
+    inside = {inner for region in find_regions(model) for inner in region.module.modules()}
+    linears = [module for module in model.modules() if type(module) is nn.Linear and module not in inside]
+    return (names[linears[-1]], linears[-1]) if linears else ("", None)
 
 
 def _devices(model: nn.Module) -> list[torch.device]:

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastlora.deferred import Tally, begin, defer, is_worthwhile
 from fastlora.engine import Rewrite
 from fastlora.kernels.ops import lora_linear
+from fastlora.logits import Tally
+from fastlora.logits_autograd import defer, is_worthwhile
 from fastlora.metadata import known_less, meta
-from fastlora.recipe import Adapter, Recipe
+from fastlora.recipe import Adapter
 from fastlora.spelling import spelling_of
 from fastlora.view import CASTS, View
 
@@ -37,7 +39,9 @@ class DeferredProduct(nn.Module):
 
     def forward(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if _is_seen() and is_worthwhile(hidden, weight):
-            return defer(hidden, weight, bias, self._tally)
+            device = hidden.device.type
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+            return defer(hidden, weight, bias, dtype, dtype, self._tally)
         return F.linear(hidden, weight, bias)
 
 
@@ -52,39 +56,73 @@ class DeferredAdaptedProduct(nn.Module):
         given = dict(zip(lora_linear.names, values, strict=True))
         x, weight, low = given["x"], given["weight"], Adapter(*(given[name] for name in Adapter._fields))
         if _is_seen() and is_worthwhile(x, weight, low.lora_a, low.lora_b):
-            return begin(Recipe(x, weight, given["bias"], given["base_dtype"], given["out_dtype"], low), self._tally)
+            return defer(x, weight, given["bias"], given["base_dtype"], given["out_dtype"], self._tally, low)
         made: torch.Tensor = lora_linear(**given)
         return made
 
 
-def defer_adapted_head(gm: fx.GraphModule, tally: Tally) -> bool:
-    """Defers the result of a graph that is a head with an adapter, and nothing else; whether it was one.
+def defer_head(gm: fx.GraphModule, tally: Tally) -> str | None:
+    """Defer the result of a graph that is a head, with an adapter or without, and nothing else.
 
-    A head has more outputs than inputs, as a vocabulary has. One that drops out what its adapter reads, or whose
-    adapter has a bias, runs as it is: the loss takes neither.
+    Returns:
+        Why it was not, None if it was.
     """
     (result,) = (node.args[0] for node in gm.graph.nodes if node.op == "output")
     if not isinstance(result, (tuple, list)) or len(result) != 1 or not isinstance(result[0], fx.Node):
-        return False
+        return "the output head returns more than logits"
     (last,) = result
-    part = _without_idle_casts(last)
-    node = part.args[0] if part.target is operator.getitem and part.args[1] == 0 else None
-    if not isinstance(node, fx.Node) or node.target is not lora_linear.target:
-        return False
-    given = dict(zip(lora_linear.names, node.args, strict=True))
-    weight = meta(given["weight"])
-    if weight is None or not known_less(weight.shape[1], weight.shape[0]):
-        return False
-    if any(given[name] is not None for name in ("x_dropped", "seed", "lora_bias")):
-        return False
-    gm.add_submodule("deferred_head", DeferredAdaptedProduct(tally))
+    found = _head(_without_idle_casts(last))
+    if isinstance(found, str):
+        return found
+    stand_in, arguments = found
+    gm.add_submodule("deferred_head", stand_in(tally))
     with gm.graph.inserting_after(last):
-        product = gm.graph.call_module("deferred_head", node.args)
-    product.meta = dict(last.meta)
-    last.replace_all_uses_with(product)
-    gm.graph.eliminate_dead_code()
+        deferred = gm.graph.call_module("deferred_head", arguments)
+    deferred.meta = dict(last.meta)
+    last.replace_all_uses_with(deferred)
+    _erase_unused(gm.graph, last)
     gm.recompile()
-    return True
+    return None
+
+
+def _head(product: fx.Node) -> tuple[type[nn.Module], tuple[Any, ...]] | str:
+    """What stands for a head's product and its arguments, or why nothing does."""
+    node = product.args[0] if product.target is operator.getitem and product.args[1] == 0 else product
+    spelling = spelling_of(product)
+    if isinstance(node, fx.Node) and node.target is lora_linear.target:
+        given = dict(zip(lora_linear.names, node.args, strict=True))
+        if given["x_dropped"] is not None or given["seed"] is not None:
+            return "the output head's adapter drops out what it reads, which the fused loss does not"
+        if given["lora_bias"] is not None:
+            return "the output head's adapter has a bias, which the fused loss does not take"
+        stand_in: type[nn.Module] = DeferredAdaptedProduct
+        arguments, weight = node.args, given["weight"]
+    elif spelling is not None and spelling.op == "linear" and (bound := spelling.bind(product)) is not None:
+        stand_in, weight = DeferredProduct, bound["weight"]
+        arguments = tuple(bound[name] for name in ("input", "weight", "bias"))
+    else:
+        return "the output head does more than a linear layer, with an adapter or without"
+    if not _is_vocabulary(weight):
+        return "the output head's weight is no plain matrix with more rows than columns, as a vocabulary's is"
+    return stand_in, arguments
+
+
+def _is_vocabulary(weight: Any) -> bool:
+    """Whether it is a plain matrix with more rows than columns."""
+    tensor = meta(weight)
+    plain = tensor is not None and tensor.dim() == 2 and not is_traceable_wrapper_subclass(tensor)
+    return plain and tensor is not None and known_less(tensor.shape[1], tensor.shape[0])
+
+
+def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase a node that nothing uses, and what it was made of by an operation without effects."""
+    if node.users or node.op in ("placeholder", "get_attr"):
+        return
+    sources = node.all_input_nodes
+    graph.erase_node(node)
+    for source in sources:
+        if source.target is lora_linear.target or source.target in CASTS or source.target is operator.getitem:
+            _erase_unused(graph, source)
 
 
 def _without_idle_casts(node: fx.Node) -> fx.Node:
@@ -100,12 +138,12 @@ def _without_idle_casts(node: fx.Node) -> fx.Node:
 def defer_escaping_logits(gm: fx.GraphModule, rewrite: Rewrite, tally: Tally) -> None:
     """Defers the product behind each loss that was left alone only because its logits are used elsewhere."""
     claimed = rewrite.claimed()
-    escaping = {m.root for m, reason in rewrite.refused if m.op.family == "loss" and reason.startswith("L1")}
+    escaping = {m.root for m, reason in rewrite.refused if m.op.family == "loss" and reason.startswith("L1:")}
     for anchor in rewrite.anchors.get("loss", {}):
         if anchor in escaping and anchor not in claimed:
             product = _head_of(rewrite.view, anchor)
             spelling = spelling_of(product)
-            if spelling is not None and spelling.op == "linear":
+            if spelling is not None and spelling.op == "linear" and not isinstance(_head(product), str):
                 _defer(gm, product, spelling.bind(product) or {}, tally)
                 rewrite.deferred.append(anchor)
     if rewrite.deferred:

@@ -1,285 +1,202 @@
-"""Deferred logits: hidden states and the head's weight, in place of their product.
+"""Tensors whose value is computed only when something reads it.
 
-A Hugging Face model returns its logits next to its loss, and some trainers compute the loss outside, so fusing head and
-loss inside a graph would save nothing. While gradients are on, the head returns `DeferredLogits` instead. Casts, views,
-leading slices, a bias and a scale or soft-cap keep them deferred; a cross-entropy taken from them runs the fused op;
-anything else multiplies, replaying exactly the operations that were deferred, and goes on with the ordinary tensor,
-gradients connected.
+A `Deferred` is a tensor subclass without storage. Autograd sees an ordinary tensor with a history, so hooks, custom
+autograd functions, views, in-place writes and `torch.autograd.grad` work as on any other. Only where an operation needs
+the elements, below autograd at `__torch_dispatch__`, are they computed: once, without recording gradients, in whatever
+mode the caller is. Subclasses say which operations stay deferred as well.
 """
 
 from __future__ import annotations
 
-import traceback
 import weakref
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from fastlora.recipe import Recipe
+_TENSOR: Any = torch.Tensor
+_READS_MEMORY = {
+    *(getattr(_TENSOR, name) for name in (
+        "__array__", "__deepcopy__", "__dlpack__", "__reduce_ex__", "__repr__", "data_ptr", "numpy", "share_memory_",
+        "storage", "tolist", "untyped_storage", "_typed_storage",
+    )),
+    _TENSOR.__cuda_array_interface__.__get__,
+}  # fmt: skip
+"""Functions that reach the memory without an operation that the dispatcher sees, and may write to it."""
 
 
-@dataclass
-class Tally:
-    """How often a head deferred, how often its logits met a loss, and which lines made them ordinary tensors. `dry`
-    computes no loss."""
+class Memory:
+    """What tells whether the memory of some values is in other hands, and may be written to unseen."""
 
-    deferred: int = 0
-    fused: int = 0
-    materialised: Counter[str] = field(default_factory=Counter)
-    dry: bool = False
+    def __init__(self) -> None:
+        self.is_shared = False
 
 
-class DeferredLogits(torch.Tensor):
-    """Logits that are multiplied out only if something needs them; see this module's docstring."""
+class Cell:
+    """A value that is computed at its first use.
 
-    recipe: Recipe
-    tally: Tally
-    origin: Callable[[], torch.Tensor]
-    product: torch.Tensor | None
-    family: list[weakref.ref[DeferredLogits]]
+    Cells that are computed from one another form a family. Before an in-place write to one, all of them are computed:
+    those that are views then see the write, copies do not.
+    """
+
+    __slots__ = ("__weakref__", "_compute", "_family", "_value", "memory")
+
+    def __init__(
+        self,
+        compute: Callable[[], torch.Tensor],
+        family: list[weakref.ref[Cell]] | None = None,
+        memory: Memory | None = None,
+    ) -> None:
+        self._compute: Callable[[], torch.Tensor] | None = compute
+        self._family = [] if family is None else family
+        self._value: torch.Tensor | None = None
+        self.memory = Memory() if memory is None else memory
+        self._family.append(weakref.ref(self))
+
+    @property
+    def is_computed(self) -> bool:
+        return self._value is not None
+
+    def get(self) -> torch.Tensor:
+        """Return the value, computed outside of the caller's gradient and inference modes."""
+        if self._value is None:
+            assert self._compute is not None
+            with torch.inference_mode(False), torch.no_grad():
+                self._value = self._compute()
+            self._compute = None
+        return self._value
+
+    def derive(self, operation: Callable[[torch.Tensor], torch.Tensor], is_view: bool = False) -> Cell:
+        """Return the cell of what `operation` makes of this value."""
+        return Cell(lambda: operation(self.get()), self._family, self.memory if is_view else None)
+
+    def share(self) -> torch.Tensor:
+        """Return the value to somebody who may write to it, or keep its memory."""
+        for relative in self._family:
+            if (cell := relative()) is not None:
+                cell.get()
+        self.memory.is_shared = True
+        return self.get()
+
+
+class Deferred(torch.Tensor):
+    """A tensor whose elements are computed when they are read; see this module's docstring.
+
+    Attributes:
+        cell: where the value is, or will be.
+        meta: a tensor on the meta device with this one's sizes, strides and dtype.
+    """
+
+    cell: Cell
+    meta: torch.Tensor
+    _overrides: ClassVar[dict[Any, Callable[..., Any]]] = {}
+    """Functions with a deferred form of their own, which returns `NotImplemented` for arguments that it cannot take."""
 
     @staticmethod
-    def __new__(
-        cls,
-        recipe: Recipe,
-        tally: Tally,
-        origin: Callable[[], torch.Tensor],
-        family: list[weakref.ref[DeferredLogits]],
-    ) -> DeferredLogits:
-        made = torch.Tensor._make_wrapper_subclass(cls, recipe.shape, dtype=recipe.dtype, device=recipe.hidden.device)
-        made.recipe, made.tally, made.origin, made.product = recipe, tally, origin, None
-        made.family = family
-        family.append(weakref.ref(made))
+    def __new__(cls, cell: Cell, meta: torch.Tensor, device: torch.device, **_: Any) -> Deferred:
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, meta.shape, strides=meta.stride(), storage_offset=meta.storage_offset(), dtype=meta.dtype,
+            device=device,
+        )  # fmt: skip
+        made.cell, made.meta = cell, meta
         return made
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: Any, **__: Any) -> None:
         super().__init__()
 
-    def then(self, recipe: Recipe, operation: Callable[[torch.Tensor], torch.Tensor]) -> DeferredLogits:
-        """The logits after one more operation; if they are ever needed, that very operation is replayed."""
-        return DeferredLogits(recipe, self.tally, lambda: operation(self.materialise(counted=False)), self.family)
+    def apply(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what an operation makes of this tensor, its first argument, still deferred; `NotImplemented` if the
+        elements are needed."""
+        return NotImplemented
 
-    def materialise(self, counted: bool = True) -> torch.Tensor:
-        """The logits as an ordinary tensor, computed once."""
-        if self.product is None:
-            if counted:
-                self.tally.materialised[_caller()] += 1
-            self.product = self.origin()
-        return self.product
+    @classmethod
+    def apply_to_list(cls, func: Any, tensors: list[Any], args: tuple[Any, ...]) -> Any:
+        """The same for an operation whose first argument is a list of tensors."""
+        return NotImplemented
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
-            subject = args[0] if args else kwargs.get("input")
-            if func in _METADATA:
-                return func(*args, **kwargs)
-            if isinstance(subject, DeferredLogits) and func in _HANDLERS and subject.product is None:
-                rest = {name: value for name, value in kwargs.items() if args or name != "input"}
-                result = _HANDLERS[func](*(args or (subject,)), **rest)
-                if result is not None:
-                    return result
-            if isinstance(subject, DeferredLogits) and _writes(func):
-                for relative in subject.family:  # views among them have to see the change, copies must not
-                    if (member := relative()) is not None:
-                        member.materialise()
-            args, kwargs = tree_map_only(DeferredLogits, DeferredLogits.materialise, (args, kwargs))
-        return func(*args, **kwargs)
+        return _call(cls._overrides, func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise RuntimeError(
-            f"{func} reached deferred logits past PyTorch's function overrides, where their gradient would be lost; "
-            "use fastlora.compile(model, defer_logits=False)"
-        )
+        kwargs = kwargs or {}
+        result = _apply_deferred(func, args, kwargs)
+        if result is not NotImplemented:
+            return result
+        if any(argument.alias_info is not None for argument in func._schema.arguments):
+            return _share(func, args, kwargs)
+        args, kwargs = tree_map_only(Deferred, lambda t: t.cell.get(), (args, kwargs))
+        return func(*args, **kwargs)
 
 
-class DeferringHead:
-    """Sits in the head's compiled-call slot: defers the product while gradients are on, else calls the module."""
-
-    def __init__(self, head: nn.Linear, tally: Tally) -> None:
-        self._head, self._tally = head, tally
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and self._defers(args[0]):
-            return defer(args[0], self._head.weight, self._head.bias, self._tally)
-        return self._head._call_impl(*args, **kwargs)
-
-    def _defers(self, hidden: Any) -> bool:
-        head = self._head
-        hooked = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks
-        return not hooked and not torch.compiler.is_compiling() and is_worthwhile(hidden, head.weight)
+@torch.compiler.disable
+def _call(overrides: dict[Any, Callable[..., Any]], func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        if (override := overrides.get(func)) is not None:
+            result = override(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        if func in _READS_MEMORY:
+            args, kwargs = tree_map_only(Deferred, _with_memory, (args, kwargs))
+        return func(*args, **kwargs)
 
 
-def can_defer(head: nn.Module | None) -> bool:
-    """Whether a head is a plain linear layer on a vocabulary larger than the hidden size."""
-    return type(head) is nn.Linear and head.out_features > head.in_features and head.weight.device.type != "meta"
+def plain(t: Any) -> Any:
+    """Return the value of a deferred tensor, without history, and anything else as it is."""
+    return t.cell.get() if isinstance(t, Deferred) else t
 
 
-def is_worthwhile(hidden: Any, *parameters: torch.Tensor) -> bool:
-    """Whether a head's product of plain tensors has a gradient, so that a loss is likely to be taken from it."""
-    plain = type(hidden) is torch.Tensor and all(type(t) in (torch.Tensor, nn.Parameter) for t in parameters)
-    return plain and torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *parameters))
+def is_view(func: Any) -> bool:
+    """Whether an operation returns the memory of its argument."""
+    return any(result.alias_info is not None for result in func._schema.returns)
 
 
-def defer(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tally: Tally) -> DeferredLogits:
-    """Deferred `F.linear(hidden, weight, bias)`, in the dtype that autocast would give it."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    return begin(Recipe(hidden, weight, bias, dtype, dtype), tally)
+def _apply_deferred(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    first = args[0] if args else None
+    if torch.is_inference_mode_enabled():  # whose results autograd may never see
+        return NotImplemented
+    if isinstance(first, Deferred):
+        return NotImplemented if first.cell.memory.is_shared else first.apply(func, args[1:], kwargs)
+    if isinstance(first, list) and first and isinstance(first[0], Deferred):
+        return type(first[0]).apply_to_list(func, first, args[1:])
+    return NotImplemented
 
 
-def begin(recipe: Recipe, tally: Tally) -> DeferredLogits:
-    """The deferred logits of a recipe to which nothing was done yet."""
-    tally.deferred += 1
-    recipe = replace(recipe, versions=recipe.now())
-    return DeferredLogits(recipe, tally, recipe.multiply, [])
+def _share(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run an operation that writes to its arguments or hands out their memory, on values; return an argument itself
+    where the operation does."""
+    shared: dict[int, Deferred] = {}
 
+    def value(t: Deferred) -> torch.Tensor:
+        found = t.cell.share()
+        shared[id(found)] = t
+        return found
 
-def _writes(func: Any) -> bool:
-    """Whether a tensor function works in place, by PyTorch's naming."""
-    name = getattr(func, "__name__", "")
-    return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
-
-
-def _caller() -> str:
-    """The innermost line outside of PyTorch and this file: who needed the logits."""
-    for frame in reversed(traceback.extract_stack()):
-        if frame.filename != __file__ and "/torch/" not in frame.filename:
-            return f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}"
-    return "an unknown line"
-
-
-# -- what keeps logits deferred: each handler answers None to have them multiplied -------------------------------------
-
-
-def _cast(logits: DeferredLogits, dtype: torch.dtype) -> DeferredLogits | None:
-    before, after = torch.finfo(logits.dtype), torch.finfo(dtype)
-    if after.bits < before.bits:
-        return None
-    return logits.then(replace(logits.recipe, dtype=dtype), lambda real: real.to(dtype))
-
-
-def _to(logits: DeferredLogits, *args: Any, **kwargs: Any) -> DeferredLogits | None:
-    target = (
-        args[0] if len(args) == 1 and not kwargs else kwargs.get("dtype") if not args and len(kwargs) == 1 else None
-    )
-    if isinstance(target, torch.dtype) and target.is_floating_point:
-        return _cast(logits, target)
-    return logits if isinstance(target, (torch.device, str)) and torch.device(target) == logits.device else None
-
-
-def _view(logits: DeferredLogits, *shape: Any) -> DeferredLogits | None:
-    sizes = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
-    if not all(isinstance(size, int) for size in sizes) or sizes[-1] != logits.shape[-1]:
-        return None
-    hidden = logits.recipe.hidden
-    moved = hidden.reshape(*sizes[:-1], hidden.shape[-1])
-    return logits.then(logits.recipe.of(hidden=moved), lambda real: real.reshape(sizes))
-
-
-def _same(logits: DeferredLogits, *_: Any, **__: Any) -> DeferredLogits:
-    return logits
-
-
-def _detach(logits: DeferredLogits) -> DeferredLogits:
-    return logits.then(logits.recipe.detached(), lambda real: real.detach())
-
-
-def _getitem(logits: DeferredLogits, index: Any) -> DeferredLogits | None:
-    """Slices of the leading dimensions are slices of the hidden states."""
-    parts = index if isinstance(index, tuple) else (index,)
-    full = slice(None)
-    if not all(part is Ellipsis or isinstance(part, slice) for part in parts):
-        return None
-    reaches_last = Ellipsis in parts or len(parts) == logits.dim()
-    if reaches_last and parts[-1] is not Ellipsis and parts[-1] != full:
-        return None
-    return logits.then(logits.recipe.of(hidden=logits.recipe.hidden[index]), lambda real: real[index])
-
-
-def _plus(logits: DeferredLogits, other: Any, **options: Any) -> DeferredLogits | None:
-    """A bias, if the head has none and nothing else was done before."""
-    recipe = logits.recipe
-    untouched = recipe.dtype is recipe.base_dtype and recipe.scale == 1.0 and not recipe.squashed
-    untouched &= recipe.adapter is None
-    if options or recipe.bias is not None or not untouched or type(other) not in (torch.Tensor, nn.Parameter):
-        return None
+    values, options = tree_map_only(Deferred, value, (args, kwargs))
+    result = tree_map_only(torch.Tensor, lambda t: shared.get(id(t), t), func(*values, **options))
     if (
-        other.is_inference()
-        or other.dtype != recipe.dtype
-        or other.device != logits.device
-        or not 0 < other.dim() <= logits.dim()
-    ):
-        return None
-    if other.shape[-1] != logits.shape[-1] or other.numel() != logits.shape[-1]:
-        return None
-    return logits.then(recipe.of(bias=other.reshape(-1)), lambda real: real + other)
+        func._schema.is_mutable and args and isinstance(args[0], list)
+    ):  # of lists PyTorch counts no writes to subclasses
+        for t in args[0]:
+            if isinstance(t, Deferred):
+                torch.autograd.graph.increment_version(t)
+    return result
 
 
-def _scaled(factor: Callable[[Any], Any], operation: Callable[..., Any]) -> Callable[..., DeferredLogits | None]:
-    def handler(logits: DeferredLogits, other: Any) -> DeferredLogits | None:
-        if isinstance(other, bool) or not isinstance(other, (int, float)) or other <= 0:
-            return None
-        recipe, by = logits.recipe, factor(other)
-        after = replace(recipe, gain=recipe.gain * by) if recipe.squashed else replace(recipe, scale=recipe.scale * by)
-        return logits.then(after, lambda real: operation(real, other))
+class _Share(torch.autograd.Function):
+    """Returns the value of a deferred tensor as a plain tensor in its history."""
 
-    return handler
+    @staticmethod
+    def forward(ctx: Any, t: Deferred) -> torch.Tensor:
+        return t.cell.share().detach()
 
-
-def _tanh(logits: DeferredLogits) -> DeferredLogits | None:
-    if logits.recipe.squashed:
-        return None
-    return logits.then(replace(logits.recipe, squashed=True), torch.tanh)
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
 
 
-def _cross_entropy(
-    logits: Any, target: Any, weight: Any = None, size_average: Any = None, ignore_index: int = -100,
-    reduce: Any = None, reduction: str = "mean", label_smoothing: float = 0.0,
-) -> torch.Tensor | None:  # fmt: skip
-    plain = weight is None and size_average is None and reduce is None and logits.dim() == 2
-    if not plain or type(target) is not torch.Tensor or target.dim() != 1 or target.is_floating_point():
-        return None
-    recipe = logits.recipe
-    if torch.is_autocast_enabled(logits.device.type):  # which takes losses in float32
-        recipe = replace(recipe, dtype=torch.promote_types(recipe.dtype, torch.float32))
-    logits.tally.fused += 1
-    if logits.tally.dry:
-        return logits.recipe.hidden.sum() * 0.0
-    return recipe.cross_entropy(target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
-
-
-def _requires_grad(logits: DeferredLogits) -> bool:
-    return any(t.requires_grad for t in logits.recipe.tensors)
-
-
-_TENSOR: Any = torch.Tensor
-_times, _over = _scaled(lambda by: by, torch.mul), _scaled(lambda by: 1.0 / by, torch.div)
-_HANDLERS: dict[Any, Callable[..., Any]] = {
-    F.cross_entropy: _cross_entropy,
-    _TENSOR.float: lambda logits: _cast(logits, torch.float32),
-    _TENSOR.double: lambda logits: _cast(logits, torch.float64),
-    _TENSOR.to: _to,
-    _TENSOR.view: _view,
-    _TENSOR.reshape: _view,
-    _TENSOR.contiguous: _same,
-    _TENSOR.detach: _detach,
-    _TENSOR.__getitem__: _getitem,
-    _TENSOR.requires_grad.__get__: _requires_grad,
-    **dict.fromkeys((_TENSOR.mul, _TENSOR.__mul__, _TENSOR.__rmul__, torch.mul), _times),
-    **dict.fromkeys((_TENSOR.div, _TENSOR.__truediv__, _TENSOR.true_divide, torch.div), _over),
-    **dict.fromkeys((_TENSOR.tanh, torch.tanh), _tanh),
-    **dict.fromkeys((_TENSOR.add, _TENSOR.__add__, torch.add), _plus),
-}
-_METADATA = {
-    _TENSOR.size, _TENSOR.dim, _TENSOR.ndimension, _TENSOR.numel, _TENSOR.nelement, _TENSOR.element_size,
-    _TENSOR.is_floating_point, _TENSOR.is_complex, _TENSOR.__len__, _TENSOR.__hash__,
-    *(getattr(_TENSOR, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu")),
-}  # fmt: skip
+def _with_memory(t: Deferred) -> torch.Tensor:
+    made: torch.Tensor = _Share.apply(t)
+    return made

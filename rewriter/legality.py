@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastlora.effects import REGARDLESS_OF_AUTOCAST
 from fastlora.kernels.ops import dequantize_4bit
-from fastlora.metadata import known_equal, meta
+from fastlora.metadata import hint, known_equal, meta
 from fastlora.rule import Match
 from fastlora.seeds import Seed, seeds
 from fastlora.view import View
@@ -187,7 +187,8 @@ def _run_fake(match: Match, values: list[Any]) -> list[torch.Tensor] | str:
             return [example(item) for item in value]
         if isinstance(value, Seed):
             return value.example()
-        return value.meta.get("example_value") if isinstance(value, fx.Node) else value
+        found = value.meta.get("example_value") if isinstance(value, fx.Node) else value
+        return hint(found) if isinstance(found, torch.SymFloat) else found  # calling an op would fix its value
 
     arguments = [example(value) for value in values]
     fakes = [t for a in arguments for t in (a if isinstance(a, list) else [a]) if isinstance(t, FakeTensor)]

@@ -1,4 +1,4 @@
-"""What deferred logits are made of, and what is made of them: the logits themselves, or a loss that never has them."""
+"""What deferred logits are computed from: as logits, or as a loss that never has them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ class Adapter(NamedTuple):
 @dataclass(frozen=True)
 class Recipe:
     """What the logits are: `linear(hidden, weight, bias)` in `base_dtype`, with an adapter if there is one, times
-    `scale`, then, if `squashed`, the tanh of that times `gain`; as `dtype`. `hidden` has the leading dimensions of the
-    logits."""
+    `scale`, then, if `squashed`, the tanh of that times `gain`; as `dtype`.
+
+    All tensors are detached. `hidden` has the leading dimensions of the logits. `trained` has the names of the tensors,
+    as the ops call them, that want a gradient.
+    """
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -33,18 +36,10 @@ class Recipe:
     base_dtype: torch.dtype
     dtype: torch.dtype
     adapter: Adapter | None = None
+    trained: frozenset[str] = frozenset()
     scale: float = 1.0
     squashed: bool = False
     gain: float = 1.0
-    versions: tuple[int, ...] = ()
-
-    def check(self) -> None:
-        """Raises if what the logits are made of has been written to since: they can no longer be computed."""
-        if self.now() != self.versions:
-            raise FastLoRAError(
-                "the hidden states or the weights behind deferred logits were modified in place (by an optimizer step, "
-                "say) before the logits were used; read them earlier, or use fastlora.compile(..., defer_logits=False)"
-            )
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -52,33 +47,22 @@ class Recipe:
         low = () if self.adapter is None else self.adapter[:2]
         return [t for t in (self.hidden, self.weight, self.bias, *low) if t is not None]
 
-    def now(self) -> tuple[int, ...]:
-        """The versions of all tensors."""
-        return tuple(t._version for t in self.tensors)
-
-    def detached(self) -> Recipe:
-        """The same without gradients."""
-        bias, low = self.bias, self.adapter
-        cut = self.of(
-            hidden=self.hidden.detach(), weight=self.weight.detach(), bias=None if bias is None else bias.detach()
-        )
-        if low is None:
-            return cut
-        return replace(cut, adapter=low._replace(lora_a=low.lora_a.detach(), lora_b=low.lora_b.detach()))
-
-    def of(self, **parts: torch.Tensor | None) -> Recipe:
-        """The same of other tensors, views of these say, as they are now."""
-        self.check()
-        made = replace(self, **parts)  # type: ignore[arg-type]
-        return replace(made, versions=made.now())
-
     @property
     def shape(self) -> tuple[int, ...]:
         return (*self.hidden.shape[:-1], self.weight.shape[0])
 
-    def multiply(self) -> torch.Tensor:
-        """The plain product, before anything was done to it."""
-        self.check()
+    @property
+    def is_product(self) -> bool:
+        """Whether nothing but rows has changed since the product."""
+        return self.dtype is self.base_dtype and self.scale == 1.0 and not self.squashed
+
+    def scaled(self, factor: float) -> Recipe:
+        if self.squashed:
+            return replace(self, gain=self.gain * factor)
+        return replace(self, scale=self.scale * factor)
+
+    def product(self) -> torch.Tensor:
+        """Return the head's output, before anything was done to it."""
         with torch.autocast(self.hidden.device.type, enabled=False):
             if self.adapter is not None:
                 adapted: torch.Tensor = lora_linear(
@@ -89,15 +73,40 @@ class Recipe:
             bias = None if self.bias is None else self.bias.to(self.base_dtype)
             return F.linear(self.hidden.to(self.base_dtype), self.weight.to(self.base_dtype), bias)
 
-    def cross_entropy(self, labels: torch.Tensor, **options: Any) -> torch.Tensor:
-        """The loss, without the logits."""
-        self.check()
+    def loss_arguments(self, labels: torch.Tensor, dtype: torch.dtype, **options: Any) -> list[Any]:
+        """Return the arguments of `linear_cross_entropy`, in its order, for logits that the loss reads as `dtype`."""
         scale = self.scale * self.gain if self.squashed else self.scale
         if self.adapter is not None:
             options |= self.adapter._asdict()
-        loss: torch.Tensor = linear_cross_entropy(
-            x=self.hidden, weight=self.weight, bias=self.bias, labels=labels, scale=scale,
-            softcap=self.gain if self.squashed else 0.0, z_loss=0.0, base_dtype=self.base_dtype,
-            logits_dtype=self.dtype, **options,
-        )  # fmt: skip
-        return loss
+        return linear_cross_entropy.order({
+            "x": self.hidden, "weight": self.weight, "bias": self.bias, "labels": labels, "scale": scale,
+            "softcap": self.gain if self.squashed else 0.0, "z_loss": 0.0, "base_dtype": self.base_dtype,
+            "logits_dtype": dtype, **options,
+        })  # fmt: skip
+
+
+class Snapshot:
+    """Tensors as they are now, which must not be written to before they are read."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self._tensors, self._versions = tensors, [t._version for t in tensors]
+
+    def and_of(self, t: torch.Tensor) -> Snapshot:
+        """Return a snapshot that has one more tensor."""
+        made = Snapshot([*self._tensors, t])
+        made._versions = [*self._versions, t._version]
+        return made
+
+    def check(self) -> None:
+        """Raise if one has been written to since."""
+        if self._versions != [t._version for t in self._tensors]:
+            raise FastLoRAError(
+                "the hidden states or the weights behind deferred logits were modified in place (by an optimizer step, "
+                "say) before the logits were used; read them earlier, or use fastlora.compile(..., defer_logits=False)"
+            )
+        if any(t.untyped_storage().size() == 0 and t.numel() for t in self._tensors):
+            raise FastLoRAError(
+                "the weights behind deferred logits were freed (by FSDP, which reshards them after the forward) before "
+                "the logits were used; use fastlora.compile(..., defer_logits=False), or reshard_after_forward=False "
+                "for the head"
+            )

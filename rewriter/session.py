@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fastlora.boundary import defer_adapted_head, defer_escaping_logits
-from fastlora.deferred import Tally
+from fastlora.boundary import defer_escaping_logits, defer_head
 from fastlora.engine import AnyRule, Rewrite, bodies, rewrite
 from fastlora.errors import FastLoRAError, StrictError
 from fastlora.findings import misses, sites
 from fastlora.foresight import calls, loss_call
 from fastlora.kernels.rehearsal import compile_kernels
+from fastlora.logits import Tally
 from fastlora.lowering import checkpoints, lower, pretend
 from fastlora.metadata import meta, steady
 from fastlora.offload import CudaLanes, Mover
@@ -29,6 +29,7 @@ from fastlora.replay import Replays
 from fastlora.report import Coverage, Miss, Report, Seconds, Site
 from fastlora.thrift import Thrift
 
+_LIMIT = "TorchDynamo has made as many graphs of its code as it keeps"
 LOWERINGS = ("auto", "eager", "inductor")
 MODES = ("default", "reduce-overhead", "no-cudagraphs", "max-autotune")
 
@@ -78,13 +79,14 @@ class Options:
 
 @dataclass
 class TracedGraph:
-    """A graph that TorchDynamo handed over: its rewrites, the region and the code frame it is of, whether it does
-    nothing but to defer the product of a head with an adapter, and what runs it."""
+    """A graph that TorchDynamo handed over: its rewrites, the region and the code frame it is of, the class of the
+    region's module, whether it does nothing but to defer a head's product, and what runs it."""
 
     gm: fx.GraphModule
     rewrites: list[Rewrite]
     name: str
     frame: int
+    kind: type | None = None
     defers: bool = False
     replays: Replays | None = None
 
@@ -102,7 +104,9 @@ class Session:
         self.seconds = Seconds()
         self.head: str | None = None
         self.head_layer: nn.Linear | None = None
+        self.head_problem: str | None = None
         self.region = ""
+        self.kind: type | None = None
         self.oblivious = True
         self.executions = 0
         self.on_piece: Callable[[], None] | None = None
@@ -112,12 +116,13 @@ class Session:
         budget = None if options.dry else options.memory_budget
         self.thrift = None if budget is None else Thrift(budget, Mover(CudaLanes(), self._note), self._note)
         self._serving: dict[tuple[str, int], TracedGraph] = {}
+        self._uncompiled: dict[str, type] = {}
         self._breaks_before = _graph_breaks()
         self._entered = time.perf_counter()
 
-    def enter(self, region: str) -> None:
-        """Tells that a region of the model is about to run."""
-        self.region = region
+    def enter(self, region: str, kind: type | None = None) -> None:
+        """Note that a region of the model, a module of class `kind`, is about to run."""
+        self.region, self.kind = region, kind
         self._entered = time.perf_counter()
 
     def compile_graph(self, gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
@@ -136,10 +141,12 @@ class Session:
         frame_id = len(self.graphs) if frame is None or frame.frame_id is None else frame.frame_id
         runs_eagerly = self.options.lowering == "eager"
         rewrites = rewrite(gm, self.rules, self.options.verify, decodes=runs_eagerly)
-        traced = TracedGraph(gm, rewrites, self.region, frame_id)
+        traced = TracedGraph(gm, rewrites, self.region, frame_id, self.kind)
         if runs_eagerly and self.options.defer_logits:
             defer_escaping_logits(gm, traced.rewrites[0], self.tally)
-            traced.defers = self.region == self.head and defer_adapted_head(gm, self.tally)
+            if self.region == self.head:
+                self.head_problem = defer_head(gm, self.tally)
+                traced.defers = self.head_problem is None
         self.seconds.match += time.perf_counter() - start
         self.graphs.append(traced)
         if self.options.strict:
@@ -199,6 +206,20 @@ class Session:
             return None
         return self.thrift
 
+    def ran(self, region: str, kind: type, graphs: int) -> None:
+        """Note how many graphs a region, a module of class `kind`, has run. Once TorchDynamo has made as many graphs
+        of some code as it may, it runs that code as it is, and says nothing.
+
+        Raises:
+            StrictError: if that has happened, and the session is strict.
+        """
+        if graphs:
+            self._uncompiled.pop(region, None)
+        elif any(traced.kind is kind for traced in self.graphs):
+            self._uncompiled[region] = kind
+            if self.options.strict:
+                raise StrictError(f"strict=True, and {region or 'the model'} runs uncompiled: {_LIMIT}")
+
     def forget(self) -> None:
         """Drops the recordings of all graphs."""
         for traced in self.graphs:
@@ -213,6 +234,8 @@ class Session:
 
     def _insist(self, traced: TracedGraph) -> None:
         left = [miss for r in traced.rewrites for miss in misses(r, traced.name, 1)]
+        if self.region == self.head and self.head_problem is not None:
+            left.append(self._missed_loss(self.head_problem))
         if left:
             listed = "\n".join(f"  {miss.op} {miss.where}: {miss.reason}" for miss in left)
             raise StrictError(f"strict=True, and these candidates stay as they are:\n{listed}")
@@ -237,6 +260,7 @@ class Session:
                 report.missed += misses(made, name, count)
             key = name if name not in report.code else f"{name} ({len(report.code)})"
             report.code[key] = traced.gm.print_readable(print_output=False)
+        self._report_uncompiled(report)
         self._report_loss(report)
         recorded = sum(traced.replays.recorded for traced in self.graphs if traced.replays is not None)
         thrifty = self.thrift.summary() if self.thrift is not None else None
@@ -248,21 +272,35 @@ class Session:
         report.notes += [f"{count} calls ran uncompiled: {reason}" for reason, count in self.bypassed.items()]
         return report
 
+    def _report_uncompiled(self, report: Report) -> None:
+        """Count what the regions that ran as they were would have had, by the graphs of others of their class."""
+        for region, kind in self._uncompiled.items():
+            like = next(traced for traced in reversed(self.graphs) if traced.kind is kind)
+            for family, anchors in ((f, a) for made in like.rewrites for f, a in made.anchors.items() if a):
+                report.coverage.setdefault(family, Coverage()).seen += len(anchors)
+                report.missed.append(Miss(family, "", region, f"the module ran uncompiled: {_LIMIT}", len(anchors)))
+
+    def _missed_loss(self, reason: str) -> Miss:
+        return Miss("loss", "deferred logits", self.head or "", reason)
+
     def _report_loss(self, report: Report) -> None:
-        if self.head is None or not self.tally.deferred:
+        if self.head is None:
             return
         coverage = report.coverage.setdefault("loss", Coverage())
+        if not self.tally.deferred:
+            if self.head_problem is not None and not coverage.seen and self.executions:
+                coverage.seen += 1
+                report.missed.append(self._missed_loss(self.head_problem))
+            return
         coverage.seen += 1
         if self.tally.fused:
             coverage.fused += 1
             report.fused.append(Site("linear_cross_entropy", "deferred logits", self.head, 2, 0))
-        elif self.tally.materialised:
-            lines = ", ".join(self.tally.materialised)
-            report.missed.append(
-                Miss("loss", "deferred logits", self.head, f"the logits themselves were used by {lines}")
-            )
-        for line, count in self.tally.materialised.items():
-            report.notes.append(f"logits were multiplied out {count} times, by {line}")
+        elif self.tally.materialized:
+            lines = ", ".join(self.tally.materialized)
+            report.missed.append(self._missed_loss(f"the logits themselves were used by {lines}"))
+        for line, count in self.tally.materialized.items():
+            report.notes.append(f"logits were materialized {count} times, by {line}")
 
 
 def _computes_on_a_cpu(gm: fx.GraphModule) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 
 import fastlora
 from fastlora import session
-from fastlora.deferred import DeferredLogits
+from fastlora.logits import DeferredLogits
 
 
 @pytest.fixture

@@ -66,7 +66,7 @@ def test_the_loss_of_a_trainer_run_is_fused_and_no_logits_are_made(tmp_path):
     train(model, tmp_path)
     report = fastlora.report(model)
     assert report.coverage["loss"].fused == 1
-    assert not [note for note in report.notes if "multiplied out" in note]
+    assert not [note for note in report.notes if "materialized" in note]
 
 
 def test_evaluation_within_training_gives_eager_metrics(tmp_path):
