@@ -105,6 +105,20 @@ def test_nor_does_one_with_batch_statistics() -> None:
     assert all(torch.equal(one, other) for one, other in zip(mine, its, strict=True))
 
 
+def test_the_report_counts_the_steps_of_the_training_alone() -> None:
+    from transformers import DynamicCache
+
+    models = [build("llama") for _ in range(2)]
+    first = compiled(models[0])
+    fastlora.compile(models[1])
+    for model in models:
+        model(**batch(), past_key_values=DynamicCache()).loss.backward()  # which no layer runs compiled with
+    assert first.agreement
+    (_, *notes), its = (fastlora.report(model).notes for model in models)
+    assert notes == its
+    assert "calls ran uncompiled" in notes[0]
+
+
 def test_a_wrong_step_is_taken_eagerly_and_so_are_all_others() -> None:
     models = [gated(), gated()]
     first = compiled(models[0], rules=[wrongly_silu])

@@ -39,6 +39,12 @@ def test_an_error_may_be_a_quarter_more_than_eagers() -> None:
     assert of("w", runs[:1]).eager_error == pytest.approx(1e-3)
 
 
+def test_a_quarter_of_the_error_of_all_eager_gradients_is_rounding() -> None:
+    mine, its, true = (step(error, b=TRUE * factor) for error, factor in ((1e-2, 1.001), (1e-2, 1.0), (0.0, 1.0)))
+    assert of("b", [Steps(mine, its, true)]).right
+    assert not of("b", [Steps(step(b=TRUE * 1.001), step(b=TRUE), true)]).right
+
+
 def test_losses_are_compared_in_the_same_way() -> None:
     assert of("the loss", [Steps(step(loss=2.00001), step(), step())]).right
     assert not of("the loss", [Steps(step(loss=2.001), step(), step())]).right
@@ -170,6 +176,15 @@ def test_what_could_not_be_judged_is_said() -> None:
     assert found
     assert any("1 gradients are too small" in note and "faint" in note for note in found.notes)
     assert any("2 trained parameters got no gradient" in note and "bias" in note for note in found.notes)
+
+
+def test_another_computation_in_float64_is_no_judge() -> None:
+    trial: Any = Rehearsed([])
+    trial.step = lambda slots, exact=False: Step(torch.tensor(2.0), {"w": -TRUE if exact else TRUE})
+    found = judged(trial)
+    assert found
+    assert found.loss.float64 is None
+    assert "differ from eager's by 200%" in found.skipped[0]
 
 
 def test_nothing_to_compare_is_not_right() -> None:
