@@ -59,11 +59,11 @@ def _rows(dim: Any) -> bool:
     attrs={"lora_dtype": dtype_of("product"), "sum_dtype": dtype_of("total"), "out_dtype": dtype_of()},
 )
 def dora_norm(weight, lora_a: Param(2), lora_b: Param(2), scaling: Scalar = 1.0):
-    unit = Op("eye", n=lambda n: True, m=None)
+    unit = Op("eye", n=lambda n: True, m=None, dtype=lambda dtype: True, device=lambda device: True)
     product = linear(linear(unit, lora_a), lora_b).named("product")
     delta = Op("detach", input=cast(Op("transposed", input=product)))
     total = (cast(weight) + either(scaled=delta * scaling, plain=delta)).named("total")
-    return Op("detach", input=cast(Op("linalg_norm", input=total, ord=None, dim=_rows, keepdim=False, dtype=None)))
+    return Op("detach", input=cast(Op("linalg_norm", input=total, dim=_rows)))
 
 
 for _adapter in (dora_linear, dora_add, dora_norm):

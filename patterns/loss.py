@@ -52,10 +52,7 @@ def linear_cross_entropy(
         "cross_entropy",
         input=read,
         target=labels,
-        weight=None,
-        size_average=None,
         ignore_index=ignore_index,
-        reduce=None,
         reduction=reduction,
         label_smoothing=label_smoothing,
     )

@@ -1,13 +1,11 @@
 """Gated linear units, and the gated MLP whose three projections carry adapters."""
 
 from fastlora.kernels import ops
+from fastlora.kernels.glu import ACTIVATIONS
 from fastlora.metadata import meta, same_shape
-from fastlora.pattern import cast, either, gelu, gelu_tanh, raised, silu, widened
-from fastlora.rule import Match, dtype_of, fuse, rule
+from fastlora.pattern import Constant, cast, either, gelu, gelu_tanh, raised, silu, widened
+from fastlora.rule import dtype_of, fuse, rule, tag_of
 from fastlora.view import View
-
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-PROJECTIONS = ("gate", "up", "down")
 
 
 def gating(view: View, node) -> bool:
@@ -21,7 +19,7 @@ def gating(view: View, node) -> bool:
     return any(f is not None and activated is not None and same_shape(f, activated) for f in factors)
 
 
-@rule(ops.glu, anchor=gating, attrs={"activation": lambda match: match.tag("activation"), "out_dtype": dtype_of()})
+@rule(ops.glu, anchor=gating, attrs={"activation": tag_of("activation"), "out_dtype": dtype_of()})
 def glu(gate, up):
     g = widened(gate)
     activated = either(silu=silu(g), gelu=gelu(g), gelu_tanh=gelu_tanh(g)).named("activation")
@@ -34,36 +32,24 @@ def _operands_agree(match):
     return (same_shape(gate, up) and gate.dtype == up.dtype) or "gate and up differ in shape or dtype"
 
 
-def _common(name: str):
-    """A dtype that all three projections share."""
-    return lambda match: match.value(f"gate_{name}")
+@fuse(ops.lora_mlp, benefit=3)
+def lora_mlp(
+    x,
+    base_dtype: Constant,
+    lora_dtype: Constant,
+    proj_dtype: Constant,
+    hidden_dtype: Constant,
+    out_dtype: Constant,
+):
+    """Projections that agree in the dtypes of base and adapter, gate and up also in that of what they give.
 
-
-@fuse(
-    ops.lora_mlp,
-    benefit=3,
-    attrs={
-        "base_dtype": _common("base_dtype"),
-        "lora_dtype": _common("lora_dtype"),
-        "proj_dtype": _common("out_dtype"),
-        "hidden_dtype": lambda match: match.value("out_dtype"),
-        "out_dtype": lambda match: match.value("down_out_dtype"),
-    },
-)
-def lora_mlp(x):
-    """Without adapter dropout: a mask on the hidden product would have to be drawn between the projections."""
-    gate = raised(ops.lora_linear, "gate_", x=x, x_dropped=None, seed=None)
-    up = raised(ops.lora_linear, "up_", x=x, x_dropped=None, seed=None)
-    product = raised(ops.glu, gate=gate, up=up)
-    return raised(ops.lora_linear, "down_", x=product, x_dropped=None, seed=None)
-
-
-@lora_mlp.where
-def _dtypes_agree(match: Match):
-    for name in ("base_dtype", "lora_dtype"):
-        if len({match.value(f"{projection}_{name}") for projection in PROJECTIONS}) > 1:
-            return f"its projections differ in {name}"
-    return match.value("gate_out_dtype") == match.value("up_out_dtype") or "gate and up differ in dtype"
+    Without adapter dropout: a mask on the hidden product would have to be drawn between the projections.
+    """
+    alike = {"base_dtype": base_dtype, "lora_dtype": lora_dtype, "x_dropped": None, "seed": None, "dropout": None}
+    gate = raised(ops.lora_linear, "gate_", x=x, out_dtype=proj_dtype, **alike)
+    up = raised(ops.lora_linear, "up_", x=x, out_dtype=proj_dtype, **alike)
+    product = raised(ops.glu, gate=gate, up=up, out_dtype=hidden_dtype)
+    return raised(ops.lora_linear, "down_", x=product, out_dtype=out_dtype, **alike)
 
 
 RULES = [glu, lora_mlp]

@@ -19,7 +19,7 @@ from fastlora.pattern import (
     second_half,
     widened,
 )
-from fastlora.rule import GroupRule, Match, Rule, dtype_of, fuse, group, rule
+from fastlora.rule import GroupRule, Match, Rule, dtype_of, fuse, group, rule, tag_of
 from fastlora.view import View
 
 
@@ -55,7 +55,7 @@ def _width(match: Match) -> int:
     benefit=2,
     anchor=turned,
     attrs={
-        "layout": lambda match: match.tag("layout"),
+        "layout": tag_of("layout"),
         "rotary_dim": _width,
         "compute_dtype": dtype_of("q"),
         "out_dtype": dtype_of(),
@@ -106,7 +106,9 @@ def _turned_width(match: Match) -> int:
 @fuse(ops.rotary, benefit=2, attrs={"rotary_dim": _turned_width, "out_dtype": dtype_of()})
 def partial_rotary(x):
     """Only the first entries of each head turn; the others pass through."""
-    return cast(cat(raised(ops.rotary, x=piece(x, "turning")), piece(x, "passing")))
+    anything = lambda _: True  # noqa: E731
+    turning = raised(ops.rotary, x=piece(x, "turning"), rotary_dim=anything, out_dtype=anything)
+    return cast(cat(turning, piece(x, "passing")))
 
 
 @partial_rotary.where

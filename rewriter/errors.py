@@ -1,5 +1,11 @@
 """Errors that users see; each says what to do."""
 
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable
+
 
 class FastLoRAError(Exception):
     """Base of every error that fastlora raises on purpose."""
@@ -11,3 +17,23 @@ class RuleError(FastLoRAError):
 
 class StrictError(FastLoRAError):
     """`strict=True` and a site that is a candidate for fusion stayed as it was."""
+
+
+def suggestion(name: object, valid: Iterable[str]) -> str:
+    """The end of a message about a name that is none of the valid ones: the closest of them, and all."""
+    names = sorted(valid)
+    closest = difflib.get_close_matches(str(name), names, n=1)
+    meant = f"did you mean {closest[0]!r}? " if closest else ""
+    return f"{meant}Known: {', '.join(names) or 'none'}"
+
+
+def written_at() -> str:
+    """`file:line` of the code that called into fastlora; the rules that come with it are such code as well."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _is_inside(frame.f_globals.get("__name__", "")):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def _is_inside(module: str) -> bool:
+    return module.startswith("fastlora.") and not module.startswith("fastlora.patterns")

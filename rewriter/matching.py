@@ -21,6 +21,7 @@ from torch import fx
 
 from fastlora.kernels.op import SemanticOp
 from fastlora.metadata import meta
+from fastlora.spelling import POWERS, signature_of
 from fastlora.view import View
 
 COMMUTATIVE = {"add", "mul"}
@@ -106,6 +107,9 @@ class Pattern:
         """Records the matched value (or the alternative taken, for `either`) under a name for `attrs` and `where`."""
         return Named(name, self)
 
+    def __bool__(self) -> bool:
+        raise TypeError("a pattern is neither true nor false: it stands for a value; write alternatives with either()")
+
     def __add__(self, other: Any) -> Pattern:
         return Op("add", input=self, other=other)
 
@@ -128,8 +132,10 @@ class Pattern:
     def __neg__(self) -> Pattern:
         return Op("neg", input=self)
 
-    def __pow__(self, exponent: int) -> Pattern:
-        return Op("square", input=self) if exponent == 2 else Op("pow", input=self, exponent=exponent)
+    def __pow__(self, exponent: float) -> Pattern:
+        if isinstance(exponent, (int, float)) and exponent in POWERS:
+            return Op(POWERS[exponent], input=self)
+        return Op("pow", input=self, exponent=exponent)
 
 
 @dataclass(eq=False)
@@ -164,11 +170,7 @@ class Literal(Pattern):
     value: Any
 
     def _branches(self, view: View, value: Any, state: State, trace: Trace | None) -> Iterator[State]:
-        if (
-            not isinstance(value, fx.Node)
-            and value == self.value
-            and isinstance(value, bool) == isinstance(self.value, bool)
-        ):
+        if _is_constant(value, self.value):
             yield state
         elif trace is not None:
             trace.note(state, f"want the constant {self.value!r}, got {describe(value)}")
@@ -177,12 +179,16 @@ class Literal(Pattern):
         return {ANYTHING}
 
 
-def _same_kind(value: Any) -> tuple[type, ...]:
-    return (int, float) if type(value) in (int, float) else (type(value),)
+def _is_constant(value: Any, wanted: Any) -> bool:
+    """Whether a value is that constant; 1 is 1.0, but not True."""
+    if isinstance(value, fx.Node) or isinstance(value, bool) != isinstance(wanted, bool):
+        return False
+    return bool(value == wanted)
 
 
 class Op(Pattern):
-    """A canonical operation on sub-patterns; an argument may also be a predicate or a plain constant."""
+    """A canonical operation on sub-patterns; an argument may also be a predicate or a plain constant, and one that is
+    left out has to have its default, which `fastlora.spelling` knows."""
 
     def __init__(self, op: str, **args: Any) -> None:
         self.op = op
@@ -212,13 +218,29 @@ class Op(Pattern):
     def _arguments(self, view: View, args: dict[str, Any], state: State, trace: Trace | None) -> Iterator[State]:
         pairs: list[tuple[Pattern, Any]] = []
         for name, wanted in self.args.items():
+            value = args[name]
             if isinstance(wanted, tuple):
-                if len(wanted) != len(args[name]):
+                if not isinstance(value, (tuple, list)) or len(wanted) != len(value):
                     return
-                pairs += zip(wanted, args[name], strict=True)
+                pairs += zip(wanted, value, strict=True)
             else:
-                pairs.append((wanted, args[name]))
-        yield from _match_all(pairs, view, state, trace)
+                pairs.append((wanted, value))
+        unwanted = self._unwanted(args) if len(args) > len(self.args) else None
+        if unwanted is None or trace is not None:
+            for found in _match_all(pairs, view, state, trace):
+                if unwanted is None:
+                    yield found
+                elif trace is not None:
+                    trace.note(found, unwanted)
+
+    def _unwanted(self, args: dict[str, Any]) -> str | None:
+        """What the pattern does not mention and is not at its default, or None."""
+        signature = signature_of(self.op)
+        defaults = signature.defaults if signature is not None else {}
+        for name, value in args.items():
+            if name not in self.args and not (name in defaults and _is_constant(value, defaults[name])):
+                return f"{self.op} has {name}={describe(value)}, which the pattern does not mention"
+        return None
 
 
 @dataclass(eq=False)
@@ -360,7 +382,7 @@ def _match_in_turn(pairs: list[tuple[Pattern, Any]], view: View, state: State, t
 
 
 @dataclass(eq=False)
-class _Constant(Pattern):
+class Checked(Pattern):
     """An argument that is a constant and meets a predicate, e.g. the bounds of a slice."""
 
     predicate: Callable[[Any], bool]
@@ -374,12 +396,12 @@ class _Constant(Pattern):
 
 
 def as_pattern(value: Any) -> Any:
-    """What an argument of a pattern stands for: a pattern, a predicate on a constant, or the constant itself."""
+    """What an argument of a pattern stands for: one or several patterns, a predicate on a constant, or the constant."""
     if isinstance(value, Pattern):
         return value
-    if isinstance(value, tuple):
+    if isinstance(value, (tuple, list)):
         return tuple(as_pattern(item) for item in value)
-    return _Constant(value) if callable(value) else Literal(value)
+    return Checked(value) if callable(value) else Literal(value)
 
 
 def _same(left: Any, right: Any) -> bool:

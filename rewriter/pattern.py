@@ -4,12 +4,14 @@
     n = h * rsqrt(mean(h ** 2) + eps)
 
 `*` and `+` commute; `cast` and `widened` are optional; no-op casts, views, copies and inactive dropouts are seen
-through. The capitalised names annotate a rule's parameters and say what a captured value has to be.
+through. `Op(name, argument=...)` is any operation that `fastlora.spelling` knows; an argument that it does not mention
+has to have its default. The capitalised names annotate a rule's parameters and say what a captured value has to be.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
@@ -57,7 +59,8 @@ def seeded(name: str, x: Pattern, p: Pattern, where: Predicate) -> Pattern:
 
 
 def raised(op: SemanticOp, prefix: str = "", **overrides: Any) -> Pattern:
-    """A semantic op that a `@rule` has found, see `Raised`."""
+    """A semantic op that a `@rule` has found. Its arguments are captured under `prefix` + their names, and have to be
+    arguments of the rule's op; others are given as patterns, constants or predicates, in `overrides`."""
     return Raised(op, prefix, **overrides)
 
 
@@ -96,11 +99,16 @@ def flatten_pairs(first: Any, second: Any) -> Pattern:
     return Op("flatten", input=Op("stack", tensors=(first, second)))
 
 
+def _anything(constant: Any) -> bool:
+    """A predicate on a constant that a pattern leaves to others."""
+    return True
+
+
 class _HalfOf(Op):
     """A slice of the last dimension whose bounds depend on its size."""
 
     def __init__(self, x: Pattern, bounds: Callable[[int], tuple[int, int, int]]) -> None:
-        super().__init__("slice", input=x)
+        super().__init__("slice", input=x, start=_anything, stop=_anything, step=_anything)
         self._bounds = bounds
 
     def _arguments(self, view: View, args: dict[str, Any], state: State, trace: Trace | None) -> Iterator[State]:
@@ -130,19 +138,20 @@ def odds(x: Pattern) -> Pattern:
 
 def piece(x: Pattern, name: str) -> Pattern:
     """A contiguous slice of the last dimension, named so that a rule can compare bounds."""
-    return Op("slice", input=x, step=1, start=lambda _: True, stop=lambda _: True).named(name)
+    return Op("slice", input=x, step=1, start=_anything, stop=_anything).named(name)
 
 
-def Param(dim: int) -> Predicate:
+@dataclass(frozen=True)
+class Param:
     """A graph input (a parameter or buffer, once traced) with `dim` dimensions, or a weight decoded from some."""
 
-    def check(view: View, value: Any) -> bool | str:
+    dim: int
+
+    def __call__(self, view: View, value: Any) -> bool | str:
         producer, tensor = view.producer(value), meta(value)
         if not isinstance(producer, fx.Node) or tensor is None or not _is_given(producer):
             return f"{describe(value)} is not a parameter"
-        return tensor.dim() == dim or f"{producer.name} has {tensor.dim()} dimensions, not {dim}"
-
-    return check
+        return tensor.dim() == self.dim or f"{producer.name} has {tensor.dim()} dimensions, not {self.dim}"
 
 
 def _is_given(node: fx.Node) -> bool:

@@ -7,104 +7,40 @@
 A rule is a function that is called once, with patterns. Its parameter names are the captures and the op's argument
 names; annotations are predicates; `attrs` gives the arguments that are computed from the match. `@rule` raises a
 subgraph to an op, `@fuse` joins ops that were raised, `@group` joins several that share an input. A rule that cannot be
-right (an unknown name, an argument that nothing provides, growing alternatives) raises `RuleError` where it is defined.
+right (an unknown name, an argument that nothing provides, a value that the op does not take, growing alternatives)
+raises `RuleError` where it is defined.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
-from fastlora.errors import RuleError
+from fastlora.constants import misfit
+from fastlora.errors import RuleError, written_at
+from fastlora.grammar import alternatives, bound_names
 from fastlora.kernels.op import SemanticOp
-from fastlora.lint import lint
+from fastlora.lint import (
+    anchor_faults,
+    condition_faults,
+    decorator_faults,
+    function_faults,
+    group_faults,
+    pattern_faults,
+    rule_faults,
+)
+from fastlora.match import Match, dtype_of, tag_of
 from fastlora.matching import Pattern, State, Trace, Var
-from fastlora.metadata import meta
 from fastlora.pattern import Opt, Param, Scalar
 from fastlora.view import View
 
 Anchor = str | Callable[[View, fx.Node], bool]
 Explanation = Callable[[View, fx.Node], "str | None"]
 Verdict = bool | str
-
-
-@dataclass(eq=False)
-class Match:
-    """A subgraph that a rule claims: the nodes it replaces, the op's arguments, and the values it stands for."""
-
-    rule: Rule | GroupRule
-    view: View
-    outputs: tuple[fx.Node, ...]
-    members: tuple[fx.Node, ...]
-    shared: tuple[fx.Node, ...]
-    arguments: dict[str, Any]
-    state: State = field(default_factory=State)
-    parts: tuple[Match, ...] = ()
-
-    @property
-    def op(self) -> SemanticOp:
-        return self.rule.op
-
-    @property
-    def root(self) -> fx.Node:
-        return self.outputs[0]
-
-    def inside(self) -> set[fx.Node]:
-        """The nodes that the match covers: its members, and the identities of those that are no outputs."""
-        inner = (self.view.value_class(member) for member in self.members if member not in self.outputs)
-        return {*self.members, *(same for nodes in inner for same in nodes)}
-
-    def outside_users(self) -> list[fx.Node]:
-        """The nodes that will read the replacement's outputs."""
-        inside = self.inside() - set(self.shared)
-        return [user for output in self.outputs for user in output.users if user not in inside]
-
-    def place(self) -> fx.Node:
-        """The node to insert the replacement before: what follows the last output, or an earlier user of another."""
-        order = self.view.order
-        last = max(self.outputs, key=order.__getitem__)
-        return min([last.next, *self.outside_users()], key=order.__getitem__)
-
-    def tag(self, name: str) -> str | None:
-        """The alternative that the `either` of this name took, or None if it was not reached."""
-        return self.state.tags.get(name)
-
-    def value(self, name: str | None = None) -> Any:
-        """What was captured or named; the root without a name."""
-        if name is None:
-            return self.root
-        return self.state.values.get(name, self.state.values.get(f".{name}"))
-
-    def tensor(self, name: str | None = None) -> torch.Tensor:
-        """The fake tensor of a captured or named value."""
-        tensor = meta(self.value(name))
-        assert tensor is not None, f"{self.rule}: {name} holds no tensor"
-        return tensor
-
-    def slice_of(self, name: str) -> dict[str, Any]:
-        """The bounds (`start`, `stop`, `step`) of a named slice."""
-        term = self.view.term(self.value(name))
-        assert term is not None, f"{self.rule}: {name} is no slice"
-        return term.args
-
-    def dtype(self, name: str | None = None) -> torch.dtype:
-        return self.tensor(name).dtype
-
-
-def dtype_of(name: str | None = None, default: torch.dtype | None = None) -> Callable[[Match], torch.dtype]:
-    """For `attrs`: the dtype of a named value (of the root without a name); `default` if it is not in the match."""
-
-    def attribute(match: Match) -> torch.dtype:
-        if default is not None and name is not None and match.value(name) is None:
-            return default
-        return match.dtype(name)
-
-    return attribute
 
 
 @dataclass(eq=False)
@@ -120,6 +56,8 @@ class Rule:
     attrs: dict[str, Any]
     benefit: int
     fuses: bool
+    names: frozenset[str]
+    tags: frozenset[str]
     conditions: list[Callable[[Match], Verdict]] = field(default_factory=list)
     explanations: list[Explanation] = field(default_factory=list)
 
@@ -128,12 +66,14 @@ class Rule:
 
     def where(self, condition: Callable[[Match], Verdict]) -> Callable[[Match], Verdict]:
         """Decorates a condition on the match that answers True, or a sentence that says why not."""
+        _insist(condition, condition_faults(self, condition))
         self.conditions.append(condition)
         return condition
 
     def otherwise(self, explanation: Explanation) -> Explanation:
         """Decorates a function of the view and a candidate in no match, which says why if it can tell better than what
         is left of a failed attempt; None if it cannot."""
+        _insist(explanation, function_faults(explanation, 2, "the view and a node"))
         self.explanations.append(explanation)
         return explanation
 
@@ -160,7 +100,13 @@ class Rule:
 
     def complete(self, match: Match) -> None:
         """Computes the arguments that `attrs` declares; only for a match that no condition refuses."""
-        match.arguments |= {name: value(match) if callable(value) else value for name, value in self.attrs.items()}
+        for name, value in self.attrs.items():
+            computed = value(match) if callable(value) else value
+            (argument,) = (a for a in self.op.arguments if a.name == name)
+            plain = not argument.is_tensor and not isinstance(computed, fx.Node)
+            if plain and (reason := misfit(self.op, argument, computed)) is not None:
+                raise RuleError(f"{self.source}: rule {self.name}: attrs {reason}")
+            match.arguments[name] = computed
 
     def refusal(self, match: Match) -> str | None:
         """Why a `where` condition turns the match down, or None."""
@@ -182,6 +128,8 @@ class GroupRule:
     by: str
     benefit: int
     condition: Callable[[list[Match]], Verdict]
+    names: frozenset[str] = frozenset()
+    tags: frozenset[str] = frozenset()
 
     def __repr__(self) -> str:
         return f"{self.name} ({self.source})"
@@ -230,30 +178,32 @@ def rule(
     Raises:
         RuleError: where the rule is defined, if it cannot be right.
     """
-    return lambda function: _build(function, op, anchor, attrs or {}, benefit, fuses=False)
+    if anchor is None and attrs is None and inspect.isfunction(op):
+        raise _bare("rule", op)
+    return lambda function: _build(function, op, anchor, attrs, benefit, fuses=False)
 
 
 def fuse(
     op: SemanticOp, *, attrs: dict[str, Any] | None = None, benefit: int = 1
 ) -> Callable[[Callable[..., Any]], Rule]:
     """Declares that raised ops together are `op`; the function may return several values, the op's outputs."""
-    return lambda function: _build(function, op, None, attrs or {}, benefit, fuses=True)
+    if attrs is None and inspect.isfunction(op):
+        raise _bare("fuse", op)
+    return lambda function: _build(function, op, None, attrs, benefit, fuses=True)
 
 
 def group(
-    member: SemanticOp, *, by: str, into: SemanticOp, benefit: int = 1
+    member: SemanticOp, *, by: str = "", into: SemanticOp | None = None, benefit: int = 1
 ) -> Callable[[Callable[[list[Match]], Verdict]], GroupRule]:
     """Declares that matches of `member` which share the argument `by` become one `into`; the function decides which."""
+    if into is None and inspect.isfunction(member):
+        raise _bare("group", member)
 
     def build(condition: Callable[[list[Match]], Verdict]) -> GroupRule:
-        source = _source(condition)
-        names = {a.name for a in member.arguments}
-        unknown = [a.name for a in into.arguments if a.name not in names]
-        if unknown or by not in names:
-            raise RuleError(f"{source}: {into.name} takes {unknown or [by]}, which {member.name} does not have")
-        if len([a for a in into.outputs if a.is_list]) != len(into.outputs):
-            raise RuleError(f"{source}: the outputs of {into.name} have to be lists, one entry a member")
-        return GroupRule(condition.__name__, source, member, into, by, benefit, condition)
+        _insist(condition, decorator_faults("group", condition, {"member": member, "into": into}, benefit))
+        assert into is not None
+        _insist(condition, group_faults(condition, member, by, into))
+        return GroupRule(_name(condition), _source(condition), member, into, by, benefit, condition)
 
     return build
 
@@ -262,14 +212,35 @@ def _build(
     function: Callable[..., Any],
     op: SemanticOp,
     anchor: Anchor | None,
-    attrs: dict[str, Any],
+    attrs: dict[str, Any] | None,
     benefit: int,
     fuses: bool,
 ) -> Rule:
-    source = _source(function)
+    _insist(function, decorator_faults("fuse" if fuses else "rule", function, {"op": op}, benefit))
+    _insist(function, anchor_faults(anchor))
+    attrs = {} if attrs is None else attrs
+    if not isinstance(attrs, dict):
+        raise _wrong(function, f"attrs={attrs!r} is no dict from the op's arguments to their values")
+    try:
+        variables, defaults = _parameters(function)
+        outputs = function(**variables)
+    except Exception as problem:
+        raise _wrong(function, f"its function raises {type(problem).__name__}: {problem}") from problem
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    _insist(function, pattern_faults(outputs))
+    names, tags = frozenset(bound_names(outputs[0])), frozenset(alternatives(outputs[0]))
+    made = Rule(_name(function), _source(function), op, outputs, defaults, anchor, attrs, benefit, fuses, names, tags)
+    _insist(function, rule_faults(made, variables))
+    return made
+
+
+def _parameters(function: Callable[..., Any]) -> tuple[dict[str, Var], dict[str, Any]]:
+    """The captures that a rule's parameters are, and what an op's argument is where a match does not reach one."""
     variables: dict[str, Var] = {}
     defaults: dict[str, Any] = {}
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise TypeError(f"its parameter {parameter} is no capture, which has a name of its own")
         annotation = parameter.annotation
         optional = annotation is Opt or isinstance(annotation, Opt)
         predicate = annotation.predicate if isinstance(annotation, Opt) else annotation
@@ -280,20 +251,38 @@ def _build(
             defaults[name] = parameter.default
         elif optional:
             defaults[name] = None
-    outputs = function(**variables)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    made = Rule(function.__name__, source, op, outputs, defaults, anchor, attrs, benefit, fuses)
-    lint(made, variables)
-    return made
+    return variables, defaults
 
 
-def _source(function: Callable[..., Any]) -> str:
-    code = function.__code__
-    return f"{code.co_filename}:{code.co_firstlineno}"
+def _insist(function: Any, faults: Iterable[str]) -> None:
+    """Raises the first fault, if there is one, as an error of the rule that the function defines."""
+    for fault in faults:
+        raise _wrong(function, fault)
+
+
+def _wrong(function: Any, text: str) -> RuleError:
+    return RuleError(f"{_source(function)}: rule {_name(function)}: {text}")
+
+
+def _bare(decorator: str, function: Any) -> RuleError:
+    wants = "ops.member, by='x', into=ops.together" if decorator == "group" else "ops.name"
+    return _wrong(function, f"@{decorator} says nothing about the op: write @{decorator}({wants})")
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__name__", repr(function))
+
+
+def _source(function: Any) -> str:
+    """`file:line` of the function that defines a rule, or of who uses a decorator on anything else."""
+    code = getattr(inspect.unwrap(function) if callable(function) else function, "__code__", None)
+    return written_at() if code is None else f"{code.co_filename}:{code.co_firstlineno}"
 
 
 def _unique(nodes: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
     return tuple(dict.fromkeys(nodes))
 
 
-__all__ = ["Anchor", "GroupRule", "Match", "Opt", "Param", "Rule", "Scalar", "dtype_of", "fuse", "group", "rule"]
+__all__ = [
+    "Anchor", "GroupRule", "Match", "Opt", "Param", "Rule", "Scalar", "dtype_of", "fuse", "group", "rule", "tag_of",
+]  # fmt: skip

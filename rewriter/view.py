@@ -17,7 +17,7 @@ from torch import fx
 
 from fastlora.effects import Mutations, modes
 from fastlora.metadata import known_equal, meta, same_shape
-from fastlora.spelling import spelling_of
+from fastlora.spelling import POWERS, spelling_of
 
 if TYPE_CHECKING:
     from fastlora.rule import Match
@@ -105,9 +105,9 @@ class View:
 
     def _read(self, node: fx.Node) -> Term | None:
         if node.op == "call_method" and node.target in CASTS:
-            return self._read_cast(node)
+            return self._cast(node)
         if node.op == "call_method" and node.target in RESHAPES:
-            return self._read_reshape(node)
+            return self._reshaped(node)
         spelling = spelling_of(node)
         bound = spelling.bind(node) if spelling is not None else None
         if spelling is None or bound is None:
@@ -115,7 +115,7 @@ class View:
         reader = getattr(self, f"_read_{spelling.op}", None)
         return reader(node, bound) if reader is not None else Term(spelling.op, bound)
 
-    def _read_cast(self, node: fx.Node) -> Term | None:
+    def _cast(self, node: fx.Node) -> Term | None:
         source, result = meta(node.args[0]), meta(node)
         if source is None or result is None or source.device != result.device or not same_shape(source, result):
             return None
@@ -124,7 +124,7 @@ class View:
         floating = source.is_floating_point() and result.is_floating_point()
         return Term("cast", {"input": node.args[0]}) if floating else None
 
-    def _read_reshape(self, node: fx.Node) -> Term | None:
+    def _reshaped(self, node: fx.Node) -> Term | None:
         source, result = meta(node.args[0]), meta(node)
         if source is None or result is None or source.dtype != result.dtype:
             return None
@@ -142,18 +142,17 @@ class View:
     _read_clone = _read_contiguous
 
     def _read_dropout(self, node: fx.Node, bound: dict[str, Any]) -> Term | None:
-        training = bound.get("training", bound.get("train"))
-        if bound.get("inplace"):
+        if bound["inplace"]:
             return None
-        if training is False or bound["p"] == 0.0:
+        if bound["training"] is False or bound["p"] == 0.0:
             return Term("identity", {"input": bound["input"]})
         return Term("dropout", {"input": bound["input"], "p": bound["p"]})
 
     def _read_add(self, node: fx.Node, bound: dict[str, Any]) -> Term | None:
-        return Term("add", bound) if bound.pop("alpha", 1) == 1 else None
+        return Term("add", bound) if bound.pop("alpha") == 1 else None
 
     def _read_sub(self, node: fx.Node, bound: dict[str, Any]) -> Term | None:
-        return Term("sub", bound) if bound.pop("alpha", 1) == 1 else None
+        return Term("sub", bound) if bound.pop("alpha") == 1 else None
 
     def _read_mul(self, node: fx.Node, bound: dict[str, Any]) -> Term | None:
         left, right = self.producer(bound["input"]), self.producer(bound["other"])
@@ -165,17 +164,16 @@ class View:
         return Term("mul", bound)
 
     def _read_div(self, node: fx.Node, bound: dict[str, Any]) -> Term | None:
-        if bound.pop("rounding_mode", None) is not None:
+        if bound.pop("rounding_mode") is not None:
             return None
         if _is_one(bound["other"]) and self._keeps_dtype(node, bound["input"]):
             return Term("identity", {"input": bound["input"]})
         return Term("div", bound)
 
     def _read_pow(self, node: fx.Node, bound: dict[str, Any]) -> Term | None:
-        desugared = {2: "square", -0.5: "rsqrt", 0.5: "sqrt"}
         exponent = bound["exponent"]
-        if isinstance(exponent, (int, float)) and exponent in desugared and isinstance(bound["input"], fx.Node):
-            return Term(desugared[exponent], {"input": bound["input"]})
+        if isinstance(exponent, (int, float)) and exponent in POWERS and isinstance(bound["input"], fx.Node):
+            return Term(POWERS[exponent], {"input": bound["input"]})
         return Term("pow", bound)
 
     def _read_silu(self, node: fx.Node, bound: dict[str, Any]) -> Term | None:
@@ -184,6 +182,10 @@ class View:
     def _read_gelu(self, node: fx.Node, bound: dict[str, Any]) -> Term | None:
         op = {"none": "gelu", "tanh": "gelu_tanh"}.get(bound["approximate"])
         return Term(op, {"input": bound["input"]}) if op else None
+
+    def _read_layer_norm(self, node: fx.Node, bound: dict[str, Any]) -> Term | None:
+        """Which kernel computes it is no part of what it means."""
+        return Term("layer_norm", {name: value for name, value in bound.items() if name != "cudnn_enable"})
 
     def _read_mean(self, node: fx.Node, bound: dict[str, Any]) -> Term | None:
         """Only the mean over the last dimension, which keeps it, has a meaning that patterns use."""
@@ -251,7 +253,7 @@ class View:
     def _read_getitem(self, node: fx.Node, bound: dict[str, Any]) -> Term | None:
         source, index = bound["input"], bound["index"]
         if isinstance(source, fx.Node) and isinstance(index, int) and meta(source) is None:
-            return self._read_piece(node, source, index)
+            return self._piece(node, source, index)
         tensor = meta(source)
         if tensor is None or meta(node) is None:
             return None
@@ -265,7 +267,7 @@ class View:
             return None
         return _sliced(bound["input"], tensor, last)
 
-    def _read_piece(self, node: fx.Node, source: fx.Node, index: int) -> Term | None:
+    def _piece(self, node: fx.Node, source: fx.Node, index: int) -> Term | None:
         """An element of `chunk` or `split` over the last dimension is a slice."""
         term, piece = self.term(source), meta(node)
         if term is None or term.op not in ("chunk", "split") or piece is None:

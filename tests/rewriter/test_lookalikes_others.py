@@ -112,7 +112,7 @@ LOSSES = [
         "classes have weights",
         lambda x, w, labels, weights: F.cross_entropy(F.linear(x, w), labels, weights),
         (*LOSS, randn(32, grad=False).abs()),
-        missed="want the constant None",
+        missed="has weight=",
     ),
     Lookalike(
         "labels are probabilities",
@@ -238,4 +238,15 @@ def test_an_mlp_whose_gate_and_up_read_different_values_is_not_fused_as_a_whole(
     inner = [randn(24, 16, grad=False), randn(4, 16, seed=2), randn(24, 4, seed=2)]
     outcome = analyse(function, GATE, UP, *ADAPTED, *inner, randn(16, 24, grad=False), randn(4, 24), randn(16, 4))
     assert outcome.ops == ["glu", "lora_linear", "lora_linear", "lora_linear"]
+    outcome.assert_close(2e-6)
+
+
+@pytest.mark.parametrize("wide", [0, 3, 6], ids=["gate", "up", "down"])
+def test_an_mlp_whose_adapters_differ_in_dtype_is_not_fused_as_a_whole(wide: int) -> None:
+    layers = [*ADAPTED, *ADAPTED, randn(16, 24, grad=False), randn(4, 24), randn(16, 4)]
+    for adapter in (wide + 1, wide + 2):
+        layers[adapter] = layers[adapter].detach().double().requires_grad_()
+    outcome = analyse(_mlp, GATE, *layers)
+    assert outcome.ops.count("lora_linear") + 2 * outcome.ops.count("lora_group") == 3
+    assert "lora_mlp" not in outcome.ops
     outcome.assert_close(2e-6)

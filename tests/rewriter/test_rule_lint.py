@@ -124,6 +124,13 @@ def _detached_output():
         return tanh(x), sigmoid(x)
 
 
+def _repeated_output():
+    @rule(PAIR)
+    def bad(x):
+        out = tanh(x)
+        return out, out
+
+
 def _no_pattern():
     @rule(ONE)
     def bad(x):
@@ -161,8 +168,8 @@ def _group_with_a_single_result():
 
 
 WRONG: list[tuple[Callable[[], None], str]] = [
-    (_unknown_capture, "['other'] are no arguments"),
-    (_unknown_attribute, "attrs ['speed'] are no arguments"),
+    (_unknown_capture, "'other' is no argument of lint_one"),
+    (_unknown_attribute, "attrs 'speed' is no argument"),
     (_missing_argument, "nothing provides ['scale']"),
     (_missing_attribute, "nothing provides ['out_dtype']"),
     (_unused_parameter, "['scale'] do not appear"),
@@ -174,9 +181,10 @@ WRONG: list[tuple[Callable[[], None], str]] = [
     (_too_few_outputs, "returns 1 values"),
     (_too_many_outputs, "returns 2 values"),
     (_detached_output, "has to be a part of the first"),
+    (_repeated_output, "two of the outputs are the same value"),
     (_no_pattern, "has to return a pattern"),
     (_no_operation, "no operation at its top"),
-    (_fusion_without_its_argument, "are no arguments"),
+    (_fusion_without_its_argument, "'activation' is no argument of lint_one"),
     (_group_of_strangers, "['elsewhere']"),
     (_group_by_what_there_is_not, "['elsewhere']"),
     (_group_with_a_single_result, "have to be lists"),

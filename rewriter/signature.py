@@ -1,0 +1,72 @@
+"""The arguments of an operation: their names and defaults, written as `"input other alpha=1"`."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Names in order, and the defaults of those that have one."""
+
+    names: tuple[str, ...]
+    defaults: dict[str, Any]
+
+    def __str__(self) -> str:
+        return " ".join(f"{n}={self.defaults[n]!r}" if n in self.defaults else n for n in self.names)
+
+    def required(self) -> list[str]:
+        return [name for name in self.names if name not in self.defaults]
+
+
+def parse(text: str) -> Signature:
+    """Reads a signature: names, and `name=value` for a default, a literal of Python without spaces or a bare word.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    names: list[str] = []
+    defaults: dict[str, Any] = {}
+    for item in text.split():
+        name, equals, value = item.partition("=")
+        if not name.isidentifier() or (equals and not value):
+            raise ValueError(f"{item!r} is no argument: write name or name=value, without spaces around the =")
+        if name in names:
+            raise ValueError(f"{name!r} is there twice")
+        names.append(name)
+        if equals:
+            defaults[name] = _literal(value)
+    return Signature(tuple(names), defaults)
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):  # a bare word
+        return text
+
+
+def merge(signatures: Sequence[Signature]) -> Signature:
+    """The signature of an operation that is spelled in several ways.
+
+    An argument that a spelling lacks has the default that the others give it. One that all have, with defaults that
+    differ, has none.
+
+    Raises:
+        ValueError: for an argument that some lack and others give no single default.
+    """
+    names = tuple(dict.fromkeys(name for each in signatures for name in each.names))
+    defaults = {}
+    for name in names:
+        having = [each for each in signatures if name in each.names]
+        given = [each.defaults[name] for each in having if name in each.defaults]
+        if len(given) == len(having) and all(value == given[0] for value in given):
+            defaults[name] = given[0]
+        elif len(having) < len(signatures):
+            raise ValueError(
+                f"not all spellings of the operation have {name!r}, so those that do need one default for it"
+            )
+    return Signature(names, defaults)

@@ -1,0 +1,224 @@
+"""Rules that are right, in several styles, in a form that can be changed one thing at a time."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fastlora.grammar import parts
+from fastlora.kernels import ops
+from fastlora.matching import Op
+from fastlora.pattern import (
+    Constant,
+    Opt,
+    Param,
+    Scalar,
+    cast,
+    cat,
+    dropout,
+    either,
+    first_half,
+    gelu,
+    kept,
+    linear,
+    mean,
+    raised,
+    rsqrt,
+    second_half,
+    silu,
+    widened,
+)
+from fastlora.rule import Rule, dtype_of, fuse, group, rule, tag_of
+from fastlora.spelling import spell
+
+
+def _own_swish(x: Any, beta: float = 1.0) -> Any:
+    return x * torch.sigmoid(beta * x)
+
+
+spell("own_swish", "input beta=1.0", _own_swish)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A rule as its author wrote it: what the decorator was given, and the function."""
+
+    decorator: Callable[..., Any]
+    given: tuple[Any, ...]
+    options: dict[str, Any]
+    function: Callable[..., Any]
+
+    def define(self) -> Any:
+        return self.decorator(*self.given, **self.options)(self.function)
+
+    def given_in(self, name: str, value: Any) -> Written:
+        return replace(self, options={**self.options, name: value})
+
+    def with_attribute(self, name: str, value: Any) -> Written:
+        return self.given_in("attrs", {**self.options.get("attrs", {}), name: value})
+
+    def returning(self, change: Callable[[Any], Any]) -> Written:
+        """The same, but for a change to what the function returns."""
+
+        @functools.wraps(self.function)
+        def changed(*args: Any, **captures: Any) -> Any:
+            return change(self.function(*args, **captures))
+
+        return replace(self, function=changed)
+
+    def taking(self, parameters: list[inspect.Parameter], calls: Callable[[dict[str, Any]], Any]) -> Written:
+        """The same, but for what the function takes; `calls` calls it with that."""
+
+        @functools.wraps(self.function)
+        def changed(**captures: Any) -> Any:
+            return calls(captures)
+
+        changed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return replace(self, function=changed)
+
+    def parameters(self) -> list[inspect.Parameter]:
+        return list(inspect.signature(self.function, eval_str=True).parameters.values())
+
+    def tree(self) -> list[Any]:
+        """The parts of its pattern, in an order that is the same each time."""
+        made = self.define()
+        return parts(made.outputs[0]) if isinstance(made, Rule) else []
+
+    def with_part(self, position: int, change: Callable[[Any], None]) -> Written:
+        """The same, but for a change to one part of its pattern."""
+
+        def changed(returned: Any) -> Any:
+            first = returned[0] if isinstance(returned, tuple) else returned
+            change(parts(first)[position])
+            return returned
+
+        return self.returning(changed)
+
+
+RIGHT: list[Written] = []
+
+
+def right(decorator: Callable[..., Any], *given: Any, **options: Any) -> Callable[[Any], Any]:
+    def keep(function: Any) -> Any:
+        RIGHT.append(Written(decorator, given, options, function))
+        return function
+
+    return keep
+
+
+@right(rule, ops.glu, anchor="silu", attrs={"activation": "silu", "out_dtype": dtype_of()})
+def swiglu(gate, up):
+    return silu(gate) * up
+
+
+@right(rule, ops.glu, anchor="own_swish", attrs={"activation": "silu", "out_dtype": dtype_of()}, benefit=3)
+def own_swiglu(gate, up):
+    return cast(Op("own_swish", input=gate) * up)
+
+
+@right(rule, ops.glu, anchor=lambda view, node: True, attrs={"activation": tag_of("act"), "out_dtype": dtype_of("all")})
+def tagged(gate, up):
+    g = widened(gate)
+    act = either(silu=silu(g), gelu=gelu(g)).named("act")
+    return cast(act * widened(up)).named("all")
+
+
+@right(
+    rule,
+    ops.rms_norm,
+    anchor="rsqrt",
+    attrs={
+        "offset": lambda match: 1.0 if match.tag("scale") == "distance" else 0.0,
+        "compute_dtype": dtype_of("power"),
+        "norm_dtype": lambda match: match.dtype("n"),
+        "scale_dtype": dtype_of("scale", torch.float32),
+        "out_dtype": dtype_of(),
+    },
+)
+def written_out(x, weight: Opt[Param(1)], eps: Scalar = 1e-6):
+    h = widened(x)
+    power = mean(h**2).named("power") + eps
+    n = cast(h * rsqrt(power)).named("n")
+    return cast(n * either(distance=1.0 + widened(weight), plain=cast(weight)).named("scale"))
+
+
+@right(rule, ops.layer_norm, anchor="layer_norm", attrs={"out_dtype": dtype_of("x")})
+def called(x, weight: Opt, bias: Opt, eps: Scalar, _shape: Constant):
+    return Op("layer_norm", input=x, normalized_shape=_shape, weight=weight, bias=bias, eps=eps)
+
+
+@right(
+    rule,
+    ops.rotary,
+    attrs={"layout": tag_of("layout"), "rotary_dim": 8, "compute_dtype": torch.float32, "out_dtype": dtype_of()},
+)
+def turned(x, cos, sin):
+    turn = either(half=cat(-second_half(x), first_half(x)), flipped=cat(second_half(x), -first_half(x)))
+    return x * cos + turn.named("layout") * sin
+
+
+@right(
+    rule,
+    ops.linear_cross_entropy,
+    anchor="cross_entropy",
+    attrs={
+        "scale": 1.0,
+        "softcap": 0.0,
+        "z_loss": 0.0,
+        "reduction": "mean",
+        "base_dtype": dtype_of("logits"),
+        "logits_dtype": dtype_of(),
+    },
+)
+def loss(x, weight: Param(2), bias: Opt[Param(1)], labels, ignore_index: Constant, label_smoothing: Constant = 0.0):
+    return Op(
+        "cross_entropy",
+        input=linear(x, weight, bias).named("logits"),
+        target=labels,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+    )
+
+
+@right(
+    rule,
+    ops.lora_linear,
+    attrs={"base_dtype": dtype_of("base"), "lora_dtype": dtype_of("inner"), "out_dtype": dtype_of()},
+    benefit=2,
+)
+def adapted(
+    x, weight: Param(2), bias: Opt[Param(1)], lora_a: Param(2), lora_b: Param(2), _p: Scalar, scaling: Scalar = 1.0
+):
+    read = either(dropped=kept("x_dropped", dropout(cast(x), _p)), plain=cast(x))
+    low = linear(linear(read, lora_a).named("inner"), lora_b)
+    return linear(x, weight, bias).named("base") + either(scaled=low * scaling, plain=low)
+
+
+@right(fuse, ops.add_rms_norm)
+def after_a_sum(residual, x):
+    total = residual + x
+    return raised(ops.rms_norm, x=total), total
+
+
+@right(fuse, ops.lora_mlp, benefit=3, attrs={"out_dtype": dtype_of("x")})
+def mlp(x, base_dtype: Constant, lora_dtype: Constant, proj_dtype: Constant, hidden_dtype: Constant):
+    alike = {"base_dtype": base_dtype, "lora_dtype": lora_dtype, "x_dropped": None, "seed": None, "dropout": None}
+    gate = raised(ops.lora_linear, "gate_", x=x, out_dtype=proj_dtype, **alike)
+    up = raised(ops.lora_linear, "up_", x=x, out_dtype=proj_dtype, **alike)
+    product = raised(ops.glu, gate=gate, up=up, out_dtype=hidden_dtype)
+    return raised(ops.lora_linear, "down_", x=product, out_dtype=lambda dtype: True, **alike)
+
+
+@right(group, ops.lora_linear, by="x", into=ops.lora_group)
+def shared(matches):
+    return len(matches) < 8
+
+
+@right(group, ops.rotary, by="cos", into=ops.rotary_group, benefit=2)
+def turned_together(matches):
+    return True
