@@ -30,7 +30,7 @@ def compile(
     lower: str = "auto",
     rules: Sequence[AnyRule] | None = None,
     strict: bool = False,
-    verify: bool = False,
+    verify: bool | str = False,
     defer_logits: bool = True,
 ) -> Model:
     """Compiles a model in place for training, block by block, and returns it.
@@ -51,7 +51,9 @@ def compile(
             chooses (`eager`, unless `mode` asks for Inductor).
         rules: the rules to apply, in place of `fastlora.default_rules()`.
         strict: raise `StrictError` if a candidate for fusion stays as it was.
-        verify: before a match is used, replay it in fp64 against the fused op, and leave it alone if they differ.
+        verify: True replays each match in float64 against the fused op before it is used, and leaves it alone if they
+            differ. `"first-step"` checks the first training step as `fastlora.check` does, and goes back to eager with
+            a warning if it is wrong.
         defer_logits: let the output head defer its product, so that a loss on it never makes the logits.
 
     Raises:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastlora.bypass import calling_module
+from fastlora.checking import FirstStep
 from fastlora.gate import Gate
 from fastlora.session import Session
 
@@ -55,8 +56,11 @@ class ModelGate(CacheGate):
     def __init__(self, model: nn.Module, session: Session, inner: Gate | None) -> None:
         super().__init__(model, session)
         self._inner = inner
+        self._first = FirstStep(model, session) if session.options.verify == "first-step" else None
 
     def _run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._first is not None and model is self._model and not self._first(args, kwargs):
+            return super()._run(model, args, kwargs)  # it was wrong, and the slots are empty
         if self.session.thrift is not None:
             self.session.thrift.begin()
         if self._inner is not None and model is self._model:

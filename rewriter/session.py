@@ -27,6 +27,7 @@ from fastlora.progress import progress
 from fastlora.recorder import CudaGraphs
 from fastlora.replay import Replays
 from fastlora.report import Coverage, Miss, Report, Seconds, Site
+from fastlora.rulebook import check_rules, rules_of
 from fastlora.thrift import Thrift
 
 _LIMIT = "TorchDynamo has made as many graphs of its code as it keeps"
@@ -44,8 +45,7 @@ def default_rules() -> list[AnyRule]:
 
     found: list[AnyRule] = list(RULES)
     for entry in entry_points(group="fastlora.patterns"):
-        loaded = entry.load()
-        found += loaded if isinstance(loaded, (list, tuple)) else loaded.RULES
+        found += rules_of(entry)
     return found
 
 
@@ -56,7 +56,7 @@ class Options:
     lower: str = "auto"
     mode: str = "default"
     strict: bool = False
-    verify: bool = False
+    verify: bool | str = False
     defer_logits: bool = True
     memory_budget: int | None = None
     dry: bool = False
@@ -64,6 +64,11 @@ class Options:
     def __post_init__(self) -> None:
         if self.lower not in LOWERINGS:
             raise FastLoRAError(f"lower={self.lower!r} is none of {', '.join(LOWERINGS)}")
+        if not isinstance(self.verify, bool) and self.verify != "first-step":
+            raise FastLoRAError(f"verify={self.verify!r} must be True, False or 'first-step'")
+        for name in ("strict", "defer_logits"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise FastLoRAError(f"{name}={value!r} must be True or False")
         if self.mode not in MODES:
             raise FastLoRAError(f"mode={self.mode!r} is none of {', '.join(MODES)}")
         if self.mode == "max-autotune" and self.lower == "eager":
@@ -96,7 +101,7 @@ class Session:
 
     def __init__(self, options: Options, rules: Sequence[AnyRule] | None = None) -> None:
         self.options = options
-        self.rules = list(rules) if rules is not None else default_rules()
+        self.rules = check_rules(rules) if rules is not None else default_rules()
         self.graphs: list[TracedGraph] = []
         self.tally = Tally(dry=options.dry)
         self.bypassed: Counter[str] = Counter()
@@ -140,7 +145,7 @@ class Session:
         frame = torch._guards.CompileContext.current_compile_id()
         frame_id = len(self.graphs) if frame is None or frame.frame_id is None else frame.frame_id
         runs_eagerly = self.options.lowering == "eager"
-        rewrites = rewrite(gm, self.rules, self.options.verify, decodes=runs_eagerly)
+        rewrites = rewrite(gm, self.rules, self.options.verify is True, decodes=runs_eagerly)
         traced = TracedGraph(gm, rewrites, self.region, frame_id, self.kind)
         if runs_eagerly and self.options.defer_logits:
             defer_escaping_logits(gm, traced.rewrites[0], self.tally)

@@ -48,16 +48,8 @@ def x() -> Tensor:
 
 
 def compiled(model: Any, **options: Any) -> FirstStep:
-    """Compile the model with a gate that asks whether to go on."""
-    gate: Any = fastlora.compile(model, **options)._compiled_call_impl
-    first, kind = FirstStep(model, gate.session), type(gate)
-
-    def asking(gate: Any, *args: Any, **kwargs: Any) -> Any:
-        if not first(args, kwargs):
-            return model._call_impl(*args, **kwargs)
-        return kind.__call__(gate, *args, **kwargs)
-
-    gate.__class__ = type("Asking", (kind,), {"__call__": asking, "__module__": kind.__module__})
+    """Compile the model with a check of its first step; return that check."""
+    first: FirstStep = fastlora.compile(model, verify="first-step", **options)._compiled_call_impl._first
     return first
 
 
