@@ -31,7 +31,12 @@ def transform() -> str | None:
     return None
 
 
+def hooks_on_everything() -> bool:
+    """Whether hooks are registered for all modules of the process, which TorchDynamo does not guard."""
+    return _has_any_global_hook()
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether hooks run around a module's forward or backward."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own) or _has_any_global_hook()
+    return bool(own) or hooks_on_everything()

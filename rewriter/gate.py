@@ -13,7 +13,7 @@ from torch._dynamo import config as _dynamo
 from torch._dynamo.exc import BackendCompilerFailed, TorchRuntimeError
 from torch.fx.experimental import _config as _shapes
 
-from fastlora.bypass import calling_module, has_hooks, transform
+from fastlora.bypass import calling_module, has_hooks, hooks_on_everything, transform
 from fastlora.errors import FastLoRAError
 from fastlora.regions import Region, is_torch_class
 from fastlora.session import Session
@@ -99,6 +99,8 @@ class Gate:
             )
         if (reason := transform()) is not None:
             return reason
+        if hooks_on_everything():
+            return "hooks are registered on all modules (register_module_forward_hook and the like)"
         if any(kwargs.get(name) is not None for name in _CACHES):
             return "a KV cache was passed; use_cache=False avoids that in training"
         if self._is_torch_class and has_hooks(module):
