@@ -174,7 +174,9 @@ def _install(model: nn.Module, session: Session) -> None:
         session.head = name
         if defers:
             session.head_layer = head  # type: ignore[assignment]
-            head._compiled_call_impl = DeferringHead(head, session)  # type: ignore[arg-type, assignment]
+            path = name.split(".")
+            around = [model.get_submodule(".".join(path[:n])) for n in reversed(range(len(path)))]
+            head._compiled_call_impl = DeferringHead(head, session, around)  # type: ignore[arg-type, assignment]
     model._compiled_call_impl = ModelGate(model, session, inner)  # type: ignore[assignment]
     if not builds_cache(model):
         for child in model.children():

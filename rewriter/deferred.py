@@ -40,23 +40,22 @@ class Cell:
     those that are views then see the write, copies do not.
     """
 
-    __slots__ = ("__weakref__", "_compute", "_family", "_value", "memory")
+    __slots__ = ("__weakref__", "_compute", "_family", "_parent", "_value", "memory")
 
     def __init__(
-        self,
-        compute: Callable[[], torch.Tensor],
-        family: list[weakref.ref[Cell]] | None = None,
-        memory: Memory | None = None,
+        self, compute: Callable[[], torch.Tensor], parent: Cell | None = None, memory: Memory | None = None
     ) -> None:
         self._compute: Callable[[], torch.Tensor] | None = compute
-        self._family = [] if family is None else family
+        self._parent = parent
+        self._family: list[weakref.ref[Cell]] = [] if parent is None else parent._family
         self._value: torch.Tensor | None = None
         self.memory = Memory() if memory is None else memory
         self._family.append(weakref.ref(self))
 
     @property
     def is_computed(self) -> bool:
-        return self._value is not None
+        """Whether this value is there, or the one that it is made of."""
+        return self._value is not None or (self._parent is not None and self._parent.is_computed)
 
     def get(self) -> torch.Tensor:
         """Return the value, computed outside of the caller's gradient and inference modes."""
@@ -64,12 +63,12 @@ class Cell:
             assert self._compute is not None
             with torch.inference_mode(False), torch.no_grad():
                 self._value = self._compute()
-            self._compute = None
+            self._compute = self._parent = None
         return self._value
 
     def derive(self, operation: Callable[[torch.Tensor], torch.Tensor], is_view: bool = False) -> Cell:
         """Return the cell of what `operation` makes of this value."""
-        return Cell(lambda: operation(self.get()), self._family, self.memory if is_view else None)
+        return Cell(lambda: operation(self.get()), self, self.memory if is_view else None)
 
     def share(self) -> torch.Tensor:
         """Return the value to somebody who may write to it, or keep its memory."""

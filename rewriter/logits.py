@@ -70,14 +70,18 @@ class DeferredLogits(Deferred):
         step = stepper(self.recipe, self.stage, self.meta, result, args)
         if step is None:
             return NotImplemented
-        snapshot = self.snapshot if func is not aten.add.Tensor else self.snapshot.and_of(args[0])
+        if func is aten.add.Tensor:
+            return self._plus(args[0], result, step)
+        return self.then(self.cell.derive(lambda value: func(value, *args, **kwargs), is_view(func)), result, step)
+
+    def _plus(self, bias: torch.Tensor, meta: torch.Tensor, step: Step) -> DeferredLogits:
+        own = Snapshot([bias])
 
         def compute(value: torch.Tensor) -> torch.Tensor:
-            snapshot.check()
-            made: torch.Tensor = func(value, *args, **kwargs)
-            return made
+            own.check()
+            return value + bias
 
-        return self.then(self.cell.derive(compute, is_view(func)), result, step, snapshot)
+        return self.then(self.cell.derive(compute), meta, step, self.snapshot.and_of(bias))
 
     def _split(self, func: Any, args: tuple[Any, ...]) -> Any:
         results = func(self.meta, *args)

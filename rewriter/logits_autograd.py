@@ -154,13 +154,7 @@ class Rows(torch.autograd.Function):
         ctx.parent, ctx.stage = logits.stage, Stage(logits.stage, ("rows",), None, logits.stage.rows_only)
         recipe = replace(logits.recipe, hidden=hidden[index])
         meta = torch.empty(recipe.shape, dtype=logits.dtype, device="meta")
-        snapshot = logits.snapshot
-
-        def compute(value: torch.Tensor) -> torch.Tensor:
-            snapshot.check()
-            return value[index]
-
-        return logits.then(logits.cell.derive(compute), meta, Step(recipe, ctx.stage))
+        return logits.then(logits.cell.derive(lambda value: value[index]), meta, Step(recipe, ctx.stage))
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
@@ -196,6 +190,8 @@ def _cross_entropy(
 ) -> Any:  # fmt: skip
     plainly = weight is None and size_average is None and reduce is None and reduction in ("mean", "sum", "none")
     if not plainly or not _is_deferred(input) or input.dim() != 2 or type(target) is not torch.Tensor:
+        return NotImplemented
+    if input.cell.is_computed and input.snapshot.problem() is not None:  # what is left is the value
         return NotImplemented
     if target.dtype not in (torch.int64, torch.uint8) or target.device != input.device:
         return NotImplemented

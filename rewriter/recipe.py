@@ -97,16 +97,21 @@ class Snapshot:
         made._versions = [*self._versions, t._version]
         return made
 
-    def check(self) -> None:
-        """Raise if one has been written to since."""
+    def problem(self) -> str | None:
+        """Return why the tensors can no longer be read, None if they can."""
         if self._versions != [t._version for t in self._tensors]:
-            raise FastLoRAError(
+            return (
                 "the hidden states or the weights behind deferred logits were modified in place (by an optimizer step, "
                 "say) before the logits were used; read them earlier, or use fastlora.compile(..., defer_logits=False)"
             )
         if any(t.untyped_storage().size() == 0 and t.numel() for t in self._tensors):
-            raise FastLoRAError(
-                "the weights behind deferred logits were freed (by FSDP, which reshards them after the forward) before "
-                "the logits were used; use fastlora.compile(..., defer_logits=False), or reshard_after_forward=False "
-                "for the head"
+            return (
+                "the weights behind deferred logits were freed before the logits were used; use "
+                "fastlora.compile(..., defer_logits=False)"
             )
+        return None
+
+    def check(self) -> None:
+        """Raise if the tensors can no longer be read."""
+        if (problem := self.problem()) is not None:
+            raise FastLoRAError(problem)

@@ -13,6 +13,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tiny_models import batch, build, relative
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fastlora
@@ -226,3 +229,36 @@ def test_under_data_parallelism_own_losses_are_eagers(options: dict[str, bool], 
         assert_alike(found, expected)
         coverage = fastlora.report(model).coverage
         assert coverage["lora"].fused == coverage["lora"].seen == 21
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["own loss", "loss outside"])
+@pytest.mark.parametrize("head_apart", [False, True])
+@pytest.mark.parametrize("reshard", [False, True])
+def test_under_sharding_the_heads_weight_may_be_freed_after_the_forward(
+    reshard: bool, head_apart: bool, inside: bool
+) -> None:
+    def use(model: nn.Module, b: dict[str, torch.Tensor]) -> torch.Tensor:
+        if inside:
+            return model(**b).loss
+        logits = model(input_ids=b["input_ids"]).logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), b["labels"][:, 1:].flatten())
+
+    def sharded() -> Any:
+        model: Any = build("llama")
+        inner = model.base_model.model
+        parts = [*inner.model.layers, *([inner.lm_head] if head_apart else []), model]
+        mesh = init_device_mesh("cpu", (1,))
+        for part in parts:
+            fully_shard(part, mesh=mesh, reshard_after_forward=reshard)
+        return model
+
+    def whole(found: dict[str, Any]) -> dict[str, Any]:
+        return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in found.items()}
+
+    with process_group():
+        expected = whole(observe(sharded(), use))
+        model = in_place(sharded())
+        for _ in range(2):
+            assert_alike(whole(observe(model, use)), expected)
+        coverage = fastlora.report(model).coverage["loss"]
+        assert (coverage.seen, coverage.fused) == (1, not head_apart and (inside or not reshard))
