@@ -1,13 +1,16 @@
-"""When a call has to pass a compiled module by: it is for a replica of the module, or inside a transform."""
+"""When a call has to pass a compiled module by, or to be traced with care: replicas, transforms, hooks."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.hooks import RemovableHandle
 
 
 def calling_module(original: nn.Module) -> nn.Module:
@@ -40,3 +43,29 @@ def has_hooks(module: nn.Module) -> bool:
     """Whether hooks run around a module's forward or backward."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(own) or hooks_on_everything()
+
+
+class HookWatch:
+    """Tells whether hooks are registered on any module of a region, at next to no cost where nothing has changed."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._looked_at = module, -1
+        self._hooks: list[dict[int, Any]] = []
+
+    def found(self) -> bool:
+        """Whether there are some now."""
+        registered = RemovableHandle.next_id  # counts up with every hook in the process
+        if registered != self._looked_at:
+            self._looked_at = registered
+            self._hooks = list(_hooks(self._module))
+        return any(self._hooks)
+
+
+def _hooks(module: nn.Module) -> Iterator[dict[int, Any]]:
+    """All hooks on a module and on those in it."""
+    waiting = [module]
+    while waiting:
+        module = waiting.pop()
+        own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+        yield from (hooks for hooks in own if hooks)
+        waiting += [child for child in module._modules.values() if child is not None]

@@ -13,7 +13,7 @@ from torch._dynamo import config as _dynamo
 from torch._dynamo.exc import BackendCompilerFailed, TorchRuntimeError
 from torch.fx.experimental import _config as _shapes
 
-from fastlora.bypass import calling_module, has_hooks, hooks_on_everything, transform
+from fastlora.bypass import HookWatch, calling_module, has_hooks, hooks_on_everything, transform
 from fastlora.errors import FastLoRAError
 from fastlora.regions import Region, is_torch_class
 from fastlora.session import Session
@@ -37,7 +37,9 @@ class Gate:
         self._region, self.session, self._module = region.name, session, module
         self._is_torch_class = is_torch_class(module)
         target: Any = module.forward if self._is_torch_class else module._call_impl
+        self._hooks = HookWatch(module)
         self._compiled = torch.compile(target, backend=session.compile_graph)
+        self._compiled_with_hooks = torch.compile(target, backend=session.compile_graph_with_hooks)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self._module
@@ -76,12 +78,13 @@ class Gate:
     def _traced(self, *args: Any, **kwargs: Any) -> Any:
         session = self.session
         session.enter(self._region, type(self._module))
-        before = _settings()
-        _apply_settings(_GRAPHS_PER_BLOCK, session.oblivious, before[2], False)
+        before, hooked = _settings(), self._hooks.found()
+        _apply_settings(_GRAPHS_PER_BLOCK, session.oblivious, before[2], not hooked)
+        run = self._compiled_with_hooks if hooked else self._compiled
         session.on_piece, session.refusal = _run_what_cannot_be_traced, None
         try:
             with traceable():
-                result = self._compiled(*args, **kwargs)
+                result = run(*args, **kwargs)
         finally:
             session.on_piece = None
             _apply_settings(*before)
@@ -115,7 +118,8 @@ def _settings() -> tuple[int, bool, bool, bool]:
 
 
 def _apply_settings(limit: int, oblivious: bool, suppress_errors: bool, skip_hook_guards: bool) -> None:
-    """Hooks that are registered after a region was traced are ignored unless they are guarded."""
+    """TorchDynamo ignores hooks that come or go after it has traced a module, unless it guards them, which takes it as
+    long as all its other guards: it does so only in graphs of their own, for regions that have some."""
     _dynamo.recompile_limit, _shapes.backed_size_oblivious = limit, oblivious
     _dynamo.suppress_errors, _dynamo.skip_nnmodule_hook_guards = suppress_errors, skip_hook_guards
 

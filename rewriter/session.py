@@ -139,6 +139,10 @@ class Session:
                 self.refusal = refusal
                 raise
 
+    def compile_graph_with_hooks(self, gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        """The same under another name, as TorchDynamo keeps the graphs of each backend apart."""
+        return self.compile_graph(gm, inputs)
+
     def _compile_graph(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         start = time.perf_counter()
         self.seconds.trace += start - self._entered
