@@ -14,6 +14,7 @@ from fastlora.kernels.grouped import makes_at_once
 from fastlora.matching import describe
 from fastlora.metadata import known_equal, known_less, meta, same_shape
 from fastlora.pattern import Op, Param, Scalar, either
+from fastlora.patterns.reading import is_given
 from fastlora.rule import GroupRule, Match, Rule, rule
 from fastlora.view import View
 
@@ -32,7 +33,7 @@ def adapted_experts(view: View, node: fx.Node) -> bool:
         return False
     if term.op == "baddbmm":
         left, right = term.args["batch1"], term.args["batch2"]
-        products = _given(view, left) and _given(view, right) and _low(meta(left), meta(right))
+        products = is_given(view, left) and is_given(view, right) and _low(meta(left), meta(right))
         return products and _is_weight(view, term.args["input"], node)
     return any(
         _is_weight(view, term.args[one], node) and _sums_products(view, term.args[other])
@@ -44,14 +45,6 @@ def _is_weight(view: View, value, total: fx.Node) -> bool:
     """Whether a value is a three-dimensional parameter, of the size of a sum with it."""
     tensor, result = meta(value), meta(total)
     return _PARAMETER(view, value) is True and tensor is not None and result is not None and same_shape(tensor, result)
-
-
-def _given(view: View, value) -> bool:
-    """Whether a value is an input of the graph, or made of one alone, as by casts and views."""
-    node = view.producer(value)
-    while isinstance(node, fx.Node) and len(node.all_input_nodes) == 1:
-        (node,) = node.all_input_nodes
-    return isinstance(node, fx.Node) and node.op in ("placeholder", "get_attr")
 
 
 def _low(left, right):
@@ -68,7 +61,7 @@ def _sums_products(view: View, value) -> bool:
         return _sums_products(view, term.args["input"])
     if term.op == "add":
         return all(_sums_products(view, term.args[name]) for name in ("input", "other"))
-    return term.op == "einsum" and all(_given(view, term.args[name]) for name in ("first", "second"))
+    return term.op == "einsum" and all(is_given(view, term.args[name]) for name in ("first", "second"))
 
 
 @rule(

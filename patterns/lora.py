@@ -9,25 +9,37 @@ that its random numbers are those that the model would have drawn; the op then t
 """
 
 from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastlora.kernels import ops
 from fastlora.kernels.dropout import is_cheap
 from fastlora.metadata import known_less, meta, same_shape
 from fastlora.pattern import Opt, Param, Scalar, cast, dropout, either, kept, linear, seeded, widened
+from fastlora.patterns.reading import Product, before, name_of, product
 from fastlora.rule import GroupRule, Match, Rule, dtype_of, group, rule
 from fastlora.view import View
 
+_REACH = 12
+
+
+def _pair(view: View, node: fx.Node) -> tuple[Product, Product, list[fx.Node]] | None:
+    """Two products with weights in a row whose inner dimension is the smallest of the three, B's and A's, and what
+    stands between them: copies, layouts and scales, but nothing that makes the pair more than one linear map."""
+    outer = product(view, node)
+    between: list[fx.Node] = []
+    value = outer.input if outer is not None else None
+    while value is not None and (inner := product(view, value)) is None and len(between) < _REACH:
+        between.append(view.producer(value))
+        value = before(view, value)
+    if outer is None or value is None or inner is None or inner.biased:
+        return None
+    low = known_less(inner.made, inner.summed) and known_less(inner.made, outer.made)
+    return (outer, inner, between) if low else None
+
 
 def low_rank(view: View, node: fx.Node) -> bool:
-    """The second of two linear layers in a row whose inner dimension is the smallest of the three."""
-    outer = view.term(node)
-    inner = view.term(outer.args["input"]) if outer is not None and outer.op == "linear" else None
-    if outer is None or inner is None or inner.op != "linear" or inner.args["bias"] is not None:
-        return False
-    a, b = meta(inner.args["weight"]), meta(outer.args["weight"])
-    if a is None or b is None or a.dim() != 2 or b.dim() != 2:
-        return False
-    return _is_smallest(a, b)
+    """The second of two products in a row that together are of low rank."""
+    return _pair(view, node) is not None
 
 
 def _is_smallest(a, b):
@@ -118,6 +130,22 @@ def lora_add(
 
 for _adapter in (lora_linear, lora_add):
     _adapter.where(has_low_rank)
+
+
+@lora_linear.otherwise
+def _no_pair_of_linear_layers(view: View, node: fx.Node) -> str | None:
+    """What the products are, if not linear layers on plain tensors, and what stands between them."""
+    pair = _pair(view, node)
+    if pair is None:
+        return None
+    outer, inner, between = pair
+    for weight in (outer.weight, inner.weight):
+        if is_traceable_wrapper_subclass(tensor := meta(weight)):
+            return f"its products are of the class {type(tensor).__name__}, which no rule covers"
+    if (made_by := {outer.op, inner.op}) != {"linear"}:
+        return f"its products are made by {' and '.join(sorted(made_by))}, which no rule covers"
+    names = dict.fromkeys(name_of(view, each) for each in between if name_of(view, each) != "cast")
+    return f"{', '.join(names)} between A and B, which no rule covers" if names else None
 
 
 @lora_add.where

@@ -1,22 +1,10 @@
 """Gated linear units, and the gated MLP whose three projections carry adapters."""
 
 from fastlora.kernels import ops
-from fastlora.kernels.glu import ACTIVATIONS
-from fastlora.metadata import meta, same_shape
+from fastlora.metadata import same_shape
 from fastlora.pattern import Constant, cast, either, gelu, gelu_tanh, raised, silu, widened
+from fastlora.patterns.gated import gating, why_not
 from fastlora.rule import dtype_of, fuse, rule, tag_of
-from fastlora.view import View
-
-
-def gating(view: View, node) -> bool:
-    """An activation that multiplies another value of its shape."""
-    term = view.term(node)
-    if term is None or term.op not in ACTIVATIONS:
-        return False
-    products = [t for user in view.users(node) if (t := view.term(user)) is not None and t.op == "mul"]
-    factors = [meta(factor) for t in products for factor in t.args.values() if view.producer(factor) is not node]
-    activated = meta(node)
-    return any(f is not None and activated is not None and same_shape(f, activated) for f in factors)
 
 
 @rule(ops.glu, anchor=gating, attrs={"activation": tag_of("activation"), "out_dtype": dtype_of()})
@@ -30,6 +18,9 @@ def glu(gate, up):
 def _operands_agree(match):
     gate, up = match.tensor("gate"), match.tensor("up")
     return (same_shape(gate, up) and gate.dtype == up.dtype) or "gate and up differ in shape or dtype"
+
+
+glu.otherwise(why_not)
 
 
 @fuse(ops.lora_mlp, benefit=3)

@@ -30,6 +30,7 @@ from fastlora.pattern import (
     widened,
 )
 from fastlora.patterns.lora import cheap_to_draw_again
+from fastlora.patterns.normalised import L2, divides_its_own, why_not
 from fastlora.rule import Match, dtype_of, fuse, rule
 from fastlora.view import View
 
@@ -57,7 +58,10 @@ def _summands(view: View, value) -> list:
 
 
 def normaliser(view: View, node: fx.Node) -> bool:
-    """The root of a mean and a little more: `rsqrt`, or `sqrt` if it is of that kind, by which something is divided."""
+    """The root of a mean and a little more: `rsqrt`, or `sqrt` if it is of that kind, by which something is divided; or
+    another norm of what is divided by it."""
+    if divides_its_own(view, node):
+        return True
     term = view.term(node)
     if term is None or term.op != "sqrt":
         return term is not None and term.op == "rsqrt"
@@ -90,12 +94,12 @@ def _weight_fits(match):
 
 
 @rms_norm.otherwise
-def _of_a_sum(view: View, root: fx.Node) -> str | None:
+def _of_another_kind(view: View, root: fx.Node) -> str | None:
     term = view.term(root)
     power = term.args["input"] if term is not None else root
     values = [power, *_summands(view, power)]
     is_sum = any(getattr(view.producer(value), "target", None) in ("sum", torch.sum) for value in values)
-    return "it divides by the root of a sum, as an L2 norm does, and not of a mean" if is_sum else None
+    return L2 if is_sum else why_not(view, root)
 
 
 def _torch_eps(match: Match) -> float:

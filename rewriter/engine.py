@@ -115,12 +115,14 @@ def _analyse(graph: fx.Graph, rules: Sequence[AnyRule], verify: bool) -> Rewrite
 def _find_anchors(view: View, rules: Sequence[AnyRule]) -> dict[str, dict[fx.Node, list[Rule]]]:
     """The candidates of each op family, with the rules that are about them, whether or not one matches."""
     found: dict[str, dict[fx.Node, list[Rule]]] = {}
+    marked: dict[Anchor, list[fx.Node]] = {}  # rules of a family share a predicate, which looks around
     for rule in rules:
-        if isinstance(rule, Rule) and rule.anchor is not None:
+        if isinstance(rule, Rule) and (anchor := rule.anchor) is not None:
+            if anchor not in marked:
+                marked[anchor] = [node for node in view.producers() if _is_anchor(anchor, view, node)]
             candidates = found.setdefault(rule.op.family, {})
-            for node in view.producers():
-                if _is_anchor(rule.anchor, view, node):
-                    candidates.setdefault(node, []).append(rule)
+            for node in marked[anchor]:
+                candidates.setdefault(node, []).append(rule)
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_experts import FAMILIES, LAYERS, PARAMETERS, build, lora_of, one_by_one
+from tiny_experts import FAMILIES, GATED_OTHERWISE, LAYERS, PARAMETERS, build, lora_of, one_by_one
 from tiny_models import batch, distance, double, relative, step
 
 import fastlora
@@ -26,7 +26,7 @@ def on_gpu(inputs: dict[str, Any]) -> dict[str, Any]:
 def test_gradients_are_no_further_from_the_truth_than_eagers(family: str, adapter: torch.dtype) -> None:
     """In the median, as a token that rounding sends to another expert makes a large error of either."""
     eager = build(family, dtype=torch.bfloat16, adapter=adapter).cuda()
-    model = fastlora.compile(copy.deepcopy(eager), strict=True)
+    model = fastlora.compile(copy.deepcopy(eager), strict=family not in GATED_OTHERWISE)
     exact = one_by_one(double(copy.deepcopy(eager)))
     ratios = []
     for seed in range(6):

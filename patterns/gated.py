@@ -1,0 +1,160 @@
+"""Gated units, whoever spells them: a product of an activation with another value of its shape.
+
+A unit is counted at its nonlinearity: `silu`, or of `g * sigmoid(g) * u` the `sigmoid`. From there products are
+followed to what they multiply. What is multiplied by a SiLU or a GELU, in any spelling, is gated. `sigmoid(g) * u` and
+the like are many other things as well, such as gates of attention and of residual branches; they are counted where both
+factors come from linear layers on one input.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from fastlora.metadata import meta, same_shape
+from fastlora.patterns.reading import factors, layer_inputs, name_of, operands, tensors, writes
+from fastlora.view import View
+
+_SMOOTH = {"silu": "SiLU", "gelu": "GELU", "gelu_tanh": "GELU", "mish": "Mish", "hardswish": "hard swish"}
+_SQUASHING = {"sigmoid": "a sigmoid", "special_expit": "a sigmoid", "hardsigmoid": "a hard sigmoid", "tanh": "tanh"}
+_ONE_SIDED = {"relu": "ReLU", "relu6": "ReLU6", "leaky_relu": "leaky ReLU", "softplus": "softplus"}
+_ONE_SIDED |= {"elu": "ELU", "selu": "SELU", "celu": "CELU"}
+_PARTS = {"erf": "erf", "exp": "exp"}
+_ACTIVATIONS = _SMOOTH | _SQUASHING | _ONE_SIDED | _PARTS
+_WHOLE = {"sigmoid": "SiLU", "special_expit": "SiLU", "exp": "SiLU", "tanh": "GELU", "erf": "GELU"}
+"""What a nonlinearity is a part of when it multiplies its own argument."""
+
+_REACH = 8
+
+
+@dataclass
+class _Unit:
+    """What the products above a nonlinearity multiply."""
+
+    name: str
+    own: list[fx.Node]
+    partners: list[fx.Node] = field(default_factory=list)
+    products: list[fx.Node] = field(default_factory=list)
+    gates_itself: bool = False
+    squared: bool = False
+    left: bool = False
+
+
+def gating(view: View, node: fx.Node) -> bool:
+    """The nonlinearity of a gated unit, or `glu`, which is all of one."""
+    return gated_by(view, node) is not None
+
+
+def gated_by(view: View, node: fx.Node) -> str | None:
+    """What gates the unit that is counted at a node, in words; None if none is."""
+    name = name_of(view, node)
+    if node.target in (F.glu, torch.ops.aten.glu, torch.ops.aten.glu.default):
+        return "F.glu"
+    if name not in _ACTIVATIONS or meta(node) is None:
+        return None
+    unit = _unit(view, node, name)
+    others = [other for other in unit.partners if name_of(view, other) in _ACTIVATIONS]
+    if not unit.partners or _is_anothers(view, node, unit, others):
+        return None
+    if name in _SMOOTH:
+        return _SMOOTH[name]
+    if unit.gates_itself:
+        return _whole_of(view, node, name)
+    if unit.squared:
+        return "squared ReLU"
+    return _ACTIVATIONS[name] if name not in _PARTS and not others and _from_one_input(view, node, unit) else None
+
+
+def why_not(view: View, node: fx.Node) -> str | None:
+    """What no rule can match about the unit that is counted at a node; None if that is not in how it is spelled."""
+    gate = gated_by(view, node)
+    if gate == "F.glu":
+        return "F.glu joins gate and up in one tensor, which no rule covers"
+    if writes(view, node):
+        return "the activation writes in place, which no rule covers"
+    if any(writes(view, each) for each in _unit(view, node, name_of(view, node)).products):
+        return "the product is written over the activation, which no rule covers"
+    return None if gate is None or gate in ("SiLU", "GELU") else f"gated by {gate}, which no rule covers"
+
+
+def _unit(view: View, node: fx.Node, name: str) -> _Unit:
+    """Follows a nonlinearity up to its product with another value, or with its own argument and that."""
+    activated = meta(node)
+    unit, value = _Unit(name, _arguments(view, node, name)), node
+    for _ in range(_REACH):
+        steps = [(user, found) for user in view.users(value) if (found := _others(view, user, value, name)) is not None]
+        if not steps or (unit.partners and (name not in _WHOLE or unit.gates_itself or len(view.users(value)) > 1)):
+            break
+        step, others = max(steps, key=lambda each: len(each[1]))
+        before = len(unit.partners) + unit.gates_itself + unit.squared
+        for other in others:
+            tensor = meta(other)
+            if other in unit.own:
+                unit.gates_itself = True
+            elif name == "relu" and name_of(view, other) == "relu" and tensors(view, other) == tensors(view, node):
+                unit.squared, unit.left = True, unit.left or view.order[other] < view.order[node]
+            elif tensor is not None and activated is not None and same_shape(tensor, activated):
+                unit.partners.append(other)
+                unit.left = unit.left or other in factors(view, operands(view, step)[0])
+        if name_of(view, step) == "square":
+            unit.squared = True
+        elif others and before == len(unit.partners) + unit.gates_itself + unit.squared:
+            break  # a mask, or a weight for each row: what comes of that is no activation any more
+        unit.products.append(step)
+        value = step
+    return unit
+
+
+def _others(view: View, user: fx.Node, value: fx.Node, name: str) -> list[fx.Node] | None:
+    """What a node multiplies a value with; None of a node that does not lead from a nonlinearity to a product."""
+    step, given = name_of(view, user), operands(view, user)
+    if step == "cast" or (step == "square" and name == "relu") or (step == "reciprocal" and name == "exp"):
+        return []
+    if step == "add" and name in ("exp", "erf", "tanh"):
+        return [] if len(tensors(view, user)) == 1 else None
+    if step == "div" and given[0] is value:
+        return [] if len(tensors(view, user)) == 1 else None
+    if step == "mul" or (step == "div" and name == "exp"):
+        return [factor for other in given[:2] if other is not value for factor in factors(view, other)]
+    return None
+
+
+def _arguments(view: View, node: fx.Node, name: str) -> list[fx.Node]:
+    """The values that a nonlinearity scales, of which it makes its result."""
+    through = {"cast", "neg", "mul", "div"} | ({"add", "pow", "square"} if name == "tanh" else set())
+    found = tensors(view, node)[:1] if name in _WHOLE else []
+    for each in found:
+        if name_of(view, each) in through and len(found) < 2 * _REACH:
+            found += [source for source in tensors(view, each) if source not in found]
+    return found
+
+
+def _is_anothers(view: View, node: fx.Node, unit: _Unit, others: list[fx.Node]) -> bool:
+    """Whether a unit of two activations is counted at the other one, which is the left of two that are alike."""
+    if unit.name in _SMOOTH:
+        return unit.left and any(name_of(view, other) in _SMOOTH for other in others)
+    first = all(view.order[node] < view.order[other] and name_of(view, other) not in _SMOOTH for other in others)
+    return not first or (unit.squared and unit.left and name_of(view, unit.products[0]) != "square" and not others)
+
+
+def _whole_of(view: View, node: fx.Node, name: str) -> str:
+    """The activation that a nonlinearity is of with the argument that it multiplies."""
+    argument = operands(view, node)[0]
+    while name_of(view, argument) == "cast":
+        argument = operands(view, argument)[0]
+    if _WHOLE[name] == "SiLU" and name != "exp" and name_of(view, argument) in ("mul", "div"):
+        return "quick-GELU"
+    return f"a {_WHOLE[name]} that is spelled out"
+
+
+def _from_one_input(view: View, node: fx.Node, unit: _Unit) -> bool:
+    """Whether linear layers on one input make both factors; a product that a sum takes is a gate of a branch."""
+    gate = layer_inputs(view, next(iter(tensors(view, node)), None))
+    up = [inputs for other in unit.partners if (inputs := layer_inputs(view, other)) is not None]
+    if gate is None or not any(gate & inputs for inputs in up):
+        return False
+    sums = any(name_of(view, user) in ("add", "sub") for user in view.users(unit.products[-1]))
+    return not (sums and unit.name in _SQUASHING)
