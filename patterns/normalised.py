@@ -13,7 +13,8 @@ from fastlora.view import View
 L2 = "it divides by the root of a sum, as an L2 norm does, and not of a mean"
 _NORMS = {"norm": "norm()", "linalg_norm": "torch.linalg.norm", "linalg_vector_norm": "torch.linalg.vector_norm"}
 _NORMS |= {"normalize": "F.normalize"}
-_ALIKE = {"cast", "add", "clamp", "clamp_min", "maximum", "expand", "expand_as", "unsqueeze", "getitem"}
+_LAYOUTS = {"cast", "expand", "expand_as", "unsqueeze", "getitem"}
+_AWAY_FROM_ZERO = {"add", "clamp", "clamp_min", "maximum"}
 _REACH = 8
 
 
@@ -113,6 +114,6 @@ def _scaled_quotient(view: View, norm: fx.Node, value: fx.Node) -> bool | None:
                 return scaled or _is_scaled(view, user)
             if _is_by_number(view, user) or name == "reciprocal":
                 reached.append((user, inverted or divides or name == "reciprocal", scaled or name != "reciprocal"))
-            elif name in _ALIKE:
+            elif name in _LAYOUTS or (name in _AWAY_FROM_ZERO and not inverted):  # an inverse is bound to clip lengths
                 reached.append((user, inverted, scaled))
     return None

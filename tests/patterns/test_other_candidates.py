@@ -112,6 +112,7 @@ NO_NORMS: dict[str, Function] = {
     "a distance": lambda x, w: (x - w).norm(dim=-1, keepdim=True) * w,
     "a product with a norm": lambda x, w: x * x.norm(dim=-1, keepdim=True),
     "the root of a sum of squares": lambda x, w: (x * x).sum(-1, keepdim=True).sqrt() * w,
+    "a clipped length": lambda x, w: x * (2.0 / (x.norm(dim=-1, keepdim=True) + 1e-6)).clamp(max=1.0),
     "a norm over all": lambda x, w: x / x.norm(),
     "a norm over the first dimension": lambda x, w: x / x.norm(dim=0, keepdim=True),
     "a sum of sizes": lambda x, w: x / x.norm(p=1, dim=-1, keepdim=True),
