@@ -97,6 +97,7 @@ def explain(model: nn.Module, rules: Sequence[AnyRule] | None = None, **batch: A
         rules: as for `compile`.
         **batch: what the model's forward takes, e.g. `input_ids` and `labels`.
     """
+    _insist_on_module(model)
     session = Session(Options(dry=True), rules)
     slots = {module: module._compiled_call_impl for module in model.modules()}
     try:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fastlora.engine import Rewrite
 from fastlora.kernels.ops import lora_linear
 from fastlora.logits import Tally
-from fastlora.logits_autograd import defer, is_worthwhile
+from fastlora.logits_autograd import can_defer, defer, product_dtype
 from fastlora.metadata import known_less, meta
 from fastlora.recipe import Adapter
 from fastlora.spelling import spelling_of
@@ -38,9 +38,7 @@ class DeferredProduct(nn.Module):
         self._tally = tally
 
     def forward(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if _is_seen() and is_worthwhile(hidden, weight):
-            device = hidden.device.type
-            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        if _is_seen() and (dtype := product_dtype(hidden, weight, bias)) is not None:
             return defer(hidden, weight, bias, dtype, dtype, self._tally)
         return F.linear(hidden, weight, bias)
 
@@ -55,7 +53,7 @@ class DeferredAdaptedProduct(nn.Module):
     def forward(self, *values: Any) -> torch.Tensor:
         given = dict(zip(lora_linear.names, values, strict=True))
         x, weight, low = given["x"], given["weight"], Adapter(*(given[name] for name in Adapter._fields))
-        if _is_seen() and is_worthwhile(x, weight, low.lora_a, low.lora_b):
+        if _is_seen() and can_defer(x, weight, given["bias"], low.lora_a, low.lora_b):
             return defer(x, weight, given["bias"], given["base_dtype"], given["out_dtype"], self._tally, low)
         made: torch.Tensor = lora_linear(**given)
         return made

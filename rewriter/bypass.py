@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils.hooks import RemovableHandle
 
 
@@ -34,6 +36,13 @@ def transform() -> str | None:
     return None
 
 
+def mode() -> bool:
+    """Whether a mode would see a head's product, and may do something else. A default device is none."""
+    if torch._C._len_torch_dispatch_stack():
+        return True
+    return any(type(each) is not DeviceContext for each in _get_current_function_mode_stack())
+
+
 def hooks_on_everything() -> bool:
     """Whether hooks are registered for all modules of the process, which TorchDynamo does not guard."""
     return _has_any_global_hook()
@@ -45,27 +54,34 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(own) or hooks_on_everything()
 
 
-class HookWatch:
-    """Tells whether hooks are registered on any module of a region, at next to no cost where nothing has changed."""
+class Watch:
+    """Tells what TorchDynamo does not look for in a region once it has traced it: hooks, and forwards of classes that
+    were replaced. That takes next to no time where nothing has changed."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module, self._looked_at = module, -1
         self._hooks: list[dict[int, Any]] = []
+        self._classes: list[Any] = []
 
-    def found(self) -> bool:
-        """Whether there are some now."""
+    def state(self) -> tuple[Any, ...]:
+        """Return whether there are hooks, and the forwards of all classes, as they are now."""
         registered = RemovableHandle.next_id  # counts up with every hook in the process
         if registered != self._looked_at:
             self._looked_at = registered
-            self._hooks = list(_hooks(self._module))
-        return any(self._hooks)
+            modules = list(_inside(self._module))
+            self._hooks = [hooks for module in modules for hooks in _hooks(module) if hooks]
+            self._classes = list(dict.fromkeys(map(type, modules)))
+        return any(self._hooks), *[kind.forward for kind in self._classes]
 
 
-def _hooks(module: nn.Module) -> Iterator[dict[int, Any]]:
-    """All hooks on a module and on those in it."""
+def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
+def _inside(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and all in it; faster than `modules`, as it may give one twice."""
     waiting = [module]
     while waiting:
         module = waiting.pop()
-        own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-        yield from (hooks for hooks in own if hooks)
+        yield module
         waiting += [child for child in module._modules.values() if child is not None]

@@ -9,17 +9,22 @@ mode the caller is. Subclasses say which operations stay deferred as well.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
+
+from fastlora.errors import FastLoRAError
 
 _TENSOR: Any = torch.Tensor
 _READS_MEMORY = {
     *(getattr(_TENSOR, name) for name in (
-        "__array__", "__deepcopy__", "__dlpack__", "__reduce_ex__", "__repr__", "data_ptr", "numpy", "share_memory_",
-        "storage", "tolist", "untyped_storage", "_typed_storage",
+        "__array__", "__deepcopy__", "__dlpack__", "__reduce_ex__", "__repr__", "apply_", "as_subclass", "data_ptr",
+        "map_", "map2_", "numpy", "share_memory_", "storage", "tolist", "untyped_storage", "_typed_storage",
     )),
     _TENSOR.__cuda_array_interface__.__get__,
 }  # fmt: skip
@@ -61,7 +66,7 @@ class Cell:
         """Return the value, computed outside of the caller's gradient and inference modes."""
         if self._value is None:
             assert self._compute is not None
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), _without_modes():
                 self._value = self._compute()
             self._compute = self._parent = None
         return self._value
@@ -99,6 +104,7 @@ class Deferred(torch.Tensor):
             device=device,
         )  # fmt: skip
         made.cell, made.meta = cell, meta
+        torch._C._set_throw_on_mutable_data_ptr(made)  # what reads memory past all overrides would read address 0
         return made
 
     def __init__(self, *_: Any, **__: Any) -> None:
@@ -132,14 +138,106 @@ class Deferred(torch.Tensor):
 
 @torch.compiler.disable
 def _call(overrides: dict[Any, Callable[..., Any]], func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    with torch._C.DisableTorchFunctionSubclass():
-        if (override := overrides.get(func)) is not None:
+    with torch._C.DisableTorchFunctionSubclass(), _hooks_see_overrides():
+        override = overrides.get(func) or _OVERRIDES.get(func)
+        if override is not None:
             result = override(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         if func in _READS_MEMORY:
             args, kwargs = tree_map_only(Deferred, _with_memory, (args, kwargs))
         return func(*args, **kwargs)
+
+
+@contextmanager
+def _hooks_see_overrides() -> Iterator[None]:
+    """Run pack hooks, which are the user's code, with the function overrides that are off around them."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is None:
+        yield
+        return
+    pack, unpack = hooks
+
+    def pack_with_overrides(t: torch.Tensor) -> Any:
+        with torch._C._EnableTorchFunction():
+            return pack(t)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack_with_overrides, unpack):
+        yield
+
+
+@contextmanager
+def _without_modes() -> Iterator[None]:
+    """A value is there for good, and is not to be one of a mode that happens to be active, fake say."""
+    if not torch._C._len_torch_dispatch_stack():
+        yield
+        return
+    with _disable_current_modes():
+        yield
+
+
+def _tuple(tensors: Any) -> tuple[Any, ...]:
+    return (tensors,) if tensors is None or isinstance(tensors, (torch.Tensor, GradientEdge)) else tuple(tensors)
+
+
+def _edges(roots: Any, inputs: Any, gradients: Any) -> tuple[list[Any], list[Any], tuple[Any, ...]] | None:
+    """Edges of the graph in place of deferred tensors, and a gradient for each root: a backward from or to edges runs
+    hooks with function overrides. None where PyTorch raises."""
+    roots, inputs = _tuple(roots), _tuple(inputs) if inputs is not None else ()
+    given = (None,) * len(roots) if gradients is None else _tuple(gradients)
+    implied = any(g is None and isinstance(t, Deferred) for t, g in zip(roots, given, strict=False))
+    if implied or len(given) != len(roots):
+        return None
+    if not all(t.requires_grad for t in (*roots, *inputs) if isinstance(t, Deferred)):
+        return None
+    edges = [[get_gradient_edge(t) if isinstance(t, Deferred) else t for t in each] for each in (roots, inputs)]
+    return edges[0], edges[1], given
+
+
+def _backward(
+    tensors: Any, grad_tensors: Any = None, retain_graph: Any = None, create_graph: bool = False,
+    grad_variables: Any = None, inputs: Any = None,
+) -> Any:  # fmt: skip
+    found = None if grad_variables is not None else _edges(tensors, inputs, grad_tensors)
+    if found is None:
+        return NotImplemented
+    roots, ends, given = found
+    with torch._C._EnableTorchFunction():
+        torch.autograd.backward(roots, given, retain_graph, create_graph, inputs=ends if inputs is not None else None)
+    return None
+
+
+def _tensor_backward(
+    t: Any, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False, inputs: Any = None
+) -> Any:
+    return _backward(t, gradient, retain_graph, create_graph, inputs=inputs)
+
+
+def _grad(outputs: Any, inputs: Any, grad_outputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+    found = _edges(outputs, inputs, grad_outputs)
+    if found is None:
+        return NotImplemented
+    with torch._C._EnableTorchFunction():
+        return torch.autograd.grad(found[0], found[1], found[2], *args, **kwargs)
+
+
+def _data(t: torch.Tensor) -> torch.Tensor:
+    return _with_memory(t).detach() if isinstance(t, Deferred) else t.data
+
+
+def _set_data(t: torch.Tensor, value: torch.Tensor) -> None:
+    raise FastLoRAError(
+        "the data of deferred logits cannot be replaced; use fastlora.compile(model, defer_logits=False)"
+    )
+
+
+_OVERRIDES: dict[Any, Callable[..., Any]] = {
+    _TENSOR.backward: _tensor_backward,
+    torch.autograd.backward: _backward,
+    torch.autograd.grad: _grad,
+    _TENSOR.data.__get__: _data,
+    _TENSOR.data.__set__: _set_data,
+}
 
 
 def plain(t: Any) -> Any:
@@ -174,11 +272,15 @@ def _share(func: Any, args: Any, kwargs: Any) -> Any:
         return found
 
     values, options = tree_map_only(Deferred, value, (args, kwargs))
+    tensors = [t for t in (*values, *options.values()) if isinstance(t, torch.Tensor)]
+    sizes = [(t.shape, t.stride()) for t in tensors]
     result = tree_map_only(torch.Tensor, lambda t: shared.get(id(t), t), func(*values, **options))
-    if (
-        func._schema.is_mutable and args and isinstance(args[0], list)
-    ):  # of lists PyTorch counts no writes to subclasses
-        for t in args[0]:
+    if shared and sizes != [(t.shape, t.stride()) for t in tensors]:
+        raise FastLoRAError(
+            f"{func} changes the sizes of deferred logits in place; use fastlora.compile(model, defer_logits=False)"
+        )
+    if func._schema.is_mutable and args and isinstance(args[0], list):
+        for t in args[0]:  # in which PyTorch counts no writes to subclasses
             if isinstance(t, Deferred):
                 torch.autograd.graph.increment_version(t)
     return result

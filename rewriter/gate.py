@@ -13,7 +13,7 @@ from torch._dynamo import config as _dynamo
 from torch._dynamo.exc import BackendCompilerFailed, TorchRuntimeError
 from torch.fx.experimental import _config as _shapes
 
-from fastlora.bypass import HookWatch, calling_module, has_hooks, hooks_on_everything, transform
+from fastlora.bypass import Watch, calling_module, has_hooks, hooks_on_everything, transform
 from fastlora.errors import FastLoRAError
 from fastlora.regions import Region, is_torch_class
 from fastlora.session import Session
@@ -36,10 +36,9 @@ class Gate:
         module: Any = region.module
         self._region, self.session, self._module = region.name, session, module
         self._is_torch_class = is_torch_class(module)
-        target: Any = module.forward if self._is_torch_class else module._call_impl
-        self._hooks = HookWatch(module)
-        self._compiled = torch.compile(target, backend=session.compile_graph)
-        self._compiled_with_hooks = torch.compile(target, backend=session.compile_graph_with_hooks)
+        self._target: Any = module.forward if self._is_torch_class else module._call_impl
+        self._watch = Watch(module)
+        self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self._module
@@ -78,9 +77,11 @@ class Gate:
     def _traced(self, *args: Any, **kwargs: Any) -> Any:
         session = self.session
         session.enter(self._region, type(self._module))
-        before, hooked = _settings(), self._hooks.found()
-        _apply_settings(_GRAPHS_PER_BLOCK, session.oblivious, before[2], not hooked)
-        run = self._compiled_with_hooks if hooked else self._compiled
+        before, state = _settings(), self._watch.state()
+        _apply_settings(_GRAPHS_PER_BLOCK, session.oblivious, before[2], not state[0])
+        run = self._compiled.get(state)
+        if run is None:
+            run = self._compiled[state] = torch.compile(self._target, backend=session.backend(state))
         session.on_piece, session.refusal = _run_what_cannot_be_traced, None
         try:
             with traceable():

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from fastlora.bypass import calling_module, has_hooks, transform
+from fastlora.bypass import calling_module, has_hooks, mode, transform
 from fastlora.logits import DeferredLogits
-from fastlora.logits_autograd import defer, is_worthwhile
+from fastlora.logits_autograd import defer, product_dtype
 from fastlora.session import Session
+
+_FORWARD = nn.Linear.forward
 
 
 class DeferringHead:
@@ -26,31 +28,36 @@ class DeferringHead:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         compiling = torch.compiler.is_compiling()
         head = self._head if compiling else calling_module(self._head)
-        if len(args) == 1 and not kwargs and not compiling and head is self._head and self._defers(args[0]):
-            device = args[0].device.type
-            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else args[0].dtype
-            compute_before_reshard(self._around)
-            return defer(args[0], head.weight, head.bias, dtype, dtype, self.session.tally)
-        return head._call_impl(*args, **kwargs)
+        if compiling or head is not self._head or len(args) != 1 or kwargs or not self._defers():
+            return head._call_impl(*args, **kwargs)
+        weight: Any = head._parameters["weight"]
+        bias = head._parameters["bias"]
+        dtype = product_dtype(args[0], weight, bias)
+        if dtype is None:
+            return head._call_impl(*args, **kwargs)
+        compute_before_reshard(self._around)
+        return defer(args[0], weight, bias, dtype, dtype, self.session.tally)
 
-    def _defers(self, hidden: Any) -> bool:
-        head, problem = self._head, None
-        if not torch.is_grad_enabled() or transform():
+    def _defers(self) -> bool:
+        head = self._head
+        if not torch.is_grad_enabled() or transform() or mode():
             return False
-        if not is_plain_linear(head):
-            problem = why_not(head)
-        elif has_hooks(head):
+        problem = why_not(head)
+        if problem is None and has_hooks(head):
             problem = "hooks run around the output head"
-        elif type(head.weight) not in (torch.Tensor, nn.Parameter):
+        if problem is None and type(head._parameters["weight"]) is not nn.Parameter:
             problem = f"the output head's weight is a {type(head.weight).__name__}, not a plain tensor"
-        self.session.head_problem = problem
-        return problem is None and is_worthwhile(hidden, head.weight)
+        if problem is not None:
+            self.session.miss_loss(problem)
+        return problem is None
 
 
 def is_plain_linear(module: nn.Module | None) -> bool:
-    """Whether a module is an `nn.Linear` and nothing has replaced its forward, as accelerate's hooks do; FSDP makes a
-    subclass that keeps it."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and "forward" not in vars(module)
+    """Whether a module is an `nn.Linear` and nothing has replaced its forward, as accelerate's hooks do, or computes
+    its weight, as parametrizations do. FSDP makes a subclass that changes neither."""
+    if not isinstance(module, nn.Linear) or type(module).forward is not _FORWARD or "forward" in vars(module):
+        return False
+    return {"weight", "bias"} <= module._parameters.keys() and not hasattr(type(module), "weight")
 
 
 def is_vocabulary(head: nn.Module) -> bool:
@@ -69,7 +76,7 @@ def why_not(head: nn.Module | None) -> str | None:
     if head is None:
         return "the model has no output head"
     if not isinstance(head, nn.Linear) or not is_plain_linear(head):
-        replaced = " whose forward was replaced" if "forward" in vars(head) else ""
+        replaced = " whose forward was replaced" if "forward" in vars(head) or type(head) is nn.Linear else ""
         return f"the output head is a {type(head).__name__}{replaced}, not a plain nn.Linear"
     if head.out_features <= head.in_features:
         return f"the output head makes {head.out_features} logits of {head.in_features} hidden values, and no more"

@@ -36,6 +36,11 @@ class Tally:
     fused: int = 0
     materialized: Counter[str] = field(default_factory=Counter)
     dry: bool = False
+    backwards: int = 0
+
+    def moment(self) -> tuple[int, int]:
+        """What changes with each call of the head and each of its backwards: between them nothing trains."""
+        return self.deferred, self.backwards
 
 
 class DeferredLogits(Deferred):
@@ -78,7 +83,7 @@ class DeferredLogits(Deferred):
         own = Snapshot([bias])
 
         def compute(value: torch.Tensor) -> torch.Tensor:
-            own.check()
+            own.check(look=True)
             return value + bias
 
         return self.then(self.cell.derive(compute), meta, step, self.snapshot.and_of(bias))
@@ -105,17 +110,30 @@ class DeferredGradient(Deferred):
 
     parts: Parts
     stage: Stage
+    taken: set[int]
 
     @staticmethod
-    def of(cell: Cell, meta: torch.Tensor, parts: Parts, stage: Stage, device: torch.device) -> DeferredGradient:
+    def of(
+        cell: Cell, meta: torch.Tensor, parts: Parts, stage: Stage, device: torch.device, taken: set[int] | None = None
+    ) -> DeferredGradient:
         made = DeferredGradient(cell, meta, device)
         made.parts, made.stage = parts, stage
+        made.taken = set() if taken is None else taken
         return made
 
-    def at(self, stage: Stage | None) -> Parts | None:
-        """Return the parts if this is a gradient for logits of that stage. One whose memory is in other hands may
-        have been written to, and then counts as any tensor."""
+    def parts_at(self, stage: Stage) -> Parts | None:
+        """Return the parts if this is a gradient for logits of that stage. One whose memory is in other hands may have
+        been written to, and then counts as any tensor."""
         return self.parts if stage is self.stage and not self.cell.memory.is_shared else None
+
+    def take_parts(self, stage: Stage) -> Parts | None:
+        """Return the parts for good: whoever gets them may write to them, so that they are no longer to be had."""
+        parts = self.parts_at(stage)
+        memories = set() if parts is None else {part.untyped_storage()._cdata for part in parts.values()}
+        if parts is None or memories & self.taken:
+            return None
+        self.taken |= memories
+        return parts
 
     def apply(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in stages.SAME:
@@ -132,14 +150,15 @@ class DeferredGradient(Deferred):
             return self._same(cell, result)
         if stages.key_of(func, self.meta, result, args) != self.stage.adjoint or self.stage.parent is None:
             return NotImplemented
-        return DeferredGradient.of(cell, result, self.stage.back(self.parts), self.stage.parent, self.device)
+        parts, parent = self.stage.back(self.parts), self.stage.parent
+        return DeferredGradient.of(cell, result, parts, parent, self.device, self.taken)
 
     def _same(self, cell: Cell, meta: torch.Tensor) -> DeferredGradient:
-        return DeferredGradient.of(cell, meta, self.parts, self.stage, self.device)
+        return DeferredGradient.of(cell, meta, self.parts, self.stage, self.device, self.taken)
 
     def _plus(self, other: Any) -> Any:
         """The sum of two gradients for the same logits, of two losses say."""
-        if not isinstance(other, DeferredGradient) or (parts := other.at(self.stage)) is None:
+        if not isinstance(other, DeferredGradient) or (parts := other.parts_at(self.stage)) is None:
             return NotImplemented
         if (self.dtype, self.shape, self.parts.keys()) != (other.dtype, other.shape, parts.keys()):
             return NotImplemented
@@ -158,7 +177,7 @@ class DeferredGradient(Deferred):
     @classmethod
     def apply_to_list(cls, func: Any, tensors: list[Any], args: tuple[Any, ...]) -> Any:
         """The gradients for all pieces of logits that were split."""
-        if not all(isinstance(t, DeferredGradient) and t.at(t.stage) is not None for t in tensors):
+        if not all(isinstance(t, DeferredGradient) and t.parts_at(t.stage) is not None for t in tensors):
             return NotImplemented
         first = tensors[0]
         if not stages.joined(func, [t.stage for t in tensors], args):

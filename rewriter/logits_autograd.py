@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import traceback
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastlora.deferred import Cell, plain
+from fastlora.errors import FastLoRAError
 from fastlora.kernels.apply import refuse_second_derivative, run_apart
 from fastlora.kernels.dispatch import is_last_backward
 from fastlora.kernels.linear_cross_entropy import scaled_gradient, unit_gradient
@@ -29,58 +32,64 @@ class Product(torch.autograd.Function):
     """The head's product, deferred."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        recipe: Recipe,
-        tally: Tally,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        lora_a: torch.Tensor | None,
-        lora_b: torch.Tensor | None,
-    ) -> DeferredLogits:
-        tensors = (hidden, weight, bias, lora_a, lora_b)
-        ctx.save_for_backward(*tensors)
+    def forward(ctx: Any, recipe: Recipe, tally: Tally, *tensors: torch.Tensor | None) -> DeferredLogits:
+        needs = ctx.needs_input_grad[2:]
+        ctx.save_for_backward(*(_read_by_backward(tensors, needs) if recipe.adapter is None else tensors))
         ctx.dtypes, ctx.stage = (recipe.base_dtype, recipe.dtype), Stage()
         ctx.adapter = None if recipe.adapter is None else recipe.adapter[2:]
+        ctx.parameters = [None if t is None else (t.shape, t.dtype) for t in tensors]
         ctx.set_materialize_grads(False)
-        snapshot = Snapshot(recipe.tensors)
+        tally.deferred += 1
+        ctx.tally = tally
+        snapshot = Snapshot(recipe.tensors, tally.moment())
 
         def compute() -> torch.Tensor:
-            snapshot.check()
+            snapshot.check(look=snapshot.moment != tally.moment())
             tally.materialized[_reader()] += 1
             return recipe.product()
 
-        tally.deferred += 1
         meta = torch.empty(recipe.shape, dtype=recipe.dtype, device="meta")
         return DeferredLogits.of(Cell(compute), meta, recipe, ctx.stage, snapshot, tally)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor | None) -> Any:
         needs = ctx.needs_input_grad[2:]
+        ctx.tally.backwards += 1
         if gradient is None:
             return (None,) * (2 + len(needs))
-        parts = gradient.at(ctx.stage) if isinstance(gradient, DeferredGradient) else None
-        if parts is None:
-            g, saved = plain(gradient), ctx.saved_tensors
-            if ctx.adapter is None:
-                parts = _product_gradients(g, saved, needs)
-            else:
-                parts = _adapted_gradients(g, saved, needs, ctx.dtypes, *ctx.adapter)
+        saved = ctx.saved_tensors  # which are gone after a backward, and must not have been written to
+        parts = gradient.take_parts(ctx.stage) if isinstance(gradient, DeferredGradient) else None
+        if parts is None and ctx.adapter is None:
+            parts = _product_gradients(_value(gradient), saved, needs, ctx.parameters)
+        elif parts is None:
+            parts = _adapted_gradients(_value(gradient), saved, needs, ctx.dtypes, *ctx.adapter)
         return None, None, *(parts.get(name) if need else None for name, need in zip(_PARAMETERS, needs, strict=True))
 
 
-def _product_gradients(g: torch.Tensor, saved: Sequence[Any], needs: Sequence[bool]) -> Parts:
+def _read_by_backward(tensors: Sequence[Any], needs: Sequence[bool]) -> list[Any]:
+    """What the backward of a linear layer reads of hidden states and weight."""
+    return [tensors[0] if needs[1] else None, tensors[1] if needs[0] else None]
+
+
+def _value(gradient: torch.Tensor) -> torch.Tensor:
+    """A gradient as the operations of a backward are to read it: with its history, if they are to be differentiated."""
+    value: torch.Tensor = gradient if torch.is_grad_enabled() else plain(gradient)
+    return value
+
+
+def _product_gradients(
+    g: torch.Tensor, saved: Sequence[Any], needs: Sequence[bool], parameters: Sequence[Any]
+) -> Parts:
     """The gradients of a linear layer, as autograd has them; differentiable."""
-    hidden, weight, bias = saved[:3]
+    hidden, weight = saved
     parts: Parts = {}
     rows = g.reshape(-1, g.shape[-1])
     if needs[0]:
-        parts["x"] = (g @ weight.to(g.dtype)).to(hidden.dtype)
+        parts["x"] = (g @ weight.to(g.dtype)).to(parameters[0][1])
     if needs[1]:
-        parts["weight"] = (rows.t() @ hidden.reshape(-1, hidden.shape[-1]).to(g.dtype)).to(weight.dtype)
+        parts["weight"] = (rows.t() @ hidden.reshape(-1, hidden.shape[-1]).to(g.dtype)).to(parameters[1][1])
     if needs[2]:
-        parts["bias"] = rows.sum(0).to(bias.dtype)
+        parts["bias"] = rows.sum(0).to(parameters[2][1])
     return parts
 
 
@@ -109,21 +118,22 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: DeferredLogits, labels: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-        recipe, names = logits.recipe, linear_cross_entropy.leaves.names
+        recipe, names, tally = logits.recipe, linear_cross_entropy.leaves.names, logits.tally
         dtype = recipe.dtype
         if torch.is_autocast_enabled(logits.device.type):  # which takes losses in float32
             dtype = torch.promote_types(dtype, torch.float32)
-        logits.snapshot.check()
-        logits.tally.fused += 1
-        if logits.tally.dry:
-            return logits.recipe.hidden.new_zeros((), dtype=dtype)
-        values = recipe.loss_arguments(labels, dtype, **options)
+        ctx.meta, ctx.stage, ctx.options, ctx.dry = logits.meta, logits.stage, options, tally.dry
+        ctx.recipe, ctx.cell = recipe, weakref.ref(logits.cell)
+        ctx.set_materialize_grads(False)
+        if tally.dry:
+            tally.fused += 1
+            ctx.save_for_backward(labels)
+            return recipe.hidden.new_zeros(labels.shape if options["reduction"] == "none" else (), dtype=dtype)
         needs = [ctx.needs_input_grad[0] and name in recipe.trained for name in names]
+        values = recipe.loss_arguments(labels, dtype, **options)
         (loss,), saved, ctx.differentiate = run_apart(linear_cross_entropy, values, needs)
         ctx.save_for_backward(labels, *saved)
-        ctx.unit = logits.cell.derive(lambda value: unit_gradient(value, labels, **options))
-        ctx.meta, ctx.stage, ctx.ignore_index = logits.meta, logits.stage, options["ignore_index"]
-        ctx.set_materialize_grads(False)
+        tally.fused += 1
         assert loss is not None
         return loss
 
@@ -133,48 +143,75 @@ class CrossEntropy(torch.autograd.Function):
             return None, None, None
         refuse_second_derivative(linear_cross_entropy.name)
         labels, *saved = ctx.saved_tensors
-        found = ctx.differentiate(saved, [g])
-        names = linear_cross_entropy.leaves.names
-        parts = {name: t for name, t in zip(names, found, strict=True) if t is not None}
-        kept, dtype = labels != ctx.ignore_index, ctx.meta.dtype
-        cell = ctx.unit.derive(lambda unit: scaled_gradient(unit, g, kept).to(dtype))
+        parts = _zeros(ctx.recipe) if ctx.dry else _named(ctx.differentiate(saved, [g]))
+        cell = Cell(partial(_logits_gradient, ctx.recipe, ctx.cell, labels.clone(), g.clone(), ctx.meta, ctx.options))
         if is_last_backward():
-            ctx.unit = None
+            ctx.recipe = None
         return DeferredGradient.of(cell, ctx.meta, parts, ctx.stage, g.device), None, None
 
 
+def _named(found: Sequence[torch.Tensor | None]) -> Parts:
+    return {n: t for n, t in zip(linear_cross_entropy.leaves.names, found, strict=True) if t is not None}
+
+
+def _zeros(recipe: Recipe) -> Parts:
+    low = (None, None) if recipe.adapter is None else recipe.adapter[:2]
+    tensors = zip(_PARAMETERS, (recipe.hidden, recipe.weight, recipe.bias, *low), strict=True)
+    return {name: torch.zeros_like(t) for name, t in tensors if t is not None and name in recipe.trained}
+
+
+def _logits_gradient(
+    recipe: Recipe,
+    seen: weakref.ref[Cell],
+    labels: torch.Tensor,
+    g: torch.Tensor,
+    meta: torch.Tensor,
+    options: dict[str, Any],
+) -> torch.Tensor:
+    """The gradient of the loss for the logits, of the logits if somebody still has them, or else of their recipe."""
+    cell = seen()
+    known = cell is not None and cell.is_computed and not cell.memory.is_shared
+    logits = cell.get() if known and cell is not None else recipe.logits()
+    unit = unit_gradient(logits.reshape(meta.shape), labels, **options)
+    return scaled_gradient(unit, g, labels != options["ignore_index"]).to(meta.dtype)
+
+
 class Rows(torch.autograd.Function):
-    """Rows of deferred logits by an index that has tensors."""
+    """Rows of deferred logits by an index that has tensors, which are given beside it for their versions."""
 
     @staticmethod
-    def forward(ctx: Any, logits: DeferredLogits, index: tuple[Any, ...]) -> DeferredLogits:
-        ctx.index, ctx.shape = index, logits.shape
-        hidden = logits.recipe.hidden
-        ctx.hidden_shape = hidden.shape
+    def forward(ctx: Any, logits: DeferredLogits, index: tuple[Any, ...], *tensors: torch.Tensor) -> DeferredLogits:
+        hidden, lead = logits.recipe.hidden, logits.shape[:-1]
+        ctx.shape, ctx.hidden_shape = logits.shape, hidden.shape
         ctx.parent, ctx.stage = logits.stage, Stage(logits.stage, ("rows",), None, logits.stage.rows_only)
+        ctx.save_for_backward(*tensors)
+        taken = torch.arange(lead.numel(), device=hidden.device).reshape(lead)[index]
+        ctx.taken = taken.reshape(-1)
         recipe = replace(logits.recipe, hidden=hidden[index])
         meta = torch.empty(recipe.shape, dtype=logits.dtype, device="meta")
-        return logits.then(logits.cell.derive(lambda value: value[index]), meta, Step(recipe, ctx.stage))
+
+        def pick(value: torch.Tensor) -> torch.Tensor:
+            return value.reshape(-1, value.shape[-1])[taken]
+
+        return logits.then(logits.cell.derive(pick), meta, Step(recipe, ctx.stage))
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        shape = ctx.shape
-        number = torch.arange(shape[:-1].numel(), device=gradient.device).reshape(shape[:-1])
-        taken = number[ctx.index].reshape(-1)
+        shape, taken, unused = ctx.shape, ctx.taken, (None,) * (1 + len(ctx.saved_tensors))
 
         def put_back(value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-            rows = value.new_zeros(number.numel(), shape[-1])
+            rows = value.new_zeros(shape[:-1].numel(), shape[-1])
             return rows.index_put((taken,), value.reshape(-1, shape[-1]), accumulate=True).reshape(shape)
 
-        parts = gradient.at(ctx.stage) if isinstance(gradient, DeferredGradient) else None
+        parts = gradient.parts_at(ctx.stage) if isinstance(gradient, DeferredGradient) else None
         if parts is None:
-            return put_back(plain(gradient), shape), None
+            return put_back(_value(gradient), shape), *unused
         assert isinstance(gradient, DeferredGradient)
         if "x" in parts:
             parts = {**parts, "x": put_back(parts["x"], ctx.hidden_shape)}
         cell = gradient.cell.derive(lambda value: put_back(value, shape))
         meta = gradient.meta.new_empty(shape)
-        return DeferredGradient.of(cell, meta, parts, ctx.parent, gradient.device), None
+        return DeferredGradient.of(cell, meta, parts, ctx.parent, gradient.device, gradient.taken), *unused
 
 
 # -- functions with a deferred form ------------------------------------------------------------------------------------
@@ -191,8 +228,10 @@ def _cross_entropy(
     plainly = weight is None and size_average is None and reduce is None and reduction in ("mean", "sum", "none")
     if not plainly or not _is_deferred(input) or input.dim() != 2 or type(target) is not torch.Tensor:
         return NotImplemented
-    if input.cell.is_computed and input.snapshot.problem() is not None:  # what is left is the value
-        return NotImplemented
+    if (problem := input.snapshot.problem(look=input.snapshot.moment != input.tally.moment())) is not None:
+        if input.cell.is_computed:  # what is left is the value
+            return NotImplemented
+        raise FastLoRAError(problem)
     if target.dtype not in (torch.int64, torch.uint8) or target.device != input.device:
         return NotImplemented
     if target.shape != input.shape[:1] or not input.numel() or not 0.0 <= label_smoothing <= 1.0:
@@ -208,7 +247,9 @@ def _rows(input: Any, index: Any) -> Any:
     if not any(isinstance(part, torch.Tensor) for part in parts):
         return NotImplemented
     rows = _without_last(parts, input.dim())
-    return NotImplemented if rows is None else Rows.apply(input, rows)
+    return (
+        NotImplemented if rows is None else Rows.apply(input, rows, *(t for t in rows if isinstance(t, torch.Tensor)))
+    )
 
 
 def _without_last(parts: tuple[Any, ...], dims: int) -> tuple[Any, ...] | None:
@@ -232,18 +273,9 @@ def _without_last(parts: tuple[Any, ...], dims: int) -> tuple[Any, ...] | None:
     return parts if taken < dims else None
 
 
-def _index_select(input: Any, dim: int, index: torch.Tensor) -> Any:
-    if not _is_deferred(input) or not isinstance(dim, int) or type(index) is not torch.Tensor or index.dim() != 1:
-        return NotImplemented
-    if not -input.dim() <= dim < input.dim():
-        return NotImplemented
-    return _rows(input, (*[slice(None)] * (dim % input.dim()), index))
-
-
 DeferredLogits._overrides = {
     F.cross_entropy: _cross_entropy,
     _TENSOR.__getitem__: _rows,
-    **dict.fromkeys((_TENSOR.index_select, torch.index_select), _index_select),
 }
 
 
@@ -270,16 +302,29 @@ def defer(
     return made
 
 
-def is_worthwhile(hidden: Any, *parameters: torch.Tensor) -> bool:
-    """Whether a head's product of plain tensors has a gradient, so that a loss is likely to be taken from it."""
-    plain = type(hidden) is torch.Tensor and all(type(t) in (torch.Tensor, nn.Parameter) for t in parameters)
-    tensors = (hidden, *parameters)
-    return (
-        plain
-        and torch.is_grad_enabled()
-        and any(t.requires_grad for t in tensors)
-        and not any(t.is_inference() for t in tensors)
-    )
+def product_dtype(hidden: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.dtype | None:
+    """Return the dtype of `F.linear(hidden, weight, bias)`, None if that cannot be deferred: it has no gradient, or
+    would raise, or one of its tensors is no plain one."""
+    if not can_defer(hidden, weight, bias):
+        return None
+    tensors = [t for t in (hidden, weight, bias) if t is not None]
+    fits = hidden.dim() > 0 and hidden.shape[-1] == weight.shape[-1] and len({t.device for t in tensors}) == 1
+    dtypes = {_cast(t) for t in tensors} if fits else set()
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def can_defer(*tensors: torch.Tensor | None) -> bool:
+    """Whether a head's product of these tensors has a gradient, and all of them are plain ones."""
+    found = [t for t in tensors if t is not None]
+    plainly = all(type(t) in (torch.Tensor, nn.Parameter) and not t.is_meta and not t.is_inference() for t in found)
+    return plainly and torch.is_grad_enabled() and any(t.requires_grad for t in found)
+
+
+def _cast(t: torch.Tensor) -> torch.dtype:
+    """The dtype that a linear layer reads a tensor in: autocast leaves float64 as it is."""
+    device = t.device.type
+    cast = torch.is_autocast_enabled(device) and t.is_floating_point() and t.dtype is not torch.float64
+    return torch.get_autocast_dtype(device) if cast else t.dtype
 
 
 def _reader() -> str:

@@ -73,6 +73,11 @@ class Recipe:
             bias = None if self.bias is None else self.bias.to(self.base_dtype)
             return F.linear(self.hidden.to(self.base_dtype), self.weight.to(self.base_dtype), bias)
 
+    def logits(self) -> torch.Tensor:
+        """Return the logits."""
+        z = self.product().to(self.dtype) * self.scale
+        return torch.tanh(z) * self.gain if self.squashed else z
+
     def loss_arguments(self, labels: torch.Tensor, dtype: torch.dtype, **options: Any) -> list[Any]:
         """Return the arguments of `linear_cross_entropy`, in its order, for logits that the loss reads as `dtype`."""
         scale = self.scale * self.gain if self.squashed else self.scale
@@ -86,32 +91,49 @@ class Recipe:
 
 
 class Snapshot:
-    """Tensors as they are now, which must not be written to before they are read."""
+    """Tensors as they are now, which must not be written to before they are read.
 
-    def __init__(self, tensors: list[torch.Tensor]) -> None:
+    PyTorch counts writes by its operations. Those past them (`.data`, a kernel of somebody's own, FSDP that gathers
+    new weights into the same memory) are looked for in a sample of the elements, for which the host waits. `moment`
+    tells when the tensors were as they are.
+    """
+
+    def __init__(self, tensors: list[torch.Tensor], moment: tuple[int, int] | None = None) -> None:
         self._tensors, self._versions = tensors, [t._version for t in tensors]
+        self._samples = [_sample(t) for t in tensors]
+        self.moment = moment
 
     def and_of(self, t: torch.Tensor) -> Snapshot:
         """Return a snapshot that has one more tensor."""
-        made = Snapshot([*self._tensors, t])
-        made._versions = [*self._versions, t._version]
+        made = Snapshot([], self.moment)
+        made._tensors, made._versions = [*self._tensors, t], [*self._versions, t._version]
+        made._samples = [*self._samples, _sample(t)]
         return made
 
-    def problem(self) -> str | None:
-        """Return why the tensors can no longer be read, None if they can."""
-        if self._versions != [t._version for t in self._tensors]:
-            return (
-                "the hidden states or the weights behind deferred logits were modified in place (by an optimizer step, "
-                "say) before the logits were used; read them earlier, or use fastlora.compile(..., defer_logits=False)"
-            )
+    def problem(self, look: bool) -> str | None:
+        """Return why the tensors can no longer be read, None if they can; `look` at elements as well."""
         if any(t.untyped_storage().size() == 0 and t.numel() for t in self._tensors):
             return (
                 "the weights behind deferred logits were freed before the logits were used; use "
                 "fastlora.compile(..., defer_logits=False)"
             )
+        counted = self._versions != [t._version for t in self._tensors]
+        pairs = zip(self._samples, self._tensors, strict=True)
+        if counted or (look and not all(torch.equal(mine, _sample(t)) for mine, t in pairs)):
+            return (
+                "the hidden states or the weights behind deferred logits were modified in place (by an optimizer step, "
+                "say) before the logits were used; read them earlier, or use fastlora.compile(..., defer_logits=False)"
+            )
         return None
 
-    def check(self) -> None:
+    def check(self, look: bool) -> None:
         """Raise if the tensors can no longer be read."""
-        if (problem := self.problem()) is not None:
+        if (problem := self.problem(look)) is not None:
             raise FastLoRAError(problem)
+
+
+def _sample(t: torch.Tensor) -> torch.Tensor:
+    """Return the bits of up to 256 elements, spread over the tensor."""
+    flat = t.detach().reshape(-1) if t.is_contiguous() else t.detach()[..., 0].reshape(-1)
+    found = flat[:: max(1, flat.numel() // 255)].clone()
+    return found.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[found.element_size()])

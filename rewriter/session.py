@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -122,6 +123,7 @@ class Session:
         self.thrift = None if budget is None else Thrift(budget, Mover(CudaLanes(), self._note), self._note)
         self._serving: dict[tuple[str, int], TracedGraph] = {}
         self._uncompiled: dict[str, type] = {}
+        self._backends: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self._breaks_before = _graph_breaks()
         self._entered = time.perf_counter()
 
@@ -139,9 +141,12 @@ class Session:
                 self.refusal = refusal
                 raise
 
-    def compile_graph_with_hooks(self, gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
-        """The same under another name, as TorchDynamo keeps the graphs of each backend apart."""
-        return self.compile_graph(gm, inputs)
+    def backend(self, state: tuple[Any, ...]) -> Callable[..., Any]:
+        """Return the backend for regions in a state that TorchDynamo does not guard: it keeps the graphs of each
+        backend apart."""
+        if state not in self._backends:
+            self._backends[state] = partial(self.compile_graph)
+        return self._backends[state]
 
     def _compile_graph(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         start = time.perf_counter()
@@ -289,6 +294,17 @@ class Session:
                 report.coverage.setdefault(family, Coverage()).seen += len(anchors)
                 report.missed.append(Miss(family, "", region, f"the module ran uncompiled: {_LIMIT}", len(anchors)))
 
+    def miss_loss(self, reason: str) -> None:
+        """Note that the head has computed its logits, and why.
+
+        Raises:
+            StrictError: if the session is strict.
+        """
+        self.head_problem = reason
+        self.bypassed[f"the head's loss is not fused, as {reason}"] += 1
+        if self.options.strict:
+            raise StrictError(f"strict=True, and the loss of {self.head or 'the head'} stays as it is: {reason}")
+
     def _missed_loss(self, reason: str) -> Miss:
         return Miss("loss", "deferred logits", self.head or "", reason)
 
@@ -308,6 +324,8 @@ class Session:
         elif self.tally.materialized:
             lines = ", ".join(self.tally.materialized)
             report.missed.append(self._missed_loss(f"the logits themselves were used by {lines}"))
+        else:
+            report.missed.append(self._missed_loss("no cross-entropy was taken of the logits"))
         for line, count in self.tally.materialized.items():
             report.notes.append(f"logits were materialized {count} times, by {line}")
 

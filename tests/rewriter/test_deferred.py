@@ -11,7 +11,7 @@ from torch import nn
 
 import fastlora
 from fastlora.head import DeferringHead, can_defer
-from fastlora.logits import DeferredLogits
+from fastlora.logits import DeferredGradient, DeferredLogits
 from fastlora.session import Options, Session
 
 VOCABULARY, WIDTH = 40, 8
@@ -296,3 +296,121 @@ def test_below_the_function_overrides_logits_have_their_gradients():
     heads = Heads()
     assert isinstance(heads.deferring(heads.hidden), DeferredLogits)
     assert_same(heads.both(use))
+
+
+@pytest.mark.parametrize("kind", [DeferredLogits, DeferredGradient])
+def test_a_deferred_tensor_hides_no_method_of_tensors(kind):
+    own = {name for name in (*vars(kind), *vars(kind.__base__), *kind.__annotations__) if not name.startswith("__")}
+    assert not own & set(dir(torch.Tensor)) - {"_overrides"}
+
+
+REFUSED = {
+    "resize_": lambda z: z.detach().resize_(2, 3),
+    "transpose_": lambda z: z.detach().transpose_(0, 1),
+    "squeeze_": lambda z: z.detach()[None].squeeze_(0),
+    "data": lambda z: setattr(z, "data", torch.ones(2, 5, VOCABULARY)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_changes_of_shape_in_place_are_refused(name):
+    heads = Heads()
+    with pytest.raises(fastlora.FastLoRAError, match="defer_logits=False"):
+        REFUSED[name](heads.deferring(heads.hidden))
+
+
+def test_writes_past_pytorchs_operations_are_found_when_logits_are_read_late():
+    heads = Heads()
+    logits = heads.deferring(heads.hidden)
+    shifted(logits).backward()
+    heads.head.weight.data.mul_(1.5)
+    with pytest.raises(fastlora.FastLoRAError, match="modified in place"):
+        logits.sum()
+    with pytest.raises(fastlora.FastLoRAError, match="modified in place"):
+        shifted(logits)
+
+
+def test_labels_and_indices_may_be_reused_at_once():
+    labels, rows = LABELS.clone(), torch.tensor([0, 2])
+
+    def use(z):
+        labels.copy_(LABELS)
+        rows.copy_(torch.tensor([0, 2]))
+        picked = z[:, rows].square().sum()
+        rows.fill_(1)
+        return picked + shifted(z, LABELS)
+
+    heads = Heads()
+    logits = heads.deferring(heads.hidden)
+    logits.retain_grad()
+    F.cross_entropy(logits.view(-1, VOCABULARY), labels.view(-1)).backward()
+    labels.zero_()
+    ordinary = heads.head(heads.hidden)
+    expected = torch.autograd.grad(F.cross_entropy(ordinary.view(-1, VOCABULARY), LABELS.view(-1)), ordinary)[0]
+    assert relative(logits.grad + 0, expected) < 1e-6
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        Heads().both(use)
+
+
+def test_a_gradient_that_is_pulled_back_twice_is_two_tensors():
+    heads = Heads()
+    logits = heads.deferring(heads.hidden)
+    (gradient,) = torch.autograd.grad(shifted(logits), logits, retain_graph=True)
+    (first,) = torch.autograd.grad(logits, heads.hidden, gradient, retain_graph=True)
+    kept = first.clone()
+    first.zero_()
+    assert relative(torch.autograd.grad(logits, heads.hidden, gradient)[0], kept) < 1e-6
+
+
+def test_second_derivatives_through_own_losses_are_eagers():
+    def use(z):
+        (gradient,) = torch.autograd.grad(z.square().sum(), z, create_graph=True)
+        return (gradient * z).sum() + gradient.pow(3).mean()
+
+    assert_same(Heads().both(use), bound=1e-5)
+
+
+def test_hooks_see_tensors_that_can_be_read():
+    seen = []
+    heads = Heads()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (seen.append(t.detach().numpy().copy()), t)[1], lambda t: t
+    ):
+        logits = heads.deferring(heads.hidden)
+        loss = (logits * logits).sum()
+    logits.register_hook(lambda g: seen.append(g.detach().numpy().copy()))
+    logits.backward(torch.ones_like(logits), retain_graph=True)
+    loss.backward()
+    assert all(array.any() for array in seen)
+    assert len(seen) >= 4
+
+
+def test_modes_and_parametrizations_see_the_heads_product():
+    class Doubled(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            return result * 2 if func is F.linear else result
+
+    heads = Heads()
+    with Doubled():
+        found, expected = heads.deferring(heads.hidden), heads.head(heads.hidden)
+    assert type(found) is torch.Tensor
+    assert torch.equal(found, expected)
+    nn.utils.parametrizations.spectral_norm(heads.head)
+    assert type(heads.deferring(heads.hidden)) is torch.Tensor
+
+
+def test_tensors_that_a_linear_layer_refuses_are_refused():
+    heads = Heads()
+    for wrong in (
+        torch.randn(2, WIDTH, dtype=torch.bfloat16, requires_grad=True),
+        torch.randn(2, 3, requires_grad=True),
+    ):
+        with pytest.raises(RuntimeError):
+            heads.deferring(wrong)
+
+
+def test_autocast_leaves_float64_as_it_is():
+    heads = Heads(dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert heads.deferring(heads.hidden).dtype is heads.head(heads.hidden).dtype is torch.float64
