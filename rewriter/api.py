@@ -143,8 +143,10 @@ def _insist_on_module(model: Any) -> None:
         raise FastLoRAError(f"model is a {type(model).__name__}, not an nn.Module; pass the model itself")
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise FastLoRAError("model comes from torch.compile: pass the model itself, fastlora.compile(model._orig_mod)")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise FastLoRAError("model is a TorchScript module, which cannot be traced; pass the nn.Module it was made of")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            which = f"the module {name!r} of model" if name else "model"
+            raise FastLoRAError(f"{which} is a TorchScript module, which cannot be traced; use what it was made of")
 
 
 def _forget(session: weakref.ref[Session]) -> None:

@@ -122,7 +122,8 @@ class Deferred(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _call(cls._overrides, func, args, kwargs or {})
+        call = _call_untraced if torch.compiler.is_compiling() else _call
+        return call(cls._overrides, func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -136,7 +137,6 @@ class Deferred(torch.Tensor):
         return func(*args, **kwargs)
 
 
-@torch.compiler.disable
 def _call(overrides: dict[Any, Callable[..., Any]], func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     with torch._C.DisableTorchFunctionSubclass(), _hooks_see_overrides():
         override = overrides.get(func) or _OVERRIDES.get(func)
@@ -147,6 +147,9 @@ def _call(overrides: dict[Any, Callable[..., Any]], func: Any, args: Any, kwargs
         if func in _READS_MEMORY:
             args, kwargs = tree_map_only(Deferred, _with_memory, (args, kwargs))
         return func(*args, **kwargs)
+
+
+_call_untraced = torch.compiler.disable(_call)
 
 
 @contextmanager

@@ -5,6 +5,8 @@ The slot is the one that `nn.Module.compile` uses. It is no part of the state di
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -77,18 +79,19 @@ class Gate:
     def _traced(self, *args: Any, **kwargs: Any) -> Any:
         session = self.session
         session.enter(self._region, type(self._module))
-        before, state = _settings(), self._watch.state()
-        _apply_settings(_GRAPHS_PER_BLOCK, session.oblivious, before[2], not state[0])
+        state = self._watch.state()
         run = self._compiled.get(state)
         if run is None:
             run = self._compiled[state] = torch.compile(self._target, backend=session.backend(state))
+        before = _dynamo.recompile_limit, _shapes.backed_size_oblivious, _dynamo.suppress_errors
+        _dynamo.recompile_limit, _shapes.backed_size_oblivious = _GRAPHS_PER_BLOCK, session.oblivious
         session.on_piece, session.refusal = _run_what_cannot_be_traced, None
         try:
-            with traceable():
+            with traceable(), _guarded_hooks() if state[0] else nullcontext():
                 result = run(*args, **kwargs)
         finally:
             session.on_piece = None
-            _apply_settings(*before)
+            _dynamo.recompile_limit, _shapes.backed_size_oblivious, _dynamo.suppress_errors = before
         if session.refusal is not None:
             raise session.refusal
         return result
@@ -112,17 +115,15 @@ class Gate:
         return None
 
 
-def _settings() -> tuple[int, bool, bool, bool]:
-    """TorchDynamo's settings that a region is traced with, as they are."""
-    hooks = _dynamo.skip_nnmodule_hook_guards
-    return _dynamo.recompile_limit, _shapes.backed_size_oblivious, _dynamo.suppress_errors, hooks
-
-
-def _apply_settings(limit: int, oblivious: bool, suppress_errors: bool, skip_hook_guards: bool) -> None:
-    """TorchDynamo ignores hooks that come or go after it has traced a module, unless it guards them, which takes it as
-    long as all its other guards: it does so only in graphs of their own, for regions that have some."""
-    _dynamo.recompile_limit, _shapes.backed_size_oblivious = limit, oblivious
-    _dynamo.suppress_errors, _dynamo.skip_nnmodule_hook_guards = suppress_errors, skip_hook_guards
+@contextmanager
+def _guarded_hooks() -> Iterator[None]:
+    """Hooks that come or go after a module was traced are ignored unless they are guarded, which takes as long as all
+    other guards: that is done only in graphs of their own, for regions that have some."""
+    before, _dynamo.skip_nnmodule_hook_guards = _dynamo.skip_nnmodule_hook_guards, False
+    try:
+        yield
+    finally:
+        _dynamo.skip_nnmodule_hook_guards = before
 
 
 def _run_what_cannot_be_traced() -> None:

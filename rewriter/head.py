@@ -77,7 +77,8 @@ def why_not(head: nn.Module | None) -> str | None:
         return "the model has no output head"
     if not isinstance(head, nn.Linear) or not is_plain_linear(head):
         replaced = " whose forward was replaced" if "forward" in vars(head) or type(head) is nn.Linear else ""
-        return f"the output head is a {type(head).__name__}{replaced}, not a plain nn.Linear"
+        kind = "Linear" if type(head) is nn.Linear else f"{type(head).__module__}.{type(head).__name__}"
+        return f"the output head is a {kind}{replaced}, not a plain nn.Linear"
     if head.out_features <= head.in_features:
         return f"the output head makes {head.out_features} logits of {head.in_features} hidden values, and no more"
     return "the model is on the meta device" if head.weight.is_meta else None

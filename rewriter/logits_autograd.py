@@ -37,7 +37,7 @@ class Product(torch.autograd.Function):
         ctx.save_for_backward(*(_read_by_backward(tensors, needs) if recipe.adapter is None else tensors))
         ctx.dtypes, ctx.stage = (recipe.base_dtype, recipe.dtype), Stage()
         ctx.adapter = None if recipe.adapter is None else recipe.adapter[2:]
-        ctx.parameters = [None if t is None else (t.shape, t.dtype) for t in tensors]
+        ctx.own_dtypes = [None if t is None else t.dtype for t in tensors]
         ctx.set_materialize_grads(False)
         tally.deferred += 1
         ctx.tally = tally
@@ -60,7 +60,7 @@ class Product(torch.autograd.Function):
         saved = ctx.saved_tensors  # which are gone after a backward, and must not have been written to
         parts = gradient.take_parts(ctx.stage) if isinstance(gradient, DeferredGradient) else None
         if parts is None and ctx.adapter is None:
-            parts = _product_gradients(_value(gradient), saved, needs, ctx.parameters)
+            parts = _product_gradients(_value(gradient), saved, needs, ctx.own_dtypes)
         elif parts is None:
             parts = _adapted_gradients(_value(gradient), saved, needs, ctx.dtypes, *ctx.adapter)
         return None, None, *(parts.get(name) if need else None for name, need in zip(_PARAMETERS, needs, strict=True))
@@ -77,19 +77,17 @@ def _value(gradient: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def _product_gradients(
-    g: torch.Tensor, saved: Sequence[Any], needs: Sequence[bool], parameters: Sequence[Any]
-) -> Parts:
+def _product_gradients(g: torch.Tensor, saved: Sequence[Any], needs: Sequence[bool], dtypes: Sequence[Any]) -> Parts:
     """The gradients of a linear layer, as autograd has them; differentiable."""
     hidden, weight = saved
     parts: Parts = {}
     rows = g.reshape(-1, g.shape[-1])
     if needs[0]:
-        parts["x"] = (g @ weight.to(g.dtype)).to(parameters[0][1])
+        parts["x"] = (g @ weight.to(g.dtype)).to(dtypes[0])
     if needs[1]:
-        parts["weight"] = (rows.t() @ hidden.reshape(-1, hidden.shape[-1]).to(g.dtype)).to(parameters[1][1])
+        parts["weight"] = (rows.t() @ hidden.reshape(-1, hidden.shape[-1]).to(g.dtype)).to(dtypes[1])
     if needs[2]:
-        parts["bias"] = rows.sum(0).to(parameters[2][1])
+        parts["bias"] = rows.sum(0).to(dtypes[2])
     return parts
 
 
@@ -123,7 +121,7 @@ class CrossEntropy(torch.autograd.Function):
         if torch.is_autocast_enabled(logits.device.type):  # which takes losses in float32
             dtype = torch.promote_types(dtype, torch.float32)
         ctx.meta, ctx.stage, ctx.options, ctx.dry = logits.meta, logits.stage, options, tally.dry
-        ctx.recipe, ctx.cell = recipe, weakref.ref(logits.cell)
+        ctx.source = recipe, logits.snapshot, weakref.ref(logits.cell)
         ctx.set_materialize_grads(False)
         if tally.dry:
             tally.fused += 1
@@ -143,11 +141,12 @@ class CrossEntropy(torch.autograd.Function):
             return None, None, None
         refuse_second_derivative(linear_cross_entropy.name)
         labels, *saved = ctx.saved_tensors
-        parts = _zeros(ctx.recipe) if ctx.dry else _named(ctx.differentiate(saved, [g]))
-        cell = Cell(partial(_logits_gradient, ctx.recipe, ctx.cell, labels.clone(), g.clone(), ctx.meta, ctx.options))
+        recipe, snapshot, seen = ctx.source
+        parts = _zeros(recipe) if ctx.dry else _named(ctx.differentiate(saved, [g]))
+        compute = partial(_logits_gradient, recipe, snapshot, seen, labels.clone(), g.clone(), ctx.meta, ctx.options)
         if is_last_backward():
-            ctx.recipe = None
-        return DeferredGradient.of(cell, ctx.meta, parts, ctx.stage, g.device), None, None
+            ctx.source = None
+        return DeferredGradient.of(Cell(compute), ctx.meta, parts, ctx.stage, g.device), None, None
 
 
 def _named(found: Sequence[torch.Tensor | None]) -> Parts:
@@ -162,6 +161,7 @@ def _zeros(recipe: Recipe) -> Parts:
 
 def _logits_gradient(
     recipe: Recipe,
+    snapshot: Snapshot,
     seen: weakref.ref[Cell],
     labels: torch.Tensor,
     g: torch.Tensor,
@@ -170,8 +170,11 @@ def _logits_gradient(
 ) -> torch.Tensor:
     """The gradient of the loss for the logits, of the logits if somebody still has them, or else of their recipe."""
     cell = seen()
-    known = cell is not None and cell.is_computed and not cell.memory.is_shared
-    logits = cell.get() if known and cell is not None else recipe.logits()
+    if cell is not None and cell.is_computed and not cell.memory.is_shared:
+        logits = cell.get()
+    else:
+        snapshot.check(look=True)
+        logits = recipe.logits()
     unit = unit_gradient(logits.reshape(meta.shape), labels, **options)
     return scaled_gradient(unit, g, labels != options["ignore_index"]).to(meta.dtype)
 
@@ -187,7 +190,7 @@ class Rows(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         taken = torch.arange(lead.numel(), device=hidden.device).reshape(lead)[index]
         ctx.taken = taken.reshape(-1)
-        recipe = replace(logits.recipe, hidden=hidden[index])
+        recipe = replace(logits.recipe, hidden=hidden.reshape(-1, hidden.shape[-1])[taken])
         meta = torch.empty(recipe.shape, dtype=logits.dtype, device="meta")
 
         def pick(value: torch.Tensor) -> torch.Tensor:

@@ -298,7 +298,9 @@ def test_a_head_that_cannot_defer_is_reported_with_the_reason() -> None:
     ("call", "message"),
     [
         (lambda: fastlora.compile(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))), "TorchScript"),
+        (lambda: fastlora.compile(nn.Sequential(torch.jit.script(nn.Linear(2, 2)))), "the module '0' of model"),
         (lambda: fastlora.compile(nn.Linear(2, 2, device="meta")), "meta device"),
+        (lambda: fastlora.explain("model"), "model is a str"),  # type: ignore[arg-type]
         (lambda: fastlora.compile("model"), "model is a str"),  # type: ignore[type-var]
         (lambda: fastlora.disable(None), "model is a NoneType"),  # type: ignore[type-var]
         (lambda: fastlora.report("x"), "model is a str"),  # type: ignore[arg-type]

@@ -414,3 +414,13 @@ def test_autocast_leaves_float64_as_it_is():
     heads = Heads(dtype=torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert heads.deferring(heads.hidden).dtype is heads.head(heads.hidden).dtype is torch.float64
+
+
+def test_a_gradient_for_logits_is_not_computed_of_weights_that_have_changed():
+    heads = Heads()
+    logits = heads.deferring(heads.hidden)
+    logits.retain_grad()
+    shifted(logits).backward()
+    torch.optim.SGD(heads.head.parameters(), lr=1.0).step()
+    with pytest.raises(fastlora.FastLoRAError, match="modified in place"):
+        logits.grad.norm()

@@ -14,6 +14,7 @@ import pytest
 
 from fastlora.tools.zoo.examine import EQUAL, examine
 from fastlora.tools.zoo.kinds import kinds
+from fastlora.tools.zoo.page import golden
 
 GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
 
@@ -29,8 +30,7 @@ def _sample() -> list[str]:
 def test_it_trains_as_eager_does_and_fuses_as_much_as_before(name: str) -> None:
     found = examine(kinds()[name])
     assert found["verdict"] == EQUAL, found["problem"]
-    for key, expected in GOLDEN[name].items():
-        assert found[key] == expected, f"{key}; left: {found['missed']}"
+    assert golden(found) == GOLDEN[name], f"left: {found['missed']}"
 
 
 def test_every_known_type_is_equal() -> None:
@@ -38,6 +38,8 @@ def test_every_known_type_is_equal() -> None:
     assert {row["verdict"] for row in GOLDEN.values()} == {EQUAL}
 
 
-def test_nearly_all_types_are_fused_entirely() -> None:
-    whole = [name for name, row in GOLDEN.items() if all(seen == fused for seen, fused in row["sites"].values())]
+def test_nearly_all_types_are_fused_entirely_but_for_units_that_no_rule_is_about() -> None:
+    left = {name: sum(seen - fused for seen, fused in row["sites"].values()) for name, row in GOLDEN.items()}
+    whole = [name for name, row in GOLDEN.items() if left[name] == row.get("uncovered", 0)]
     assert len(whole) >= 0.9 * len(GOLDEN)
+    assert sum(not sites for sites in left.values()) >= 0.85 * len(GOLDEN)
