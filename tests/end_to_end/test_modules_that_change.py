@@ -12,6 +12,7 @@ from tiny_models import assert_equal, batch, build, relative, step
 from torch import nn
 from torch.func import functional_call, grad
 from torch.nn.modules import module as torch_module
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import fastlora
 from fastlora.errors import FastLoRAError, StrictError
@@ -280,6 +281,26 @@ def test_a_head_that_is_saved_has_its_loss_fused() -> None:
     model = fastlora.compile(build("llama", modules_to_save=["lm_head"]))
     assert_equal(step(model, batch()), expected)
     assert fastlora.report(model).coverage["loss"].fused == 1
+
+
+def test_the_loss_of_a_head_of_another_kind_of_tensor_is_not_said_to_be_fused() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.middle = nn.Embedding(40, 16), nn.Linear(16, 16)
+            self.head = nn.Linear(16, 64, bias=False)
+
+        def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            logits = self.head(torch.tanh(self.middle(self.embedding(ids))))
+            return nn.functional.cross_entropy(logits.view(-1, 64), labels.view(-1))
+
+    model = Model()
+    quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda module, name: name == "head")
+    fastlora.compile(model)
+    model(torch.randint(0, 40, (2, 5)), torch.randint(0, 64, (2, 5))).backward()
+    report = fastlora.report(model)
+    assert (report.coverage["loss"].seen, report.coverage["loss"].fused) == (1, 0)
+    assert any(miss.op == "loss" and "L10" in miss.reason for miss in report.missed)
 
 
 def test_a_head_that_cannot_defer_is_reported_with_the_reason() -> None:

@@ -72,7 +72,37 @@ FUSED = {
     "capped after scaling": lambda z: shifted((z * 2.0 / 5.0).tanh() * 5.0),
     "one sequence": lambda z: F.cross_entropy(z[0:1, 2:].view(-1, VOCABULARY), LABELS[0, 2:]),
     "module": lambda z: nn.CrossEntropyLoss()(z.view(-1, VOCABULARY), LABELS.view(-1)),
+    "flattened": lambda z: F.cross_entropy(z[:, :-1].flatten(0, 1).float(), LABELS[:, 1:].flatten()),
+    "unflattened": lambda z: F.cross_entropy(z.unflatten(0, (1, 2)).flatten(0, 2), LABELS.view(-1)),
+    "squeezed": lambda z: F.cross_entropy(z[:1].squeeze(0), LABELS[0]),
+    "unsqueezed": lambda z: F.cross_entropy(z.unsqueeze(1).reshape(-1, VOCABULARY), LABELS.view(-1)),
+    "moved": lambda z: F.cross_entropy(z.movedim(0, 1).reshape(-1, VOCABULARY), LABELS.t().reshape(-1)),
+    "transposed": lambda z: F.cross_entropy(z.transpose(0, 1).reshape(-1, VOCABULARY), LABELS.t().reshape(-1)),
+    "permuted": lambda z: F.cross_entropy(z.permute(1, 0, 2).reshape(-1, VOCABULARY), LABELS.t().reshape(-1)),
+    "a row": lambda z: F.cross_entropy(z[1], LABELS[1]),
+    "rows by mask": lambda z: F.cross_entropy(z[LABELS > 9], LABELS[LABELS > 9]),
+    "rows by number": lambda z: F.cross_entropy(
+        z[:, torch.tensor([2, 0])].view(-1, VOCABULARY), LABELS[:, [2, 0]].view(-1)
+    ),
+    "narrowed": lambda z: F.cross_entropy(z.narrow(1, 1, 3).reshape(-1, VOCABULARY), LABELS[:, 1:4].reshape(-1)),
+    "reshaped by keyword": lambda z: F.cross_entropy(z.reshape(shape=(-1, VOCABULARY)), LABELS.view(-1)),
 }
+IN_PIECES = {
+    "chunks": lambda z: z.chunk(2, 1),
+    "splits": lambda z: z.split([1, 4], dim=1),
+    "one by one": lambda z: z.unbind(0),
+}
+
+
+@pytest.mark.parametrize("name", IN_PIECES)
+def test_losses_of_pieces_are_fused(name):
+    def use(z):
+        pairs = zip(IN_PIECES[name](z), IN_PIECES[name](LABELS), strict=True)
+        return sum(F.cross_entropy(part.reshape(-1, VOCABULARY), labels.reshape(-1)) for part, labels in pairs)
+
+    heads = Heads(bias=True)
+    assert_same(heads.both(use))
+    assert (heads.tally.fused, heads.tally.materialized) == (2, {})
 
 
 @pytest.mark.parametrize("bias", [False, True])
