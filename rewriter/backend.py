@@ -39,5 +39,7 @@ def fastlora_backend(
     known = {"lower", "strict", "verify", "defer_logits"}
     if unknown := (options or {}).keys() - known:
         raise FastLoRAError(f"options {sorted(unknown)} are none of {sorted(known)}")
+    if (options or {}).get("verify") == "first-step":
+        raise FastLoRAError("verify='first-step' checks a model: use fastlora.compile(model, verify='first-step')")
     session.options = Options(mode=mode or "default", **(options or {}))
     return session.compile_graph(gm, inputs)

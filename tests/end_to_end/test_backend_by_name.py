@@ -48,3 +48,10 @@ def test_an_unknown_option_is_named():
     compiled = torch.compile(torch.nn.Sequential(torch.nn.Linear(4, 4)), backend="fastlora", options={"speed": 11})
     with pytest.raises(Exception, match="speed"):
         compiled(torch.randn(2, 4))
+
+
+def test_a_check_of_the_first_step_needs_a_model():
+    layer = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    compiled = torch.compile(layer, backend="fastlora", options={"verify": "first-step"})
+    with pytest.raises(Exception, match=r"use fastlora\.compile\(model, verify='first-step'\)"):
+        compiled(torch.randn(2, 4))
