@@ -55,22 +55,24 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 class Watch:
-    """Tells what TorchDynamo does not look for in a region once it has traced it: hooks, and forwards of classes that
-    were replaced. That takes next to no time where nothing has changed."""
+    """Tells what TorchDynamo does not look for in a region once it has traced it: hooks, also of modules that were put
+    in, and forwards of classes that were replaced. That takes little time where nothing has changed."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module, self._looked_at = module, -1
         self._hooks: list[dict[int, Any]] = []
         self._classes: list[Any] = []
+        self._children: list[tuple[dict[str, Any], tuple[Any, ...]]] = []
 
     def state(self) -> tuple[Any, ...]:
         """Return whether there are hooks, and the forwards of all classes, as they are now."""
         registered = RemovableHandle.next_id  # counts up with every hook in the process
-        if registered != self._looked_at:
+        if registered != self._looked_at or any(tuple(d.values()) != seen for d, seen in self._children):
             self._looked_at = registered
             modules = list(_inside(self._module))
             self._hooks = [hooks for module in modules for hooks in _hooks(module) if hooks]
             self._classes = list(dict.fromkeys(map(type, modules)))
+            self._children = [(m._modules, tuple(m._modules.values())) for m in modules if m._modules]
         return any(self._hooks), *[kind.forward for kind in self._classes]
 
 

@@ -75,9 +75,19 @@ class Cell:
         """Return the cell of what `operation` makes of this value."""
         return Cell(lambda: operation(self.get()), self, self.memory if is_view else None)
 
+    @staticmethod
+    def join(cells: list[Cell], operation: Callable[[list[torch.Tensor]], torch.Tensor]) -> Cell:
+        """Return the cell of what `operation` makes of several values, whose families become one."""
+        made = Cell(lambda: operation([cell.get() for cell in cells]))
+        family = list({id(each): each for cell in (made, *cells) for each in cell._family}.values())
+        for each in family:
+            if (member := each()) is not None:
+                member._family = family
+        return made
+
     def share(self) -> torch.Tensor:
         """Return the value to somebody who may write to it, or keep its memory."""
-        for relative in self._family:
+        for relative in list(self._family):
             if (cell := relative()) is not None:
                 cell.get()
         self.memory.is_shared = True

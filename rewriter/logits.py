@@ -38,6 +38,10 @@ class Tally:
     dry: bool = False
     backwards: int = 0
 
+    def has_gone_back(self, moment: tuple[int, int] | None) -> bool:
+        """Whether a backward has run since, after which weights are likely to change."""
+        return moment is None or moment[1] != self.backwards
+
     def moment(self) -> tuple[int, int]:
         """What changes with each call of the head and each of its backwards: between them nothing trains."""
         return self.deferred, self.backwards
@@ -144,6 +148,8 @@ class DeferredGradient(Deferred):
             return self._sum(*args, **kwargs)
         if func not in _ADJOINTS or not _only_copies(kwargs, self.device):
             return NotImplemented
+        if func is aten.tanh_backward.default and getattr(args[0], "stage", None) is not self.stage:
+            return NotImplemented
         result = _on_meta(func, self.meta, args, kwargs)
         cell = self.cell.derive(lambda value: func(value, *map(plain, args), **kwargs), is_view(func))
         if func is aten.clone.default:
@@ -163,7 +169,7 @@ class DeferredGradient(Deferred):
         if (self.dtype, self.shape, self.parts.keys()) != (other.dtype, other.shape, parts.keys()):
             return NotImplemented
         added = {name: part + parts[name] for name, part in self.parts.items()}
-        cell = self.cell.derive(lambda value: value + other.cell.get())
+        cell = Cell.join([self.cell, other.cell], lambda values: values[0] + values[1])
         return DeferredGradient.of(cell, self.meta, added, self.stage, self.device)
 
     def _sum(self, dims: Sequence[int], keepdim: bool = False, *, dtype: Any = None) -> Any:
@@ -172,7 +178,7 @@ class DeferredGradient(Deferred):
         bias = self.parts.get("bias")
         if bias is None or not self.stage.rows_only or dtype is not None or summed != list(range(self.dim() - 1)):
             return NotImplemented
-        return bias.to(self.dtype).reshape((*[1] * (self.dim() - 1), -1) if keepdim else (-1,))
+        return bias.to(self.dtype, copy=True).reshape((*[1] * (self.dim() - 1), -1) if keepdim else (-1,))
 
     @classmethod
     def apply_to_list(cls, func: Any, tensors: list[Any], args: tuple[Any, ...]) -> Any:
@@ -186,8 +192,7 @@ class DeferredGradient(Deferred):
             name: func([t.parts[name] for t in tensors], *args) if name == "x" else sum(t.parts[name] for t in tensors)
             for name in first.parts
         }
-        cells = [t.cell for t in tensors]
-        cell = first.cell.derive(lambda _: func([each.get() for each in cells], *args))
+        cell = Cell.join([t.cell for t in tensors], lambda values: func(values, *args))
         meta = func([t.meta for t in tensors], *args)
         return DeferredGradient.of(cell, meta, parts, first.stage.parent, first.device)
 

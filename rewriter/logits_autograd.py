@@ -142,8 +142,10 @@ class CrossEntropy(torch.autograd.Function):
         refuse_second_derivative(linear_cross_entropy.name)
         labels, *saved = ctx.saved_tensors
         recipe, snapshot, seen = ctx.source
+        cell = seen()
+        known = cell if cell is not None and cell.is_computed else None
         parts = _zeros(recipe) if ctx.dry else _named(ctx.differentiate(saved, [g]))
-        compute = partial(_logits_gradient, recipe, snapshot, seen, labels.clone(), g.clone(), ctx.meta, ctx.options)
+        compute = partial(_logits_gradient, recipe, snapshot, known, labels.clone(), g.clone(), ctx.meta, ctx.options)
         if is_last_backward():
             ctx.source = None
         return DeferredGradient.of(Cell(compute), ctx.meta, parts, ctx.stage, g.device), None, None
@@ -162,16 +164,16 @@ def _zeros(recipe: Recipe) -> Parts:
 def _logits_gradient(
     recipe: Recipe,
     snapshot: Snapshot,
-    seen: weakref.ref[Cell],
+    known: Cell | None,
     labels: torch.Tensor,
     g: torch.Tensor,
     meta: torch.Tensor,
     options: dict[str, Any],
 ) -> torch.Tensor:
-    """The gradient of the loss for the logits, of the logits if somebody still has them, or else of their recipe."""
-    cell = seen()
-    if cell is not None and cell.is_computed and not cell.memory.is_shared:
-        logits = cell.get()
+    """The gradient of the loss for the logits, of the logits if they were known in the backward, or else of their
+    recipe."""
+    if known is not None and not known.memory.is_shared:
+        logits = known.get()
     else:
         snapshot.check(look=True)
         logits = recipe.logits()
@@ -231,7 +233,7 @@ def _cross_entropy(
     plainly = weight is None and size_average is None and reduce is None and reduction in ("mean", "sum", "none")
     if not plainly or not _is_deferred(input) or input.dim() != 2 or type(target) is not torch.Tensor:
         return NotImplemented
-    if (problem := input.snapshot.problem(look=input.snapshot.moment != input.tally.moment())) is not None:
+    if (problem := input.snapshot.problem(look=input.tally.has_gone_back(input.snapshot.moment))) is not None:
         if input.cell.is_computed:  # what is left is the value
             return NotImplemented
         raise FastLoRAError(problem)
@@ -263,8 +265,8 @@ def _without_last(parts: tuple[Any, ...], dims: int) -> tuple[Any, ...] | None:
             rest = parts[i + 1 :]
             return parts[:i] if rest in ((), (slice(None),)) and taken < dims else None
         if isinstance(part, torch.Tensor):
-            plainly = type(part) is torch.Tensor and part.dtype in (torch.bool, torch.uint8, torch.int64)
-            if not plainly or part.dtype is torch.uint8:
+            plainly = type(part) is torch.Tensor and part.dtype in (torch.bool, torch.int64)
+            if not plainly or not part.dim():  # a number, which makes a view
                 return None
             taken += part.dim() if part.dtype is torch.bool else 1
         elif isinstance(part, (int, slice)) and not isinstance(part, bool):

@@ -114,7 +114,7 @@ class Snapshot:
         """Return why the tensors can no longer be read, None if they can; `look` at elements as well."""
         if any(t.untyped_storage().size() == 0 and t.numel() for t in self._tensors):
             return (
-                "the weights behind deferred logits were freed before the logits were used; use "
+                "the weights behind deferred logits were freed before the logits or their gradient were used; use "
                 "fastlora.compile(..., defer_logits=False)"
             )
         counted = self._versions != [t._version for t in self._tensors]
@@ -122,7 +122,8 @@ class Snapshot:
         if counted or (look and not all(_alike(mine, _sample(t)) for mine, t in pairs)):
             return (
                 "the hidden states or the weights behind deferred logits were modified in place (by an optimizer step, "
-                "say) before the logits were used; read them earlier, or use fastlora.compile(..., defer_logits=False)"
+                "say) before the logits or their gradient were used; read them earlier, or use "
+                "fastlora.compile(..., defer_logits=False)"
             )
         return None
 

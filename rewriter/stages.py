@@ -34,14 +34,14 @@ class Stage:
         adjoint: the operation that takes a gradient to the parent.
         move: what that does to the gradient of the hidden states.
         rows_only: whether this is the product but for the order of its rows.
-        piece: of a stage that is one of several into which its parent was split, the position and the number of them.
+        piece: of a stage that is one of several into which its parent was split, the position and the way of splitting.
     """
 
     parent: Stage | None = None
     adjoint: Key = ()
     move: Callable[[torch.Tensor], torch.Tensor] | None = None
     rows_only: bool = True
-    piece: tuple[int, int] | None = None
+    piece: tuple[int, str] | None = None
 
     def back(self, parts: Parts) -> Parts:
         """Return the gradients for the parent's rows."""
@@ -187,9 +187,9 @@ def split(
         return None
     stacked = func is aten.unbind.int
     adjoint = ("stack" if stacked else "cat", dim)
-    pieces = func(recipe.hidden, *args)
+    pieces, way = func(recipe.hidden, *args), f"{len(results)} by {func} of {args}"
     return [
-        Step(replace(recipe, hidden=piece), Stage(stage, adjoint, None, stage.rows_only, (i, len(results))))
+        Step(replace(recipe, hidden=piece), Stage(stage, adjoint, None, stage.rows_only, (i, way)))
         for i, piece in enumerate(pieces)
     ]
 
@@ -198,8 +198,9 @@ def joined(func: Any, stages: Sequence[Stage], args: Sequence[Any]) -> bool:
     """Whether `cat` or `stack` puts gradients for all pieces of one stage together again."""
     first = stages[0]
     name = {aten.cat.default: "cat", aten.stack.default: "stack"}.get(func)
-    whole = first.piece is not None and len(stages) == first.piece[1]
-    same = all(s.parent is first.parent and s.piece == (i, len(stages)) for i, s in enumerate(stages))
+    way = "" if first.piece is None else first.piece[1]
+    whole = way.startswith(f"{len(stages)} by ")
+    same = all(s.parent is first.parent and s.piece == (i, way) for i, s in enumerate(stages))
     return whole and same and first.adjoint == (name, args[0] if args else 0)
 
 

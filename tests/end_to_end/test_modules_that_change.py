@@ -113,7 +113,22 @@ def replaced_module(model: Any) -> None:
     layer(model).mlp.act_fn = nn.Tanh()
 
 
-CHANGES = (replaced_head, other_class_of_head, replaced_inner, other_class_of_inner, replaced_module)
+def module_with_a_hook(model: Any) -> None:
+    old = layer(model).mlp
+    new = copy.deepcopy(old)
+    new.register_forward_hook(lambda m, i, o: o * 1.5)
+    step(model, batch())
+    layer(model).mlp = new
+
+
+CHANGES = (
+    module_with_a_hook,
+    replaced_head,
+    other_class_of_head,
+    replaced_inner,
+    other_class_of_inner,
+    replaced_module,
+)
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after a step"])

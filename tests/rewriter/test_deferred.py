@@ -334,6 +334,40 @@ def test_a_deferred_tensor_hides_no_method_of_tensors(kind):
     assert not own & set(dir(torch.Tensor)) - {"_overrides"}
 
 
+def test_a_row_by_a_number_in_a_tensor_is_a_view():
+    def use(z):
+        row = z[torch.tensor(1)]
+        row.mul_(2.0)
+        z[:, torch.tensor(0)].zero_()
+        return shifted(z) + row.square().mean()
+
+    assert_same(Heads().both(use))
+
+
+def test_what_is_handed_out_of_a_gradient_is_nobody_elses():
+    def use(z):
+        def clipped(g):
+            total = g.flatten(0, 1).sum(0)
+            total /= 100 * total.norm()
+
+        z.register_hook(clipped)
+        return shifted(z)
+
+    assert_same(Heads(bias=True).both(use))
+    kept = []
+    for head in ("head", "deferring"):
+        heads = Heads()
+        logits = getattr(heads, head)(heads.hidden)
+        first, second = logits[:, :3], logits[:, 1:]
+        loss = sum(
+            F.cross_entropy(z.reshape(-1, VOCABULARY), LABELS[:, : z.shape[1]].reshape(-1)) for z in (first, second)
+        )
+        of_second, of_all = torch.autograd.grad(loss, [second, logits])
+        of_second.zero_()
+        kept.append(of_all + 0)
+    assert relative(kept[1], kept[0]) < 1e-6
+
+
 REFUSED = {
     "resize_": lambda z: z.detach().resize_(2, 3),
     "transpose_": lambda z: z.detach().transpose_(0, 1),
