@@ -14,6 +14,7 @@ from torch import nn
 from fastlora.tools.zoo import examine as zoo
 from fastlora.tools.zoo.examine import DIFFERENT, EQUAL, examine
 from fastlora.tools.zoo.kinds import kinds
+from fastlora.tools.zoo.page import UNCOVERED
 from fastlora.tools.zoo.ways import WAYS
 
 OTHERS = ("gemma2", "qwen3", "phi3", "granite", "olmo2", "glm4", "mixtral")
@@ -29,7 +30,7 @@ def test_compiled_gradients_are_eagers(way: str, name: str) -> None:
     found = examine(kinds()[name], WAYS[way])
     assert found["verdict"] == EQUAL, found["problem"]
     if way not in UNFUSED:
-        assert found["missed"] == {}
+        assert {why: count for why, count in found["missed"].items() if not why.endswith(UNCOVERED)} == {}
 
 
 @pytest.mark.parametrize(("way", "last"), [("plain", 3 + zoo.BATCHES), ("bfloat16", 2 + zoo.BATCHES)])
