@@ -66,11 +66,6 @@ def is_vocabulary(head: nn.Module) -> bool:
     return len(shape) == 2 and shape[0] > shape[1]
 
 
-def can_defer(head: nn.Module | None) -> bool:
-    """Whether a head is a plain linear layer on a vocabulary larger than the hidden size."""
-    return why_not(head) is None
-
-
 def why_not(head: nn.Module | None) -> str | None:
     """Return why a head's product cannot be deferred, None if it can."""
     if head is None:

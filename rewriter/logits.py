@@ -131,7 +131,7 @@ class DeferredGradient(Deferred):
         return self.parts if stage is self.stage and not self.cell.memory.is_shared else None
 
     def take_parts(self, stage: Stage) -> Parts | None:
-        """Return the parts for good: whoever gets them may write to them, so that they are no longer to be had."""
+        """Return the parts once only, as the caller may write to them; None from then on."""
         parts = self.parts_at(stage)
         memories = set() if parts is None else {part.untyped_storage()._cdata for part in parts.values()}
         if parts is None or memories & self.taken:
