@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastlora.graph.fake_values import known_equal, same_shape
 from fastlora.kernels import ops
-from fastlora.metadata import known_equal, same_shape
-from fastlora.pattern import Op, Opt, Param, Pattern, Scalar, cast, either, linear
+from fastlora.match.dsl import Op, Opt, Param, Pattern, Scalar, cast, either, linear
+from fastlora.match.rule import GroupRule, Match, Rule, dtype_of, rule
 from fastlora.patterns.lora import has_low_rank, low_rank
-from fastlora.rule import GroupRule, Match, Rule, dtype_of, rule
 
 
 def _scaled_sum(base: Pattern, plain: Any, low: Pattern, scale: Pattern, scaling: Pattern) -> Pattern:

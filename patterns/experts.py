@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from torch import fx
 
+from fastlora.graph.fake_values import known_equal, known_less, meta, same_shape
+from fastlora.graph.view import View
 from fastlora.kernels import ops
-from fastlora.kernels.grouped import makes_at_once
-from fastlora.matching import describe
-from fastlora.metadata import known_equal, known_less, meta, same_shape
-from fastlora.pattern import Op, Param, Scalar, either
+from fastlora.kernels.core.grouped_mm import makes_at_once
+from fastlora.match.dsl import Op, Param, Scalar, either
+from fastlora.match.matcher import describe
+from fastlora.match.rule import GroupRule, Match, Rule, rule
 from fastlora.patterns.reading import is_given
-from fastlora.rule import GroupRule, Match, Rule, rule
-from fastlora.view import View
 
 _PARAMETER = Param(3)
 _SUM = "the sum of weight and adapter"

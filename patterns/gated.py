@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fastlora.metadata import meta, same_shape
+from fastlora.graph.fake_values import meta, same_shape
+from fastlora.graph.view import View
 from fastlora.patterns.reading import factors, layer_inputs, name_of, operands, tensors, writes
-from fastlora.view import View
 
 _SMOOTH = {"silu": "SiLU", "gelu": "GELU", "gelu_tanh": "GELU", "mish": "Mish", "hardswish": "hard swish"}
 _SQUASHING = {"sigmoid": "a sigmoid", "special_expit": "a sigmoid", "hardsigmoid": "a hard sigmoid", "tanh": "tanh"}

@@ -11,13 +11,13 @@ that its random numbers are those that the model would have drawn; the op then t
 from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fastlora.graph.fake_values import known_less, meta, same_shape
+from fastlora.graph.view import View
 from fastlora.kernels import ops
-from fastlora.kernels.dropout import is_cheap
-from fastlora.metadata import known_less, meta, same_shape
-from fastlora.pattern import Opt, Param, Scalar, cast, dropout, either, kept, linear, seeded, widened
+from fastlora.kernels.formulas.dropout import is_cheap
+from fastlora.match.dsl import Opt, Param, Scalar, cast, dropout, either, kept, linear, seeded, widened
+from fastlora.match.rule import GroupRule, Match, Rule, dtype_of, group, rule
 from fastlora.patterns.reading import Product, before, name_of, product
-from fastlora.rule import GroupRule, Match, Rule, dtype_of, group, rule
-from fastlora.view import View
 
 _REACH = 12
 

@@ -2,11 +2,11 @@
 
 from torch import fx
 
+from fastlora.graph.fake_values import known_equal, known_less, meta
+from fastlora.graph.view import View
 from fastlora.kernels import ops
-from fastlora.metadata import known_equal, known_less, meta
-from fastlora.pattern import Constant, Op, Opt, Param, Scalar, either, linear, tanh, widened
-from fastlora.rule import Match, dtype_of, rule
-from fastlora.view import View
+from fastlora.match.dsl import Constant, Op, Opt, Param, Scalar, either, linear, tanh, widened
+from fastlora.match.rule import Match, dtype_of, rule
 
 
 def on_a_vocabulary(view: View, node: fx.Node) -> bool:

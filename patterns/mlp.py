@@ -1,10 +1,10 @@
 """Gated linear units, and the gated MLP whose three projections carry adapters."""
 
+from fastlora.graph.fake_values import same_shape
 from fastlora.kernels import ops
-from fastlora.metadata import same_shape
-from fastlora.pattern import Constant, cast, either, gelu, gelu_tanh, raised, silu, widened
+from fastlora.match.dsl import Constant, cast, either, gelu, gelu_tanh, raised, silu, widened
+from fastlora.match.rule import dtype_of, fuse, rule, tag_of
 from fastlora.patterns.gated import gating, why_not
-from fastlora.rule import dtype_of, fuse, rule, tag_of
 
 
 @rule(ops.glu, anchor=gating, attrs={"activation": tag_of("activation"), "out_dtype": dtype_of()})

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import fx
 
-from fastlora.metadata import meta
+from fastlora.graph.fake_values import meta
+from fastlora.graph.view import View
 from fastlora.patterns.reading import factors, is_weight, name_of, operands, tensors
-from fastlora.view import View
 
 L2 = "it divides by the root of a sum, as an L2 norm does, and not of a mean"
 _NORMS = {"norm": "norm()", "linalg_norm": "torch.linalg.norm", "linalg_vector_norm": "torch.linalg.vector_norm"}

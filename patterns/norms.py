@@ -10,9 +10,10 @@ A dropout of either operand becomes a part of the op where LoRA's does, on a GPU
 import torch
 from torch import fx
 
+from fastlora.graph.fake_values import known_equal, same_shape
+from fastlora.graph.view import View
 from fastlora.kernels import ops
-from fastlora.metadata import known_equal, same_shape
-from fastlora.pattern import (
+from fastlora.match.dsl import (
     Constant,
     Op,
     Opt,
@@ -29,10 +30,9 @@ from fastlora.pattern import (
     variance,
     widened,
 )
+from fastlora.match.rule import Match, dtype_of, fuse, rule
 from fastlora.patterns.lora import cheap_to_draw_again
 from fastlora.patterns.normalised import L2, divides_its_own, why_not
-from fastlora.rule import Match, dtype_of, fuse, rule
-from fastlora.view import View
 
 
 def _offset(match: Match) -> float:

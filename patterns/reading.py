@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import fx
 
-from fastlora.metadata import meta
-from fastlora.spelling import signature_of
-from fastlora.view import View
+from fastlora.graph.canonical_ops import signature_of
+from fastlora.graph.fake_values import meta
+from fastlora.graph.view import View
 
 _AUGMENTED = {"imul": "mul", "itruediv": "div", "iadd": "add", "isub": "sub"}
 _PIECES = {"slice", "getitem", "chunk", "split", "tensor_split", "unbind", "narrow", "select"}

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
+from fastlora.graph.fake_values import known_equal, same_shape
+from fastlora.graph.view import View
 from fastlora.kernels import ops
-from fastlora.legality import argument_nodes
-from fastlora.metadata import known_equal, same_shape
-from fastlora.pattern import (
+from fastlora.match.dsl import (
     Pattern,
     cast,
     cat,
@@ -19,8 +19,7 @@ from fastlora.pattern import (
     second_half,
     widened,
 )
-from fastlora.rule import GroupRule, Match, Rule, dtype_of, fuse, group, rule, tag_of
-from fastlora.view import View
+from fastlora.match.rule import GroupRule, Match, Rule, dtype_of, fuse, group, rule, tag_of
 
 
 def turned(view: View, node) -> bool:
@@ -138,7 +137,7 @@ def _neighbours(view: View, matches: list[Match]) -> Iterator[list[Match]]:
     run: list[Match] = []
     for match in sorted(matches, key=lambda m: view.order[m.root]):
         longer = [*run, match]
-        ready = max(view.order[node] for m in longer for node in argument_nodes(m))
+        ready = max(view.order[node] for m in longer for node in m.argument_nodes())
         used = min((view.order[user] for m in longer for user in m.outside_users()), default=ready + 1)
         if run and ready >= used:
             yield run

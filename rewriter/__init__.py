@@ -5,13 +5,13 @@ replaces each by a fused op with a hand-derived backward; what it does not know 
 model and changes nothing global: rules live in `fastlora.patterns`, ops in `fastlora.kernels`.
 """
 
-from fastlora.agreement import Agreement
 from fastlora.api import compile, disable, explain, report
-from fastlora.checking import check
+from fastlora.checking.agreement import Agreement
+from fastlora.checking.check import check
 from fastlora.errors import FastLoRAError, RuleError, StrictError
-from fastlora.report import Coverage, Miss, Report, Site
-from fastlora.rule import fuse, group, rule
-from fastlora.session import default_rules
+from fastlora.frontend.session import default_rules
+from fastlora.match.rule import fuse, group, rule
+from fastlora.reports.model import Coverage, Miss, Report, Site
 
 __all__ = [
     "Agreement",

@@ -9,15 +9,14 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from fastlora.budget import parse
-from fastlora.engine import AnyRule
-from fastlora.errors import FastLoRAError, StrictError
-from fastlora.gate import Gate
-from fastlora.head import DeferringHead, is_vocabulary, why_not
-from fastlora.model_gate import CacheGate, ModelGate, builds_cache
-from fastlora.regions import find_regions
-from fastlora.report import Report
-from fastlora.session import Options, Session
+from fastlora.checking.check import FirstStep
+from fastlora.errors import FastLoRAError
+from fastlora.frontend.install import SLOTS, install
+from fastlora.frontend.model_gate import ModelGate
+from fastlora.frontend.session import Options, Session
+from fastlora.match.rule import AnyRule
+from fastlora.reports.model import Report
+from fastlora.runtime.memory_planner import parse
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -67,7 +66,7 @@ def compile(
         )
     session = Session(Options(lower, mode, strict, verify, defer_logits, parse(memory_budget)), rules)
     disable(model)
-    _install(model, session)
+    install(model, session, FirstStep(model, session) if verify == "first-step" else None)
     weakref.finalize(model, _forget, weakref.ref(session)).atexit = False
     return model
 
@@ -82,7 +81,7 @@ def disable(model: Model) -> Model:
     if isinstance(model._compiled_call_impl, ModelGate):
         model._compiled_call_impl.session.forget()
     for module in model.modules():
-        if isinstance(module._compiled_call_impl, _SLOTS):
+        if isinstance(module._compiled_call_impl, SLOTS):
             module._compiled_call_impl = None
     return model
 
@@ -102,7 +101,7 @@ def explain(model: nn.Module, rules: Sequence[AnyRule] | None = None, **batch: A
     slots = {module: module._compiled_call_impl for module in model.modules()}
     try:
         disable(model)
-        _install(model, session)
+        install(model, session)
         with torch.enable_grad(), torch.random.fork_rng(devices=_devices(model)):
             model(**batch)
     finally:
@@ -122,19 +121,16 @@ def report(model: nn.Module | None = None) -> Report:
         FastLoRAError: if the model is not compiled.
     """
     if model is None:
-        from fastlora.backend import default_session, traced_seconds
+        from fastlora.frontend.dynamo_backend import default_session, traced_seconds
 
         collected = default_session().report()
         collected.seconds.trace = traced_seconds()
         return collected
     _insist_on_module(model)
     for module in model.modules():
-        if isinstance(slot := module._compiled_call_impl, _SLOTS):
+        if isinstance(slot := module._compiled_call_impl, SLOTS):
             return slot.session.report()
     raise FastLoRAError("model is not compiled by fastlora; call fastlora.compile(model) first")
-
-
-_SLOTS = (CacheGate, Gate, DeferringHead)
 
 
 def _insist_on_module(model: Any) -> None:
@@ -154,59 +150,6 @@ def _forget(session: weakref.ref[Session]) -> None:
     alive = session()
     if alive is not None:
         alive.forget()
-
-
-def _install(model: nn.Module, session: Session) -> None:
-    inner = None
-    name, head = _output_head(model)
-    problem = why_not(head)
-    defers = session.options.defer_logits and problem is None
-    regions = find_regions(model, head if defers else None)
-    if head is not None and is_vocabulary(head):
-        session.head_problem = problem if session.options.defer_logits else "defer_logits=False"
-        traced = any(head in region.module.modules() for region in regions)
-        if session.options.strict and session.head_problem is not None and not traced:
-            raise StrictError(f"strict=True, and the loss of {name or 'the head'} stays as it is: {problem}")
-    for region in regions:
-        gate = Gate(region, session)
-        if region.module is model:
-            inner = gate
-        else:
-            region.module._compiled_call_impl = gate  # type: ignore[assignment]
-    if head is not None and inner is None:
-        session.head = name
-        if defers:
-            session.head_layer = head  # type: ignore[assignment]
-            path = name.split(".")
-            around = [model.get_submodule(".".join(path[:n])) for n in reversed(range(len(path)))]
-            head._compiled_call_impl = DeferringHead(head, session, around)  # type: ignore[arg-type, assignment]
-    model._compiled_call_impl = ModelGate(model, session, inner)  # type: ignore[assignment]
-    if not builds_cache(model):
-        for child in model.children():
-            _install_cache_gates(child, session)
-
-
-def _install_cache_gates(module: nn.Module, session: Session) -> None:
-    """Put gates on the models inside of a wrapper that would build KV caches."""
-    if module._compiled_call_impl is None and builds_cache(module):
-        module._compiled_call_impl = CacheGate(module, session)  # type: ignore[assignment]
-    elif not isinstance(module._compiled_call_impl, _SLOTS):
-        for child in module.children():
-            _install_cache_gates(child, session)
-
-
-def _output_head(model: nn.Module) -> tuple[str, nn.Module | None]:
-    """The layer that makes the logits: what transformers calls the output embeddings of the model or of one inside of
-    it, else the last linear layer outside of the compiled regions."""
-    names = {module: name for name, module in model.named_modules()}
-    for module in model.modules():
-        get = getattr(module, "get_output_embeddings", None)
-        head = get() if get is not None else None
-        if head is not None:
-            return names.get(head, ""), head
-    inside = {inner for region in find_regions(model) for inner in region.module.modules()}
-    linears = [module for module in model.modules() if type(module) is nn.Linear and module not in inside]
-    return (names[linears[-1]], linears[-1]) if linears else ("", None)
 
 
 def _devices(model: nn.Module) -> list[torch.device]:

@@ -9,10 +9,10 @@ from collections import Counter
 from tiny_models import batch, build
 
 import fastlora
-from fastlora.foresight import calls, loss_call
-from fastlora.kernels import forms
-from fastlora.kernels.gpu import ahead, launch
-from fastlora.session import Session
+from fastlora.frontend.session import Session
+from fastlora.kernels.core import devices, implementations
+from fastlora.kernels.triton.host import precompile
+from fastlora.lower.precompile import calls, loss_call
 
 model = build("llama").bfloat16()
 head, expected, losses = model.get_output_embeddings(), [], []
@@ -26,8 +26,8 @@ def foresee(_, traced):
 Session._compile_kernels = foresee
 fastlora.compile(model)
 model(**batch(16)).loss.backward()
-launch.take_for(launch.Gpu((9, 0), 132))
-with forms.rehearsed(), ahead.recorded() as launches:
+devices.take_for(devices.Gpu((9, 0), 132))
+with implementations.rehearsed(), precompile.recorded() as launches:
     for call in (*expected, next(call for call in losses if call is not None)):
         call.op.rehearse(call.values, call.needs)
 assert all(t.device.type != "meta" for t in model.state_dict().values())

@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
-from fastlora.engine import AnyRule, Rewrite, rewrite
-from fastlora.findings import misses
+from fastlora.frontend.session import default_rules
+from fastlora.graph.view import View
 from fastlora.kernels import ops
-from fastlora.kernels.op import NAMESPACE, SemanticOp
-from fastlora.lowering import lower
-from fastlora.report import Miss
-from fastlora.rule import Match
-from fastlora.session import default_rules
-from fastlora.view import View
+from fastlora.kernels.core.semantic_op import NAMESPACE, SemanticOp
+from fastlora.lower.lowering import lower
+from fastlora.match.rule import AnyRule, Match
+from fastlora.reports.from_rewrite import misses
+from fastlora.reports.model import Miss
+from fastlora.rewrite.pipeline import Rewrite, rewrite
 
 Function = Callable[..., Any]
 f32, bf16, f64 = torch.float32, torch.bfloat16, torch.float64

@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastlora.recorder import Recorder
+from fastlora.runtime.graph_pool import Recorder
 
 ALIGNMENT = 1024
 

@@ -5,15 +5,11 @@ from __future__ import annotations
 import torch
 from mistakes_in_rules import MISTAKES, at_each, mistake, renamed, set_to, typo
 
-from fastlora.grammar import parts
-from fastlora.matching import Cast, Either, Kept, Literal, Named, Op, Pattern, Raised
-from fastlora.pattern import (
-    Scalar,
-    silu,
-    tanh,
-)
-from fastlora.rule import group
-from fastlora.spelling import operations, signature_of
+from fastlora.graph.canonical_ops import operations, signature_of
+from fastlora.match.dsl import Scalar, silu, tanh
+from fastlora.match.grammar import parts
+from fastlora.match.matcher import Cast, Either, Kept, Literal, Named, Op, Pattern, Raised
+from fastlora.match.rule import group
 
 
 @mistake

@@ -14,15 +14,11 @@ from typing import Any
 import torch
 from written_rules import Written
 
+from fastlora.graph.canonical_ops import operations
 from fastlora.kernels import ops
-from fastlora.matching import Named, Op, Raised
-from fastlora.pattern import (
-    Param,
-    Scalar,
-    silu,
-)
-from fastlora.rule import dtype_of, group, rule, tag_of
-from fastlora.spelling import operations
+from fastlora.match.dsl import Param, Scalar, silu
+from fastlora.match.matcher import Named, Op, Raised
+from fastlora.match.rule import dtype_of, group, rule, tag_of
 
 Mistake = Callable[[Written, random.Random], Iterator[tuple[Written, str]]]
 MISTAKES: dict[str, Mistake] = {}

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fastlora.pace import Pace
-from fastlora.recorder import Recorder
-from fastlora.replay import RUNS_BEFORE, Replays
+from fastlora.runtime.cuda_graphs import RUNS_BEFORE, Replays
+from fastlora.runtime.graph_pool import Recorder
+from fastlora.runtime.replay_choice import Pace
 
 
 class Rerun(Recorder):

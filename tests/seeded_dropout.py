@@ -8,9 +8,9 @@ import torch
 from graphs import Function, Outcome, Run, analyse, distance, evaluate
 from torch import Tensor, fx
 
-from fastlora.engine import rewrite
-from fastlora.kernels.dropout import SEEDS, reference
-from fastlora.session import default_rules
+from fastlora.frontend.session import default_rules
+from fastlora.kernels.formulas.dropout import SEEDS, reference
+from fastlora.rewrite.pipeline import rewrite
 
 P = 0.4
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,19 +16,40 @@ except ImportError:  # Python 3.10
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-ROOMS = {
+FOLDERS = {
     "fastlora": "rewriter",
     "fastlora.kernels": "kernels",
     "fastlora.patterns": "patterns",
     "fastlora.tools": "tools",
     "fastlora.kernel_tests": "tests/kernels",
 }
-MAY_IMPORT = {
-    "kernels": {"kernels"},
-    "rewriter": {"kernels", "rewriter", "patterns"},
-    "patterns": {"kernels", "rewriter", "patterns"},
-    "tools": {"tools", "kernels"},  # kernels: what benchmarks measure
+LAYERS = (
+    "errors",
+    "kernels.core",
+    "kernels.formulas",
+    "kernels.ops",
+    "kernels.triton",
+    "graph",
+    "match",
+    "rewrite",
+    "patterns",
+    "lower",
+    "logits",
+    "runtime",
+    "reports",
+    "frontend",
+    "checking",
+    "api",
+    "",
+    "tools",
+)
+"""Packages and modules of fastlora, lowest first: each imports itself and those before it. "" is `fastlora` itself."""
+NARROW = {
+    "errors": set(),
+    "patterns": {"errors", "kernels.core", "kernels.formulas", "kernels.ops", "graph", "match"},
+    "tools": {"", "errors", "kernels.core", "kernels.ops"},
 }
+"""Packages that import less than all those before them."""
 
 
 def run(*command: str, cwd: Path = ROOT) -> None:
@@ -66,7 +88,7 @@ def test_the_wheel_holds_every_module_and_data_file(tmp_path):
     run("pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path))
     (wheel,) = tmp_path.glob("*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
-    for package, folder in ROOMS.items():
+    for package, folder in FOLDERS.items():
         for source in (ROOT / folder).rglob("*"):
             if source.suffix in (".py", ".jsonl", ".typed") and "__pycache__" not in source.parts:
                 assert f"{package.replace('.', '/')}/{source.relative_to(ROOT / folder)}" in held
@@ -83,15 +105,73 @@ def test_every_dependency_that_is_tested_is_pinned():
         assert name in pinned, name
 
 
-@pytest.mark.parametrize("room", MAY_IMPORT)
-def test_imports_point_one_way(room):
-    for path in (ROOT / room).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fastlora":
-                parts = node.module.split(".")
-                target = parts[1] if len(parts) > 1 and parts[1] in MAY_IMPORT else "rewriter"
-                public = room == "tools" and parts == ["fastlora"]
-                assert target in MAY_IMPORT[room] or public, f"{path.name} imports {node.module}"
+@cache
+def modules() -> dict[str, Path]:
+    """The package's modules by their name without `fastlora.`."""
+    found = {}
+    for package, folder in FOLDERS.items():
+        if package != "fastlora.kernel_tests":
+            for path in (ROOT / folder).rglob("*.py"):
+                parts = [*package.split(".")[1:], *path.relative_to(ROOT / folder).with_suffix("").parts]
+                found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+@cache
+def imports(module: str) -> set[str]:
+    """The modules that a module imports anywhere, in functions and for types included."""
+    found = set()
+    for node in ast.walk(ast.parse(modules()[module].read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fastlora":
+            source = node.module.removeprefix("fastlora").removeprefix(".")
+            below = [f"{source}.{alias.name}".removeprefix(".") for alias in node.names]
+            found |= {name if name in modules() else source for name in below}
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.split(".")[0] == "fastlora"]
+            found |= {name.removeprefix("fastlora").removeprefix(".") for name in names}
+    return found - {module}
+
+
+def layer(module: str) -> str:
+    """The layer that a module is in."""
+    if module in ("", "kernels"):
+        return module
+    parts = module.split(".")
+    return ".".join(parts[: 2 if parts[0] == "kernels" else 1])
+
+
+def test_every_module_is_in_a_layer():
+    assert {layer(module) for module in modules()} - {"kernels"} == set(LAYERS)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_imports_point_down(name):
+    allowed = NARROW.get(name, set(LAYERS[: LAYERS.index(name)])) | {name}
+    upward = {
+        (module, imported)
+        for module in modules()
+        if layer(module) == name
+        for imported in imports(module)
+        if layer(imported) not in allowed | {"kernels"}
+    }
+    assert not upward
+
+
+def test_no_import_is_circular():
+    left = {module: imports(module) & modules().keys() for module in modules()}
+    while ends := [
+        m for m, needed in left.items() if not needed & left.keys() or not any(m in n for n in left.values())
+    ]:
+        for module in ends:
+            left.pop(module)
+    assert not left, f"these modules import each other: {sorted(left)}"
+
+
+def test_every_package_is_packaged():
+    """Packages are listed in pyproject.toml, since `fastlora` is put together from several folders."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
+    folders = {path.parent.relative_to(ROOT) for name in FOLDERS.values() for path in (ROOT / name).rglob("*.py")}
+    assert {Path(folder) for folder in listed.values()} == folders
 
 
 def test_the_pass_knows_no_model_by_name():

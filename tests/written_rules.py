@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from fastlora.grammar import parts
+from fastlora.graph.canonical_ops import spell
 from fastlora.kernels import ops
-from fastlora.matching import Op
-from fastlora.pattern import (
+from fastlora.match.dsl import (
     Constant,
     Opt,
     Param,
@@ -33,8 +32,9 @@ from fastlora.pattern import (
     silu,
     widened,
 )
-from fastlora.rule import Rule, dtype_of, fuse, group, rule, tag_of
-from fastlora.spelling import spell
+from fastlora.match.grammar import parts
+from fastlora.match.matcher import Op
+from fastlora.match.rule import Rule, dtype_of, fuse, group, rule, tag_of
 
 
 def _own_swish(x: Any, beta: float = 1.0) -> Any:

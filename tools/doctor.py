@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastlora import kernels as kernels_package
-from fastlora.kernels.forms import runs_kernels
+from fastlora.kernels.core.devices import runs_kernels
 from fastlora.tools.problems import RunError, UsageError
 
 PACKAGES = ("fastlora-fx", "torch", "triton", "transformers", "peft", "accelerate", "trl", "bitsandbytes")

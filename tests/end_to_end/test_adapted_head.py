@@ -12,7 +12,7 @@ from tiny_models import Step, assert_equal, batch, double, relative, step
 from torch import nn
 
 import fastlora
-from fastlora.logits import DeferredLogits
+from fastlora.logits.deferred_logits import DeferredLogits
 
 
 def build(family: str = "llama", dtype: torch.dtype = torch.float32, **lora: Any) -> Any:

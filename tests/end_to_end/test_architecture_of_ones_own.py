@@ -8,10 +8,10 @@ from tiny_models import relative
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.kernels.op import op
-from fastlora.pattern import Op
-from fastlora.rule import rule
-from fastlora.spelling import spell
+from fastlora.graph.canonical_ops import spell
+from fastlora.kernels.core.semantic_op import op
+from fastlora.match.dsl import Op
+from fastlora.match.rule import rule
 
 WIDTH, HEADS, WORDS, RANK = 16, 2, 40, 3
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora import checking
+from fastlora.checking import check
 from fastlora.kernels import ops
-from fastlora.pattern import sigmoid
-from fastlora.rule import dtype_of, rule
+from fastlora.match.dsl import sigmoid
+from fastlora.match.rule import dtype_of, rule
 
 WIDTH = 16
 
@@ -184,7 +184,7 @@ def test_a_wrong_rule_is_found(gated: Gated) -> None:
 
 
 def test_so_it_is_without_float64(gated: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checking, "_free_on_host", lambda: 0)
+    monkeypatch.setattr(check, "_free_on_host", lambda: 0)
     found = fastlora.check(gated, rules=[wrongly_silu], x=x())
     assert not found
     assert "MiB" in found.skipped[0]

@@ -11,8 +11,8 @@ from tiny_models import batch, build, relative, step
 from torch import nn
 
 import fastlora
-from fastlora import session
-from fastlora.logits import DeferredLogits
+from fastlora.frontend import session
+from fastlora.logits.deferred_logits import DeferredLogits
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from tiny_models import batch, build
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.checking import FirstStep
+from fastlora.checking.check import FirstStep
 from fastlora.kernels import ops
-from fastlora.pattern import sigmoid
-from fastlora.rule import dtype_of, rule
+from fastlora.match.dsl import sigmoid
+from fastlora.match.rule import dtype_of, rule
 
 WIDTH = 16
 

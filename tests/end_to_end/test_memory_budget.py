@@ -13,7 +13,8 @@ from tiny_models import batch, build, step
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fastlora
-from fastlora import offload, session, thrift
+from fastlora.frontend import session
+from fastlora.runtime import activation_offload, memory_budget
 
 LAYERS = 3
 
@@ -22,8 +23,8 @@ LAYERS = 3
 def copies(monkeypatch: pytest.MonkeyPatch) -> LateCopies:
     """Tensors of any size move, on the CPU."""
     lanes = LateCopies()
-    monkeypatch.setattr(offload, "SMALL", 1)
-    monkeypatch.setattr(thrift, "PENDING", 0)
+    monkeypatch.setattr(activation_offload, "SMALL", 1)
+    monkeypatch.setattr(memory_budget, "PENDING", 0)
     monkeypatch.setattr(session, "CudaLanes", lambda: lanes)
     return lanes
 
@@ -165,7 +166,7 @@ def test_weights_without_memory_of_their_own_are_looked_into(copies):
     mine = step(fastlora.compile(model, memory_budget=0), batch())
     assert abs(mine.loss - plain.loss) < 1e-6
     parts = {t.untyped_storage().data_ptr() for t in (layer.weight.a, layer.weight.b)}
-    assert thrift._addresses([layer.weight]) == parts
+    assert memory_budget._addresses([layer.weight]) == parts
 
 
 def test_where_hooks_are_forbidden_nothing_moves(copies):

@@ -8,7 +8,7 @@ from tiny_models import batch, build
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastlora
-from fastlora import offload, thrift
+from fastlora.runtime import activation_offload, memory_budget
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -32,9 +32,9 @@ def losses_and_gradients(budget: str | int | None, dtype: torch.dtype, steps: in
 @pytest.mark.parametrize("budget", [0, "100KB", "1GB"])
 @pytest.mark.parametrize("ahead", [0, 30_000])
 def test_training_has_equal_bits(budget: str | int, ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "SMALL", 1)
-    monkeypatch.setattr(offload, "AHEAD", ahead)
-    monkeypatch.setattr(thrift, "PENDING", 0)
+    monkeypatch.setattr(activation_offload, "SMALL", 1)
+    monkeypatch.setattr(activation_offload, "AHEAD", ahead)
+    monkeypatch.setattr(memory_budget, "PENDING", 0)
     for dtype in (torch.float32, torch.bfloat16):
         plain, mine = losses_and_gradients(None, dtype), losses_and_gradients(budget, dtype)
         assert len(plain) == len(mine)

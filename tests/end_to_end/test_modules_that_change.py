@@ -188,7 +188,7 @@ class Deep(nn.Module):
 
 
 def test_layers_past_the_limit_of_graphs_are_counted_as_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastlora.gate._GRAPHS_PER_BLOCK", 3)
+    monkeypatch.setattr("fastlora.frontend.gate._GRAPHS_PER_BLOCK", 3)
     model = fastlora.compile(Deep(6))
     model(torch.randn(2, 8)).backward()
     report = fastlora.report(model)

@@ -10,7 +10,7 @@ from tiny_models import batch, build
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.replay import RUNS_BEFORE
+from fastlora.runtime.cuda_graphs import RUNS_BEFORE
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 

@@ -24,10 +24,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from fastlora.kernels import forms
-from fastlora.kernels.encoded import Encoded
-from fastlora.kernels.gpu import ahead, few_rows, launch, matmul
+from fastlora.kernels.core import devices, implementations
+from fastlora.kernels.core.quantized_weight import Encoded
 from fastlora.kernels.ops import dequantize_4bit
+from fastlora.kernels.triton.blocks import gemv_4bit, matmul
+from fastlora.kernels.triton.host import precompile
 from fastlora.tools.bench.cases import Case, cases
 from fastlora.tools.bench.shapes import SHAPES
 
@@ -37,14 +38,14 @@ SHARED_MEMORY = {70: 96, 75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
 PROCESSORS = 132
 
 
-def launches(capability: int) -> list[ahead.Launch]:
+def launches(capability: int) -> list[precompile.Launch]:
     """What the ops launch at the places of a large and a small model, in training, for one token and for many."""
-    launch.take_for(launch.Gpu(divmod(capability, 10), PROCESSORS))
+    devices.take_for(devices.Gpu(divmod(capability, 10), PROCESSORS))
     with (
         patch.object(matmul, "serves", matmul.readable),  # also where cuBLAS is faster
-        forms.only("triton"),
-        forms.rehearsed(),
-        ahead.recorded() as recorded,
+        implementations.only("triton"),
+        implementations.rehearsed(),
+        precompile.recorded() as recorded,
     ):
         for dtype in [torch.float16, *([torch.bfloat16] if capability >= 80 else []), torch.float32]:
             for case in _cases():
@@ -93,11 +94,11 @@ def _multiply_by_four_bits(dtype: torch.dtype) -> None:
         weight = Encoded(dequantize_4bit, (*scales, 64, 256, "nf4", N, K, dtype))
         for T in (1, 16, 64):
             x, low = empty(T, K), (empty(T, R), empty(N, R).t())
-            if few_rows.serves(weight, x, low, None):
-                few_rows.product(x, weight, low, empty(N), dtype)
+            if gemv_4bit.serves(weight, x, low, None):
+                gemv_4bit.product(x, weight, low, empty(N), dtype)
 
 
-def compiled(made: ahead.Launch, capability: int) -> tuple[str, Any]:
+def compiled(made: precompile.Launch, capability: int) -> tuple[str, Any]:
     """The kernel's name and specialisation, and what the compiler makes of it."""
     function, args, kwargs = made
     target = GPUTarget("cuda", capability, 32)

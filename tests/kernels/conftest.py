@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 
 from lora_cases import Scheme, served
 
-from fastlora.kernels import forms
+from fastlora.kernels.core import implementations
 
 PYTORCH_ONLY = {
     "pytorch_form": "the test is about the PyTorch form alone",
@@ -37,7 +37,7 @@ def form(request: pytest.FixtureRequest) -> Iterator[str]:
     interpreted = request.param == "triton" and not torch.cuda.is_available()
     if interpreted and torch.bfloat16 in parameters.values():
         pytest.skip("Triton's interpreter has no bfloat16 arithmetic")
-    with forms.only(request.param):
+    with implementations.only(request.param):
         if not all(served(p) for p in parameters.values() if isinstance(p, Scheme)):
             pytest.skip("the form does not compute with these dtypes")
         yield request.param

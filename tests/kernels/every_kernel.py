@@ -15,7 +15,7 @@ import torch
 from dropout_cases import dropout_cases
 from op_checks import require_every_gradient
 
-from fastlora.kernels import forms
+from fastlora.kernels.core import implementations
 from fastlora.tools.bench.accuracy import cotangents, flat, leaves
 from fastlora.tools.bench.cases import Case, cases
 from fastlora.tools.bench.shapes import SHAPES
@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=333)
     asked = parser.parse_args()
     count, dtypes = 0, [getattr(torch, name) for name in asked.dtypes]
-    with forms.only("triton"):
+    with implementations.only("triton"):
         for name in ("Qwen3-0.6B", "BERT-large"):
             for case in (*cases(SHAPES[name], asked.tokens, [16]), *dropout_cases()):
                 for dtype in dtypes:

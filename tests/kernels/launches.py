@@ -13,7 +13,7 @@ def launches() -> Iterator[list[str]]:
     """The names of the kernels launched, in order."""
     from triton.runtime.jit import KernelInterface
 
-    from fastlora.kernels.gpu.tape import stopped
+    from fastlora.kernels.triton.host.trace_cache import stopped
 
     launched: list[str] = []
     start = KernelInterface.__getitem__

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from op_checks import DEVICE, bf16, f16, f32, f64
 from op_precision import tensors
 
-from fastlora.kernels.forms import restriction
+from fastlora.kernels.core.implementations import restriction
 
 
 class Scheme(NamedTuple):

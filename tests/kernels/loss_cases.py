@@ -8,7 +8,7 @@ import pytest
 import torch
 from op_checks import Arguments, f32, f64
 
-from fastlora.kernels import linear_cross_entropy as module
+from fastlora.kernels.formulas import linear_cross_entropy as module
 
 PLAIN = {
     "scale": 1.0,

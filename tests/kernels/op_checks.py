@@ -20,9 +20,9 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from fastlora.kernels import forms
-from fastlora.kernels.forms import Form, restriction
-from fastlora.kernels.op import SemanticOp
+from fastlora.kernels.core import implementations
+from fastlora.kernels.core.implementations import Form, restriction
+from fastlora.kernels.core.semantic_op import SemanticOp
 from fastlora.tools.bench.accuracy import flat, labelled
 from fastlora.tools.bench.cases import Arguments
 
@@ -325,7 +325,7 @@ def check_layouts(case: Case) -> None:
     }
     for given in (arguments, replaced(arguments, strided), replaced(arguments, turned)):
         here = evaluate(op, given).values()
-        with forms.only("pytorch"):
+        with implementations.only("pytorch"):
             there = evaluate(op, given).values()
         for name, value in there.items():
             found, expected = ((t.shape, t.dtype, t.stride()) for t in (here[name], value))
@@ -361,12 +361,12 @@ def guarded_memory() -> Iterator[Callable[[], None]]:
             around = torch.cat((memory[:band], memory[band + size :]))
             assert (around.isnan() if math.isnan(poison) else around == poison).all()
 
-    from fastlora.kernels.gpu.tape import stopped
+    from fastlora.kernels.triton.host.trace_cache import stopped
 
     with ExitStack() as stack:
         stack.enter_context(stopped())
         for name, module in list(sys.modules.items()):
-            if name.startswith("fastlora.kernels.gpu") and hasattr(module, "allocate"):
+            if name.startswith("fastlora.kernels.triton") and hasattr(module, "allocate"):
                 stack.enter_context(patch.object(module, "allocate", allocate))
         yield check
 

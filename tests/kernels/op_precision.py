@@ -41,8 +41,8 @@ from op_checks import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from fastlora.kernels.forms import restriction
-from fastlora.kernels.op import SemanticOp
+from fastlora.kernels.core.implementations import restriction
+from fastlora.kernels.core.semantic_op import SemanticOp
 from fastlora.tools.bench.accuracy import in_float64
 
 hypothesis.settings.register_profile("ops", max_examples=25, deadline=None, derandomize=True, database=None)

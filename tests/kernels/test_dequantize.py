@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from op_checks import DEVICE, Arguments, bf16, complete, f16, f32, guarded_memory, on_device
 from op_precision import dtypes
 
-from fastlora.kernels.dequantize import CODES
-from fastlora.kernels.forms import only, restriction
+from fastlora.kernels.core.implementations import only, restriction
+from fastlora.kernels.formulas.dequantize import CODES
 from fastlora.kernels.ops import dequantize_4bit
 
 FORMS = ["pytorch", "triton"]
@@ -71,7 +71,7 @@ def test_rows_of_the_result_may_lie_apart() -> None:
     """As in a workspace with a border, which stays as it is."""
     if restriction() != "triton":
         pytest.skip("only the kernel writes into a given buffer")
-    from fastlora.kernels.gpu.dequantize import decode_into
+    from fastlora.kernels.triton.dequantize import decode_into
 
     given_ = arguments(5, 32, True)
     workspace = torch.full((5, 40), 7.0, device=DEVICE)

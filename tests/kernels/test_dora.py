@@ -12,7 +12,7 @@ from op_checks import CONTRACT, DEVICE, Arguments, Case, bf16, complete, evaluat
 from op_precision import assert_as_precise, assert_precise_on_average, assert_propagates, sizes, tensors
 from torch import nn
 
-from fastlora.kernels import dora
+from fastlora.kernels.formulas import dora
 from fastlora.kernels.ops import dora_add, dora_linear, dora_norm
 
 FORMS = ["pytorch"]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from op_checks import CONTRACT, DEVICE, Arguments, Case, bf16, complete, evaluate, f16, f32, f64, native, on_device
 from op_precision import assert_as_precise, assert_precise_on_average, assert_propagates, dtypes, sizes, tensors
 
-from fastlora.kernels import forms
-from fastlora.kernels.dropout import check_argument, inverse, is_cheap, mask, philox, random_words, reference
+from fastlora.kernels.core import implementations
+from fastlora.kernels.formulas.dropout import check_argument, inverse, is_cheap, mask, philox, random_words, reference
 from fastlora.kernels.ops import dropout
 
 FORMS = ["pytorch", "triton"]
@@ -143,7 +143,7 @@ def test_forms_agree_bit_by_bit(dtype: torch.dtype, shape: tuple[int, ...], p: f
     torch.manual_seed(0)
     given_ = complete(dropout, arguments(dtype, *shape, p=p, base=dtype))
     here = [evaluate(dropout, given_ | change).values() for change in ({}, {"base": None}, {"out_dtype": f32})]
-    with forms.only("pytorch"):
+    with implementations.only("pytorch"):
         there = [evaluate(dropout, given_ | change).values() for change in ({}, {"base": None}, {"out_dtype": f32})]
     for mine, other in zip(here, there, strict=True):
         assert all(torch.equal(mine[name], value) for name, value in other.items())

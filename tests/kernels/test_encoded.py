@@ -9,9 +9,9 @@ import torch
 from lora_cases import layer, scheme_of
 from op_checks import Arguments, complete, f32, on_device
 
-from fastlora.kernels.op import Make, SemanticOp
+from fastlora.kernels.core.recompute import sparing
+from fastlora.kernels.core.semantic_op import Make, SemanticOp
 from fastlora.kernels.ops import dequantize_4bit, glu, lora_group, lora_linear, lora_mlp
-from fastlora.kernels.sparing import sparing
 
 FORMS = ["pytorch", "triton"]
 T, H, I, R = 24, 64, 96, 4

@@ -13,10 +13,10 @@ from lora_cases import layer, scheme_of
 from op_checks import DEVICE, bf16, complete, f16, f32, guarded_memory, on_device
 from op_precision import assert_rounded
 
-from fastlora.kernels.encoded import Encoded
-from fastlora.kernels.gpu import few_rows, matmul
-from fastlora.kernels.op import Make
+from fastlora.kernels.core.quantized_weight import Encoded
+from fastlora.kernels.core.semantic_op import Make
 from fastlora.kernels.ops import dequantize_4bit, lora_linear
+from fastlora.kernels.triton.blocks import gemv_4bit, matmul
 
 FORMS = ["triton"]
 HALF = bf16 if DEVICE.type == "cuda" else f16
@@ -26,7 +26,7 @@ HALF = bf16 if DEVICE.type == "cuda" else f16
 def every_size_takes_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     if not matmul.measured(DEVICE):
         pytest.skip("the kernels were not measured on this GPU")
-    monkeypatch.setattr(few_rows, "LARGE", 0)
+    monkeypatch.setattr(gemv_4bit, "LARGE", 0)
 
 
 def encoded(
@@ -56,13 +56,13 @@ def test_the_product_is_rounded_once(data: st.DataObject) -> None:
     x, bias = torch.randn(T, K, dtype=HALF, device=DEVICE), torch.randn(N, device=DEVICE)
     low = (torch.randn(T, R), torch.randn(N, R).t()) if R else None
     low = None if low is None else (low[0].to(DEVICE, HALF), low[1].to(DEVICE, HALF))
-    assert few_rows.serves(weight, x, low, bias)
+    assert gemv_4bit.serves(weight, x, low, bias)
     with guarded_memory() as check:
-        y = few_rows.product(x, weight, low, bias, dtype)
+        y = gemv_4bit.product(x, weight, low, bias, dtype)
     check()
     truth = x.double() @ weight.to(HALF).double().t() + bias.double()
     assert_rounded(y, truth if low is None else truth + low[0].double() @ low[1].double(), dtype)
-    assert torch.equal(y, few_rows.product(x, weight, low, bias, dtype))
+    assert torch.equal(y, gemv_4bit.product(x, weight, low, bias, dtype))
 
 
 @pytest.mark.parametrize("dtype", [f16, bf16] if DEVICE.type == "cuda" else [f16])
@@ -72,8 +72,8 @@ def test_what_is_multiplied_by_are_the_bits_of_the_decoded_matrix(dtype: torch.d
     for first in (0, 64, 128):
         x = torch.eye(192, dtype=dtype, device=DEVICE)[first : first + 64]
         columns = weight.to(dtype)[:, first : first + 64]
-        assert torch.equal(few_rows.product(x, weight, None, None, dtype).t(), columns)
-        assert torch.equal(few_rows.product(x[5:6], weight, None, None, dtype)[0], columns[:, 5])
+        assert torch.equal(gemv_4bit.product(x, weight, None, None, dtype).t(), columns)
+        assert torch.equal(gemv_4bit.product(x[5:6], weight, None, None, dtype)[0], columns[:, 5])
 
 
 @pytest.mark.parametrize(
@@ -83,15 +83,15 @@ def test_what_is_multiplied_by_are_the_bits_of_the_decoded_matrix(dtype: torch.d
 )
 def test_what_the_kernels_cannot_take_is_left_to_others(rows: int, cols: int, weight: dict[str, Any]) -> None:
     given_ = encoded(8, cols, False, **weight)
-    assert not few_rows.serves(given_, torch.zeros(rows, cols, dtype=given_.dtype, device=DEVICE), None, None)
+    assert not gemv_4bit.serves(given_, torch.zeros(rows, cols, dtype=given_.dtype, device=DEVICE), None, None)
 
 
 def test_few_rows_of_a_small_weight_are_multiplied_by_a_decoded_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     weight = encoded(8, 64, False)
     x = torch.zeros(4, 64, dtype=HALF, device=DEVICE)
-    assert not few_rows.serves(weight, x, None, None)
-    assert few_rows.serves(weight, x[:1], None, None)
+    assert not gemv_4bit.serves(weight, x, None, None)
+    assert gemv_4bit.serves(weight, x[:1], None, None)
 
 
 @pytest.mark.parametrize(("tokens", "launched"), [(1, "one_row_kernel"), (5, "few_rows_kernel")])

@@ -21,8 +21,8 @@ from op_precision import (
     value,
 )
 
-from fastlora.kernels import forms
-from fastlora.kernels.glu import activate, backward, derivative, forward
+from fastlora.kernels.core import implementations
+from fastlora.kernels.formulas.glu import activate, backward, derivative, forward
 from fastlora.kernels.ops import glu
 
 FORMS = ["pytorch", "triton"]
@@ -95,7 +95,7 @@ def test_activation_and_derivative_are_sympys(activation: str) -> None:
 
 
 def test_unknown_activation() -> None:
-    with forms.only("pytorch"), pytest.raises(ValueError, match="'relu' is none of silu, gelu, gelu_tanh"):
+    with implementations.only("pytorch"), pytest.raises(ValueError, match="'relu' is none of silu, gelu, gelu_tanh"):
         glu(**arguments(f32, "relu", 2, 3))
 
 
@@ -128,7 +128,7 @@ def test_far_from_zero_and_near_it(activation: str) -> None:
 @pytest.mark.usefixtures("triton_form")
 def test_halves_of_a_fused_projection_are_not_copied() -> None:
     """Rows may be any distance apart: gate and up are read, and their gradients written, where they lie."""
-    from fastlora.kernels.gpu.glu import run_backward, run_forward
+    from fastlora.kernels.triton.glu import run_backward, run_forward
 
     both, dy = randn(6, 10), randn(6, 5)
     gate, up = both.chunk(2, dim=-1)
@@ -146,7 +146,7 @@ def test_halves_of_a_fused_projection_are_not_copied() -> None:
 def test_backward_makes_the_hidden_state_on_its_way_each_in_the_place_of_what_it_is_made_of(
     wanted: tuple[bool, bool],
 ) -> None:
-    from fastlora.kernels.gpu.glu import run_backward
+    from fastlora.kernels.triton.glu import run_backward
 
     gate, up, dy = (randn(6, 5) for _ in range(3))
     asked = dict(zip(("gate", "up"), wanted, strict=True))

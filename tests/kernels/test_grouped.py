@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from op_checks import bf16, complete, evaluate
 from op_precision import assert_as_precise, assert_precise_on_average
 
-from fastlora.kernels import grouped
-from fastlora.kernels.grouped import Groups, aligned, even_ends
+from fastlora.kernels.core import grouped_mm
+from fastlora.kernels.core.grouped_mm import Groups, aligned, even_ends
 from fastlora.kernels.ops import lora_grouped
 
 FORMS = ["pytorch"]
@@ -30,14 +30,14 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         calls.append((left, right))
         return original(left, right, offs=offs)
 
-    monkeypatch.setattr(grouped, "makes_at_once", lambda like: True)
+    monkeypatch.setattr(grouped_mm, "makes_at_once", lambda like: True)
     monkeypatch.setattr(torch, "_grouped_mm", spied)
     return calls
 
 
 @given(st.data())
 def test_errors_of_all_products_at_once_are_no_larger_than_eager_ones(data: st.DataObject) -> None:
-    with patch.object(grouped, "makes_at_once", lambda like: like.dtype is bf16):
+    with patch.object(grouped_mm, "makes_at_once", lambda like: like.dtype is bf16):
         assert_as_precise(lora_grouped, data.draw(layers(bf16)))
 
 
@@ -54,7 +54,7 @@ def test_all_at_once_is_the_same(
     given_ = complete(lora_grouped, arguments(bf16, n=n, k=k, rank=rank, rest=rest, out_first=out_first))
     result = evaluate(lora_grouped, given_)
     assert len(at_once) == 3 + 6
-    monkeypatch.setattr(grouped, "makes_at_once", lambda like: False)
+    monkeypatch.setattr(grouped_mm, "makes_at_once", lambda like: False)
     expected = evaluate(lora_grouped, given_)
     for name, value in expected.values().items():
         mine = result.values()[name]
@@ -119,7 +119,7 @@ def test_the_output_may_be_written_to(all_at_once: bool) -> None:
         y.mul_(0)
         return y + lora_grouped(**values)
 
-    with patch.object(grouped, "makes_at_once", lambda like: all_at_once):
+    with patch.object(grouped_mm, "makes_at_once", lambda like: all_at_once):
         found, expected = (evaluate(run, given_) for run in (written, lora_grouped))
     for name, value in expected.values().items():
         assert torch.equal(found.values()[name], value), name

@@ -22,7 +22,7 @@ from op_precision import (
     tensors,
 )
 
-from fastlora.kernels.op import SemanticOp
+from fastlora.kernels.core.semantic_op import SemanticOp
 from fastlora.kernels.ops import add_layer_norm, layer_norm
 
 FORMS = ["pytorch", "triton"]

@@ -22,8 +22,8 @@ from op_precision import (
     value,
 )
 
-from fastlora.kernels import linear_cross_entropy as module
-from fastlora.kernels.forms import restriction
+from fastlora.kernels.core.implementations import restriction
+from fastlora.kernels.formulas import linear_cross_entropy as module
 from fastlora.kernels.ops import linear_cross_entropy
 
 FORMS = ["pytorch", "triton"]

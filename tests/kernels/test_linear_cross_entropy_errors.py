@@ -10,7 +10,7 @@ from loss_cases import OPTIONS, arguments, set_chunks
 from op_checks import DEVICE, Arguments, bf16, complete, evaluate, f16, f32
 from op_precision import assert_as_precise, assert_precise_on_average, sizes, tensors
 
-from fastlora.kernels.forms import restriction
+from fastlora.kernels.core.implementations import restriction
 from fastlora.kernels.ops import linear_cross_entropy
 from fastlora.tools.bench.accuracy import in_float64
 

@@ -12,8 +12,8 @@ import torch
 from loss_cases import OPTIONS, arguments, set_chunks
 from op_checks import DEVICE, Arguments, backward_calls, bf16, complete, evaluate, f16, f32, saved_for_backward
 
-from fastlora.kernels import linear_cross_entropy as module
-from fastlora.kernels.forms import restriction
+from fastlora.kernels.core.implementations import restriction
+from fastlora.kernels.formulas import linear_cross_entropy as module
 from fastlora.kernels.ops import linear_cross_entropy
 
 FORMS = ["pytorch", "triton"]
@@ -23,7 +23,7 @@ def test_products_may_stop_at_the_count_of_kept_tokens(monkeypatch: pytest.Monke
     """Nothing reads what a product of rows leaves unwritten, and no sum over rows goes beyond them."""
     if restriction() != "triton":
         pytest.skip("the PyTorch form has no such products")
-    from fastlora.kernels.gpu import linear_cross_entropy as gpu
+    from fastlora.kernels.triton import linear_cross_entropy as gpu
 
     def rows_product(left: torch.Tensor, right: torch.Tensor, remaining: torch.Tensor, out: torch.Tensor) -> None:
         out.fill_(math.nan)[:remaining] = left[:remaining] @ right
@@ -202,7 +202,7 @@ def test_chunks_cover_the_tokens_within_the_budget() -> None:
 def test_chunks_on_a_gpu_fill_it(
     T: int, vocabulary: int, hidden: int, trained: bool, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastlora.kernels.gpu import linear_cross_entropy as gpu
+    from fastlora.kernels.triton import linear_cross_entropy as gpu
 
     monkeypatch.setattr(gpu.split, "processors", lambda _: 132)
     held = vocabulary * hidden * 2 if trained else 0

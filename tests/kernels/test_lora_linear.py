@@ -27,8 +27,8 @@ from op_checks import (
 )
 from op_precision import assert_as_precise, assert_precise_on_average, assert_propagates, sizes, tensors
 
-from fastlora.kernels.lora_linear import sum_products
-from fastlora.kernels.op import SemanticOp
+from fastlora.kernels.core.semantic_op import SemanticOp
+from fastlora.kernels.formulas.lora_linear import sum_products
 from fastlora.kernels.ops import dropout, lora_add, lora_linear
 
 FORMS = ["pytorch", "triton"]

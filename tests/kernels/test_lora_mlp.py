@@ -11,8 +11,8 @@ from lora_cases import SCHEMES, Scheme, layer, layers, scheme_of, schemes
 from op_checks import CONTRACT, Arguments, Case, complete, evaluate, f32, f64, leaves, saved_for_backward
 from op_precision import assert_as_precise, assert_precise_on_average, assert_propagates, sizes, tensors
 
+from fastlora.kernels.core.recompute import sparing
 from fastlora.kernels.ops import lora_mlp
-from fastlora.kernels.sparing import sparing
 
 ACTIVATIONS = ["silu", "gelu", "gelu_tanh"]
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from op_checks import DEVICE, bf16, f16, f32, guarded_memory
 from op_precision import assert_rounded
 
-from fastlora.kernels.gpu import low_rank, matmul, split
+from fastlora.kernels.triton.blocks import low_rank, matmul, split_k
 
 FORMS = ["triton"]
 HALF = bf16 if DEVICE.type == "cuda" else f16
@@ -77,7 +77,7 @@ def test_a_product_in_slices_is_rounded_once_and_stops_at_a_count_on_the_device(
     left[count:] = NAN
     right = right if data.draw(st.booleans()) else right.t().contiguous().t()
     with guarded_memory() as check:
-        split.limited_rows(left, right, torch.tensor(count, device=DEVICE), out[:T], slices)
+        split_k.limited_rows(left, right, torch.tensor(count, device=DEVICE), out[:T], slices)
     check()
     assert (out[count:] == 7).all()
     if count > 0:
@@ -85,11 +85,11 @@ def test_a_product_in_slices_is_rounded_once_and_stops_at_a_count_on_the_device(
 
 
 def test_sums_are_cut_where_that_fills_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split, "processors", lambda _: 132)
-    assert split.plan(2048, 4096, 128256, DEVICE)[0] == 1  # 256 tiles are two waves
-    assert split.plan(1792, 3584, 152064, DEVICE)[0] == 2  # 196 are one and a half
-    assert split.plan(2048, 1024, 151936, DEVICE)[0] == 2
-    assert split.plan(1, 8, 64, DEVICE)[0] == 1
+    monkeypatch.setattr(split_k, "processors", lambda _: 132)
+    assert split_k.plan(2048, 4096, 128256, DEVICE)[0] == 1  # 256 tiles are two waves
+    assert split_k.plan(1792, 3584, 152064, DEVICE)[0] == 2  # 196 are one and a half
+    assert split_k.plan(2048, 1024, 151936, DEVICE)[0] == 2
+    assert split_k.plan(1, 8, 64, DEVICE)[0] == 1
 
 
 @given(st.data())

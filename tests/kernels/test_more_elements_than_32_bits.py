@@ -9,7 +9,7 @@ import pytest
 import torch
 from op_checks import DEVICE
 
-from fastlora.kernels import dropout as dropout_module
+from fastlora.kernels.formulas import dropout as dropout_module
 from fastlora.kernels.ops import dequantize_4bit, dropout
 from fastlora.tools.bench.accuracy import cotangents, flat, leaves
 from fastlora.tools.bench.cases import Arguments, Case, cases

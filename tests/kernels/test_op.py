@@ -8,10 +8,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlora.kernels import op as contract
 from fastlora.kernels import ops
-from fastlora.kernels.dispatch import unheard
-from fastlora.kernels.op import SemanticOp
+from fastlora.kernels.core import semantic_op as contract
+from fastlora.kernels.core.dispatch import unheard
+from fastlora.kernels.core.semantic_op import SemanticOp
 
 OPS = [getattr(ops, name) for name in ops.__all__]
 

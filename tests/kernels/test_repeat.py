@@ -14,7 +14,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastlora.kernels.gpu.repeat import heard, likeness
+from fastlora.kernels.triton.host.kernel_cache import heard, likeness
 
 
 def _kernel(first, second, third, CONSTANT: tl.constexpr, NAMED: tl.constexpr = 4):

@@ -30,9 +30,9 @@ from op_checks import (
 )
 from op_precision import assert_as_precise, assert_precise_on_average, assert_propagates, dtypes, sizes, tensors
 
-from fastlora.kernels import forms
-from fastlora.kernels.dropout import mask
-from fastlora.kernels.op import SemanticOp
+from fastlora.kernels.core import implementations
+from fastlora.kernels.core.semantic_op import SemanticOp
+from fastlora.kernels.formulas.dropout import mask
 from fastlora.kernels.ops import add_layer_norm, add_rms_norm
 
 FORMS = ["pytorch", "triton"]
@@ -243,7 +243,7 @@ def test_operands_may_differ_in_layout(op: SemanticOp, p: float | None) -> None:
     for left, right in itertools.product(copies.values(), repeat=2):
         given_ = drawn | {"residual": left(drawn["residual"]), "x": right(drawn["x"])}
         here = evaluate(op, given_).values()
-        with forms.only("pytorch"):
+        with implementations.only("pytorch"):
             there = evaluate(op, given_).values()
         dropped_like = torch.empty_like(given_["x"]) if p else given_["x"]
         assert here["output 1"].stride() == (given_["residual"] + dropped_like).stride()

@@ -23,7 +23,7 @@ from op_precision import (
     tensors,
 )
 
-from fastlora.kernels.op import SemanticOp
+from fastlora.kernels.core.semantic_op import SemanticOp
 from fastlora.kernels.ops import add_rms_norm, rms_norm
 
 FORMS = ["pytorch", "triton"]

@@ -38,7 +38,7 @@ from op_precision import (
     tensors,
 )
 
-from fastlora.kernels import forms
+from fastlora.kernels.core import implementations
 from fastlora.kernels.ops import rotary, rotary_group
 
 FORMS = ["pytorch", "triton"]
@@ -257,7 +257,7 @@ def test_gradient_of_x_has_its_dtype_though_x_is_not_saved() -> None:
 
 def test_unknown_layout() -> None:
     with (
-        forms.only("pytorch"),
+        implementations.only("pytorch"),
         pytest.raises(ValueError, match="'spiral' is none of half, flipped, pairs, interleaved"),
     ):
         rotary(**arguments(f32, "spiral", 4, 1, 2, 3, 4))
@@ -299,8 +299,8 @@ def test_members_of_other_shapes_go_one_by_one() -> None:
 @pytest.mark.parametrize("heads_last", [False, True])
 def test_transposed_heads_are_not_copied(heads_last: bool, layout: str) -> None:
     """The kernel gets x itself, and what it writes is y itself."""
-    from fastlora.kernels.gpu import rotary as gpu
-    from fastlora.kernels.gpu.tape import stopped
+    from fastlora.kernels.triton import rotary as gpu
+    from fastlora.kernels.triton.host.trace_cache import stopped
 
     x = on_device(torch.randn(2, 5, 9, 8))[:, :, 3:6]
     given_ = on_the_device(arguments(f32, layout, 8, 2, 3, 5, 8))

@@ -17,11 +17,11 @@ FORMS = ["triton"]
 
 @pytest.mark.parametrize("case", [*LAYERS, *GROUPS, *MLPS, *NORMS], ids=str)
 def test_what_is_played_has_the_bits_of_what_the_form_does(case: Any) -> None:
-    from fastlora.kernels.gpu import tape
+    from fastlora.kernels.triton.host import trace_cache
 
     torch.manual_seed(0)
     given = {name: on_device(value) for name, value in complete(case.op, case.arguments(f32)).items()}
-    with tape.stopped():
+    with trace_cache.stopped():
         expected = evaluate(case.op, given).values()
     for _ in range(3):
         found = evaluate(case.op, given).values()
@@ -54,7 +54,7 @@ def play(form: Any, **changed: Any) -> Any:
 
 
 def taped() -> tuple[Calls, Any]:
-    from fastlora.kernels.gpu.tape import taped as wrap
+    from fastlora.kernels.triton.host.trace_cache import taped as wrap
 
     form = Calls()
     form.__name__ = "form"  # type: ignore[attr-defined]
@@ -116,7 +116,7 @@ def test_nothing_is_kept_of_what_was_recorded() -> None:
 
 @pytest.mark.parametrize("how", ["asks a tensor", "reads another", "leaves nothing"])
 def test_what_no_tape_can_play_is_always_called(how: str) -> None:
-    from fastlora.kernels.gpu.tape import taped as wrap
+    from fastlora.kernels.triton.host.trace_cache import taped as wrap
 
     outside, calls = torch.zeros(()), []
 

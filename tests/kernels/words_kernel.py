@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.gpu.dropout import random_words
+from fastlora.kernels.triton.dropout import random_words
 
 
 @triton.jit(do_not_specialize=["first"])

@@ -11,7 +11,7 @@ import torch
 from tiny_models import COMMON, batch, build, step
 
 import fastlora
-from fastlora.engine import rewrite
+from fastlora.rewrite.pipeline import rewrite
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "bert"])

@@ -11,7 +11,7 @@ from graphs import Lookalike, Outcome, analyse, assert_as_exact, bf16, f32, rand
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
-from fastlora.view import View
+from fastlora.graph.view import View
 
 EXPERTS, N, K, TOKENS = 3, 24, 16, 12
 ENDS = torch.tensor([5, 5, 12], dtype=torch.int32)

@@ -16,12 +16,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora.engine import rewrite
+from fastlora.frontend.session import default_rules
 from fastlora.kernels import ops
-from fastlora.lowering import lower
-from fastlora.pattern import Opt, Param, Scalar, linear, seeded
-from fastlora.rule import dtype_of, rule
-from fastlora.session import default_rules
+from fastlora.lower.lowering import lower
+from fastlora.match.dsl import Opt, Param, Scalar, linear, seeded
+from fastlora.match.rule import dtype_of, rule
+from fastlora.rewrite.pipeline import rewrite
 
 X = randn(2, 3, 16)
 

@@ -17,12 +17,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora.engine import rewrite
+from fastlora.frontend.session import default_rules
 from fastlora.kernels import ops
-from fastlora.lowering import lower
-from fastlora.pattern import Scalar, raised, seeded
-from fastlora.rule import fuse
-from fastlora.session import default_rules
+from fastlora.lower.lowering import lower
+from fastlora.match.dsl import Scalar, raised, seeded
+from fastlora.match.rule import fuse
+from fastlora.rewrite.pipeline import rewrite
 
 X, Y, W = randn(2, 3, 16), randn(2, 3, 16, seed=1), randn(16)
 

@@ -13,9 +13,9 @@ from graphs import analyse, evaluate, fresh, lora, randn, rms_norm, rotary, trac
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
-from fastlora.engine import rewrite
-from fastlora.lowering import lower
-from fastlora.session import default_rules
+from fastlora.frontend.session import default_rules
+from fastlora.lower.lowering import lower
+from fastlora.rewrite.pipeline import rewrite
 
 X, W = randn(2, 3, 16), randn(16)
 LAYER = (randn(16, 16, grad=False), randn(4, 16), randn(16, 4))

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from graphs import evaluate, fresh, lora, randn, rms_norm, trace
 from torch import Tensor, fx
 
-from fastlora import lowering
-from fastlora.again import found
-from fastlora.engine import rewrite
-from fastlora.lowering import OPS, lower
-from fastlora.session import default_rules
+from fastlora.frontend.session import default_rules
+from fastlora.lower import lowering
+from fastlora.lower.lowering import OPS, lower
+from fastlora.lower.rematerialize import found
+from fastlora.rewrite.pipeline import rewrite
 
 X, R, W, B = randn(2, 3, 16), randn(2, 3, 16, seed=5), randn(16), randn(16, seed=6)
 LAYER = (randn(24, 16, grad=False), randn(4, 16), randn(24, 4))
@@ -100,7 +100,7 @@ def test_a_changed_input_of_the_norm_is_noticed() -> None:
 
 
 def test_an_argument_that_is_not_kept_cannot_be_made_again() -> None:
-    from fastlora.kernels.op import Make
+    from fastlora.kernels.core.semantic_op import Make
     from fastlora.kernels.ops import glu, rms_norm
 
     with pytest.raises(ValueError, match="does not save 'weights'"):

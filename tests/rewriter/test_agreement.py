@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from fastlora.agreement import STEPS, Compared, Rounding, Steps, compare, rounding, unlike
-from fastlora.checking import agree
+from fastlora.checking.agreement import STEPS, Compared, Rounding, Steps, compare, rounding, unlike
+from fastlora.checking.check import agree
+from fastlora.checking.trial import Step
 from fastlora.errors import FastLoRAError
-from fastlora.session import Options, Session
-from fastlora.trial import Step
+from fastlora.frontend.session import Options, Session
 
 FLOAT32 = rounding([torch.float32], tensor_cores=False)
 TRUE = torch.tensor([3.0, 4.0], dtype=torch.float64)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastlora.budget import KEEP, LEAST, Choice, Needs, choose, left, parse
 from fastlora.errors import FastLoRAError
+from fastlora.runtime.memory_planner import KEEP, LEAST, Choice, Needs, choose, left, parse
 
 MOVE, SPARE = Choice(moves=True), Choice(spares=True)
 LAYERS = [Needs(100, 60, flops=10.0)] * 4

@@ -13,12 +13,12 @@ from graphs import analyse, randn, view_of
 from torch import Tensor
 
 import fastlora
+from fastlora.graph.canonical_ops import _MERGED, _SEEN, operations, seen_instead, signature_of, spell
+from fastlora.graph.signature import parse
+from fastlora.graph.view import View
 from fastlora.kernels import ops
-from fastlora.pattern import Op, Scalar, silu
-from fastlora.rule import Rule, dtype_of, rule
-from fastlora.signature import parse
-from fastlora.spelling import _MERGED, _SEEN, operations, seen_instead, signature_of, spell
-from fastlora.view import View
+from fastlora.match.dsl import Op, Scalar, silu
+from fastlora.match.rule import Rule, dtype_of, rule
 
 X, Y = randn(2, 3, 8), randn(2, 3, 8, seed=1)
 GLU: dict[str, Any] = {"activation": "silu", "out_dtype": dtype_of()}

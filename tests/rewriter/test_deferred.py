@@ -10,9 +10,9 @@ from tiny_models import relative
 from torch import nn
 
 import fastlora
-from fastlora.head import DeferringHead, why_not
-from fastlora.logits import DeferredGradient, DeferredLogits
-from fastlora.session import Options, Session
+from fastlora.frontend.head_gate import DeferringHead, why_not
+from fastlora.frontend.session import Options, Session
+from fastlora.logits.deferred_logits import DeferredGradient, DeferredLogits
 
 VOCABULARY, WIDTH = 40, 8
 LABELS = torch.randint(0, VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(0))

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from graphs import WRITES, analyse, bf16, randn, rms_norm, trace, view_of
 from torch import Tensor, fx
 
-from fastlora import effects
-from fastlora.effects import Mutations, modes
-from fastlora.view import View
+from fastlora.graph import effects
+from fastlora.graph.effects import Mutations, modes
+from fastlora.graph.view import View
 
 X = randn(4, 8, grad=False)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastlora
-from fastlora.progress import progress
+from fastlora.frontend.progress import progress
 
 GUESSED = {"cross_entropy_kernel", "turn_kernel"}
 """The loss is foreseen as a mean over float32 logits that are not capped, incoming gradients as laid out as results."""

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from graphs import analyse, bf16, lora, randn, rms_norm
 from torch import Tensor
 
-from fastlora.kernels.op import op
-from fastlora.pattern import tanh
-from fastlora.rule import rule
+from fastlora.kernels.core.semantic_op import op
+from fastlora.match.dsl import tanh
+from fastlora.match.rule import rule
 
 X, Y, W = randn(2, 3, 16), randn(2, 3, 16, seed=1), randn(16)
 LAYER = (randn(24, 16, grad=False), randn(4, 16), randn(24, 4))
@@ -202,7 +202,7 @@ def test_l3_a_write_inside_a_checkpoint_counts() -> None:
 
 
 def test_l3_a_random_value_is_not_swallowed() -> None:
-    from fastlora.pattern import dropout
+    from fastlora.match.dsl import dropout
 
     toy = op(
         "legality_dropout",

@@ -13,11 +13,11 @@ from graphs import analyse, bf16, fresh, lora, randn, rms_norm, rotary, trace
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
-from fastlora.engine import rewrite
-from fastlora.kernels.op import SemanticOp, op
-from fastlora.pattern import tanh
-from fastlora.rule import Rule, rule
-from fastlora.session import default_rules
+from fastlora.frontend.session import default_rules
+from fastlora.kernels.core.semantic_op import SemanticOp, op
+from fastlora.match.dsl import tanh
+from fastlora.match.rule import Rule, rule
+from fastlora.rewrite.pipeline import rewrite
 
 X, Y, W = randn(2, 3, 16), randn(2, 3, 16, seed=1), randn(16)
 LAYER = (randn(24, 16, grad=False), randn(4, 16), randn(24, 4))

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fastlora
-from fastlora.head import DeferringHead
-from fastlora.session import Options, Session
+from fastlora.frontend.head_gate import DeferringHead
+from fastlora.frontend.session import Options, Session
 
 
 class Adapted(nn.Module):

@@ -12,13 +12,13 @@ import torch
 from copies import Copy, LateCopies
 from torch import Tensor
 
-from fastlora import offload
-from fastlora.offload import Mover
+from fastlora.runtime import activation_offload
+from fastlora.runtime.activation_offload import Mover
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "SMALL", 1)
+    monkeypatch.setattr(activation_offload, "SMALL", 1)
 
 
 class Moving:
@@ -87,7 +87,7 @@ def test_what_is_still_here_does_not_come_back() -> None:
 
 
 def test_what_comes_before_is_on_its_way_when_something_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "AHEAD", 2 * 80)
+    monkeypatch.setattr(activation_offload, "AHEAD", 2 * 80)
     run, x = Moving(), rows()
     y = run(x)
     run.mover.settle(0)
@@ -221,7 +221,7 @@ def test_a_change_of_what_stays_is_no_silent_error_either(
     small: int, moves: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Autograd leaves that to whoever has hooks."""
-    monkeypatch.setattr(offload, "SMALL", small)
+    monkeypatch.setattr(activation_offload, "SMALL", small)
     mover, x, weight = Mover(LateCopies(), lambda _: None), rows(), torch.nn.Parameter(torch.randn(4, 4))
     with mover.hooks({weight.untyped_storage().data_ptr()}, lambda _: None, moves):
         y = (x * 2) @ weight
@@ -232,7 +232,7 @@ def test_a_change_of_what_stays_is_no_silent_error_either(
 
 
 def test_a_forward_without_a_backward_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "SMALL", 10**9)  # so that results that are saved stay
+    monkeypatch.setattr(activation_offload, "SMALL", 10**9)  # so that results that are saved stay
     run = Moving()
     y = run(rows())
     result = weakref.ref(y)

@@ -11,8 +11,8 @@ from replayed_region import Region, assert_equal, gradients, rows
 from torch import nn
 
 import fastlora
-from fastlora.pace import COPIES, ENOUGH, RATE, Pace
-from fastlora.replay import RUNS_BEFORE, Replays
+from fastlora.runtime.cuda_graphs import RUNS_BEFORE, Replays
+from fastlora.runtime.replay_choice import COPIES, ENOUGH, RATE, Pace
 
 
 @dataclass
@@ -105,7 +105,7 @@ def test_what_cannot_be_replayed_is_no_news_unless_replays_were_asked_for() -> N
 
 
 def test_inputs_that_are_too_large_to_copy_are_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastlora.replay.MOST_COPIED", 3 * 4 * 4 - 1)
+    monkeypatch.setattr("fastlora.runtime.cuda_graphs.MOST_COPIED", 3 * 4 * 4 - 1)
     region = Region()
     run(region, 4)
     assert region.replays.recorded == 0

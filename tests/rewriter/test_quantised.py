@@ -12,13 +12,14 @@ from quantised_models import Format
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastlora import again
-from fastlora.engine import bodies, rewrite
+from fastlora.frontend.session import default_rules
+from fastlora.graph.bodies import bodies
+from fastlora.graph.fake_values import steady
 from fastlora.kernels.ops import dequantize_4bit, lora_linear
-from fastlora.lowering import OPS, lower
-from fastlora.metadata import steady
-from fastlora.quantised import propose, settle
-from fastlora.session import default_rules
+from fastlora.lower import rematerialize
+from fastlora.lower.lowering import OPS, lower
+from fastlora.rewrite.pipeline import rewrite
+from fastlora.rewrite.quantized import propose, settle
 
 WIDTH, RANK = 128, 4
 
@@ -110,7 +111,7 @@ def test_a_norm_before_the_product_is_made_again_as_it_is_before_a_plain_one() -
     gm, inputs = traced(Normed(Format()))
     expected = results(gm.forward, inputs)
     rewrite(gm, default_rules())
-    assert [each.make.argument for each in again.found(gm.graph, OPS)] == ["x"]
+    assert [each.make.argument for each in rematerialize.found(gm.graph, OPS)] == ["x"]
     assert close(results(lower(gm, inputs, "eager", "default"), inputs), expected)
 
 

@@ -8,7 +8,7 @@ from replayed_region import Region, Rerun, assert_equal, gradients, rows
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastlora.replay import RUNS_BEFORE, Replays
+from fastlora.runtime.cuda_graphs import RUNS_BEFORE, Replays
 
 
 def test_results_and_gradients_are_those_of_the_graph() -> None:

@@ -12,9 +12,9 @@ import torch
 from replayed_region import Region, Rerun, assert_equal, gradients, rows
 from torch import Tensor, nn
 
-from fastlora import replay as module
-from fastlora.recorder import CudaGraphs
-from fastlora.replay import RUNS_BEFORE, Replays
+from fastlora.runtime import cuda_graphs as module
+from fastlora.runtime.cuda_graphs import RUNS_BEFORE, Replays
+from fastlora.runtime.graph_pool import CudaGraphs
 
 
 @pytest.mark.parametrize("run", [
@@ -138,7 +138,7 @@ def test_forgotten_recordings_are_freed_after_their_backward() -> None:
 
 def test_recordings_are_forgotten_with_the_model_and_by_disable(monkeypatch: pytest.MonkeyPatch) -> None:
     import fastlora
-    from fastlora.session import Session
+    from fastlora.frontend.session import Session
 
     forgotten: list[Session] = []
     monkeypatch.setattr(Session, "forget", lambda session: forgotten.append(session))

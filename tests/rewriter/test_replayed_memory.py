@@ -10,7 +10,7 @@ import torch
 from memory_tape import Taped
 from torch import Tensor, nn
 
-from fastlora.replay import Replays, _Recording
+from fastlora.runtime.cuda_graphs import Replays, _Recording
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """Its input, and its result from replayed layers and from layers that run as they are."""

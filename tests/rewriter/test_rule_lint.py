@@ -13,11 +13,11 @@ from graphs import analyse, randn
 from torch import Tensor
 
 import fastlora
+from fastlora.frontend.session import default_rules
 from fastlora.kernels import ops
-from fastlora.kernels.op import SemanticOp, op
-from fastlora.pattern import Op, Opt, Param, Scalar, cast, either, raised, sigmoid, silu, tanh
-from fastlora.rule import dtype_of, fuse, group, rule
-from fastlora.session import default_rules
+from fastlora.kernels.core.semantic_op import SemanticOp, op
+from fastlora.match.dsl import Op, Opt, Param, Scalar, cast, either, raised, sigmoid, silu, tanh
+from fastlora.match.rule import dtype_of, fuse, group, rule
 
 
 def _declare(name: str, schema: str, outputs: int = 1) -> SemanticOp:

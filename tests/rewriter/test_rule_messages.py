@@ -12,8 +12,8 @@ import torch
 
 import fastlora
 from fastlora.kernels import ops
-from fastlora.pattern import Op, Param, Scalar, cast, either, raised, seeded, silu, tanh
-from fastlora.rule import dtype_of, fuse, group, rule, tag_of
+from fastlora.match.dsl import Op, Param, Scalar, cast, either, raised, seeded, silu, tanh
+from fastlora.match.rule import dtype_of, fuse, group, rule, tag_of
 
 GLU: dict[str, Any] = {"activation": "silu", "out_dtype": dtype_of()}
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import fastlora
+from fastlora.match.rulebook import check_rules, rules_of
 from fastlora.patterns import RULES, norms
-from fastlora.rulebook import check_rules, rules_of
 
 
 @pytest.mark.parametrize("rules", [[], RULES, tuple(RULES), iter(RULES)], ids=["none", "list", "tuple", "iterator"])

@@ -8,7 +8,7 @@ from tiny_models import FAMILIES, build
 from torch import nn
 
 import fastlora
-from fastlora.regions import find_regions
+from fastlora.frontend.regions import find_regions
 
 
 def test_packages_add_rules_by_entry_point(monkeypatch):
@@ -18,7 +18,9 @@ def test_packages_add_rules_by_entry_point(monkeypatch):
         EntryPoint("b", "fastlora.patterns.rotary:RULES", "fastlora.patterns"),
     ]
     builtin = fastlora.default_rules()
-    monkeypatch.setattr("fastlora.session.entry_points", lambda group: entries if group == "fastlora.patterns" else [])
+    monkeypatch.setattr(
+        "fastlora.frontend.session.entry_points", lambda group: entries if group == "fastlora.patterns" else []
+    )
     from fastlora.patterns import norms, rotary
 
     assert fastlora.default_rules() == [*builtin, *norms.RULES, *rotary.RULES]

@@ -17,8 +17,8 @@ from peft.utils.other import transpose
 from quantised_models import Format
 from torch import Tensor, nn
 
-from fastlora import standins
-from fastlora.standins import traceable
+from fastlora.frontend import peft_shims
+from fastlora.frontend.peft_shims import traceable
 
 FUNCTIONS = (dequantize_module_weight, transpose, DoraLinearLayer._cache_clear, ParamWrapper.forward)
 MARK = "_torchdynamo_inline"
@@ -112,7 +112,7 @@ def test_a_weight_that_is_packed_for_evaluation_is_the_functions_business() -> N
 
     calls: list[Any] = []
     layer = Format().layer(nn.Linear(64, 8))
-    weight_of = standins._weight_of(counted)  # type: ignore[arg-type]
+    weight_of = peft_shims._weight_of(counted)  # type: ignore[arg-type]
     assert weight_of is not None
     calls.clear()
     weight_of(layer)
@@ -128,7 +128,7 @@ def test_a_function_that_decodes_otherwise_keeps_weights_of_4_bits(monkeypatch: 
         return weight if type(weight) in (torch.Tensor, nn.Parameter) and weight is module.weight else weight / 2
 
     layer = Format().layer(nn.Linear(64, 8))
-    weight_of = standins._weight_of(halved)  # type: ignore[arg-type]
+    weight_of = peft_shims._weight_of(halved)  # type: ignore[arg-type]
     assert weight_of is not None
     assert torch.equal(weight_of(layer), halved(layer))
 
@@ -230,7 +230,7 @@ def test_an_adapted_parameter_is_one_graph_and_stays_a_parameter(second: bool) -
 
 
 def test_finding_that_out_leaves_random_numbers_as_they_were() -> None:
-    standins._known.clear()
+    peft_shims._known.clear()
     before = torch.get_rng_state()
     stand_in(ParamWrapper.forward)
     assert torch.equal(torch.get_rng_state(), before)
@@ -253,15 +253,15 @@ def kept(weight: Any, fan_in_fan_out: bool) -> Any:
 def test_a_function_that_does_something_else_is_left_alone(
     function: FunctionType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = standins._STAND_INS
+    known = peft_shims._STAND_INS
     made = [(function.__module__, function.__name__, make) for _, _, make in known]
     monkeypatch.setitem(sys.modules, function.__module__, SimpleNamespace(**{function.__name__: function}))
-    monkeypatch.setattr(standins, "_STAND_INS", tuple(made))
+    monkeypatch.setattr(peft_shims, "_STAND_INS", tuple(made))
     with traceable():
         assert not hasattr(function, MARK)
 
 
 def test_libraries_that_are_not_there_are_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(standins, "_STAND_INS", (("no_such_library.utils", "weight_of", standins._weight_of),))
+    monkeypatch.setattr(peft_shims, "_STAND_INS", (("no_such_library.utils", "weight_of", peft_shims._weight_of),))
     with traceable():
         assert not any(marked())

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlora
 from fastlora.kernels import ops
-from fastlora.kernels.op import NAMESPACE
-from fastlora.logits import DeferredLogits
+from fastlora.kernels.core.semantic_op import NAMESPACE
+from fastlora.logits.deferred_logits import DeferredLogits
 
 
 def traced(function, *inputs):
@@ -164,15 +164,15 @@ def test_t13_a_training_step_makes_no_logits(whole):
 
 def test_t14_rewritten_graphs_are_python_that_names_its_operators():
     gm = traced(Norm(8), torch.randn(2, 8))
-    fastlora.engine.rewrite(gm, fastlora.default_rules())
+    fastlora.rewrite.pipeline.rewrite(gm, fastlora.default_rules())
     assert f"torch.ops.{NAMESPACE}.rms_norm.default" in gm.code
     compile(gm.code, "graph", "exec")
 
 
 def test_compiling_inside_a_checkpoint_leaves_no_trace_in_what_it_records(monkeypatch):
     """A checkpoint counts the tensors that are saved; the first call, which compiles, may not save more than others."""
-    monkeypatch.setattr("fastlora.effects._PROBED", {})
-    monkeypatch.setattr("fastlora.verify._SEEN", {})
+    monkeypatch.setattr("fastlora.graph.effects._PROBED", {})
+    monkeypatch.setattr("fastlora.rewrite.verify._SEEN", {})
     model = build("gpt_neox", dropout=0.1)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()

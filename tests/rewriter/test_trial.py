@@ -9,7 +9,7 @@ import torch
 from tiny_models import batch, build, relative
 from torch import Tensor, nn
 
-from fastlora.trial import NoLossError, Step, Trial
+from fastlora.checking.trial import NoLossError, Step, Trial
 
 
 def steps(trial: Trial, *seeds: int, **options: Any) -> list[Step]:

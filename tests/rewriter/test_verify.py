@@ -13,10 +13,10 @@ from graphs import analyse, bf16, lora, randn, rms_norm, rotary
 from torch import Tensor
 
 from fastlora.kernels import ops
-from fastlora.kernels.op import op
-from fastlora.pattern import Op, Opt, Param, Scalar, cast, gelu, mean, rsqrt, silu, tanh
+from fastlora.kernels.core.semantic_op import op
+from fastlora.match.dsl import Op, Opt, Param, Scalar, cast, gelu, mean, rsqrt, silu, tanh
+from fastlora.match.rule import Rule, dtype_of, rule
 from fastlora.patterns.rotary import _rotate
-from fastlora.rule import Rule, dtype_of, rule
 
 X, Y, W = randn(2, 3, 16), randn(2, 3, 16, seed=1), randn(16)
 BF16 = X.detach().to(bf16).requires_grad_()
@@ -64,7 +64,7 @@ def _doubled_scaling() -> Rule:
 
     @rule(ops.lora_add, attrs={**attrs, "scaling": lambda match: 2 * match.value("_s")})
     def wrong(base, x, lora_a: Param(2), lora_b: Param(2), lora_bias: Opt[Param(1)], _s: Scalar):
-        from fastlora.pattern import linear
+        from fastlora.match.dsl import linear
 
         return base + linear(linear(x, lora_a), lora_b, lora_bias) * _s
 
@@ -85,7 +85,7 @@ def _sum_for_mean() -> Rule:
 
     @rule(ops.linear_cross_entropy, attrs=attrs)
     def wrong(x, weight: Param(2), bias: Opt, labels):
-        from fastlora.pattern import linear
+        from fastlora.match.dsl import linear
 
         anything = lambda _: True  # noqa: E731
         head = linear(x, weight, bias)
@@ -265,7 +265,7 @@ def test_verification_leaves_random_numbers_as_they_were() -> None:
     outcome_rules = [gelu_rule]
 
     def backend(gm: torch.fx.GraphModule, given: Any) -> Any:
-        from fastlora.engine import rewrite
+        from fastlora.rewrite.pipeline import rewrite
 
         (made,) = rewrite(gm, outcome_rules, verify=True)
         assert made.chosen

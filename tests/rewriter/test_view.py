@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from graphs import bf16, f32, randn, trace, view_of
 from torch import Tensor, fx
 
-from fastlora.metadata import known_equal
-from fastlora.view import Term, View
+from fastlora.graph.fake_values import known_equal
+from fastlora.graph.view import Term, View
 
 X, Y, W = randn(2, 3, 8, grad=False), randn(2, 3, 8, seed=1, grad=False), randn(5, 8, grad=False)
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 import fastlora
-from fastlora import checking
+from fastlora.checking import check
 from fastlora.kernels import ops
-from fastlora.pattern import silu
-from fastlora.rule import dtype_of, rule
+from fastlora.match.dsl import silu
+from fastlora.match.rule import dtype_of, rule
 from fastlora.tools.builtin_model import build_model, build_tokenizer
 from fastlora.tools.cli import main
 
@@ -54,11 +54,11 @@ def test_a_wrong_step_fails(
     def wrong(gate, up):
         return silu(gate) * up
 
-    class Wrong(checking.Session):
+    class Wrong(check.Session):
         def __init__(self, options: object, rules: object) -> None:
             super().__init__(options, [wrong])
 
-    monkeypatch.setattr(checking, "Session", Wrong)
+    monkeypatch.setattr(check, "Session", Wrong)
     assert main(["check", "--model", own_model, *SMALL]) == 1
     output = capsys.readouterr()
     assert output.out.startswith("wrong: ")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastlora.kernels import ops
-from fastlora.kernels.op import SemanticOp
+from fastlora.kernels.core.semantic_op import SemanticOp
 from fastlora.tools.bench.shapes import Shape
 
 Arguments = dict[str, Any]

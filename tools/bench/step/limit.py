@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fastlora.kernels import ops
-from fastlora.kernels.op import SemanticOp
+from fastlora.kernels.core.semantic_op import SemanticOp
 from fastlora.tools.bench.measure import Ceilings
 from fastlora.tools.bench.step.models import Model
 from fastlora.tools.bench.step.weights import RANK

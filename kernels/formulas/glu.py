@@ -1,0 +1,106 @@
+"""Gated linear unit:  y = act(gate) * up, with act one of silu, gelu (erf) and gelu_tanh.
+
+    silu        act(z) = z s                     act'(z) = s (1 + z (1 - s))                      s = sigmoid(z)
+    gelu        act(z) = z P                     act'(z) = P + z p
+    gelu_tanh   act(z) = z (1 + t) / 2           act'(z) = (1 + t) / 2 + z (1 - t^2) u' / 2
+
+where P = (1 + erf(z / sqrt(2))) / 2 and p = exp(-z^2 / 2) / sqrt(2 pi) are the normal distribution and its density, and
+t = tanh(u) with u = sqrt(2 / pi) (z + 0.044715 z^3), so u' = sqrt(2 / pi) (1 + 3 * 0.044715 z^2).
+
+Backward:
+
+    dgate = dy * up * act'(gate)        dup = dy * act(gate)
+
+Saved: gate and up.  act(gate) is recomputed.  Half precision is widened to float32 and rounded once, where eager rounds
+after the activation as well.
+
+Shapes: gate, up and y (..., I); y and dgate are laid out in memory as gate is, dup as up.
+Sources: Shazeer, "GLU Variants Improve Transformer" (2020); Hendrycks and Gimpel, "Gaussian Error Linear Units" (2016).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fastlora.kernels.core.cost import Cost, Work
+from fastlora.kernels.core.implementations import laid_out
+from fastlora.kernels.core.semantic_op import Gradients, Wanted, op
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+_CUBIC = 0.044715
+
+
+def activate(z: torch.Tensor, activation: str) -> torch.Tensor:
+    """act(z), in z's dtype."""
+    if activation == "silu":
+        return F.silu(z)
+    if activation == "gelu":
+        return F.gelu(z)
+    if activation == "gelu_tanh":
+        return F.gelu(z, approximate="tanh")
+    raise ValueError(f"glu: activation {activation!r} is none of {', '.join(ACTIVATIONS)}")
+
+
+def derivative(z: torch.Tensor, activation: str) -> torch.Tensor:
+    """act'(z), in z's dtype."""
+    if activation == "silu":
+        s = torch.sigmoid(z)
+        return s * (1 + z * (1 - s))
+    if activation == "gelu":
+        distribution = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
+        density = torch.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
+        return distribution + z * density
+    if activation == "gelu_tanh":
+        slope = math.sqrt(2 / math.pi)
+        square = z * z
+        t = torch.tanh(slope * (z + _CUBIC * z * square))
+        return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * slope * (1 + 3 * _CUBIC * square)
+    raise ValueError(f"glu: activation {activation!r} is none of {', '.join(ACTIVATIONS)}")
+
+
+def reference(gate: torch.Tensor, up: torch.Tensor, activation: str, out_dtype: torch.dtype) -> torch.Tensor:
+    """The gated unit as the models write it. Returns y in `out_dtype`."""
+    return (activate(gate, activation) * up).to(out_dtype)
+
+
+def _wide(gate: torch.Tensor, up: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(gate.dtype, up.dtype), torch.float32)
+
+
+def forward(gate: torch.Tensor, up: torch.Tensor, activation: str, out_dtype: torch.dtype) -> tuple[torch.Tensor]:
+    wide = _wide(gate, up)
+    return (laid_out((activate(gate.to(wide), activation) * up.to(wide)).to(out_dtype), gate),)
+
+
+def backward(
+    wanted: Wanted, grads: list[torch.Tensor], gate: torch.Tensor, up: torch.Tensor, activation: str, **_: Any
+) -> Gradients:
+    wide = _wide(gate, up)
+    z, dy = gate.to(wide), grads[0].to(wide)
+    gradients: Gradients = {}
+    if wanted["gate"]:
+        gradients["gate"] = laid_out((dy * up.to(wide) * derivative(z, activation)).to(gate.dtype), gate)
+    if wanted["up"]:
+        gradients["up"] = laid_out((dy * activate(z, activation)).to(up.dtype), up)
+    return gradients
+
+
+glu = op(
+    "glu",
+    family="glu",
+    schema="(Tensor gate, Tensor up, str activation, ScalarType out_dtype) -> (Tensor y)",
+    outputs=1,
+    reference=reference,
+    forward=forward,
+    backward=backward,
+    saves=("gate", "up"),
+    choices={"activation": ACTIVATIONS},
+    cost=Cost(
+        forward=Work(flops="6*T*I", bytes="3*T*I*b"),
+        backward=Work(flops="12*T*I", bytes="5*T*I*b"),
+    ),
+)

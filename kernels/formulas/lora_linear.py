@@ -1,0 +1,349 @@
+"""A linear layer with a low-rank adapter, as PEFT computes it, and the adapter alone.
+
+    base = linear(x, W, b)                           every operand in base_dtype
+    xa   = z A^T        low = linear(xa, B, c)       every operand in lora_dtype; z is x, or x after dropout
+    y    = (base + low * s).to(out_dtype)            the sum in the widest of the three dtypes
+
+so the roundings are eager's, in eager's order: float32 adapters on a bfloat16 base compute in float32, and under
+autocast all of it is bfloat16, but for a float32 sum where the base's result is cast to join a float32 residual stream.
+`lora_add` is the last line for any `base` that somebody else computed.
+
+Backward, with the low-rank path factored through dxa, which is only R wide:
+
+    dW = dy^T x         db = sum dy          dx = dy W
+    dB = dy^T (s xa)    dc = s sum dy        dxa = s dy B        dA = dxa^T z        dz = dxa A
+
+s multiplies what is only R wide, so dy * s, as large as y, is never made.  Without dropout z is x and
+dx = dy W + dxa A: the second product adds onto the first where their dtypes agree.
+
+Dropout comes in two ways.  A z that somebody else has dropped out, `x_dropped`, has a gradient of its own.  With a
+`seed` and a probability, `dropout`, z is x * m with the mask m of `dropout.py`, made here and not kept: the backward
+makes it again for dA, and dx = dy W + (dxa A) * m, the mask and the sum in one pass.
+
+Saved: s xa, one row of R per token, which saves dB from recomputing it; z only if A is trained, x only if z is made of
+x or W is trained.  A frozen base behind dropout, or an adapter with a frozen A, saves no activation but s xa.  In
+float16 a factor above 1 is left to B and dB: s xa may be too large a number for it where xa and y are not.
+
+Shapes: x and z (..., K), W (N, K), b and c (N,), A (R, K), B (N, R), y (..., N), xa (T, R) for T tokens.
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fastlora.kernels.core.cost import Cost, Work
+from fastlora.kernels.core.semantic_op import Gradients, Wanted, op
+from fastlora.kernels.formulas import dropout as masks
+from fastlora.kernels.formulas.dropout import dropped_out
+
+PARAMETERS = ("weight", "bias", "lora_a", "lora_b", "lora_bias")
+"""The tensors of one adapted layer, W, b, A, B and c above, in the schemas' order."""
+
+Addend = tuple[torch.Tensor, torch.Tensor]
+"""A product that stays unevaluated until it is summed with others: (left, right) stands for left @ right."""
+
+
+def reference(
+    x: torch.Tensor,
+    x_dropped: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    lora_bias: torch.Tensor | None,
+    scaling: float,
+    base_dtype: torch.dtype,
+    lora_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    seed: torch.Tensor | None = None,
+    dropout: float | None = None,
+) -> torch.Tensor:
+    """The adapted layer as PEFT writes it. Returns y of shape (..., N) in `out_dtype`."""
+    masks.check_argument(seed, dropout, x_dropped)
+    base = F.linear(x.to(base_dtype), weight.to(base_dtype), cast(bias, base_dtype))
+    z = x if x_dropped is None else x_dropped
+    return add_reference(base, z, lora_a, lora_b, lora_bias, scaling, lora_dtype, out_dtype, seed, dropout)
+
+
+def add_reference(
+    base: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    lora_bias: torch.Tensor | None,
+    scaling: float,
+    lora_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    seed: torch.Tensor | None = None,
+    dropout: float | None = None,
+) -> torch.Tensor:
+    """The adapter's contribution added to `base`. Returns y of base's shape in `out_dtype`."""
+    masks.check_argument(seed, dropout)
+    if seed is not None and dropout is not None:
+        x = masks.reference(x, None, seed, dropout, lora_dtype)
+    xa = F.linear(x.to(lora_dtype), lora_a.to(lora_dtype))
+    low = F.linear(xa, lora_b.to(lora_dtype), cast(lora_bias, lora_dtype))
+    return _sum(base, low * scaling, out_dtype)
+
+
+def _sum(base: torch.Tensor, low: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """base + low in `dtype`, rounded to it once."""
+    wide = torch.promote_types(torch.promote_types(base.dtype, low.dtype), dtype)
+    return (base.to(wide) + low).to(dtype)
+
+
+def cast(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return None if t is None else t.to(dtype)
+
+
+def carried(scaling: float, dtype: torch.dtype) -> float:
+    """The factor that xa is kept with, in the dtype of the adapter."""
+    return 1.0 if dtype is torch.float16 and abs(scaling) > 1 else scaling
+
+
+def remainder(scaling: float, dtype: torch.dtype) -> float:
+    """What that leaves of the scaling."""
+    return scaling if carried(scaling, dtype) != scaling else 1.0
+
+
+def rows(t: torch.Tensor) -> torch.Tensor:
+    """All dimensions but the last as one: the tokens."""
+    return t.reshape(-1, t.shape[-1])
+
+
+def scaled_product(left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch.Tensor:
+    """scaling * (left @ right), rounded once."""
+    return torch.addmm(left.new_zeros(()), left, right, beta=0, alpha=scaling)
+
+
+def sum_rows(t: torch.Tensor) -> torch.Tensor:
+    """The sum over tokens, left in float32 or wider."""
+    return t.sum(0, dtype=torch.promote_types(t.dtype, torch.float32))
+
+
+def sum_products(addends: list[Addend], dtype: torch.dtype) -> torch.Tensor:
+    """The sum of the addends, in `dtype`. A partial sum has the widest dtype at hand, so none is rounded more than
+    autograd's, which is rounded to `dtype`; and a product of that width joins the sum without a rounding of its own.
+    """
+    (left, right), *others = addends
+    total = left @ right
+    wide = dtype
+    for operand, _ in addends:
+        wide = torch.promote_types(wide, operand.dtype)
+    for left, right in others:
+        total = total.to(wide)
+        total = torch.addmm(total, left, right) if left.dtype == wide else total + left @ right
+    return total.to(dtype)
+
+
+def add_forward(
+    base: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    lora_bias: torch.Tensor | None,
+    scaling: float,
+    lora_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    seed: torch.Tensor | None = None,
+    dropout: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    masks.check_argument(seed, dropout)
+    xa = F.linear(dropped_out(x, seed, dropout, lora_dtype), lora_a.to(lora_dtype))
+    low = F.linear(xa, lora_b.to(lora_dtype), cast(lora_bias, lora_dtype))
+    return _sum(base, low * scaling, out_dtype), rows(xa) * carried(scaling, lora_dtype)
+
+
+def forward(
+    x: torch.Tensor,
+    x_dropped: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    base_dtype: torch.dtype,
+    **adapter: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    masks.check_argument(adapter.get("seed"), adapter.get("dropout"), x_dropped)
+    base = F.linear(x.to(base_dtype), weight.to(base_dtype), cast(bias, base_dtype))
+    return add_forward(base, x if x_dropped is None else x_dropped, **adapter)
+
+
+def base_backward(
+    wanted: Wanted,
+    wants_x: bool,
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    base_dtype: torch.dtype,
+) -> tuple[Gradients, list[Addend]]:
+    """The gradients of W and b, and the addend of dx if it is wanted, from dy (T, N)."""
+    dy = dy.to(base_dtype)
+    gradients: Gradients = {}
+    if wanted["weight"]:
+        assert x is not None
+        gradients["weight"] = (dy.t() @ rows(x).to(base_dtype)).to(weight.dtype)
+    if bias is not None and wanted["bias"]:
+        gradients["bias"] = sum_rows(dy).to(bias.dtype)
+    return gradients, [(dy, weight.to(base_dtype))] if wants_x else []
+
+
+def low_rank_backward(
+    wanted: Wanted,
+    wants_z: bool,
+    dy: torch.Tensor,
+    z: torch.Tensor | None,
+    xa: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    lora_bias: torch.Tensor | None,
+    scaling: float,
+    lora_dtype: torch.dtype,
+) -> tuple[Gradients, list[Addend]]:
+    """The gradients of A, B and c, and the addend of dz if it is wanted, from dy (T, N) and xa as it is kept."""
+    dy = dy.to(lora_dtype)
+    gradients: Gradients = {}
+    if wanted["lora_b"]:
+        gradients["lora_b"] = scaled_product(dy.t(), xa, remainder(scaling, lora_dtype)).to(lora_b.dtype)
+    if lora_bias is not None and wanted["lora_bias"]:
+        gradients["lora_bias"] = (sum_rows(dy) * scaling).to(lora_bias.dtype)
+    if not (wanted["lora_a"] or wants_z):
+        return gradients, []
+    dxa = scaled_product(dy, lora_b.to(lora_dtype), scaling)
+    if wanted["lora_a"]:
+        assert z is not None
+        gradients["lora_a"] = (dxa.t() @ rows(z).to(lora_dtype)).to(lora_a.dtype)
+    return gradients, [(dxa, lora_a.to(lora_dtype))] if wants_z else []
+
+
+def parts_backward(
+    wanted: Wanted,
+    wants_x: bool,
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    z: torch.Tensor | None,
+    xa: torch.Tensor,
+    base_dtype: torch.dtype,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    **adapter: Any,
+) -> tuple[Gradients, list[Addend], list[Addend]]:
+    """The gradients of an adapted layer's `PARAMETERS`, and the addends of dx and of dz if these are wanted."""
+    dy = rows(dy)
+    gradients, dx = base_backward(wanted, wants_x, dy, x, weight, bias, base_dtype)
+    low_gradients, dz = low_rank_backward(wanted, wants_x, dy, z, xa, **adapter)
+    return gradients | low_gradients, dx, dz
+
+
+def projection_backward(
+    wanted: Wanted, wants_x: bool, dy: torch.Tensor, x: torch.Tensor | None, xa: torch.Tensor, **layer: Any
+) -> tuple[Gradients, list[Addend]]:
+    """The same where z is x: all addends are dx's."""
+    gradients, dx, dz = parts_backward(wanted, wants_x, dy, x, x, xa, **layer)
+    return gradients, dx + dz
+
+
+def backward(
+    wanted: Wanted,
+    grads: list[torch.Tensor],
+    x: torch.Tensor | None,
+    x_dropped: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    xa: torch.Tensor,
+    x_dtype: torch.dtype,
+    x_dropped_dtype: torch.dtype | None,
+    base_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    seed: torch.Tensor | None = None,
+    dropout: float | None = None,
+    **adapter: Any,
+) -> Gradients:
+    dy = rows(grads[0])
+    shape = (*grads[0].shape[:-1], weight.shape[1])
+    dropped = x_dropped_dtype is not None
+    z = x_dropped if dropped else x
+    if z is not None and wanted["lora_a"]:
+        z = dropped_out(z, seed, dropout, adapter["lora_dtype"])
+    gradients, dx = base_backward(wanted, wanted["x"], dy, x, weight, bias, base_dtype)
+    low_gradients, dz = low_rank_backward(wanted, wanted["x_dropped" if dropped else "x"], dy, z, xa, **adapter)
+    gradients |= low_gradients
+    if wanted["x"] and seed is not None:
+        base, low = (left @ right for left, right in (*dx, *dz))
+        gradients["x"] = dropped_out(low, seed, dropout, x_dtype, base).reshape(shape)
+    elif wanted["x"]:
+        gradients["x"] = sum_products(dx if dropped else dx + dz, x_dtype).reshape(shape)
+    if x_dropped_dtype is not None and wanted["x_dropped"]:
+        gradients["x_dropped"] = sum_products(dz, x_dropped_dtype).reshape(shape)
+    return gradients
+
+
+lora_linear = op(
+    "lora_linear",
+    family="lora",
+    schema=(
+        "(Tensor x, Tensor? x_dropped, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor? lora_bias, "
+        "float scaling, ScalarType base_dtype, ScalarType lora_dtype, ScalarType out_dtype, "
+        "Tensor? seed, float? dropout) -> (Tensor y, Tensor xa)"
+    ),
+    outputs=1,
+    reference=reference,
+    forward=forward,
+    backward=backward,
+    saves=("x", "x_dropped", *PARAMETERS, "xa", "seed"),
+    saved_if={
+        "x": lambda wanted, given: wanted["weight"] or (wanted["lora_a"] and given["x_dropped"] is None),
+        "x_dropped": lambda wanted, _: wanted["lora_a"],
+    },
+    decodes=("weight",),
+    gives=True,
+    cost=Cost(
+        forward=Work(flops="2*T*N*K + 2*T*R*(N + K)", bytes="(T*K + T*N + T*R)*b + N*K*w + R*(N + K)*p"),
+        backward=Work(flops="2*T*N*K + 4*T*R*(N + K)", bytes="(2*T*K + T*N + T*R)*b + N*K*w + 2*R*(N + K)*p"),
+    ),
+)
+
+
+def add_backward(
+    wanted: Wanted,
+    grads: list[torch.Tensor],
+    x: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    x_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    seed: torch.Tensor | None = None,
+    dropout: float | None = None,
+    **adapter: Any,
+) -> Gradients:
+    z = None if x is None else dropped_out(x, seed, dropout, adapter["lora_dtype"])
+    gradients, dz = low_rank_backward(wanted, wanted["x"], rows(grads[0]), z, lora_a=lora_a, **adapter)
+    if wanted["x"]:
+        ((left, right),) = dz
+        dx = dropped_out(left @ right, seed, dropout, x_dtype)
+        gradients["x"] = dx.reshape(*grads[0].shape[:-1], lora_a.shape[1])
+    return gradients
+
+
+lora_add = op(
+    "lora_add",
+    family="lora",
+    schema=(
+        "(Tensor base, Tensor x, Tensor lora_a, Tensor lora_b, Tensor? lora_bias, float scaling, "
+        "ScalarType lora_dtype, ScalarType out_dtype, Tensor? seed, float? dropout) -> (Tensor y, Tensor xa)"
+    ),
+    outputs=1,
+    reference=add_reference,
+    forward=add_forward,
+    backward=add_backward,
+    saves=("x", "lora_a", "lora_b", "lora_bias", "xa", "seed"),
+    saved_if={"x": lambda wanted, _: wanted["lora_a"]},
+    passthrough=("base",),
+    gives=True,
+    cost=Cost(
+        forward=Work(flops="2*T*R*(N + K)", bytes="(T*K + 2*T*N + T*R)*b + R*(N + K)*p"),
+        backward=Work(flops="4*T*R*(N + K)", bytes="(2*T*K + T*N + T*R)*b + 2*R*(N + K)*p"),
+    ),
+)

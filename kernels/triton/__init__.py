@@ -1,0 +1,36 @@
+"""Triton forms of the ops, for NVIDIA GPUs of compute capability 7.0 and newer.
+
+One file per op, named after the file in `kernels/` that holds the op's formulas, which the kernels here compute. The
+docstring of a kernel is what one program of it does. Importing this package registers the forms with their ops.
+"""
+
+from fastlora.kernels.triton import (
+    dequantize as dequantize,
+)
+from fastlora.kernels.triton import (
+    dropout as dropout,
+)
+from fastlora.kernels.triton import (
+    glu as glu,
+)
+from fastlora.kernels.triton import (
+    layer_norm as layer_norm,
+)
+from fastlora.kernels.triton import (
+    linear_cross_entropy as linear_cross_entropy,
+)
+from fastlora.kernels.triton import (
+    lora_group as lora_group,
+)
+from fastlora.kernels.triton import (
+    lora_linear as lora_linear,
+)
+from fastlora.kernels.triton import (
+    lora_mlp as lora_mlp,
+)
+from fastlora.kernels.triton import (
+    rms_norm as rms_norm,
+)
+from fastlora.kernels.triton import (
+    rotary as rotary,
+)

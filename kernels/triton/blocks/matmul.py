@@ -1,0 +1,370 @@
+"""Sums of matrix products with one rounding:  out = sum_i left_i @ right_i (+ bias), the sum in float32.
+
+A LoRA linear layer and its input gradient are each one such sum, so the low-rank term costs neither a second pass over
+the output nor a rounding of its own.  With x (T, K), W (N, K), A (R, K), B (N, R):
+
+    forward           y  = xa B^T + x W^T (+ b)          xa  = scaling * x A^T     (T, R)
+    backward          dx = dxa A  + dy W                 dxa = scaling * dy B      (T, R)
+    a group's         dx = dxa A  + dy_1 W_1 + dy_2 W_2 + dy_3 W_3     dxa and A: the members' side by side, stacked
+
+`low_rank.py` computes the thin factors, xa and dxa, with the scaling in them.
+
+How: the products are laid end to end along the summed dimension and one loop walks over all of it, so a second product
+costs its own arithmetic and no more: no second prologue, no extra wait for memory.  Programs live as long as the kernel
+and each walks over several tiles; this loop too is part of the one loop, so the next tile's operands arrive while the
+last tile is stored.  Operands come through tensor descriptors (Hopper's copy engine), chosen per step.
+
+The number of rows, or of summed rows, may be an integer on the GPU that the host does not know: `limited_rows` and
+`limited_depth` stop there, which is how a loss skips its ignored rows without waiting for their number.
+
+Operands: bfloat16 or float16, one dtype for all. `readable` says whether these kernels can take a sum, `serves` whether
+they can and are faster than cuBLAS with each further product added onto the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastlora.kernels.core.devices import HALVES, Gpu, capability, gpu, processors
+from fastlora.kernels.triton.host import precompile
+from fastlora.kernels.triton.host.kernel_cache import descriptor
+from fastlora.kernels.triton.host.launch import IS_INTERPRETED, allocate, cdiv
+
+Addend = tuple[torch.Tensor, torch.Tensor]
+"""left (M, K) and right (K, N), which stand for left @ right."""
+
+MOST_ADDENDS = 4
+
+
+class Tile(NamedTuple):
+    """One shape of tile: its edges, the kernel's options, and what one wave of such tiles costs relative to others."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    wave: float
+
+
+TILES = {
+    # wave: microseconds for one tile per processor and 4096 summed elements, H200, bfloat16
+    (9, 0): (
+        Tile(128, 256, 64, warps=8, stages=4, wave=49.0),
+        Tile(128, 128, 64, warps=4, stages=5, wave=25.0),
+        Tile(64, 128, 128, warps=4, stages=4, wave=17.0),
+        Tile(64, 64, 128, warps=4, stages=6, wave=13.0),
+    ),
+}
+"""Measured tiles by compute capability; where there are none, cuBLAS is the better choice."""
+
+
+class Library(NamedTuple):
+    """What cuBLAS was measured to do in a microsecond: its products' operations and bytes, the bytes of a product that
+    is added onto its output; and the microseconds that any call takes."""
+
+    operations: float
+    bytes: float
+    added_bytes: float
+    call: float
+
+
+LIBRARY = {(9, 0): Library(operations=690e6, bytes=3.2e6, added_bytes=4.2e6, call=2.0)}
+
+WIDE_OUT = Tile(128, 128, 64, warps=4, stages=4, wave=1.0)
+"""For an output of 32 bits: smaller, because the output's tile passes through shared memory."""
+
+GROUP_M = 16
+FEWEST_ROWS = 64
+"""Below, tiles are mostly padding, and cuBLAS splits the summed dimension."""
+
+
+@triton.jit
+def _place(tile, rows, cols, GROUP_M: tl.constexpr):
+    """Row and column of a tile: GROUP_M rows at a time, so that programs running together share operands in cache."""
+    group = tile // (GROUP_M * cols)
+    first = group * GROUP_M
+    height = min(rows - first, GROUP_M)
+    within = tile - group * GROUP_M * cols
+    return first + within % height, within // height
+
+
+@triton.jit
+def _put(out, t, m, n, ADD: tl.constexpr, INTERPRETED: tl.constexpr):
+    """out[m:, n:] = t, or += t. The copy engine adds where the memory is, so that nobody waits to read what is there;
+    it adds to each element once in a launch, so that no order is left to chance."""
+    t = t.to(out.dtype)
+    if ADD and not INTERPRETED:
+        out.atomic_add([m, n], t)
+    elif ADD:
+        out.store([m, n], out.load([m, n]) + t)
+    else:
+        out.store([m, n], t)
+
+
+@triton.jit
+def _store(out, acc, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ADD: tl.constexpr, INTERPRETED: tl.constexpr):
+    """out[m:, n:] = acc, or += acc, in two halves: half the shared memory, which buys the loop one more stage."""
+    HALF: tl.constexpr = BLOCK_N // 2
+    left, right = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
+    _put(out, left, m, n, ADD, INTERPRETED)
+    _put(out, right, m, n + HALF, ADD, INTERPRETED)
+
+
+@precompile.kernel(do_not_specialize=["M"])
+def sum_kernel(
+    out, left0, right0, left1, right1, left2, right2, left3, right3, bias_ptr, count_ptr,
+    M, N, K0, K1, K2, K3,
+    LEFT_T: tl.constexpr, RIGHT_T: tl.constexpr, LIMIT: tl.constexpr, ADD: tl.constexpr, INTERPRETED: tl.constexpr,
+    PROGRAMS: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out (M, N) = the sum of left_i @ right_i, plus the bias; every PROGRAMS-th tile.
+
+    LEFT_T, RIGHT_T: the operand lies in memory with the summed dimension first (left), last (right).
+    LIMIT: M is *count_ptr ("rows"), or K0 is, rounded down to whole steps ("depth").
+    """
+    if LIMIT == "rows":
+        M = min(M, tl.load(count_ptr).to(tl.int32))
+    end0 = tl.cdiv(K0, BLOCK_K)
+    if LIMIT == "depth":
+        end0 = min(K0, tl.load(count_ptr).to(tl.int32)) // BLOCK_K
+    end1 = end0
+    end2 = end0
+    steps = end0
+    if left1 is not None:
+        end1 = end0 + tl.cdiv(K1, BLOCK_K)
+        end2 = end1
+        steps = end1
+    if left2 is not None:
+        end2 = end1 + tl.cdiv(K2, BLOCK_K)
+        steps = end2
+    if left3 is not None:
+        steps = end2 + tl.cdiv(K3, BLOCK_K)
+    rows = tl.cdiv(M, BLOCK_M)
+    cols = tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), rows * cols, PROGRAMS, flatten=True):
+        row, col = _place(tile, rows, cols, GROUP_M)
+        m = row * BLOCK_M
+        n = col * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for step in tl.range(0, steps):
+            # choosing among descriptors is choosing among addresses: the loop stays one loop
+            left = left0
+            right = right0
+            begin = end0 * 0
+            if left1 is not None and step >= end0:
+                left = left1
+                right = right1
+                begin = end0
+            if left2 is not None and step >= end1:
+                left = left2
+                right = right2
+                begin = end1
+            if left3 is not None and step >= end2:
+                left = left3
+                right = right3
+                begin = end2
+            k = (step - begin) * BLOCK_K
+            a = left.load([k, m]).T if LEFT_T else left.load([m, k])
+            b = right.load([n, k]).T if RIGHT_T else right.load([k, n])
+            acc = tl.dot(a, b, acc)
+        if bias_ptr is not None:
+            bias_cols = n + tl.arange(0, BLOCK_N)
+            acc += tl.load(bias_ptr + bias_cols, mask=bias_cols < N, other=0.0).to(tl.float32)[None, :]
+        _store(out, acc, m, n, BLOCK_M, BLOCK_N, ADD, INTERPRETED)
+
+
+@precompile.kernel(do_not_specialize=["T"])
+def tail_kernel(t_ptr, out_ptr, count_ptr, T, C, t_stride, out_stride, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
+    """out (BLOCK_K, C) = the rows of t (T, C) from the last multiple of BLOCK_K up to count, then zeros."""
+    count = min(T, tl.load(count_ptr).to(tl.int64))
+    row = tl.arange(0, BLOCK_K)[:, None]
+    source = count // BLOCK_K * BLOCK_K + row
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    t = tl.load(t_ptr + source * t_stride + cols, mask=(source < count) & (cols < C), other=0.0)
+    tl.store(out_ptr + row * out_stride + cols, t, mask=cols < C)
+
+
+def sum_of_products(
+    addends: Sequence[Addend],
+    bias: torch.Tensor | None = None,
+    scaling: float = 1.0,
+    dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """left_0 @ right_0 * scaling + left_1 @ right_1 + ... (+ bias (N,)), of one to four addends, as (M, N).
+
+    The low-rank addend comes first. A `scaling` other than one costs a kernel and a rounding of left_0: better is a
+    left_0 that was computed with it. All lefts, and all rights, have the same dimension contiguous.
+    """
+    left, right = addends[0]
+    if scaling != 1.0:
+        addends = [(left * scaling, right), *addends[1:]]
+    if out is None:
+        out = allocate((left.shape[0], right.shape[1]), dtype or left.dtype, left.device)
+    return _launch(out, addends, bias=bias)
+
+
+def limited_rows(left: torch.Tensor, right: torch.Tensor, count: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """out[:count] = left[:count] @ right, for a `count` of one int32 or int64 on the device. Rows of `out` from `count`
+    to the end of its tile are written with no meaning, rows beyond it not at all."""
+    return _launch(out, [(left, right)], count=count, limit="rows")
+
+
+def limited_depth(
+    left: torch.Tensor, right: torch.Tensor, count: torch.Tensor, out: torch.Tensor, add: bool = False
+) -> torch.Tensor:
+    """out = left[:, :count] @ right[:count], or out += that, rounded to out's dtype before and after the addition, for
+    a `count` on the device; left (M, T) is the transpose of a contiguous (T, M), and right (T, N) is contiguous. What
+    lies beyond `count` may be anything, nan included."""
+    tile = _tile(out)
+    tails = [_tail(t, count, tile.k) for t in (left.t(), right)]
+    return _launch(out, [(left, right), (tails[0].t(), tails[1])], count=count, limit="depth", add=add)
+
+
+def _tail(t: torch.Tensor, count: torch.Tensor, depth: int) -> torch.Tensor:
+    """The last rows of t before `count`, as many as a step sums, of which whole steps leave some out."""
+    T, C = t.shape
+    out = allocate((depth, cdiv(C, 16) * 16), t.dtype, t.device)[:, :C]  # rows start at multiples of 16 bytes
+    tail_kernel[(cdiv(C, 128),)](
+        t, out, count, T, C, t.stride(0), out.stride(0), BLOCK_K=depth, BLOCK_C=128, num_warps=4
+    )
+    return out
+
+
+def serves(addends: Sequence[Addend], bias: torch.Tensor | None = None, out: torch.Tensor | None = None) -> bool | str:
+    """True if `sum_of_products` can take these and is faster than cuBLAS, else why not."""
+    answer = readable(addends, bias, out)
+    if answer is not True:
+        return answer
+    left, right = addends[0]
+    if left.device.type == "cpu":
+        return True
+    K = sum(a.shape[1] for a, _ in addends)
+    return _is_faster(left.shape[0], right.shape[1], K, len(addends) - 1, gpu(left.device))
+
+
+@lru_cache(maxsize=1024)
+def _is_faster(M: int, N: int, K: int, added: int, gpu: Gpu) -> bool | str:
+    if M < FEWEST_ROWS:
+        return f"fewer than {FEWEST_ROWS} rows"
+    if _expected(M, N, K, gpu) > _library_microseconds(M, N, K, added, gpu.capability):
+        return "cuBLAS is faster: the tiles leave the last wave too empty"
+    return True
+
+
+def readable(
+    addends: Sequence[Addend], bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> bool | str:
+    """True if the kernels can take these, else why not."""
+    left, right = addends[0]
+    if len(addends) > MOST_ADDENDS:
+        return f"more than {MOST_ADDENDS} products"
+    if not measured(left.device):
+        return "no tiles were measured for this GPU"
+    if left.dtype not in HALVES:
+        return f"{left.dtype} operands"
+    left_t, right_t = _transposed(left), _transposed(right)
+    for a, b in addends:
+        if a.dtype != left.dtype or b.dtype != left.dtype:
+            return "operands of several dtypes"
+        if _transposed(a) != left_t or _transposed(b) != right_t:
+            return "operands laid out in several ways"
+        if not (describable(a) and describable(b)):
+            return "an operand whose rows do not start at multiples of 16 bytes"
+    if right.shape[1] * left.element_size() % 16 if out is None else not describable(out):
+        return "an output whose rows do not start at multiples of 16 bytes"
+    if bias is not None and bias.stride(0) != 1:
+        return "a bias with gaps between its elements"
+    return True
+
+
+def describable(t: torch.Tensor) -> bool:
+    """Whether a tensor descriptor can name this matrix, or its transpose: one dimension contiguous, the other's stride
+    and the address multiples of 16 bytes."""
+    down, right = t.stride()
+    step = (down if right == 1 else right) * t.element_size()
+    return 1 in (down, right) and step > 0 and step % 16 == 0 and t.data_ptr() % 16 == 0 and t.numel() > 0
+
+
+def describe(t: torch.Tensor, *block: int) -> TensorDescriptor:
+    """The descriptor of a matrix that is `describable`, for blocks of that shape."""
+    make = TensorDescriptor if IS_INTERPRETED else descriptor
+    return make(t, list(t.shape), list(t.stride()), list(block))
+
+
+def _transposed(t: torch.Tensor) -> bool:
+    """Whether columns, not rows, lie contiguous in memory."""
+    return t.stride(1) != 1
+
+
+def measured(device: torch.device) -> bool:
+    """Whether these kernels were tuned and timed for such a device."""
+    return capability(device) in TILES
+
+
+def _expected(M: int, N: int, K: int, gpu: Gpu) -> float:
+    """The microseconds that (M, K) @ (K, N) should take here, by the measured waves of tiles."""
+    return _microseconds(_best(M, N, gpu.processors, gpu.capability), M, N, K, gpu.processors)
+
+
+def _microseconds(tile: Tile, M: int, N: int, K: int, programs: int) -> float:
+    return cdiv(cdiv(M, tile.m) * cdiv(N, tile.n), programs) * tile.wave * K / 4096 + 2
+
+
+def _library_microseconds(M: int, N: int, K: int, added: int, gpu: tuple[int, int]) -> float:
+    """cuBLAS's time for a product and `added` further ones, each of which reads and writes the output again."""
+    rates = LIBRARY[gpu]
+    product = max(2 * M * N * K / rates.operations, 2 * (M * K + N * K + M * N) / rates.bytes)
+    return product + rates.call + added * (4 * M * N / rates.added_bytes + rates.call)
+
+
+@lru_cache(maxsize=1024)
+def _best(M: int, N: int, programs: int, gpu: tuple[int, int]) -> Tile:
+    """The tile that fills the GPU in the cheapest waves."""
+    return min(TILES[gpu], key=lambda tile: _microseconds(tile, M, N, 4096, programs))
+
+
+def _tile(out: torch.Tensor) -> Tile:
+    if out.element_size() > 2:
+        return WIDE_OUT
+    M, N = out.shape
+    return _best(M, N, processors(out.device), capability(out.device))
+
+
+def _launch(
+    out: torch.Tensor,
+    addends: Sequence[Addend],
+    bias: torch.Tensor | None = None,
+    count: torch.Tensor | None = None,
+    limit: str = "none",
+    add: bool = False,
+) -> torch.Tensor:
+    M, N = out.shape
+    if M == 0:
+        return out
+    tile = _tile(out)
+    left_t, right_t = _transposed(addends[0][0]), _transposed(addends[0][1])
+    operands: list[TensorDescriptor | None] = []
+    depths: list[int] = []
+    for left, right in addends:
+        operands.append(describe(left.t(), tile.k, tile.m) if left_t else describe(left, tile.m, tile.k))
+        operands.append(describe(right.t(), tile.n, tile.k) if right_t else describe(right, tile.k, tile.n))
+        depths.append(left.shape[1])
+    missing = MOST_ADDENDS - len(addends)
+    programs = processors(out.device)
+    sum_kernel[(min(programs, cdiv(M, tile.m) * cdiv(N, tile.n)),)](
+        describe(out, tile.m, tile.n // 2), *operands, *[None] * (2 * missing), bias, count,
+        M, N, *depths, *[0] * missing,
+        LEFT_T=left_t, RIGHT_T=right_t, LIMIT=limit, ADD=add, INTERPRETED=IS_INTERPRETED,
+        PROGRAMS=programs, GROUP_M=GROUP_M, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,28 @@
+"""Compiles the kernels that calls of ops are going to launch, before the first of them, side by side.
+
+The ops run on tensors without memory, forward and backward, for the GPU at hand: which implementation serves, which
+kernels it launches and with which options depends on shapes, strides and dtypes alone. `host/precompile.py` compiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from fastlora.kernels.core import devices, implementations
+from fastlora.kernels.core.semantic_op import Call
+from fastlora.kernels.triton.host import precompile
+
+
+def compile_kernels(calls: Iterable[Call], device: torch.device) -> None:
+    """Compile what these calls launch on a GPU.
+
+    Raises:
+        Exception: whatever the compiler raises. What was not compiled is compiled when it is launched.
+    """
+    devices.take_for(devices.real(device))
+    with implementations.rehearsed(), precompile.recorded() as launches:
+        for call in calls:
+            call.op.rehearse(call.values, call.needs)
+    precompile.compile_all(launches, device)

@@ -1,0 +1,249 @@
+"""Check a compiled training step against eager PyTorch: on demand, or on the first step of a training run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora.checking.agreement import (
+    LISTED,
+    STEPS,
+    Agreement,
+    Compared,
+    Losses,
+    Rounding,
+    Steps,
+    compare,
+    rounding,
+    unlike,
+)
+from fastlora.checking.trial import (
+    LossOf,
+    NoLossError,
+    NotExactError,
+    Slots,
+    Step,
+    Trial,
+    bytes_in_float64,
+    put_slots,
+    slots_of,
+)
+from fastlora.checking.untouched import untouched
+from fastlora.errors import FastLoRAError
+from fastlora.frontend.install import install
+from fastlora.frontend.session import Options, Session
+from fastlora.match.rule import AnyRule
+
+_CALLS = 3
+"""Number of calls without a loss after which `FirstStep` gives up."""
+
+
+def check(
+    model: nn.Module,
+    *,
+    defer_logits: bool = True,
+    rules: Sequence[AnyRule] | None = None,
+    tolerance: float | None = None,
+    loss_fn: LossOf | None = None,
+    **batch: Any,
+) -> Agreement:
+    """Run one training step compiled, eager and, where possible, in float64, and compare the loss and all gradients.
+
+    The runs start from the same weights, batch and random state. Afterwards parameters, gradients, buffers, training
+    flags, hooks, random states and an earlier compilation of the model are what they were, also if a run raises.
+    Trained parameters that are all zeros, such as LoRA's B at the start, are replaced by small random numbers during
+    the runs, so that every gradient is tested. On a GPU all dropout probabilities are 0 during the runs.
+
+    Args:
+        model: as for `compile`, compiled or not, in training or evaluation mode.
+        defer_logits: as for `compile`.
+        rules: as for `compile`.
+        tolerance: the relative error that rounding explains in any case. None for 1e-10 in float64, 1e-5 in float32,
+            and the spacing of numbers next to 1 in 16 bits and TF32.
+        loss_fn: computes the loss, a tensor of one element, from the output of the model. None to take `output.loss`,
+            `output["loss"]`, or the output itself.
+        **batch: the arguments of the model's forward, with `labels` for a transformers model.
+
+    Returns:
+        An `Agreement`, which is true if the compiled step is right. Print it to see what was compared.
+
+    Raises:
+        FastLoRAError: if there is no loss, if no trained parameter gets a gradient, or if the model is no `nn.Module`,
+            is wrapped for data parallelism, is sharded, or has no weights yet.
+    """
+    trial = Trial(model, (), batch, loss_fn)
+    session = Session(Options(mode="no-cudagraphs", defer_logits=defer_logits), rules)
+    with untouched(model):
+        put_slots(model, {})
+        install(model, session)
+        slots = slots_of(model)
+    try:
+        return agree(trial, slots, session, tolerance)
+    finally:
+        session.forget()
+
+
+def agree(trial: Trial, slots: Slots, session: Session, tolerance: float | None = None) -> Agreement:
+    """Compare the step of a trial with and without what fastlora has put in the compiled-call slots.
+
+    Args:
+        trial: the step.
+        slots: the slots of the compiled model.
+        session: the session that they belong to.
+        tolerance: as for `check`.
+
+    Raises:
+        FastLoRAError: if no trained parameter gets a gradient.
+    """
+    eager = trial.step({})
+    compiled = trial.step(slots)
+    exact, skipped = _exact(trial, eager)
+    runs, within = [Steps(compiled, eager, exact)], _rounding(trial, tolerance)
+    found = compare(runs, within)
+    if not (eager.gradients or compiled.gradients):
+        raise FastLoRAError("no trained parameter gets a gradient, so there is nothing to compare")
+    wrong = [each.name for each in found if not each.right]
+    if wrong and exact is not None:  # by chance, perhaps
+        runs += [_shaken(trial, slots, shaken) for shaken in range(1, STEPS)]
+        found = [each for each in found if each.right] + compare(runs, within, wrong)
+    found.sort(key=lambda each: each.excess, reverse=True)
+    return Agreement(
+        Losses(float(compiled.loss), float(eager.loss), None if exact is None else float(exact.loss)),
+        compared=len(found) - 1,
+        wrong=sum(not each.right for each in found),
+        worst=found[:LISTED],
+        missing=sorted(eager.gradients.keys() - compiled.gradients.keys()),
+        extra=sorted(compiled.gradients.keys() - eager.gradients.keys()),
+        fused=sum(site.count for site in session.report().fused),
+        skipped=skipped,
+        notes=[*trial.notes, *_remarks(trial, session, runs[0], found)],
+    )
+
+
+class FirstStep:
+    """Check a compiled model on its first training step, and make it eager again if the step is wrong.
+
+    Call it before each call of the model; it returns whether to go on compiled. The check itself calls the model, and
+    gets True. If the check fails, for lack of memory say, the model stays compiled and a warning says so. The report
+    of the model has a note on a step that is right.
+
+    Attributes:
+        agreement: the result, once there is one.
+    """
+
+    def __init__(self, model: nn.Module, session: Session) -> None:
+        self.agreement: Agreement | None = None
+        self._model, self._session = model, session
+        self._calls_left = _CALLS
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Return whether to run the model compiled on these arguments, which are left as they are."""
+        trains = torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
+        if not self._calls_left or not trains or torch.compiler.is_compiling():
+            return True
+        left, self._calls_left = self._calls_left - 1, 0
+        try:
+            self.agreement = self._check(args, kwargs)
+        except NoLossError as problem:
+            self._calls_left = left
+            if not left:
+                _warn(f"no step was checked: {problem}. Or use fastlora.check(model, loss_fn=..., **batch)")
+            return True
+        except Exception as problem:  # if the step is at fault, it raises this again
+            _warn(f"the first step could not be checked: {_in_one_line(problem)}")
+            return True
+        if self.agreement:
+            self._session.notes.append(f"the first step was checked. {self.agreement}".partition("\n")[0])
+            return True
+        put_slots(self._model, {})
+        self._session.forget()
+        _warn(f"the first compiled step is wrong, so the model continues in eager mode.\n{self.agreement}")
+        return False
+
+    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Agreement:
+        counts = SimpleNamespace(bypassed=self._session.bypassed)
+        trial = Trial(self._model, args, kwargs, others=(self._session.tally, counts))
+        return agree(trial, slots_of(self._model), self._session)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(f"verify='first-step': {text}", stacklevel=2)
+
+
+def _in_one_line(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {problem}".partition("\n")[0]
+
+
+def _shaken(trial: Trial, slots: Slots, shaken: int) -> Steps:
+    compiled, eager = (trial.step(each, shaken=shaken) for each in (slots, {}))
+    return Steps(compiled, eager, trial.step({}, exact=True, shaken=shaken))
+
+
+def _rounding(trial: Trial, tolerance: float | None) -> Rounding:
+    on_gpu = any(p.is_cuda for p in trial.model.parameters())
+    found = rounding(trial.dtypes, on_gpu and torch.get_float32_matmul_precision() != "highest")
+    return found if tolerance is None else found._replace(floor=tolerance)
+
+
+def _exact(trial: Trial, eager: Step) -> tuple[Step | None, list[str]]:
+    """Take the step in float64; return it, or None and the reason."""
+    reason = _no_room(trial.model)
+    if reason is None:
+        try:
+            exact = trial.step({}, exact=True)
+            reason = unlike(eager, exact)
+            if reason is None:
+                return exact, []
+        except NotExactError as problem:
+            reason = str(problem)
+        except Exception as problem:  # many kernels have no float64
+            reason = _in_one_line(problem)
+    return None, [f"no step in float64 ({reason}); compared with eager alone, by a wider bound for the dtype"]
+
+
+def _no_room(model: nn.Module) -> str | None:
+    """Return why there is not enough memory for a step in float64, or None."""
+    for kind, free in (("cpu", _free_on_host()), ("cuda", _free_on_gpu())):
+        needed = 2 * bytes_in_float64(model, kind)  # as much again for activations
+        if free is not None and needed > free:
+            return f"it may need {needed >> 20:,} MiB, {free >> 20:,} MiB are free"
+    return None
+
+
+def _free_on_host() -> int | None:
+    """Return the bytes that Linux can hand out; None elsewhere."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _free_on_gpu() -> int | None:
+    """Return the free bytes of the current GPU, with those that PyTorch's allocator holds in reserve."""
+    if not torch.cuda.is_initialized():
+        return None
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
+def _remarks(trial: Trial, session: Session, steps: Steps, found: list[Compared]) -> list[str]:
+    """Return what makes the comparison weaker than it looks."""
+    trained = {name for name, p in trial.model.named_parameters() if p.requires_grad}
+    idle = sorted(trained - steps.eager.gradients.keys() - steps.compiled.gradients.keys())
+    faint = sorted(each.name for each in found if each.bound >= 1)
+    remarks = []
+    if not session.graphs:
+        remarks.append("nothing was compiled, so both steps are eager's")
+    if not steps.eager.loss.isfinite():
+        remarks.append("the loss is not finite in eager PyTorch; only what is finite was compared")
+    if idle:
+        remarks.append(f"{len(idle)} trained parameters got no gradient in either step, such as {idle[0]}")
+    if faint:
+        remarks.append(f"{len(faint)} gradients are too small, next to the largest, to be judged, such as {faint[0]}")
+    return remarks + [f"{count} calls ran uncompiled: {reason}" for reason, count in session.bypassed.items()]

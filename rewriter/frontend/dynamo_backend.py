@@ -1,0 +1,45 @@
+"""`torch.compile(model, backend="fastlora")`, found through the entry-point group `torch_dynamo_backends`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+from torch import fx
+from torch._dynamo.utils import calculate_time_spent
+
+from fastlora.errors import FastLoRAError
+from fastlora.frontend.session import Options, Session
+
+
+@cache
+def default_session() -> Session:
+    """The session that collects what the backend of this process compiles, for `fastlora.report()`."""
+    return Session(Options())
+
+
+def traced_seconds() -> float:
+    """What TorchDynamo says that it spent in this process, backends aside."""
+    spent = calculate_time_spent()
+    return max(0.0, spent.get("entire_frame_compile", 0.0) - spent.get("backend_compile", 0.0))
+
+
+def fastlora_backend(
+    gm: fx.GraphModule, inputs: Sequence[Any], *, options: dict[str, Any] | None = None, mode: str | None = None
+) -> Callable[..., Any]:
+    """A TorchDynamo backend.
+
+    Args:
+        gm, inputs: what TorchDynamo gives.
+        options: `lower`, `strict`, `verify` and `defer_logits`, as for `fastlora.compile`.
+        mode: Inductor's mode.
+    """
+    session = default_session()
+    known = {"lower", "strict", "verify", "defer_logits"}
+    if unknown := (options or {}).keys() - known:
+        raise FastLoRAError(f"options {sorted(unknown)} are none of {sorted(known)}")
+    if (options or {}).get("verify") == "first-step":
+        raise FastLoRAError("verify='first-step' checks a model: use fastlora.compile(model, verify='first-step')")
+    session.options = Options(mode=mode or "default", **(options or {}))
+    return session.compile_graph(gm, inputs)

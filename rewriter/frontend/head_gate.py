@@ -1,0 +1,106 @@
+"""The output head's compiled-call slot: what decides, call by call, whether the head's product is deferred."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from fastlora.frontend.bypass import calling_module, has_hooks, mode, transform
+from fastlora.frontend.session import Session
+from fastlora.logits.autograd import defer, product_dtype
+from fastlora.logits.deferred_logits import DeferredLogits
+
+_FORWARD = nn.Linear.forward
+
+
+class DeferringHead:
+    """Sits in the head's compiled-call slot: defers the product while gradients are on, else calls the module."""
+
+    def __init__(self, head: nn.Linear, session: Session, around: Sequence[nn.Module] = ()) -> None:
+        """Args: the head, its session, and the modules that hold it, innermost first."""
+        self._head, self.session, self._around = head, session, (head, *around)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        compiling = torch.compiler.is_compiling()
+        head = self._head if compiling else calling_module(self._head)
+        if compiling or head is not self._head or len(args) != 1 or kwargs or not self._defers():
+            return head._call_impl(*args, **kwargs)
+        weight: Any = head._parameters["weight"]
+        bias = head._parameters["bias"]
+        dtype = product_dtype(args[0], weight, bias)
+        if dtype is None:
+            return head._call_impl(*args, **kwargs)
+        compute_before_reshard(self._around)
+        return defer(args[0], weight, bias, dtype, dtype, self.session.tally)
+
+    def _defers(self) -> bool:
+        head = self._head
+        if not torch.is_grad_enabled() or transform() or mode():
+            return False
+        problem = why_not(head)
+        if problem is None and has_hooks(head):
+            problem = "hooks run around the output head"
+        if problem is None and type(head._parameters["weight"]) is not nn.Parameter:
+            problem = f"the output head's weight is a {type(head.weight).__name__}, not a plain tensor"
+        if problem is not None:
+            self.session.miss_loss(problem)
+        return problem is None
+
+
+def is_plain_linear(module: nn.Module | None) -> bool:
+    """Whether a module is an `nn.Linear` and nothing has replaced its forward, as accelerate's hooks do, or computes
+    its weight, as parametrizations do. FSDP makes a subclass that changes neither."""
+    if not isinstance(module, nn.Linear) or type(module).forward is not _FORWARD or "forward" in vars(module):
+        return False
+    return {"weight", "bias"} <= module._parameters.keys() and not hasattr(type(module), "weight")
+
+
+def is_vocabulary(head: nn.Module) -> bool:
+    """Whether a head makes more logits than it has inputs, as for the words of a vocabulary."""
+    shape: tuple[int, ...] = getattr(getattr(head, "weight", None), "shape", ())
+    return len(shape) == 2 and shape[0] > shape[1]
+
+
+def why_not(head: nn.Module | None) -> str | None:
+    """Return why a head's product cannot be deferred, None if it can."""
+    if head is None:
+        return "the model has no output head"
+    if not isinstance(head, nn.Linear) or not is_plain_linear(head):
+        replaced = " whose forward was replaced" if "forward" in vars(head) or type(head) is nn.Linear else ""
+        kind = "Linear" if type(head) is nn.Linear else f"{type(head).__module__}.{type(head).__name__}"
+        return f"the output head is a {kind}{replaced}, not a plain nn.Linear"
+    if head.out_features <= head.in_features:
+        return f"the output head makes {head.out_features} logits of {head.in_features} hidden values, and no more"
+    return "the model is on the meta device" if head.weight.is_meta else None
+
+
+def compute_before_reshard(modules: Sequence[nn.Module]) -> None:
+    """Have logits that leave the module which shards the head computed before that frees the head's weight.
+
+    Args:
+        modules: the head and what holds it, innermost first.
+    """
+    if "torch.distributed.fsdp" not in sys.modules:
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    sharded = next((module for module in modules if isinstance(module, FSDPModule)), None)
+    if sharded is None or not _reshards(sharded):
+        return
+
+    def compute(module: nn.Module, args: Any, output: Any) -> None:
+        handle.remove()
+        tree_map_only(DeferredLogits, lambda logits: logits.cell.get(), output)
+
+    handle = sharded.register_forward_hook(compute, prepend=True)
+
+
+def _reshards(module: Any) -> bool:
+    """Whether FSDP frees a module's parameters after its forward; True if that cannot be told."""
+    group = getattr(module._get_fsdp_state(), "_fsdp_param_group", None)
+    return getattr(group, "_reshard_after_forward", True)

@@ -1,0 +1,79 @@
+"""Puts gates on a model: on its repeated blocks, on its output head and on the model itself."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fastlora.errors import StrictError
+from fastlora.frontend.gate import Gate
+from fastlora.frontend.head_gate import DeferringHead, is_vocabulary, why_not
+from fastlora.frontend.model_gate import CacheGate, FirstStep, ModelGate, builds_cache
+from fastlora.frontend.regions import find_regions
+from fastlora.frontend.session import Session
+
+SLOTS = (CacheGate, Gate, DeferringHead)
+"""What `install` puts into slots."""
+
+
+def install(model: nn.Module, session: Session, first_step: FirstStep | None = None) -> None:
+    """Put gates into the compiled-call slots of a model and of its regions.
+
+    Args:
+        model: the model.
+        session: what compiles its graphs.
+        first_step: called with the arguments of each call of the model; returns False once the model is not to run
+            compiled any more.
+
+    Raises:
+        StrictError: if the session is strict and the loss of the output head cannot be fused.
+    """
+    inner = None
+    name, head = _output_head(model)
+    problem = why_not(head)
+    defers = session.options.defer_logits and problem is None
+    regions = find_regions(model, head if defers else None)
+    if head is not None and is_vocabulary(head):
+        session.head_problem = problem if session.options.defer_logits else "defer_logits=False"
+        traced = any(head in region.module.modules() for region in regions)
+        if session.options.strict and session.head_problem is not None and not traced:
+            raise StrictError(f"strict=True, and the loss of {name or 'the head'} stays as it is: {problem}")
+    for region in regions:
+        gate = Gate(region, session)
+        if region.module is model:
+            inner = gate
+        else:
+            region.module._compiled_call_impl = gate  # type: ignore[assignment]
+    if head is not None and inner is None:
+        session.head = name
+        if defers:
+            session.head_layer = head  # type: ignore[assignment]
+            path = name.split(".")
+            around = [model.get_submodule(".".join(path[:n])) for n in reversed(range(len(path)))]
+            head._compiled_call_impl = DeferringHead(head, session, around)  # type: ignore[arg-type, assignment]
+    model._compiled_call_impl = ModelGate(model, session, inner, first_step)  # type: ignore[assignment]
+    if not builds_cache(model):
+        for child in model.children():
+            _install_cache_gates(child, session)
+
+
+def _install_cache_gates(module: nn.Module, session: Session) -> None:
+    """Put gates on the models inside of a wrapper that would build KV caches."""
+    if module._compiled_call_impl is None and builds_cache(module):
+        module._compiled_call_impl = CacheGate(module, session)  # type: ignore[assignment]
+    elif not isinstance(module._compiled_call_impl, SLOTS):
+        for child in module.children():
+            _install_cache_gates(child, session)
+
+
+def _output_head(model: nn.Module) -> tuple[str, nn.Module | None]:
+    """The layer that makes the logits: what transformers calls the output embeddings of the model or of one inside of
+    it, else the last linear layer outside of the compiled regions."""
+    names = {module: name for name, module in model.named_modules()}
+    for module in model.modules():
+        get = getattr(module, "get_output_embeddings", None)
+        head = get() if get is not None else None
+        if head is not None:
+            return names.get(head, ""), head
+    inside = {inner for region in find_regions(model) for inner in region.module.modules()}
+    linears = [module for module in model.modules() if type(module) is nn.Linear and module not in inside]
+    return (names[linears[-1]], linears[-1]) if linears else ("", None)

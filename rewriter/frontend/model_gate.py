@@ -1,0 +1,106 @@
+"""What sits on a whole model, and on a model inside of it: a training step needs no KV cache, so none is built."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora.frontend.bypass import calling_module
+from fastlora.frontend.gate import Gate
+from fastlora.frontend.session import Session
+
+FirstStep = Callable[[tuple[Any, ...], dict[str, Any]], bool]
+"""Is asked before each call whether the model is to run compiled."""
+
+
+class CacheGate:
+    """Sits on a model that would build a KV cache: in training it builds none unless it is asked for.
+
+    Nor where that would change what is computed: positions without a mask tell the sequences of a packed row apart, but
+    in transformers only if there is no cache; and a prefix that PEFT has learned comes in one, which some models ignore
+    unless they are to use it.
+    """
+
+    def __init__(self, model: nn.Module, session: Session) -> None:
+        self._model: Any = model
+        self.session = session
+        self._known: tuple[Any, Any, bool] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self._model if torch.compiler.is_compiling() else calling_module(self._model)
+        return self._run(model, args, self._without_cache(model, kwargs))
+
+    def _run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return model._call_impl(*args, **kwargs)  # type: ignore[operator]
+
+    def _without_cache(self, model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        asked = any(kwargs.get(name) is not None for name in ("use_cache", "past_key_values"))
+        asked |= kwargs.get("position_ids") is not None and kwargs.get("attention_mask") is None
+        training = model.training or kwargs.get("labels") is not None
+        if asked or not training or not torch.is_grad_enabled() or not self._builds_cache(model) or _has_prompts(model):
+            return kwargs
+        return {**kwargs, "use_cache": False}
+
+    def _builds_cache(self, model: nn.Module) -> bool:
+        """`builds_cache`, asked again if somebody has replaced a forward."""
+        forwards = vars(model).get("forward"), vars(_base(model)).get("forward")
+        if self._known is None or self._known[0] is not forwards[0] or self._known[1] is not forwards[1]:
+            self._known = (*forwards, builds_cache(model))
+        return self._known[2]
+
+
+class ModelGate(CacheGate):
+    """Sits on the model that was compiled."""
+
+    def __init__(
+        self, model: nn.Module, session: Session, inner: Gate | None, first_step: FirstStep | None = None
+    ) -> None:
+        super().__init__(model, session)
+        self._inner, self._first = inner, first_step
+
+    def _run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._first is not None and model is self._model and not self._first(args, kwargs):
+            return super()._run(model, args, kwargs)  # it was wrong, and the slots are empty
+        if self.session.thrift is not None:
+            self.session.thrift.begin()
+        if self._inner is not None and model is self._model:
+            return self._inner(*args, **kwargs)
+        return super()._run(model, args, kwargs)
+
+
+def builds_cache(model: nn.Module) -> bool:
+    """Whether the forward of a model, as it is now, takes `use_cache` and builds a KV cache by default."""
+    base = _base(model)
+    if not (_has_own_forward(model) and _has_own_forward(base)):
+        return False
+    parameters = inspect.signature(base.forward).parameters
+    handed_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and "past_key_values" in parameters
+    config = getattr(base, "config", None)
+    inner_config = getattr(config, "get_text_config", lambda: None)()  # of a model that sees, its decoder's own
+    cached = any(hasattr(each, "use_cache") for each in (config, inner_config))
+    return "use_cache" in parameters or (handed_on and cached)
+
+
+def _base(model: nn.Module) -> Any:
+    """The model that PEFT has wrapped, or the model itself."""
+    get: Any = getattr(model, "get_base_model", None)
+    return get() if get is not None else model
+
+
+def _has_own_forward(model: Any) -> bool:
+    """Whether `forward` is the class's, or wraps it and says so; what it was replaced by may take other arguments."""
+    forward = vars(model).get("forward")
+    if forward is None:
+        return True
+    unwrapped = inspect.unwrap(getattr(forward, "__func__", forward))
+    return getattr(unwrapped, "__func__", unwrapped) is type(model).forward
+
+
+def _has_prompts(model: nn.Module) -> bool:
+    """Whether PEFT puts something learned before the tokens."""
+    configs = getattr(model, "peft_config", None) or {}
+    return any(config.is_prompt_learning for config in configs.values())

@@ -1,0 +1,22 @@
+"""The graphs within a traced graph that run as ordinary code, such as checkpointed regions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from fastlora.graph.effects import BODIES
+
+
+def bodies(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """The module and the bodies that it runs as ordinary code, innermost last."""
+    yield gm
+    for node in gm.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() in BODIES:
+            for source in node.all_input_nodes:
+                if source.op == "get_attr" and isinstance(
+                    body := getattr(gm, str(source.target), None), fx.GraphModule
+                ):
+                    yield from bodies(body)

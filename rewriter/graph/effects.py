@@ -1,0 +1,215 @@
+"""What a graph does besides computing values: writing in place, and the modes that hold at each node.
+
+Effects are probed, not looked up: a node that is not known to make a new tensor runs once on fresh fake tensors, and a
+bumped version counter or a shared storage tells what it did. `operator.iadd`, `setitem`, `relu_` and `out=` need no
+table that way, and neither does any view.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._pytree import tree_leaves
+
+from fastlora.graph.canonical_ops import spelling_of
+from fastlora.graph.fake_values import hint, meta
+
+Mode = tuple[bool, tuple[fx.Node, ...], tuple[fx.Node, ...], tuple[fx.Node, ...]]
+"""Whether gradients are on, and the autocast, inference-mode and torch.func regions around a node, by the nodes that
+enter them."""
+
+Probe = tuple[list[int], list[int]]
+"""Which of its input nodes a node writes to, and whose memory its result shares, by position."""
+
+BODIES = ("tag_activation_checkpoint", "wrap")
+"""Higher-order ops whose bodies are ordinary code."""
+
+_PURE = ("autograd_function_apply", "flex_attention")
+_FRESH = {"add", "sub", "mul", "div", "neg", "pow", "square", "sqrt", "rsqrt", "reciprocal", "mean", "var"}
+_FRESH |= {"tanh", "sigmoid", "silu", "gelu", "linear", "matmul", "cat", "stack"}
+_FRESH |= {"baddbmm", "grouped_mm", "grouped_mm_or_zero"}
+_FRESH |= {"layer_norm", "torch_rms_norm", "cross_entropy"}
+
+_REGIONS = (
+    torch._C._set_grad_enabled,
+    torch.amp.autocast_mode._enter_autocast,
+    torch.amp.autocast_mode._exit_autocast,
+    torch.autograd.grad_mode._enter_inference_mode,
+    torch.autograd.grad_mode._exit_inference_mode,
+    torch._C._autograd._saved_tensors_hooks_disable,
+    torch._C._autograd._saved_tensors_hooks_enable,
+)
+"""What begins and ends regions of another mode, and neither takes nor makes tensors. Autocast keeps what it has cast of
+weights until its outermost region ends."""
+
+REGARDLESS_OF_AUTOCAST = {"mT", "grouped_mm", "grouped_mm_or_zero"}
+"""Operations whose results are the same whether autocast is on or off."""
+
+
+def modes(graph: fx.Graph) -> dict[fx.Node, Mode]:
+    """The modes in force when each node is reached."""
+    grad = torch.is_grad_enabled()
+    autocast: tuple[fx.Node, ...] = ()
+    inference: tuple[fx.Node, ...] = ()
+    transforms: tuple[fx.Node, ...] = ()
+    found: dict[fx.Node, Mode] = {}
+    for node in graph.nodes:
+        found[node] = (grad, autocast, inference, transforms)
+        target = node.target
+        if target is torch._C._set_grad_enabled:
+            grad = bool(node.args[0])
+        elif target is torch.amp.autocast_mode._enter_autocast:
+            autocast = (*autocast, node)
+        elif target is torch.amp.autocast_mode._exit_autocast:
+            autocast = tuple(region for region in autocast if region is not node.args[0])
+        elif target is torch.autograd.grad_mode._enter_inference_mode:
+            inference = (*inference, node)
+        elif target is torch.autograd.grad_mode._exit_inference_mode:
+            inference = tuple(region for region in inference if region is not node.args[0])
+        elif _is_of_functorch(node):
+            name = str(getattr(target, "__name__", ""))
+            if name.endswith("_increment_nesting"):
+                transforms = (*transforms, node)
+            elif name.endswith("_decrement_nesting"):
+                transforms = transforms[:-1]
+    return found
+
+
+def _is_of_functorch(node: fx.Node) -> bool:
+    """Whether a node begins or ends a transform of torch.func, or takes a tensor into one or out of it."""
+    return node.op == "call_function" and "_functorch" in str(getattr(node.target, "__module__", ""))
+
+
+class Mutations:
+    """Where tensors are written in place, and which values may share memory with them; `always` finds out the latter
+    even if nothing is written."""
+
+    def __init__(self, graph: fx.Graph, always: bool = False) -> None:
+        self._alias: dict[fx.Node, fx.Node] = {}
+        self._writes: dict[fx.Node, list[fx.Node]] = {}
+        probes = {node: _probe(node) for node in graph.nodes if node.op.startswith("call") and not _is_fresh(node)}
+        if not always and not any(written for written, _ in probes.values()):
+            return
+        for node, (_, shared) in probes.items():
+            for position in shared:
+                self._join(node, node.all_input_nodes[position])
+        self._join_inputs(graph)
+        for node, probe in probes.items():
+            for position in probe[0]:
+                self._writes.setdefault(self.storage(node.all_input_nodes[position]), []).append(node)
+
+    def storage(self, node: fx.Node) -> fx.Node:
+        """A representative of everything that may share memory with `node`."""
+        while node in self._alias:
+            node = self._alias[node]
+        return node
+
+    def writers(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that write, in place, to memory which `node` may share."""
+        return self._writes.get(self.storage(node), []) if self._writes else []
+
+    def _join(self, left: fx.Node, right: fx.Node) -> None:
+        if self.storage(left) is not self.storage(right):
+            self._alias[self.storage(left)] = self.storage(right)
+
+    def _join_inputs(self, graph: fx.Graph) -> None:
+        """Inputs that were views of one tensor when they were traced share its memory."""
+        owners: dict[int, fx.Node] = {}
+        for node in graph.nodes:
+            if node.op == "placeholder" and (tensor := meta(node)) is not None:
+                self._join(node, owners.setdefault(tensor.untyped_storage()._cdata, node))
+
+
+def _is_fresh(node: fx.Node) -> bool:
+    """Whether a node is known to make a new tensor and do nothing else."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return not node.target._schema.is_mutable and all(r.alias_info is None for r in node.target._schema.returns)
+    spelling = spelling_of(node)
+    bound = spelling.bind(node) if spelling is not None else None
+    return spelling is not None and bound is not None and spelling.op in _FRESH and not bound.get("inplace")
+
+
+_PROBED: dict[Any, Probe] = {}
+
+
+def _probe(node: fx.Node) -> Probe:
+    inputs = node.all_input_nodes
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return _probe_higher_order(node, inputs)
+    if _is_of_functorch(node) or node.target in _REGIONS:  # to run one by itself would leave what nobody ends
+        return [], list(range(len(inputs)))
+    examples = [source.meta.get("example_value") for source in inputs]
+    signature = tuple(str((e.dtype, e.dim())) if isinstance(e, torch.Tensor) else str(type(e)) for e in examples)
+    key = (node.target, str(fx.node.map_arg((node.args, node.kwargs), lambda _: "node")), signature)
+    if key not in _PROBED:
+        _PROBED[key] = _run_probe(node, inputs)
+    return _PROBED[key]
+
+
+def _probe_higher_order(node: fx.Node, inputs: list[fx.Node]) -> Probe:
+    """A body of ordinary code writes to what it writes to; of other higher-order ops, few are known to be pure."""
+    everything = list(range(len(inputs)))
+    name = node.target.name()  # type: ignore[union-attr]
+    if name in _PURE:
+        return [], _shared_with_results(node, inputs) if name == "autograd_function_apply" else everything
+    body = getattr(node.graph.owning_module, str(inputs[0].target), None) if name in BODIES else None
+    if not isinstance(body, fx.GraphModule):
+        return everything, everything
+    inner = Mutations(body.graph)
+    placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
+    operands = [arg for arg in node.args if isinstance(arg, fx.Node) and arg is not inputs[0]]
+    written = {operand for operand, p in zip(operands, placeholders, strict=False) if inner.writers(p)}
+    return [position for position, source in enumerate(inputs) if source in written], everything
+
+
+def _shared_with_results(node: fx.Node, inputs: list[fx.Node]) -> list[int]:
+    """Which inputs' memory the results of an autograd function may be in, by what its forward does."""
+    forward = getattr(node.graph.owning_module, str(inputs[0].target), None)
+    if not isinstance(forward, fx.GraphModule):
+        return list(range(len(inputs)))
+    inner = Mutations(forward.graph, always=True)
+    returned: Any = next(iter(reversed(forward.graph.nodes))).args[0]
+    placeholders = [n for n in forward.graph.nodes if n.op == "placeholder"]
+    if not isinstance(returned, (tuple, list)) or len(placeholders) != len(node.args) - 2:
+        return list(range(len(inputs)))
+    results = returned[0]  # what it saves comes second
+    memory = {inner.storage(each) for each in tree_leaves(results) if isinstance(each, fx.Node)}
+    shared = {operand for operand, p in zip(node.args[2:], placeholders, strict=True) if inner.storage(p) in memory}
+    return [position for position, source in enumerate(inputs) if source in shared]
+
+
+def _run_probe(node: fx.Node, inputs: list[fx.Node]) -> Probe:
+    everything = list(range(len(inputs)))
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True), torch.no_grad():
+        fresh = {source: _fresh(source.meta.get("example_value")) for source in inputs}
+        before = {source: [t._version for t in _tensors(value)] for source, value in fresh.items()}
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), fresh.__getitem__)
+        try:
+            if node.op == "call_method":
+                result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                result = node.target(*args, **kwargs)  # type: ignore[operator]
+        except Exception:  # what cannot be run cannot be trusted: assume that it writes to all it is given
+            return everything, everything
+    results = {tensor.untyped_storage()._cdata for tensor in _tensors(result)}
+    written = [i for i, source in enumerate(inputs) if [t._version for t in _tensors(fresh[source])] != before[source]]
+    shared = [i for i, s in enumerate(inputs) if any(t.untyped_storage()._cdata in results for t in _tensors(fresh[s]))]
+    return written, shared
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def _fresh(example: Any) -> Any:
+    """A new fake tensor like the recorded one, with symbolic sizes replaced by their hints."""
+    if isinstance(example, torch.Tensor):
+        return torch.empty([hint(size) for size in example.shape], dtype=example.dtype, device=example.device)
+    if isinstance(example, (list, tuple)):
+        items = [_fresh(item) for item in example]
+        return type(example)(*items) if hasattr(example, "_fields") else type(example)(items)
+    return hint(example)

@@ -1,0 +1,166 @@
+"""The boundary between a graph and a loss outside of it, or beside which the logits leave it.
+
+Head and loss cannot become one op then. Instead the head's product is deferred, which leaves every other node as it is:
+the cross-entropy meets deferred logits, be it in the graph when that runs or later, and so does the caller.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fastlora.graph.canonical_ops import spelling_of
+from fastlora.graph.fake_values import known_less, meta
+from fastlora.graph.view import CASTS, View
+from fastlora.kernels.ops import lora_linear
+from fastlora.logits.autograd import can_defer, defer, product_dtype
+from fastlora.logits.deferred_logits import Tally
+from fastlora.logits.recipe import Adapter
+from fastlora.rewrite.pipeline import Rewrite
+
+
+def _is_seen() -> bool:
+    """Whether what meets deferred logits sees that they are. TorchDynamo runs a graph without PyTorch's function
+    overrides where it has parameters of subclasses, as bitsandbytes' are."""
+    return torch._C._is_torch_function_enabled()
+
+
+class DeferredProduct(nn.Module):
+    """Stands for the head's `F.linear` in a graph that runs eagerly."""
+
+    def __init__(self, tally: Tally) -> None:
+        super().__init__()
+        self._tally = tally
+
+    def forward(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if _is_seen() and (dtype := product_dtype(hidden, weight, bias)) is not None:
+            return defer(hidden, weight, bias, dtype, dtype, self._tally)
+        return F.linear(hidden, weight, bias)
+
+
+class DeferredAdaptedProduct(nn.Module):
+    """Stands for a head with an adapter, in a graph that runs eagerly; called with the arguments of `lora_linear`."""
+
+    def __init__(self, tally: Tally) -> None:
+        super().__init__()
+        self._tally = tally
+
+    def forward(self, *values: Any) -> torch.Tensor:
+        given = dict(zip(lora_linear.names, values, strict=True))
+        x, weight, low = given["x"], given["weight"], Adapter(*(given[name] for name in Adapter._fields))
+        if _is_seen() and can_defer(x, weight, given["bias"], low.lora_a, low.lora_b):
+            return defer(x, weight, given["bias"], given["base_dtype"], given["out_dtype"], self._tally, low)
+        made: torch.Tensor = lora_linear(**given)
+        return made
+
+
+def defer_head(gm: fx.GraphModule, tally: Tally) -> str | None:
+    """Defer the result of a graph that is a head, with an adapter or without, and nothing else.
+
+    Returns:
+        Why it was not, None if it was.
+    """
+    (result,) = (node.args[0] for node in gm.graph.nodes if node.op == "output")
+    if not isinstance(result, (tuple, list)) or len(result) != 1 or not isinstance(result[0], fx.Node):
+        return "the output head returns more than logits"
+    (last,) = result
+    found = _head(_without_idle_casts(last))
+    if isinstance(found, str):
+        return found
+    stand_in, arguments = found
+    gm.add_submodule("deferred_head", stand_in(tally))
+    with gm.graph.inserting_after(last):
+        deferred = gm.graph.call_module("deferred_head", arguments)
+    deferred.meta = dict(last.meta)
+    last.replace_all_uses_with(deferred)
+    _erase_unused(gm.graph, last)
+    gm.recompile()
+    return None
+
+
+def _head(product: fx.Node) -> tuple[type[nn.Module], tuple[Any, ...]] | str:
+    """What stands for a head's product and its arguments, or why nothing does."""
+    node = product.args[0] if product.target is operator.getitem and product.args[1] == 0 else product
+    spelling = spelling_of(product)
+    if isinstance(node, fx.Node) and node.target is lora_linear.target:
+        given = dict(zip(lora_linear.names, node.args, strict=True))
+        if given["x_dropped"] is not None or given["seed"] is not None:
+            return "the output head's adapter drops out what it reads, which the fused loss does not"
+        if given["lora_bias"] is not None:
+            return "the output head's adapter has a bias, which the fused loss does not take"
+        stand_in: type[nn.Module] = DeferredAdaptedProduct
+        arguments, weight = node.args, given["weight"]
+    elif spelling is not None and spelling.op == "linear" and (bound := spelling.bind(product)) is not None:
+        stand_in, weight = DeferredProduct, bound["weight"]
+        arguments = tuple(bound[name] for name in ("input", "weight", "bias"))
+    else:
+        return "the output head does more than a linear layer, with an adapter or without"
+    if not _is_vocabulary(weight):
+        return "the output head's weight is no plain matrix with more rows than columns, as a vocabulary's is"
+    return stand_in, arguments
+
+
+def _is_vocabulary(weight: Any) -> bool:
+    """Whether it is a plain matrix with more rows than columns."""
+    tensor = meta(weight)
+    plain = tensor is not None and tensor.dim() == 2 and not is_traceable_wrapper_subclass(tensor)
+    return plain and tensor is not None and known_less(tensor.shape[1], tensor.shape[0])
+
+
+def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase a node that nothing uses, and what it was made of by an operation without effects."""
+    if node.users or node.op in ("placeholder", "get_attr"):
+        return
+    sources = node.all_input_nodes
+    graph.erase_node(node)
+    for source in sources:
+        if source.target is lora_linear.target or source.target in CASTS or source.target is operator.getitem:
+            _erase_unused(graph, source)
+
+
+def _without_idle_casts(node: fx.Node) -> fx.Node:
+    """What a value was before casts to the dtype that it has anyway."""
+    while node.op == "call_method" and node.target in CASTS and isinstance(source := node.args[0], fx.Node):
+        before, after = meta(source), meta(node)
+        if before is None or after is None or (before.dtype, before.device) != (after.dtype, after.device):
+            break
+        node = source
+    return node
+
+
+def defer_escaping_logits(gm: fx.GraphModule, rewrite: Rewrite, tally: Tally) -> None:
+    """Defers the product behind each loss that was left alone only because its logits are used elsewhere."""
+    claimed = rewrite.claimed()
+    escaping = {m.root for m, reason in rewrite.refused if m.op.family == "loss" and reason.startswith("L1:")}
+    for anchor in rewrite.anchors.get("loss", {}):
+        if anchor in escaping and anchor not in claimed:
+            product = _head_of(rewrite.view, anchor)
+            spelling = spelling_of(product)
+            if spelling is not None and spelling.op == "linear" and not isinstance(_head(product), str):
+                _defer(gm, product, spelling.bind(product) or {}, tally)
+                rewrite.deferred.append(anchor)
+    if rewrite.deferred:
+        gm.recompile()
+
+
+def _head_of(view: View, anchor: fx.Node) -> fx.Node:
+    """The product that the logits of a matched loss come from."""
+    node, term = anchor, view.term(anchor)
+    while term is not None and term.op != "linear":
+        node, term = view.producer(term.args["input"]), view.term(term.args["input"])
+    return node
+
+
+def _defer(gm: fx.GraphModule, node: fx.Node, arguments: dict[str, Any], tally: Tally) -> None:
+    name = f"deferred_head_{len([n for n, _ in gm.named_children() if n.startswith('deferred_head')])}"
+    gm.add_submodule(name, DeferredProduct(tally))
+    with gm.graph.inserting_after(node):
+        product = gm.graph.call_module(name, tuple(arguments[key] for key in ("input", "weight", "bias")))
+    product.meta = dict(node.meta)
+    node.replace_all_uses_with(product)
+    gm.graph.erase_node(node)

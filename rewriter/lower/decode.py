@@ -1,0 +1,31 @@
+"""Quantized weights that ops read as they are stored, so that the decoded weight is no value of the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx
+
+from fastlora.kernels.core.semantic_op import Make, SemanticOp
+from fastlora.kernels.ops import dequantize_4bit
+from fastlora.lower.rematerialize import Again
+
+
+def read_encoded(graph: fx.Graph, ops: dict[Any, SemanticOp]) -> Iterator[Again]:
+    """The weights that ops of a graph can read encoded; their arguments are empty from then on."""
+    for node in graph.nodes:
+        op = ops.get(node.target)
+        for name in op.decodes if op is not None else ():
+            assert op is not None
+            at = op.names.index(name)
+            given: Any = node.args[at]
+            members: Any = enumerate(given) if isinstance(given, (list, tuple)) else [(None, given)]
+            for member, value in list(members):
+                if isinstance(value, fx.Node) and value.target is dequantize_4bit.target:
+                    node.update_arg(at, _without(node.args[at], member))
+                    yield Again(node, Make(name, member, dequantize_4bit, encoded=True), value.args)
+
+
+def _without(value: Any, member: int | None) -> Any:
+    return None if member is None else [None if i == member else each for i, each in enumerate(value)]

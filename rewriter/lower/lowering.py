@@ -1,0 +1,152 @@
+"""From a rewritten graph to something that runs: the graph itself, or Inductor's compilation of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastlora.graph.bodies import bodies
+from fastlora.graph.fake_values import hint, steady
+from fastlora.kernels import ops
+from fastlora.kernels.core.semantic_op import SemanticOp
+from fastlora.lower import rematerialize
+from fastlora.lower.decode import read_encoded
+from fastlora.rewrite import quantized
+
+Runnable = Callable[..., Any]
+
+OPS = {op.target: op for name in ops.__all__ if isinstance(op := getattr(ops, name), SemanticOp)}
+"""The ops by the targets of their nodes."""
+
+
+def lower(gm: fx.GraphModule, inputs: Sequence[Any], how: str, mode: str) -> Runnable:
+    """Makes a rewritten graph runnable.
+
+    Args:
+        gm, inputs: the graph and the example inputs that TorchDynamo gave with it.
+        how: `eager` runs the graph as it is; `inductor` compiles what no pattern covered.
+        mode: Inductor's mode, e.g. `max-autotune`; without meaning for `eager`.
+    """
+    if how == "inductor":
+        from torch._inductor.compile_fx import compile_fx
+
+        patches = None if mode in ("default", "no-cudagraphs") else torch._inductor.list_mode_options(mode)
+        compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
+        return compiled
+    make_arguments(gm)
+    call_directly(gm)
+    checkpoint_as_eager_does(gm)  # last, as bodies are found by the targets that change here
+    return gm.forward
+
+
+def make_arguments(gm: fx.GraphModule) -> None:
+    """Has ops make arguments for themselves: of what is encoded everywhere, and of norms in their backward, but for
+    those of checkpointed bodies, which keep nothing until that runs."""
+    found = list(rematerialize.found(gm.graph, OPS))
+    for body in bodies(gm):
+        found += read_encoded(body.graph, OPS)
+    made: dict[fx.Node, list[rematerialize.Again]] = {}
+    for each in found:
+        made.setdefault(each.node, []).append(each)
+    for node, of_node in made.items():
+        node.target = OPS[node.target].making([each.make for each in of_node])
+        node.args = (*node.args, *(value for each in of_node for value in each.values))
+    for body in bodies(gm):
+        quantized.tidy(body.graph)
+
+
+def call_directly(gm: fx.GraphModule) -> None:
+    """Has a graph that runs eagerly call its ops as functions, which takes less time than through the dispatcher, and
+    leaves what they save to them alone."""
+    for body in bodies(gm):
+        for node in body.graph.nodes:
+            if node.target in OPS:
+                node.target = OPS[node.target].run
+        body.recompile()
+
+
+def checkpoints(gm: fx.GraphModule) -> bool:
+    """Whether a graph that was not lowered yet checkpoints some of it."""
+    target = torch.ops.higher_order.tag_activation_checkpoint
+    return any(node.target is target for body in bodies(gm) for node in body.graph.nodes)
+
+
+def checkpoint_as_eager_does(gm: fx.GraphModule) -> None:
+    """Has checkpointed regions of a graph that runs eagerly be what `checkpoint` makes of them outside of graphs.
+
+    Run eagerly, `tag_activation_checkpoint` calls `checkpoint(..., preserve_rng_state=False)`, which leaves it to
+    AOTAutograd to draw the same random numbers when a region is recomputed: a dropout would have another mask, and the
+    gradients would be wrong without any error. It also forgets whether reentry was asked for, and hands over what
+    modules hold along with activations.
+    """
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    held = {inputs[i] for i in steady(gm)}
+    for body in list(bodies(gm)):  # all of them first, since they are found by the targets that change here
+        for node in body.graph.nodes:
+            if node.target is torch.ops.higher_order.tag_activation_checkpoint:
+                node.target = run_checkpointed
+                context = node.meta.get("_checkpoint_context_fn")
+                options = {} if context is None else {"context_fn": context}
+                node.kwargs = {
+                    "held": tuple(i for i, value in enumerate(node.args[1:]) if value in held),
+                    "reentrant": bool(node.kwargs.get("use_reentrant", False)),
+                    **options,
+                }
+        body.recompile()
+
+
+def run_checkpointed(
+    body: Runnable, *args: Any, held: Sequence[int] = (), reentrant: bool = False, **options: Any
+) -> Any:
+    """A checkpointed region of a graph that runs eagerly.
+
+    Args:
+        body, args: the region, and all that it reads.
+        held: positions of what modules hold, which may change before the region is recomputed, as batch statistics do
+            in its own forward. Of activations `checkpoint` sees to it that they do not.
+        reentrant: whether a checkpoint with reentry was asked for. That gives gradients to nothing, not even to
+            parameters, where no activation has one; otherwise it is as one without.
+    """
+    kept = frozenset(held)
+    activations = [arg for i, arg in enumerate(args) if i not in kept]
+    if not any(isinstance(arg, torch.Tensor) for arg in activations):  # by which the random states to keep are found
+        kept, activations = frozenset(), list(args)
+    if reentrant and not any(_leads_back(arg) for arg in activations):
+        with torch.no_grad():
+            return body(*args)
+
+    def run(*activations: Any) -> Any:
+        given = iter(activations)
+        return body(*(arg if i in kept else next(given) for i, arg in enumerate(args)))
+
+    return checkpoint(run, *activations, use_reentrant=False, preserve_rng_state=True, **options)
+
+
+def _leads_back(arg: Any) -> bool:
+    """Whether an argument is an activation that has a gradient."""
+    return isinstance(arg, torch.Tensor) and arg.requires_grad and not isinstance(arg, nn.Parameter)
+
+
+def pretend(gm: fx.GraphModule) -> Runnable:
+    """A stand-in that computes nothing: zeros of the right shapes, so that tracing can go on past the graph."""
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    outputs = next(iter(reversed(gm.graph.nodes))).args[0]
+
+    def run(*args: Any) -> Any:
+        given = dict(zip(placeholders, args, strict=True))
+        return fx.node.map_arg(outputs, lambda node: given[node] if node in given else _zeros(node))
+
+    return run
+
+
+def _zeros(node: fx.Node) -> Any:
+    example = node.meta.get("example_value")
+    if not isinstance(example, torch.Tensor):
+        return hint(example)
+    shape = [hint(size) for size in example.shape]
+    zeros = torch.zeros(shape, dtype=example.dtype, device=example.device)
+    return zeros.requires_grad_(example.requires_grad)

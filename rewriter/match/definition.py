@@ -1,0 +1,57 @@
+"""What a rule declares, as far as it is known before it has matched anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from fastlora.graph.view import View
+from fastlora.kernels.core.semantic_op import SemanticOp
+from fastlora.match.matcher import Pattern
+
+Anchor = str | Callable[[View, fx.Node], bool]
+"""The name of an operation, or a predicate on a view and a node, that marks a candidate for fusion."""
+
+
+@dataclass(eq=False, kw_only=True, repr=False)
+class Definition:
+    """A named rewrite to one op.
+
+    Attributes:
+        name, source: the name of the decorated function, and its `file:line`.
+        op: the op that a match becomes.
+        benefit: preference among overlapping matches.
+        names, tags: the values that a match can be asked for, and the alternatives that are named.
+    """
+
+    name: str
+    source: str
+    op: SemanticOp
+    benefit: int
+    names: frozenset[str] = frozenset()
+    tags: frozenset[str] = frozenset()
+
+    def __repr__(self) -> str:
+        return f"{self.name} ({self.source})"
+
+
+@dataclass(eq=False, kw_only=True, repr=False)
+class PatternDefinition(Definition):
+    """A rewrite whose subgraph is described by a pattern.
+
+    Attributes:
+        outputs: the patterns of the op's outputs; all but the first are parts of the first.
+        variables: the values that arguments have where a match does not reach their capture.
+        anchor: what marks a candidate, if the rule has to explain candidates that it leaves.
+        attrs: arguments that are computed from the match.
+        fuses: whether the pattern reads ops that other rules have raised.
+    """
+
+    outputs: tuple[Pattern, ...]
+    variables: dict[str, Any]
+    anchor: Anchor | None
+    attrs: dict[str, Any]
+    fuses: bool

@@ -1,0 +1,182 @@
+"""The vocabulary of rule authors: a pattern is written as the formula that it matches.
+
+    h = widened(x)
+    n = h * rsqrt(mean(h ** 2) + eps)
+
+`*` and `+` commute; `cast` and `widened` are optional; no-op casts, views, copies and inactive dropouts are seen
+through. `Op(name, argument=...)` is any operation that `fastlora.graph.canonical_ops` knows; an argument that it does
+not mention has to have its default. The capitalised names annotate a rule's parameters and say what a captured value
+has to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from fastlora.graph.fake_values import meta
+from fastlora.graph.view import View
+from fastlora.kernels.core.semantic_op import SemanticOp
+from fastlora.kernels.ops import dequantize_4bit
+from fastlora.match.matcher import Cast, Either, Kept, Op, Pattern, Predicate, Raised, State, Trace, describe
+from fastlora.match.seeded_dropout import Seeded
+
+__all__ = [
+    "Constant", "Op", "Opt", "Param", "Pattern", "Scalar", "cast", "cat", "dropout", "either", "evens", "first_half",
+    "flatten_pairs", "gelu", "gelu_tanh", "kept", "linear", "mean", "odds", "piece", "raised", "rsqrt", "second_half",
+    "seeded", "sigmoid", "silu", "sqrt", "tanh", "variance", "widened",
+]  # fmt: skip
+
+
+def either(**alternatives: Any) -> Pattern:
+    """The first alternative that fits; write larger ones first. `.named(n)` records which was taken."""
+    return Either(**alternatives)
+
+
+def cast(inner: Pattern) -> Pattern:
+    """An optional change of dtype around `inner`. It may round: the op has to do the same, so name it for `attrs`."""
+    return Cast(inner)
+
+
+def widened(inner: Pattern) -> Pattern:
+    """An optional change of dtype that loses nothing, which an op may skip."""
+    return Cast(inner, widening=True)
+
+
+def kept(name: str, shape: Pattern) -> Pattern:
+    """Captures a value of the given shape as `name` without taking it into the match."""
+    return Kept(name, shape)
+
+
+def seeded(name: str, x: Pattern, p: Pattern, where: Predicate) -> Pattern:
+    """An active dropout that the op does itself: captures, as `name`, the seed of its mask, which the graph will draw.
+
+    Only where nothing else uses what the dropout gives, and where a condition on that value answers True.
+    """
+    return Seeded(name, x, p, where)
+
+
+def raised(op: SemanticOp, prefix: str = "", **overrides: Any) -> Pattern:
+    """A semantic op that a `@rule` has found. Its arguments are captured under `prefix` + their names, and have to be
+    arguments of the rule's op; others are given as patterns, constants or predicates, in `overrides`."""
+    return Raised(op, prefix, **overrides)
+
+
+def _unary(op: str) -> Callable[[Pattern], Pattern]:
+    def build(x: Pattern) -> Pattern:
+        return Op(op, input=x)
+
+    build.__name__ = op
+    build.__doc__ = f"The canonical operation `{op}`."
+    return build
+
+
+rsqrt, sqrt, tanh, sigmoid = map(_unary, ("rsqrt", "sqrt", "tanh", "sigmoid"))
+silu, gelu, gelu_tanh = map(_unary, ("silu", "gelu", "gelu_tanh"))
+mean = _unary("mean")
+variance = _unary("var")
+
+
+def linear(x: Any, weight: Any, bias: Any = None) -> Pattern:
+    """`F.linear`, or `x @ weight.T`."""
+    return Op("linear", input=x, weight=weight, bias=bias)
+
+
+def dropout(x: Any, p: Any) -> Pattern:
+    """Dropout that is active."""
+    return Op("dropout", input=x, p=p)
+
+
+def cat(*tensors: Any) -> Pattern:
+    """Concatenation along the last dimension."""
+    return Op("cat", tensors=tensors)
+
+
+def flatten_pairs(first: Any, second: Any) -> Pattern:
+    """`stack((first, second), -1).flatten(-2)`: the entries of the two alternate."""
+    return Op("flatten", input=Op("stack", tensors=(first, second)))
+
+
+def _anything(constant: Any) -> bool:
+    """A predicate on a constant that a pattern leaves to others."""
+    return True
+
+
+class _HalfOf(Op):
+    """A slice of the last dimension whose bounds depend on its size."""
+
+    def __init__(self, x: Pattern, bounds: Callable[[int], tuple[int, int, int]]) -> None:
+        super().__init__("slice", input=x, start=_anything, stop=_anything, step=_anything)
+        self._bounds = bounds
+
+    def _arguments(self, view: View, args: dict[str, Any], state: State, trace: Trace | None) -> Iterator[State]:
+        tensor = meta(args["input"])
+        wanted = self._bounds(tensor.shape[-1]) if tensor is not None else None
+        if wanted == (args["start"], args["stop"], args["step"]):
+            yield from super()._arguments(view, args, state, trace)
+        elif trace is not None:
+            trace.note(state, f"want the slice {wanted}, got {(args['start'], args['stop'], args['step'])}")
+
+
+def first_half(x: Pattern) -> Pattern:
+    return _HalfOf(x, lambda size: (0, size // 2, 1))
+
+
+def second_half(x: Pattern) -> Pattern:
+    return _HalfOf(x, lambda size: (size // 2, size, 1))
+
+
+def evens(x: Pattern) -> Pattern:
+    return _HalfOf(x, lambda size: (0, size, 2))
+
+
+def odds(x: Pattern) -> Pattern:
+    return _HalfOf(x, lambda size: (1, size, 2))
+
+
+def piece(x: Pattern, name: str) -> Pattern:
+    """A contiguous slice of the last dimension, named so that a rule can compare bounds."""
+    return Op("slice", input=x, step=1, start=_anything, stop=_anything).named(name)
+
+
+@dataclass(frozen=True)
+class Param:
+    """A graph input (a parameter or buffer, once traced) with `dim` dimensions, or a weight decoded from some."""
+
+    dim: int
+
+    def __call__(self, view: View, value: Any) -> bool | str:
+        producer, tensor = view.producer(value), meta(value)
+        if not isinstance(producer, fx.Node) or tensor is None or not _is_given(producer):
+            return f"{describe(value)} is not a parameter"
+        return tensor.dim() == self.dim or f"{producer.name} has {tensor.dim()} dimensions, not {self.dim}"
+
+
+def _is_given(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "get_attr") or node.target is dequantize_4bit.target
+
+
+def Scalar(view: View, value: Any) -> bool | str:
+    """A number: a literal, or a symbolic number of the graph."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return True
+    symbolic = isinstance(value, fx.Node) and not isinstance(value.meta.get("example_value"), (type(None), tuple, list))
+    return (symbolic and meta(value) is None) or f"{describe(value)} is not a number"
+
+
+def Constant(view: View, value: Any) -> bool | str:
+    """Anything that is no value of the graph, e.g. the name of a reduction."""
+    return not isinstance(value, fx.Node) or f"{describe(value)} is not a constant"
+
+
+class Opt:
+    """An optional capture: `Opt` alone for any tensor or None, `Opt[Param(1)]` with a predicate."""
+
+    def __init__(self, predicate: Predicate | None = None) -> None:
+        self.predicate = predicate
+
+    def __class_getitem__(cls, predicate: Predicate) -> Opt:
+        return cls(predicate)

@@ -1,0 +1,40 @@
+"""Which constants an argument of an op can be, by its schema and the choices that the op declares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastlora.errors import suggestion
+from fastlora.kernels.core.schema import Argument
+from fastlora.kernels.core.semantic_op import SemanticOp
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "float": (float, int, torch.SymFloat, torch.SymInt),
+    "int": (int, torch.SymInt),
+    "bool": (bool, torch.SymBool),
+    "str": (str,),
+    "ScalarType": (torch.dtype,),
+}
+
+
+def misfit(op: SemanticOp, argument: Argument, value: Any) -> str | None:
+    """Why a constant cannot be the value of an argument, or None if it can."""
+    shown = f"{argument.name}={value!r}"
+    if value is None:
+        return None if argument.is_optional else f"{shown}: {op.name}{op.schema} takes {argument.type}"
+    if argument.is_tensor:
+        return f"{shown}: {op.name}{op.schema} takes {argument.type}, which no constant is; capture it"
+    kind = argument.type.removesuffix("[]").removesuffix("?")
+    listed = isinstance(value, (list, tuple))
+    if listed != argument.is_list or not all(_is(each, kind) for each in (value if listed else [value])):
+        return f"{shown}: {op.name}{op.schema} takes {argument.type}, not {type(value).__name__}"
+    allowed = op.choices.get(argument.name)
+    if allowed is not None and value not in allowed:
+        return f"{shown} is no {argument.name} of {op.name}: {suggestion(value, allowed)}"
+    return None
+
+
+def _is(value: Any, kind: str) -> bool:
+    return isinstance(value, _TYPES.get(kind, (object,))) and (kind == "bool" or not isinstance(value, bool))

@@ -1,0 +1,128 @@
+"""What a rule has found: the subgraph that it claims, and the values in it by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from fastlora.errors import RuleError, suggestion
+from fastlora.graph.fake_values import meta
+from fastlora.graph.view import View
+from fastlora.kernels.core.semantic_op import SemanticOp
+from fastlora.match.definition import Definition
+from fastlora.match.matcher import State
+
+
+@dataclass(eq=False)
+class Match:
+    """A subgraph that a rule claims: the nodes it replaces, the op's arguments, and the values it stands for."""
+
+    rule: Definition
+    view: View
+    outputs: tuple[fx.Node, ...]
+    members: tuple[fx.Node, ...]
+    shared: tuple[fx.Node, ...]
+    arguments: dict[str, Any]
+    state: State = field(default_factory=State)
+    parts: tuple[Match, ...] = ()
+
+    @property
+    def op(self) -> SemanticOp:
+        return self.rule.op
+
+    @property
+    def root(self) -> fx.Node:
+        return self.outputs[0]
+
+    def inside(self) -> set[fx.Node]:
+        """The nodes that the match covers: its members, and the identities of those that are no outputs."""
+        inner = (self.view.value_class(member) for member in self.members if member not in self.outputs)
+        return {*self.members, *(same for nodes in inner for same in nodes)}
+
+    def argument_nodes(self) -> list[fx.Node]:
+        """The nodes that the replacement will read."""
+        found: list[fx.Node] = []
+        for value in self.arguments.values():
+            found += [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, fx.Node)]
+        return found
+
+    def outside_users(self) -> list[fx.Node]:
+        """The nodes that will read the replacement's outputs."""
+        inside = self.inside() - set(self.shared)
+        return [user for output in self.outputs for user in output.users if user not in inside]
+
+    def place(self) -> fx.Node:
+        """The node to insert the replacement before: what follows the last output, or an earlier user of another."""
+        order = self.view.order
+        last = max(self.outputs, key=order.__getitem__)
+        return min([last.next, *self.outside_users()], key=order.__getitem__)
+
+    def tag(self, name: str) -> str | None:
+        """The alternative that the `either` of this name took, or None if it was not reached."""
+        if name not in self.rule.tags:
+            raise self._wrong(f"no either is named {name!r}; {suggestion(name, self.rule.tags)}")
+        return self.state.tags.get(name)
+
+    def value(self, name: str | None = None) -> Any:
+        """What was captured or named, or None if it was not reached; the root without a name."""
+        if name is None:
+            return self.root
+        if name not in self.rule.names:
+            raise self._wrong(f"nothing is captured or named {name!r}; {suggestion(name, self.rule.names)}")
+        return self.state.values.get(name, self.state.values.get(f".{name}"))
+
+    def tensor(self, name: str | None = None) -> torch.Tensor:
+        """The fake tensor of a captured or named value."""
+        tensor = meta(self.value(name))
+        if tensor is None:
+            raise self._wrong(f"{name!r} holds no tensor in this match")
+        return tensor
+
+    def slice_of(self, name: str) -> dict[str, Any]:
+        """The bounds (`start`, `stop`, `step`) of a named slice."""
+        term = self.view.term(self.value(name))
+        if term is None or term.op != "slice":
+            raise self._wrong(f"{name!r} is no slice in this match")
+        return term.args
+
+    def dtype(self, name: str | None = None) -> torch.dtype:
+        return self.tensor(name).dtype
+
+    def _wrong(self, text: str) -> RuleError:
+        return RuleError(f"{self.rule.source}: rule {self.rule.name}: {text}")
+
+
+@dataclass(frozen=True)
+class DtypeOf:
+    """What `dtype_of` returns."""
+
+    name: str | None
+    default: torch.dtype | None
+
+    def __call__(self, match: Match) -> torch.dtype:
+        if self.default is not None and self.name is not None and match.value(self.name) is None:
+            return self.default
+        return match.dtype(self.name)
+
+
+@dataclass(frozen=True)
+class TagOf:
+    """What `tag_of` returns."""
+
+    name: str
+
+    def __call__(self, match: Match) -> str | None:
+        return match.tag(self.name)
+
+
+def dtype_of(name: str | None = None, default: torch.dtype | None = None) -> DtypeOf:
+    """For `attrs`: the dtype of a named value (of the root without a name); `default` if it is not in the match."""
+    return DtypeOf(name, default)
+
+
+def tag_of(name: str) -> TagOf:
+    """For `attrs`: the alternative that the `either` of this name took."""
+    return TagOf(name)

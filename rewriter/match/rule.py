@@ -1,0 +1,275 @@
+"""Rules: what a subgraph looks like, what must also hold, and the semantic op that it is.
+
+    @rule(ops.glu, anchor=activation, attrs={"out_dtype": dtype_of()})
+    def glu(gate, up):
+        return silu(gate) * up
+
+A rule is a function that is called once, with patterns. Its parameter names are the captures and the op's argument
+names; annotations are predicates; `attrs` gives the arguments that are computed from the match. `@rule` raises a
+subgraph to an op, `@fuse` joins ops that were raised, `@group` joins several that share an input. A rule that cannot be
+right (an unknown name, an argument that nothing provides, a value that the op does not take, growing alternatives)
+raises `RuleError` where it is defined.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from fastlora.errors import RuleError, written_at
+from fastlora.graph.view import View
+from fastlora.kernels.core.semantic_op import SemanticOp
+from fastlora.match.definition import Anchor, Definition, PatternDefinition
+from fastlora.match.dsl import Opt, Param, Scalar
+from fastlora.match.grammar import alternatives, bound_names
+from fastlora.match.literals import misfit
+from fastlora.match.match import Match, dtype_of, tag_of
+from fastlora.match.matcher import State, Trace, Var
+from fastlora.match.rule_lint import (
+    anchor_faults,
+    condition_faults,
+    decorator_faults,
+    function_faults,
+    group_faults,
+    pattern_faults,
+    rule_faults,
+)
+
+Explanation = Callable[[View, fx.Node], "str | None"]
+Verdict = bool | str
+
+
+@dataclass(eq=False, kw_only=True, repr=False)
+class Rule(PatternDefinition):
+    """One pattern and the op that it is; made by `@rule` and `@fuse`."""
+
+    conditions: list[Callable[[Match], Verdict]] = field(default_factory=list)
+    explanations: list[Explanation] = field(default_factory=list)
+
+    def where(self, condition: Callable[[Match], Verdict]) -> Callable[[Match], Verdict]:
+        """Decorates a condition on the match that answers True, or a sentence that says why not."""
+        _insist(condition, condition_faults(self, condition))
+        self.conditions.append(condition)
+        return condition
+
+    def otherwise(self, explanation: Explanation) -> Explanation:
+        """Decorates a function of the view and a candidate in no match, which says why if it can tell better than what
+        is left of a failed attempt; None if it cannot."""
+        _insist(explanation, function_faults(explanation, 2, "the view and a node"))
+        self.explanations.append(explanation)
+        return explanation
+
+    def find(self, view: View, root: fx.Node) -> Match | None:
+        """The first way in which the pattern fits with `root` at its top."""
+        for state in self.outputs[0].match(view, root, State(), None):
+            return self._match(view, root, state)
+        return None
+
+    def trace(self, view: View, root: fx.Node) -> Trace:
+        """What failed where when the pattern was tried with `root` at its top."""
+        trace = Trace()
+        next(self.outputs[0].match(view, root, State(), trace), None)
+        return trace
+
+    def _match(self, view: View, root: fx.Node, state: State) -> Match:
+        outputs = (view.producer(root), *(state.seen[id(output)] for output in self.outputs[1:]))
+        values = {**self.variables, **state.values}
+        state = State(values, state.members, state.shared, state.seen, state.tags)
+        match = Match(self, view, outputs, _unique(state.members), _unique(state.shared), {}, state)
+        wanted = {a.name for a in self.op.arguments}
+        match.arguments = {name: value for name, value in values.items() if name in wanted}
+        return match
+
+    def complete(self, match: Match) -> None:
+        """Computes the arguments that `attrs` declares; only for a match that no condition refuses."""
+        for name, value in self.attrs.items():
+            computed = value(match) if callable(value) else value
+            (argument,) = (a for a in self.op.arguments if a.name == name)
+            plain = not argument.is_tensor and not isinstance(computed, fx.Node)
+            if plain and (reason := misfit(self.op, argument, computed)) is not None:
+                raise RuleError(f"{self.source}: rule {self.name}: attrs {reason}")
+            match.arguments[name] = computed
+
+    def refusal(self, match: Match) -> str | None:
+        """Why a `where` condition turns the match down, or None."""
+        for condition in self.conditions:
+            verdict = condition(match)
+            if verdict is not True:
+                return verdict if isinstance(verdict, str) else f"a condition of {self.name} does not hold"
+        return None
+
+
+@dataclass(eq=False, kw_only=True, repr=False)
+class GroupRule(Definition):
+    """Several matches of one op that agree on an argument become one op whose other tensors are lists."""
+
+    member: SemanticOp
+    by: str
+    condition: Callable[[list[Match]], Verdict]
+
+    def find(self, view: View, candidates: list[Match]) -> Iterator[Match]:
+        """The groups among the candidates, one for each value that several of them share."""
+        shared: dict[Any, list[Match]] = {}
+        single = {a.name for a in self.op.arguments if not a.is_list}
+        absent = {a.name for a in self.member.arguments} - {a.name for a in self.op.arguments}
+        for match in candidates:
+            if match.op is self.member and all(match.arguments.get(name) is None for name in absent):
+                common = tuple(view.producer(v) for n, v in sorted(match.arguments.items()) if n in single)
+                common = (*common, match.tensor().requires_grad)
+                shared.setdefault(common, []).append(match)
+        for matches in shared.values():
+            if len(matches) > 1 and self.condition(matches) is True:
+                yield self._match(view, matches)
+
+    def _match(self, view: View, matches: list[Match]) -> Match:
+        first = matches[0].arguments
+        arguments = {
+            a.name: [m.arguments.get(a.name) for m in matches] if a.is_list else first[a.name]
+            for a in self.op.arguments
+        }
+        outputs = tuple(match.root for match in matches)
+        members = _unique(tuple(n for m in matches for n in m.members))
+        shared = _unique(tuple(n for m in matches for n in m.shared))
+        return Match(self, view, outputs, members, shared, arguments, parts=tuple(matches))
+
+    def refusal(self, match: Match) -> str | None:
+        return None
+
+
+AnyRule = Rule | GroupRule
+
+
+def rule(
+    op: SemanticOp, *, anchor: Anchor | None = None, attrs: dict[str, Any] | None = None, benefit: int = 0
+) -> Callable[[Callable[..., Any]], Rule]:
+    """Declares that a subgraph is `op`.
+
+    Args:
+        op: the semantic op. Captures and `attrs` together have to provide all its arguments.
+        anchor: the operation (or a predicate on view and node) that marks a candidate: each one in a graph is either
+            claimed by a match or explained in the report.
+        attrs: arguments computed from the match, as constants or functions of the `Match`.
+        benefit: preference among overlapping matches; at equal benefit the larger match wins.
+
+    Raises:
+        RuleError: where the rule is defined, if it cannot be right.
+    """
+    if anchor is None and attrs is None and inspect.isfunction(op):
+        raise _bare("rule", op)
+    return lambda function: _build(function, op, anchor, attrs, benefit, fuses=False)
+
+
+def fuse(
+    op: SemanticOp, *, attrs: dict[str, Any] | None = None, benefit: int = 1
+) -> Callable[[Callable[..., Any]], Rule]:
+    """Declares that raised ops together are `op`; the function may return several values, the op's outputs."""
+    if attrs is None and inspect.isfunction(op):
+        raise _bare("fuse", op)
+    return lambda function: _build(function, op, None, attrs, benefit, fuses=True)
+
+
+def group(
+    member: SemanticOp, *, by: str = "", into: SemanticOp | None = None, benefit: int = 1
+) -> Callable[[Callable[[list[Match]], Verdict]], GroupRule]:
+    """Declares that matches of `member` which share the argument `by` become one `into`; the function decides which."""
+    if into is None and inspect.isfunction(member):
+        raise _bare("group", member)
+
+    def build(condition: Callable[[list[Match]], Verdict]) -> GroupRule:
+        _insist(condition, decorator_faults("group", condition, {"member": member, "into": into}, benefit))
+        assert into is not None
+        _insist(condition, group_faults(condition, member, by, into))
+        return GroupRule(
+            name=_name(condition), source=_source(condition), member=member, op=into, by=by, benefit=benefit,
+            condition=condition,
+        )  # fmt: skip
+
+    return build
+
+
+def _build(
+    function: Callable[..., Any],
+    op: SemanticOp,
+    anchor: Anchor | None,
+    attrs: dict[str, Any] | None,
+    benefit: int,
+    fuses: bool,
+) -> Rule:
+    _insist(function, decorator_faults("fuse" if fuses else "rule", function, {"op": op}, benefit))
+    _insist(function, anchor_faults(anchor))
+    attrs = {} if attrs is None else attrs
+    if not isinstance(attrs, dict):
+        raise _wrong(function, f"attrs={attrs!r} is no dict from the op's arguments to their values")
+    try:
+        variables, defaults = _parameters(function)
+        outputs = function(**variables)
+    except Exception as problem:
+        raise _wrong(function, f"its function raises {type(problem).__name__}: {problem}") from problem
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    _insist(function, pattern_faults(outputs))
+    made = Rule(
+        name=_name(function), source=_source(function), op=op, outputs=outputs, variables=defaults, anchor=anchor,
+        attrs=attrs, benefit=benefit, fuses=fuses, names=frozenset(bound_names(outputs[0])),
+        tags=frozenset(alternatives(outputs[0])),
+    )  # fmt: skip
+    _insist(function, rule_faults(made, variables))
+    return made
+
+
+def _parameters(function: Callable[..., Any]) -> tuple[dict[str, Var], dict[str, Any]]:
+    """The captures that a rule's parameters are, and what an op's argument is where a match does not reach one."""
+    variables: dict[str, Var] = {}
+    defaults: dict[str, Any] = {}
+    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise TypeError(f"its parameter {parameter} is no capture, which has a name of its own")
+        annotation = parameter.annotation
+        optional = annotation is Opt or isinstance(annotation, Opt)
+        predicate = annotation.predicate if isinstance(annotation, Opt) else annotation
+        if predicate in (inspect.Parameter.empty, Opt):
+            predicate = None
+        variables[name] = Var(name, predicate, optional)
+        if parameter.default is not inspect.Parameter.empty:
+            defaults[name] = parameter.default
+        elif optional:
+            defaults[name] = None
+    return variables, defaults
+
+
+def _insist(function: Any, faults: Iterable[str]) -> None:
+    """Raises the first fault, if there is one, as an error of the rule that the function defines."""
+    for fault in faults:
+        raise _wrong(function, fault)
+
+
+def _wrong(function: Any, text: str) -> RuleError:
+    return RuleError(f"{_source(function)}: rule {_name(function)}: {text}")
+
+
+def _bare(decorator: str, function: Any) -> RuleError:
+    wants = "ops.member, by='x', into=ops.together" if decorator == "group" else "ops.name"
+    return _wrong(function, f"@{decorator} says nothing about the op: write @{decorator}({wants})")
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__name__", repr(function))
+
+
+def _source(function: Any) -> str:
+    """`file:line` of the function that defines a rule, or of who uses a decorator on anything else."""
+    code = getattr(inspect.unwrap(function) if callable(function) else function, "__code__", None)
+    return written_at() if code is None else f"{code.co_filename}:{code.co_firstlineno}"
+
+
+def _unique(nodes: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+    return tuple(dict.fromkeys(nodes))
+
+
+__all__ = [
+    "Anchor", "AnyRule", "GroupRule", "Match", "Opt", "Param", "Rule", "Scalar", "dtype_of", "fuse", "group", "rule",
+    "tag_of",
+]  # fmt: skip

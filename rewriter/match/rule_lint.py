@@ -1,0 +1,222 @@
+"""What can be seen to be wrong with a rule without a graph; a rule that fails raises where it is defined.
+
+The checks run in an order in which each may rely on those before it: what the decorator was given, the pattern by
+itself (`grammar.py`), then the two beside the op's schema.
+"""
+
+from __future__ import annotations
+
+import dis
+from collections.abc import Iterator
+from typing import Any
+
+from fastlora.errors import suggestion
+from fastlora.kernels import ops
+from fastlora.kernels.core.semantic_op import SemanticOp
+from fastlora.match.definition import PatternDefinition
+from fastlora.match.dsl import Constant, Scalar
+from fastlora.match.grammar import alternatives, collisions, faults, hidden, parts, takes, unknown_operation
+from fastlora.match.literals import misfit
+from fastlora.match.match import DtypeOf, TagOf, dtype_of, tag_of
+from fastlora.match.matcher import ANYTHING, RAISED, Cast, Either, Kept, Op, Pattern, Raised, Var
+
+
+def decorator_faults(kind: str, function: Any, given: dict[str, Any], benefit: Any) -> Iterator[str]:
+    """What is wrong with the ops and the benefit that a decorator was given, and with what it decorates."""
+    for name, op in given.items():
+        if not isinstance(op, SemanticOp):
+            yield f"@{kind} takes an op of fastlora.kernels.ops as {name}, not {op!r}; {_closest_op(op)}"
+    if not isinstance(benefit, int) or isinstance(benefit, bool):
+        yield f"benefit={benefit!r} is no integer"
+    if not callable(function):
+        yield f"@{kind} decorates a function, not {function!r}"
+
+
+def _closest_op(op: Any) -> str:
+    return suggestion(getattr(op, "__name__", op), (f"ops.{name}" for name in ops.__all__))
+
+
+def anchor_faults(anchor: Any) -> Iterator[str]:
+    """What is wrong with an anchor by itself."""
+    if isinstance(anchor, str):
+        if (unknown := unknown_operation(anchor)) is not None:
+            yield f"anchor={anchor!r}: {unknown}"
+    elif anchor is not None and (isinstance(anchor, type) or not callable(anchor)):
+        yield f"anchor={anchor!r} is neither the name of an operation nor a predicate on the view and a node"
+    elif anchor is not None and not takes(anchor, 2):
+        yield f"the anchor {getattr(anchor, '__name__', anchor)} does not take a view and a node"
+
+
+def pattern_faults(outputs: tuple[Any, ...]) -> Iterator[str]:
+    """What is wrong with what a rule's function returned, by itself."""
+    for output in outputs or (outputs,):
+        if not isinstance(output, Pattern):
+            yield f"its function has to return a pattern, or a tuple of patterns, and returns {output!r}"
+    yield from faults(outputs[0])
+
+
+def rule_faults(made: PatternDefinition, variables: dict[str, Var]) -> Iterator[str]:
+    """What is wrong with a rule whose pattern is right by itself."""
+    yield from _shape_faults(made, variables)
+    for name in collisions(made.outputs[0]):
+        yield f"{name!r} is bound twice in one match: rename one of the two, or give a raised op another prefix"
+    yield from _capture_faults(made, variables)
+    yield from _attribute_faults(made, variables)
+    yield from _default_faults(made, variables)
+
+
+def _shape_faults(made: PatternDefinition, variables: dict[str, Var]) -> Iterator[str]:
+    found = parts(made.outputs[0])
+    if len(made.outputs) != len(made.op.outputs):
+        yield f"returns {len(made.outputs)} values, but {made.op.name} has {len(made.op.outputs)} outputs"
+    if any(output not in found for output in made.outputs):
+        yield "every further output has to be a part of the first"
+    if len(set(made.outputs)) < len(made.outputs):
+        yield "two of the outputs are the same value"
+    roots = made.outputs[0].roots()
+    if ANYTHING in roots:
+        yield "the pattern has no operation at its top"
+    if not made.fuses and any(root.startswith(RAISED) for root in roots):
+        yield "a raised op is at the top of the pattern, which only @fuse finds"
+    for part in found:
+        if isinstance(part, Either):
+            yield from hidden(part)
+    if unused := variables.keys() - {part.name for part in found if isinstance(part, (Var, Kept))}:
+        yield f"the parameters {sorted(unused)} do not appear in the pattern"
+    named = {part.op for part in found if isinstance(part, Op)}
+    named |= {"cast" for part in found if isinstance(part, Cast)}
+    if isinstance(made.anchor, str) and made.anchor not in named and not any(isinstance(p, Raised) for p in found):
+        yield f"anchor={made.anchor!r} is in no match of the pattern, whose operations are {', '.join(sorted(named))}"
+
+
+def _capture_faults(made: PatternDefinition, variables: dict[str, Var]) -> Iterator[str]:
+    """Captures beside the op's arguments."""
+    op, found = made.op, parts(made.outputs[0])
+    arguments = {a.name: a for a in op.arguments}
+    captured = {part.name for part in found if isinstance(part, (Var, Kept))}
+    bundled = {name: part for part in found if isinstance(part, Raised) for name in part.captures()}
+    for name in sorted(captured - arguments.keys()):
+        if not name.startswith("_"):
+            own = "a capture of the rule's own has a _ before its name"
+            yield f"{name!r} is no argument of {op.name}: {suggestion(name, arguments)}; {own}"
+    for name in sorted(bundled.keys() - arguments.keys()):
+        yield f"{name!r} is no argument of {op.name}: {suggestion(name, arguments)}; {_say_what(bundled[name])}"
+    provided = captured | bundled.keys() | made.attrs.keys()
+    if missing := [n for n, a in arguments.items() if n not in provided and not a.is_optional]:
+        yield f"nothing provides {missing} of {op.name}{op.schema}: capture it, or give it in attrs"
+    for name, variable in variables.items():
+        if name not in arguments:
+            continue
+        argument = arguments[name]
+        constant = variable.predicate in (Scalar, Constant)
+        numeric = argument.type.removesuffix("?") in ("float", "int")
+        if argument.is_list or argument.is_tensor == constant or (variable.predicate is Scalar and not numeric):
+            yield f"{name} is {argument.type} in {op.name}{op.schema}, which its capture cannot be"
+        if variable.optional and not argument.is_optional:
+            yield f"{name} is optional in the pattern, but not in {op.name}{op.schema}"
+
+
+def _say_what(bundle: Raised) -> str:
+    return f"raised(ops.{bundle.op.name}, ...) has to say what it is: a capture, a constant, or a predicate on one"
+
+
+def _attribute_faults(made: PatternDefinition, variables: dict[str, Var]) -> Iterator[str]:
+    arguments = {a.name: a for a in made.op.arguments}
+    found = parts(made.outputs[0])
+    captured = {part.name for part in found if isinstance(part, (Var, Kept))}
+    bundled = {name: part for part in found if isinstance(part, Raised) for name in part.captures()}
+    for name, value in made.attrs.items():
+        if name not in arguments:
+            yield f"attrs {name!r} is no argument of {made.op.name}: {suggestion(name, arguments)}"
+        elif name in captured:
+            yield f"{name!r} is both captured and in attrs: call the capture _{name}, or leave it out of attrs"
+        elif name in bundled:
+            yield f"{name!r} is both in attrs and captured from what was raised: {_say_what(bundled[name])}"
+        elif isinstance(value, (DtypeOf, TagOf)):
+            yield from _asking_faults(made, variables, name, value)
+        elif value is dtype_of or value is tag_of:
+            yield f"attrs {name!r}: call {value.__name__}, as in {value.__name__}('name')"
+        elif isinstance(value, type) or (callable(value) and not takes(value, 1)):
+            yield f"attrs {name!r}: {value!r} is neither a constant nor a function of the match"
+        elif callable(value):
+            yield from (f"attrs {name!r}: {fault}" for fault in _unbound(made, value))
+        elif (reason := misfit(made.op, arguments[name], value)) is not None:
+            yield f"attrs {reason}"
+
+
+def _asking_faults(
+    made: PatternDefinition, variables: dict[str, Var], name: str, asked: DtypeOf | TagOf
+) -> Iterator[str]:
+    """What is wrong with an attribute that is the dtype or the tag of something in the match."""
+    kind = "ScalarType" if isinstance(asked, DtypeOf) else "str"
+    (argument,) = (a for a in made.op.arguments if a.name == name)
+    if argument.type.removesuffix("?") != kind:
+        yield f"attrs {name!r} is {argument.type} in {made.op.name}{made.op.schema}, and not {kind}"
+    if isinstance(asked, TagOf):
+        tags = alternatives(made.outputs[0])
+        if asked.name not in tags:
+            yield f"attrs {name!r}: {_no_either(made, asked.name)}"
+        for tag in sorted(tags.get(asked.name, ())):
+            if (reason := misfit(made.op, argument, tag)) is not None:
+                yield f"the alternative {tag} of {asked.name!r}: attrs {reason}"
+    elif asked.name is not None:
+        if asked.name not in made.names:
+            yield f"attrs {name!r}: nothing is captured or named {asked.name!r}: {suggestion(asked.name, made.names)}"
+        if asked.name in variables and variables[asked.name].predicate in (Scalar, Constant):
+            yield f"attrs {name!r}: {asked.name!r} is no tensor, and has no dtype"
+
+
+def _default_faults(made: PatternDefinition, variables: dict[str, Var]) -> Iterator[str]:
+    """Defaults of parameters are values of the op's arguments, where a match does not reach the capture."""
+    arguments = {a.name: a for a in made.op.arguments}
+    for name, value in made.variables.items():
+        absent = value is None and variables[name].optional
+        if name in arguments and not absent and (reason := misfit(made.op, arguments[name], value)) is not None:
+            yield f"the default {reason}"
+
+
+def condition_faults(made: PatternDefinition, condition: Any) -> Iterator[str]:
+    """What is wrong with a condition on a rule's matches."""
+    yield from function_faults(condition, 1, "the match")
+    yield from _unbound(made, condition)
+
+
+def _unbound(made: PatternDefinition, function: Any) -> Iterator[str]:
+    """Names that a function asks of its first argument, a match, and that none has, as far as its code shows."""
+    code = getattr(function, "__code__", None)
+    if code is None or not code.co_argcount:
+        return
+    steps = list(dis.get_instructions(code))
+    for of, method, name, call in zip(steps, steps[1:], steps[2:], steps[3:], strict=False):
+        told = name.opname == "LOAD_CONST" and isinstance(name.argval, str) and "CALL" in call.opname
+        if told and of.argval == code.co_varnames[0]:
+            if method.argval == "tag" and name.argval not in made.tags:
+                yield _no_either(made, name.argval)
+            if method.argval in ("value", "tensor", "dtype", "slice_of") and name.argval not in made.names:
+                yield f"nothing is captured or named {name.argval!r}: {suggestion(name.argval, made.names)}"
+
+
+def _no_either(made: PatternDefinition, name: str) -> str:
+    if name in made.names:
+        return f"{name!r} is the name of no either, but of something else: put .named on the either"
+    return f"no either is named {name!r}: {suggestion(name, made.tags)}"
+
+
+def group_faults(condition: Any, member: SemanticOp, by: Any, into: SemanticOp) -> Iterator[str]:
+    """What is wrong with a group, once its ops are some."""
+    names = {a.name for a in member.arguments}
+    unknown = [a.name for a in into.arguments if a.name not in names]
+    if unknown or by not in names:
+        yield f"{into.name} takes {unknown or [by]}, which {member.name} does not have: {suggestion(by, names)}"
+    if by not in {a.name for a in into.arguments if not a.is_list}:
+        single = [a.name for a in into.arguments if not a.is_list]
+        yield f"by={by!r} is nothing that all members of {into.name} share: {suggestion(by, single)}"
+    if not all(output.is_list for output in into.outputs):
+        yield f"the outputs of {into.name} have to be lists, one entry a member"
+    yield from function_faults(condition, 1, "the list of matches")
+
+
+def function_faults(function: Any, count: int, arguments: str) -> Iterator[str]:
+    """What is wrong with a function that a rule will call with so many arguments."""
+    if isinstance(function, type) or not callable(function) or not takes(function, count):
+        yield f"{getattr(function, '__name__', function)!r} is no function of {arguments}"

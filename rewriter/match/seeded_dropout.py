@@ -1,0 +1,108 @@
+"""Dropouts that an op does itself: the seed of the mask is drawn in the graph, where the model drew the mask.
+
+A pattern's `seeded` takes a dropout into the match and captures a `Seed`: an argument that is no value of the graph
+yet. It becomes one when the match is committed,
+
+    seed = torch.randint(2 ** 63 - 1, (1,), device=...)        in the place of        z = dropout(x, p)
+
+from PyTorch's own generator of the device, so `torch.manual_seed`, the random state that a checkpoint restores, and
+CUDA graphs mean for it what they mean for a dropout. The random numbers are others than eager's, as many and as good.
+
+This is the one case in which a random node may be replaced: the op draws again what the node would have drawn. Where
+a match is replayed for verification, both sides get the mask of one fixed seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fastlora.graph.fake_values import meta
+from fastlora.graph.view import View
+from fastlora.kernels.formulas.dropout import SEEDS, reference
+from fastlora.match.matcher import Kept, Op, Pattern, Predicate, State, Trace, describe
+
+
+@dataclass(frozen=True, repr=False)
+class Seed:
+    """The seed of the mask that a dropout would have drawn."""
+
+    dropout: fx.Node
+    p: float
+
+    def __repr__(self) -> str:
+        return "a seed"  # for all alike: which node it stands for is no part of what an op computes
+
+    def example(self) -> torch.Tensor:
+        """What tracing would have recorded."""
+        return _like(self.dropout).new_empty((1,), dtype=torch.int64)
+
+    def fixed(self, device: torch.device) -> torch.Tensor:
+        """One seed for all replays."""
+        return torch.zeros(1, dtype=torch.int64, device=device)
+
+    def replay(self, x: torch.Tensor) -> torch.Tensor:
+        """What the dropout gives for the mask of the fixed seed."""
+        return reference(x, None, self.fixed(x.device), self.p, x.dtype)
+
+    def draw(self, graph: fx.Graph) -> fx.Node:
+        """A node that draws the seed, at the graph's insertion point."""
+        example = self.example()
+        node = graph.call_function(torch.randint, (SEEDS, (1,)), {"device": example.device})
+        node.meta["example_value"] = example
+        return node
+
+
+def _like(node: fx.Node) -> torch.Tensor:
+    tensor = meta(node)
+    assert tensor is not None, f"{node.name} is a dropout, and holds no tensor"
+    return tensor
+
+
+def seeds(arguments: dict[str, Any]) -> list[Seed]:
+    """Those among a match's arguments, lists of them included."""
+    leaves = [v for value in arguments.values() for v in (value if isinstance(value, list) else [value])]
+    return [leaf for leaf in leaves if isinstance(leaf, Seed)]
+
+
+def _uses(view: View, node: fx.Node) -> int:
+    """How many times a value is read; one user may do so twice, and the two have to stay equal."""
+    read: list[fx.Node] = []
+    for user in dict.fromkeys(view.users(node)):
+        fx.node.map_arg((user.args, user.kwargs), lambda argument: read.append(view.producer(argument)))
+    return read.count(node)
+
+
+class Seeded(Kept):
+    """A dropout of `x` that the match takes over; captures the seed as `name`, the probability as p is matched."""
+
+    def __init__(self, name: str, x: Pattern, p: Pattern, where: Predicate) -> None:
+        super().__init__(name, Op("dropout", input=x, p=p))
+        self.where = where
+
+    def _branches(self, view: View, value: Any, state: State, trace: Trace | None) -> Iterator[State]:
+        for found in self.shape.match(view, value, state, trace):
+            refusal = self._refusal(view, value)
+            if refusal is None:
+                node, term = view.producer(value), view.term(value)
+                assert term is not None
+                yield found.bind(self.name, Seed(node, term.args["p"]))
+            elif trace is not None:
+                trace.note(state, refusal)
+
+    def _refusal(self, view: View, value: Any) -> str | None:
+        """Why the dropout has to stay in the graph, or None."""
+        term = view.term(value)
+        p = term.args["p"] if term is not None else None
+        if not isinstance(p, float) or not 0 < p < 1:
+            return f"{describe(value)} has the probability {p}, which is not between 0 and 1"
+        if _uses(view, view.producer(value)) != 1:
+            return f"{describe(value)} has other uses"
+        verdict = self.where(view, value)
+        if verdict is True:
+            return None
+        return verdict if isinstance(verdict, str) else f"{describe(value)} is not to be drawn again"

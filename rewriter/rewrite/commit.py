@@ -1,0 +1,81 @@
+"""Puts the chosen matches into the graph; the only code that changes one."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from fastlora.graph.view import View
+from fastlora.match.rule import Match
+from fastlora.match.seeded_dropout import Seed
+
+_TRACED = ("nn_module_stack", "stack_trace", "source_fn_stack")
+
+
+def commit(gm: fx.GraphModule, view: View, matches: Sequence[Match]) -> None:
+    """Replaces disjoint, legal matches by their ops, then removes the nodes that this left without users."""
+    forward: dict[fx.Node, fx.Node] = {}
+    for match in sorted(matches, key=lambda m: view.order[m.root]):
+        _replace(gm.graph, view, match, forward)
+    _erase(gm.graph, view, matches)
+    gm.graph.lint()
+    gm.recompile()
+
+
+def _replace(graph: fx.Graph, view: View, match: Match, forward: dict[fx.Node, fx.Node]) -> None:
+    place = match.place()
+
+    def value(argument: Any) -> Any:
+        if isinstance(argument, Seed):
+            return _draw(graph, view, argument, place)
+        return forward.get(argument, argument) if isinstance(argument, fx.Node) else argument
+
+    values = fx.node.map_aggregate(match.op.order(match.arguments), value)
+    with graph.inserting_before(place):
+        call = graph.call_function(match.op.target, tuple(values))  # type: ignore[arg-type]
+        results = _unpack(graph, call, match)
+    for node in (call, *results):
+        view.order[node] = view.order[place] - 0.5
+        node.meta.update({key: match.root.meta[key] for key in _TRACED if key in match.root.meta})
+    for old, new in zip(match.outputs, results, strict=True):
+        new.meta["example_value"] = old.meta["example_value"]
+        old.replace_all_uses_with(new)
+        forward[old] = new
+
+
+def _draw(graph: fx.Graph, view: View, seed: Seed, place: fx.Node) -> fx.Node:
+    """The seed as a value of the graph, drawn where the dropout is that goes: before the op, which a group has earlier
+    than its last member."""
+    before = min(seed.dropout, place, key=view.order.__getitem__)
+    with graph.inserting_before(before):
+        node = seed.draw(graph)
+    view.order[node] = view.order[before] - 0.5
+    node.meta.update({key: seed.dropout.meta[key] for key in _TRACED if key in seed.dropout.meta})
+    return node
+
+
+def _unpack(graph: fx.Graph, call: fx.Node, match: Match) -> list[fx.Node]:
+    """A node for each output. An op returns outputs and residuals as a tuple, unless there is just one result."""
+    op = match.op
+
+    def item(source: fx.Node, index: int) -> fx.Node:
+        return graph.call_function(operator.getitem, (source, index))
+
+    single = len(op.outputs) + len(op.residuals) == 1
+    results: list[Any] = [call] if single else [item(call, i) for i in range(len(op.outputs))]
+    if op.outputs[0].is_list:
+        return [item(results[0], i) for i in range(len(match.outputs))]
+    return results
+
+
+def _erase(graph: fx.Graph, view: View, matches: Sequence[Match]) -> None:
+    """Only what was replaced goes, and identities that handed a value to that alone: the graph may hold in-place
+    operations without users, which a general dead-code elimination would drop."""
+    replaced = {node for match in matches for node in match.inside()}
+    for node in reversed(list(graph.nodes)):
+        if node in replaced and not node.users:
+            replaced.update(filter(view.is_identity, node.all_input_nodes))
+            graph.erase_node(node)
