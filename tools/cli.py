@@ -1,4 +1,4 @@
-"""The command line. Heavy libraries are imported inside the commands, so that `--help` is quick."""
+"""The command line. PyTorch and transformers are imported inside the commands, so that `--help` is quick."""
 
 import sys
 from importlib.util import find_spec
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+import fastlora
 from fastlora.tools.problems import RunError, UsageError
 from fastlora.tools.settings import Lower, Settings
 
@@ -19,11 +20,7 @@ FILE_WIDTH = 130
 ARGUMENT_ERROR: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 NEEDED = ("accelerate", "datasets", "matplotlib")
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Fast LoRA fine-tuning: a compiler pass for PyTorch transformers.",
-)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 Model = Annotated[
     str | None, typer.Option(metavar="PATH_OR_HUB_ID", help="A causal language model; default: a small built-in Llama.")
@@ -43,6 +40,21 @@ Bfloat16 = Annotated[bool, typer.Option("--bf16", help="Frozen weights and arith
 FourBits = Annotated[
     bool, typer.Option("--load-in-4bit", help="QLoRA: frozen weights in 4 bits (NF4, quantised twice).")
 ]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fastlora {fastlora.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Fast LoRA fine-tuning: a compiler pass for PyTorch transformers."""
 
 
 @app.command()
