@@ -21,6 +21,7 @@ from fastlora.match.rule import AnyRule, Match
 from fastlora.reports.from_rewrite import misses
 from fastlora.reports.model import Miss
 from fastlora.rewrite.pipeline import Rewrite, rewrite
+from fastlora.rewrite.refusal import Code, Refusal
 
 Function = Callable[..., Any]
 f32, bf16, f64 = torch.float32, torch.bfloat16, torch.float64
@@ -76,16 +77,20 @@ class Outcome:
         return [match for made in self.rewrites for match in made.chosen]
 
     @property
-    def refused(self) -> list[tuple[Match, str]]:
+    def refused(self) -> list[tuple[Match, Refusal]]:
         return [pair for made in self.rewrites for pair in made.refused]
 
+    def codes(self) -> set[Code]:
+        """What kinds of refusals there were."""
+        return {refusal.code for _, refusal in self.refused}
+
     def missed(self) -> str:
-        """Why candidates stayed as they were, as one text."""
+        """Why candidates are not fused, as one text."""
         return "\n".join(f"{miss.op}: {miss.reason}" for miss in self.misses)
 
     def turned_down(self) -> str:
-        """Why matches were not taken, as one text."""
-        return "\n".join(f"{match.op.name}: {reason}" for match, reason in self.refused)
+        """Why matches were refused, as one text."""
+        return "\n".join(f"{match.op.name}: {refusal}" for match, refusal in self.refused)
 
     def assert_identical(self) -> None:
         """The rewritten run gave eager's very bits."""

@@ -22,6 +22,7 @@ from fastlora.logits.autograd import can_defer, defer, product_dtype
 from fastlora.logits.deferred_logits import Tally
 from fastlora.logits.recipe import Adapter
 from fastlora.rewrite.pipeline import Rewrite
+from fastlora.rewrite.refusal import Code
 
 
 def _is_seen() -> bool:
@@ -136,7 +137,7 @@ def _without_idle_casts(node: fx.Node) -> fx.Node:
 def defer_escaping_logits(gm: fx.GraphModule, rewrite: Rewrite, tally: Tally) -> None:
     """Defers the product behind each loss that was left alone only because its logits are used elsewhere."""
     claimed = rewrite.claimed()
-    escaping = {m.root for m, reason in rewrite.refused if m.op.family == "loss" and reason.startswith("L1:")}
+    escaping = {m.root for m, refusal in rewrite.refused if m.op.family == "loss" and refusal.code is Code.ESCAPES}
     for anchor in rewrite.anchors.get("loss", {}):
         if anchor in escaping and anchor not in claimed:
             product = _head_of(rewrite.view, anchor)

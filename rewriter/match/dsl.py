@@ -118,7 +118,7 @@ class _HalfOf(Op):
         if wanted == (args["start"], args["stop"], args["step"]):
             yield from super()._arguments(view, args, state, trace)
         elif trace is not None:
-            trace.note(state, f"want the slice {wanted}, got {(args['start'], args['stop'], args['step'])}")
+            trace.note(state, f"expected the slice {wanted}, found {(args['start'], args['stop'], args['step'])}")
 
 
 def first_half(x: Pattern) -> Pattern:

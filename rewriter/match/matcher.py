@@ -69,7 +69,7 @@ class Pattern:
             if _same(state.seen[id(self)], producer):
                 yield state
             elif trace is not None:
-                trace.note(state, f"{describe(value)} is not {describe(state.seen[id(self)])}, which it has to equal")
+                trace.note(state, f"{describe(value)} is not the same value as {describe(state.seen[id(self)])}")
             return
         for found in self._branches(view, value, state, trace):
             seen = {**found.seen, id(self): producer}
@@ -173,7 +173,7 @@ class Literal(Pattern):
         if _is_constant(value, self.value):
             yield state
         elif trace is not None:
-            trace.note(state, f"want the constant {self.value!r}, got {describe(value)}")
+            trace.note(state, f"expected the constant {self.value!r}, found {describe(value)}")
 
     def roots(self) -> set[str]:
         return {ANYTHING}
@@ -207,7 +207,7 @@ class Op(Pattern):
         term = view.term(value)
         if term is None or term.op != self.op:
             if trace is not None:
-                trace.note(state, f"want {self.op}, got {describe(value, term.op if term else None)}")
+                trace.note(state, f"expected {self.op}, found {describe(value, term.op if term else None)}")
             return
         inside = state._replace(members=(*state.members, view.producer(value)))
         yield from self._arguments(view, term.args, inside, trace)
@@ -362,7 +362,7 @@ class Raised(Pattern):
             pairs = [(pattern, raised.arguments.get(name)) for name, pattern in self.overrides.items()]
             yield from _match_all(pairs, view, inside, trace)
         if not matches and trace is not None:
-            trace.note(state, f"want a {self.op.name}, got {describe(value)}")
+            trace.note(state, f"expected a {self.op.name}, found {describe(value)}")
 
 
 def _match_all(pairs: list[tuple[Pattern, Any]], view: View, state: State, trace: Trace | None) -> Iterator[State]:

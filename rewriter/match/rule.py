@@ -94,8 +94,8 @@ class Rule(PatternDefinition):
                 raise RuleError(f"{self.source}: rule {self.name}: attrs {reason}")
             match.arguments[name] = computed
 
-    def refusal(self, match: Match) -> str | None:
-        """Why a `where` condition turns the match down, or None."""
+    def objection(self, match: Match) -> str | None:
+        """Return why a `where` condition rejects the match, or None."""
         for condition in self.conditions:
             verdict = condition(match)
             if verdict is not True:
@@ -135,9 +135,6 @@ class GroupRule(Definition):
         members = _unique(tuple(n for m in matches for n in m.members))
         shared = _unique(tuple(n for m in matches for n in m.shared))
         return Match(self, view, outputs, members, shared, arguments, parts=tuple(matches))
-
-    def refusal(self, match: Match) -> str | None:
-        return None
 
 
 AnyRule = Rule | GroupRule

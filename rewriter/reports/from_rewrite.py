@@ -29,7 +29,7 @@ def sites(rewrite: Rewrite, region: str, count: int) -> list[Site]:
 def misses(rewrite: Rewrite, region: str, count: int) -> list[Miss]:
     """The candidates that stayed as they were; a loss may have been deferred since."""
     left = [miss for miss in rewrite.missed if miss.node not in rewrite.deferred]
-    return [Miss(miss.family, miss.rule, where(miss.node, region), miss.reason, count) for miss in left]
+    return [Miss(miss.family, miss.rule, where(miss.node, region), str(miss.refusal), count) for miss in left]
 
 
 def where(node: fx.Node, region: str = "") -> str:

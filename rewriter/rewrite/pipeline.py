@@ -20,6 +20,7 @@ from fastlora.match.rule import Anchor, AnyRule, GroupRule, Match, Rule
 from fastlora.rewrite.commit import commit
 from fastlora.rewrite.legality import Legality
 from fastlora.rewrite.quantized import propose, settle
+from fastlora.rewrite.refusal import Code, Refusal
 from fastlora.rewrite.verify import disagreement
 
 _REACH = 12
@@ -28,12 +29,12 @@ _REACH = 12
 
 @dataclass(frozen=True)
 class NearMiss:
-    """A candidate that stays, the rule that came closest to it, and the reason."""
+    """A candidate that is not fused, the rule that came closest to matching it, and why."""
 
     family: str
     node: fx.Node
     rule: str
-    reason: str
+    refusal: Refusal
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Rewrite:
     graph: fx.Graph
     view: View
     chosen: list[Match] = field(default_factory=list)
-    refused: list[tuple[Match, str]] = field(default_factory=list)
+    refused: list[tuple[Match, Refusal]] = field(default_factory=list)
     anchors: dict[str, dict[fx.Node, list[Rule]]] = field(default_factory=dict)
     missed: list[NearMiss] = field(default_factory=list)
     deferred: list[fx.Node] = field(default_factory=list)
@@ -128,16 +129,16 @@ def _near_misses(result: Rewrite) -> list[NearMiss]:
     ]
 
 
-def _why(result: Rewrite, anchor: fx.Node, about: list[Rule]) -> tuple[str, str]:
-    refused = [(match, reason) for match, reason in result.refused if anchor in match.members]
+def _why(result: Rewrite, anchor: fx.Node, about: list[Rule]) -> tuple[str, Refusal]:
+    refused = [(match, refusal) for match, refusal in result.refused if anchor in match.members]
     if refused:
-        match, reason = max(refused, key=lambda pair: len(pair[0].members))
-        return repr(match.rule), reason
+        match, refusal = max(refused, key=lambda pair: len(pair[0].members))
+        return repr(match.rule), refusal
     for rule in about:
         for explain in rule.explanations:
-            if (told := explain(result.view, anchor)) is not None:
-                return repr(rule), told
-    depth, closest = 0, (repr(about[0]), "no pattern of this family has it in this place")
+            if (explained := explain(result.view, anchor)) is not None:
+                return repr(rule), Refusal(Code.PATTERN, anchor, explained)
+    depth, closest = 0, (repr(about[0]), "no rule of this family matches around this node")
     for rule in about:
         for root in _downstream(result.view, anchor):
             term = result.view.term(root)
@@ -145,8 +146,13 @@ def _why(result: Rewrite, anchor: fx.Node, about: list[Rule]) -> tuple[str, str]
                 continue
             for members, reason in rule.trace(result.view, root).notes:
                 if anchor in members and len(members) >= depth:  # of equally deep ones, the last was the best try
-                    depth, closest = len(members), (repr(rule), f"{len(members)} nodes deep: {reason}")
-    return closest
+                    depth, closest = len(members), (repr(rule), f"{_nodes(members)} matched; {reason}")
+    rule_name, text = closest
+    return rule_name, Refusal(Code.PATTERN, anchor, text)
+
+
+def _nodes(members: Sequence[fx.Node]) -> str:
+    return f"{len(members)} node{'s' if len(members) > 1 else ''}"
 
 
 def _downstream(view: View, anchor: fx.Node) -> Iterator[fx.Node]:
@@ -187,9 +193,9 @@ def _accepted(result: Rewrite, rule: Rule, node: fx.Node) -> Iterator[Match]:
     match = rule.find(result.view, node)
     if match is None:
         return
-    reason = rule.refusal(match)
-    if reason is not None:
-        result.refused.append((match, reason))
+    objection = rule.objection(match)
+    if objection is not None:
+        result.refused.append((match, Refusal(Code.CONDITION, match.root, objection)))
         return
     rule.complete(match)
     yield match
@@ -197,13 +203,13 @@ def _accepted(result: Rewrite, rule: Rule, node: fx.Node) -> Iterator[Match]:
 
 def _legal(result: Rewrite, found: list[Match], legality: Legality, verify: bool) -> Iterator[Match]:
     for match in found:
-        reason = legality.refusal(match)
-        if reason is None and verify:
-            reason = disagreement(match)
-        if reason is None:
+        refusal = legality.refusal(match)
+        if refusal is None and verify:
+            refusal = disagreement(match)
+        if refusal is None:
             yield match
         else:
-            result.refused.append((match, reason))
+            result.refused.append((match, refusal))
 
 
 def _choose(result: Rewrite, legal: list[Match]) -> None:
@@ -213,7 +219,7 @@ def _choose(result: Rewrite, legal: list[Match]) -> None:
         owned = [member for member in match.members if member not in match.shared]
         winner = next((taken[member] for member in owned if member in taken), None)
         if winner is not None:
-            result.refused.append((match, f"its nodes are part of {winner.rule}"))
+            result.refused.append((match, Refusal(Code.OVERLAP, match.root, f"{winner.rule} covers some of its nodes")))
         else:
             taken.update(dict.fromkeys(owned, match))
             result.chosen.append(match)

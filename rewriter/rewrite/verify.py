@@ -20,14 +20,15 @@ from fastlora.graph.view import View
 from fastlora.kernels.core import grouped_mm
 from fastlora.match.rule import Match
 from fastlora.match.seeded_dropout import Seed, seeds
+from fastlora.rewrite.refusal import Code, Refusal
 
 _ALGEBRA = 1e-10
 _SLACK = 1.25
 _SEEN: dict[Any, str | None] = {}
 
 
-def disagreement(match: Match) -> str | None:
-    """Why the op would not be the same computation as the matched nodes, or None. Each structure is replayed once."""
+def disagreement(match: Match) -> Refusal | None:
+    """Return why the op is not the same computation as the matched nodes, or None. Each structure is replayed once."""
     constants = [str(value) for value in match.op.order(match.arguments) if not isinstance(value, fx.Node)]
     targets = [
         str((n.target, *fx.node.map_arg((n.args, n.kwargs), lambda _: "value")))  # with its constants
@@ -40,7 +41,8 @@ def disagreement(match: Match) -> str | None:
         with torch.random.fork_rng(), torch.enable_grad(), unrecorded:
             torch.manual_seed(0)
             _SEEN[key] = _compare(match)
-    return _SEEN[key]
+    text = _SEEN[key]
+    return None if text is None else Refusal(Code.NUMERICS, match.root, f"verification failed: {text}")
 
 
 def _kind(node: fx.Node) -> Any:
@@ -58,11 +60,12 @@ def _compare(match: Match) -> str | None:
         truth, algebra = _replay(match, exact, True), _reference(match, exact, True)
     for name, true, mine in zip(_names(match, exact), truth, algebra, strict=True):
         if _distance(mine, true) > _ALGEBRA:
-            return f"verify: {name} differs from the op's in fp64 by {_distance(mine, true):.1e}"
+            return f"in float64 {name} differs by {_distance(mine, true):.1e}"
     for name, true, before, after in zip(_names(match, exact), truth, original, native, strict=True):
         floor = 4 * torch.finfo(after.dtype).eps
         if _distance(after, true) > _SLACK * _distance(before, true) + floor:
-            return f"verify: {name} would be less exact, {_distance(after, true):.1e} for {_distance(before, true):.1e}"
+            errors = f"an error of {_distance(after, true):.1e}, up from {_distance(before, true):.1e}"
+            return f"{name} would be less exact, with {errors}"
     return None
 
 

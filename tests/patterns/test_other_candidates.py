@@ -82,7 +82,7 @@ NORMS: dict[str, tuple[Function, str | None]] = {
     "rsqrt": (lambda x, w: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * w, None),
     "a root": (lambda x, w: x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * w, None),
     "rms_norm": (lambda x, w: F.rms_norm(x, (16,), w, 1e-6), None),
-    "a root without eps": (lambda x, w: x / torch.sqrt(x.pow(2).mean(-1, keepdim=True)) * w, "want add"),
+    "a root without eps": (lambda x, w: x / torch.sqrt(x.pow(2).mean(-1, keepdim=True)) * w, "expected add"),
     "norm and a scale": (lambda x, w: x / (x.norm(dim=-1, keepdim=True) * 16**-0.5 + 1e-6) * w, BY_NORM),
     "norm and a scale after it": (lambda x, w: x / x.norm(2, dim=-1, keepdim=True).clamp(min=1e-6) * 4.0 * w, BY_NORM),
     "the inverse of a norm": (lambda x, w: x * (4.0 / x.norm(dim=-1, keepdim=True)) * w, BY_NORM),

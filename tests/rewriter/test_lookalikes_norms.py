@@ -122,21 +122,21 @@ def rms_with(power):
 LOOKALIKES = [
     Lookalike("mean over tokens", rms_with(lambda x: x.pow(2).mean(0, keepdim=True) + EPS), (SQUARE, W), missed="mean"),
     Lookalike("mean over two dimensions", rms_with(lambda x: x.pow(2).mean((-2, -1), keepdim=True) + EPS), (X, W)),
-    Lookalike("mean over everything", rms_with(lambda x: x.pow(2).mean() + EPS), (X, W), missed="want mean"),
-    Lookalike("mean without keepdim", rms_with(lambda x: x.pow(2).mean(-1) + EPS), (SQUARE, W), missed="want mean"),
+    Lookalike("mean over everything", rms_with(lambda x: x.pow(2).mean() + EPS), (X, W), missed="expected mean"),
+    Lookalike("mean without keepdim", rms_with(lambda x: x.pow(2).mean(-1) + EPS), (SQUARE, W), missed="expected mean"),
     Lookalike(
         "mean in another dtype",
         rms_with(lambda x: x.pow(2).mean(-1, keepdim=True, dtype=torch.float64) + EPS),
         (X, W),
-        missed="want mean",
+        missed="expected mean",
     ),
     Lookalike("sum for mean", rms_with(lambda x: x.pow(2).sum(-1, keepdim=True) + EPS), (X, W), missed="L2 norm"),
     Lookalike("cube for square", rms_with(lambda x: x.abs().pow(3).mean(-1, keepdim=True) + EPS), (X, W), missed="pow"),
     Lookalike("size for square", rms_with(lambda x: x.abs().mean(-1, keepdim=True) + EPS), (X, W), missed="abs"),
-    Lookalike("no eps", rms_with(lambda x: x.pow(2).mean(-1, keepdim=True)), (X, W), missed="want add"),
+    Lookalike("no eps", rms_with(lambda x: x.pow(2).mean(-1, keepdim=True)), (X, W), missed="expected add"),
     Lookalike("eps outside of the root", lambda x, w: x * (root(x, 1.0) + EPS) * w, (X, W), missed="norm"),
     Lookalike(
-        "eps is subtracted", rms_with(lambda x: x.pow(2).mean(-1, keepdim=True) - EPS), (X, W), missed="want add"
+        "eps is subtracted", rms_with(lambda x: x.pow(2).mean(-1, keepdim=True) - EPS), (X, W), missed="expected add"
     ),
     Lookalike(
         "eps depends on the data",
@@ -167,12 +167,22 @@ LOOKALIKES = [
     Lookalike("the root leaves the graph", escaping_root, (X, W), missed="leaves the graph as an output"),
     Lookalike("the mean is used elsewhere", escaping_mean, (X, W), missed="is also used by"),
     Lookalike("the square is clamped in place", mutated_square, (X, W), missed="clamp_"),
-    Lookalike("the mean is added to in place", augmented_mean, (X, W), missed="want mean"),
+    Lookalike("the mean is added to in place", augmented_mean, (X, W), missed="expected mean"),
     Lookalike("the statistics are a snapshot's", statistics_of_a_snapshot, (X, W)),
     Lookalike("the square is with a snapshot", square_of_a_snapshot, (X, W)),
-    Lookalike("the statistics have no gradients", statistics_without_gradients, (X, W), missed="L4"),
+    Lookalike(
+        "the statistics have no gradients",
+        statistics_without_gradients,
+        (X, W),
+        missed="gradient or autocast modes",
+    ),
     Lookalike("the statistics are a copy's without gradients", statistics_of_a_copy_without_gradients, (X, W)),
-    Lookalike("the statistics are under autocast", statistics_under_autocast, (X, W), missed="L4"),
+    Lookalike(
+        "the statistics are under autocast",
+        statistics_under_autocast,
+        (X, W),
+        missed="gradient or autocast modes",
+    ),
     Lookalike("the root has its gradient retained", retained_root, (X, W), fullgraph=False),
     Lookalike(
         "the normalised value leaves the graph", escaping_normalised, (X, W), ("rms_norm",), refused="leaves the graph"

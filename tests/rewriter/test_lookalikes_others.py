@@ -63,7 +63,12 @@ GLUS = [
     Lookalike("the activation is clamped in place", mutated_activation, (GATE, UP), missed="clamp_"),
     Lookalike("the gate is activated in place", activated_in_place, (GATE, UP)),
     Lookalike("the gate is written between", written_between, (GATE.detach(), UP), missed="in place"),
-    Lookalike("the activation has no gradients", activated_without_gradients, (GATE, UP), missed="L4"),
+    Lookalike(
+        "the activation has no gradients",
+        activated_without_gradients,
+        (GATE, UP),
+        missed="gradient or autocast modes",
+    ),
     Lookalike("the activation is detached", lambda gate, up: F.silu(gate).detach() * up, (GATE, UP)),
     Lookalike("the activation is made whole", lambda gate, up: F.silu(4 * gate).to(torch.int32) * up, (GATE, UP)),
     Lookalike("up is made whole", lambda gate, up: F.silu(gate) * (4 * up).to(torch.int32), (GATE, UP)),

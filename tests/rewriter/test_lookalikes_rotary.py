@@ -56,7 +56,7 @@ ROTARIES = [
         "the signed half stays in its place",
         turned_with(lambda x: torch.cat((x[..., :4], -x[..., 4:]), -1)),
         (Q, *TABLES),
-        missed="want the slice",
+        missed="expected the slice",
     ),
     Lookalike(
         "both halves are negated", turned_with(lambda x: torch.cat((-x[..., 4:], -x[..., :4]), -1)), (Q, *TABLES)
@@ -66,7 +66,7 @@ ROTARIES = [
         "the slices are unequal",
         turned_with(lambda x: torch.cat((-x[..., 3:], x[..., :3]), -1)),
         (Q, *TABLES),
-        missed="want the slice",
+        missed="expected the slice",
     ),
     Lookalike(
         "the width is odd",
@@ -114,7 +114,12 @@ ROTARIES = [
     Lookalike("the turned value leaves the graph", escaping_turn, (Q, *TABLES), missed="leaves the graph as an output"),
     Lookalike("x is written between the halves", mutated_between_halves, (Q, *TABLES), missed="in place"),
     Lookalike("the turned value is overwritten", mutated_turn, (Q, *TABLES), missed="setitem"),
-    Lookalike("the turned value has no gradients", turned_without_gradients, (Q, *TABLES), missed="L4"),
+    Lookalike(
+        "the turned value has no gradients",
+        turned_without_gradients,
+        (Q, *TABLES),
+        missed="gradient or autocast modes",
+    ),
     Lookalike(
         "pairs with the sign on the even ones",
         turned_with(lambda x: torch.stack((x[..., 1::2], -x[..., 0::2]), -1).flatten(-2)),
@@ -125,19 +130,19 @@ ROTARIES = [
         "pairs that stay in their places",
         turned_with(lambda x: torch.stack((-x[..., 0::2], x[..., 1::2]), -1).flatten(-2)),
         (Q, *TABLES),
-        missed="want the slice",
+        missed="expected the slice",
     ),
     Lookalike(
         "pairs joined as halves",
         turned_with(lambda x: torch.cat((-x[..., 1::2], x[..., 0::2]), -1)),
         (Q, *TABLES),
-        missed="want the slice",
+        missed="expected the slice",
     ),
     Lookalike(
         "halves joined as pairs",
         turned_with(lambda x: torch.stack((-x[..., 4:], x[..., :4]), -1).flatten(-2)),
         (Q, *TABLES),
-        missed="want the slice",
+        missed="expected the slice",
     ),
     Lookalike(
         "pairs joined to other dimensions than they came from",
