@@ -20,8 +20,9 @@ from fastlora.lower.lowering import lower
 from fastlora.match.rule import AnyRule, Match
 from fastlora.reports.from_rewrite import misses
 from fastlora.reports.model import Miss
-from fastlora.rewrite.pipeline import Rewrite, rewrite
+from fastlora.rewrite.pipeline import rewrite
 from fastlora.rewrite.refusal import Code, Refusal
+from fastlora.rewrite.state import Rewrite
 
 Function = Callable[..., Any]
 f32, bf16, f64 = torch.float32, torch.bfloat16, torch.float64

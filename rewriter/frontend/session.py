@@ -19,14 +19,15 @@ from fastlora.graph.bodies import bodies
 from fastlora.graph.fake_values import meta, steady
 from fastlora.kernels.core.devices import runs_kernels
 from fastlora.logits.deferred_logits import Tally
-from fastlora.logits.graph_pass import defer_escaping_logits, defer_head
+from fastlora.logits.graph_pass import deferrals
 from fastlora.lower.lowering import checkpoints, lower, pretend
 from fastlora.lower.precompile import calls, loss_call
 from fastlora.match.rule import AnyRule
 from fastlora.match.rulebook import check_rules, rules_of
 from fastlora.reports.from_rewrite import misses, sites
 from fastlora.reports.model import Coverage, Miss, Report, Seconds, Site
-from fastlora.rewrite.pipeline import Rewrite, rewrite
+from fastlora.rewrite.pipeline import PASSES, rewrite
+from fastlora.rewrite.state import Rewrite
 from fastlora.runtime.activation_offload import CudaLanes, Mover
 from fastlora.runtime.cuda_graphs import Replays
 from fastlora.runtime.graph_pool import CudaGraphs
@@ -156,13 +157,13 @@ class Session:
         frame = torch._guards.CompileContext.current_compile_id()
         frame_id = len(self.graphs) if frame is None or frame.frame_id is None else frame.frame_id
         runs_eagerly = self.options.lowering == "eager"
-        rewrites = rewrite(gm, self.rules, self.options.verify is True, decodes=runs_eagerly)
-        traced = TracedGraph(gm, rewrites, self.region, frame_id, self.kind)
-        if runs_eagerly and self.options.defer_logits:
-            defer_escaping_logits(gm, traced.rewrites[0], self.tally)
-            if self.region == self.head:
-                self.head_problem = defer_head(gm, self.tally)
-                traced.defers = self.head_problem is None
+        defers = runs_eagerly and self.options.defer_logits
+        is_head = defers and self.region == self.head
+        passes = (*PASSES, *deferrals(self.tally, is_head)) if defers else PASSES
+        rewrites = rewrite(gm, self.rules, self.options.verify is True, decodes=runs_eagerly, passes=passes)
+        traced = TracedGraph(gm, rewrites, self.region, frame_id, self.kind, defers=rewrites[0].defers_head)
+        if is_head:
+            self.head_problem = None if traced.defers else str(rewrites[0].head_refusal)
         self.seconds.match += time.perf_counter() - start
         self.graphs.append(traced)
         if self.options.strict:

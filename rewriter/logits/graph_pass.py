@@ -1,7 +1,7 @@
-"""The boundary between a graph and a loss outside of it, or beside which the logits leave it.
+"""The passes that defer logits, for a loss outside the graph, or a loss in it beside which the logits leave the graph.
 
-Head and loss cannot become one op then. Instead the head's product is deferred, which leaves every other node as it is:
-the cross-entropy meets deferred logits, be it in the graph when that runs or later, and so does the caller.
+Head and loss cannot become one op then. Instead the head's product is deferred, and every other node stays as it is:
+the cross-entropy is given deferred logits, whether it runs in the graph or later, and so is the caller.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fastlora.compat.dispatch import function_overrides_are_enabled, is_wrapper_subclass
 from fastlora.graph.canonical_ops import spelling_of
 from fastlora.graph.fake_values import known_less, meta
 from fastlora.graph.view import CASTS, View
@@ -21,14 +21,14 @@ from fastlora.kernels.ops import lora_linear
 from fastlora.logits.autograd import can_defer, defer, product_dtype
 from fastlora.logits.deferred_logits import Tally
 from fastlora.logits.recipe import Adapter
-from fastlora.rewrite.pipeline import Rewrite
-from fastlora.rewrite.refusal import Code
+from fastlora.rewrite.refusal import Code, Refusal
+from fastlora.rewrite.state import Counts, Pass, Rewrite
 
 
 def _is_seen() -> bool:
     """Whether what meets deferred logits sees that they are. TorchDynamo runs a graph without PyTorch's function
     overrides where it has parameters of subclasses, as bitsandbytes' are."""
-    return torch._C._is_torch_function_enabled()
+    return function_overrides_are_enabled()
 
 
 class DeferredProduct(nn.Module):
@@ -60,18 +60,45 @@ class DeferredAdaptedProduct(nn.Module):
         return made
 
 
-def defer_head(gm: fx.GraphModule, tally: Tally) -> str | None:
-    """Defer the result of a graph that is a head, with an adapter or without, and nothing else.
+def deferrals(tally: Tally, is_head: bool) -> tuple[Pass, ...]:
+    """Return the passes that defer logits, to run after all others.
 
-    Returns:
-        Why it was not, None if it was.
+    Args:
+        tally: counts what becomes of deferred logits.
+        is_head: whether the graph is the model's output head, whose result is then deferred as well.
     """
+
+    def defer_escaping_logits(state: Rewrite) -> Counts:
+        """Defer the product behind each loss that is not fused because its logits are used elsewhere.
+
+        Before: `logits = F.linear(x, W); cross_entropy(logits, labels)`, and `logits` is returned. After: the same with
+        `logits = deferred_head(x, W)`, which the loss is computed from without its values.
+        """
+        if not state.is_body:
+            _defer_losses(state, tally)
+        return {"deferred": len(state.deferred)}
+
+    def defer_head(state: Rewrite) -> Counts:
+        """Defer the result of a graph that is an output head, with an adapter or without, and nothing else.
+
+        Before: `return F.linear(x, W)`. After: `return deferred_head(x, W)`.
+        """
+        if not state.is_body:
+            state.head_refusal = _defer_result(state.gm, tally)
+            state.defers_head = state.head_refusal is None
+        return {"deferred": int(state.defers_head)}
+
+    return (defer_escaping_logits, defer_head) if is_head else (defer_escaping_logits,)
+
+
+def _defer_result(gm: fx.GraphModule, tally: Tally) -> Refusal | None:
+    """Defer what a head returns, or return why that is not possible."""
     (result,) = (node.args[0] for node in gm.graph.nodes if node.op == "output")
     if not isinstance(result, (tuple, list)) or len(result) != 1 or not isinstance(result[0], fx.Node):
-        return "the output head returns more than logits"
+        return Refusal(Code.HEAD, None, "the output head returns more than logits")
     (last,) = result
     found = _head(_without_idle_casts(last))
-    if isinstance(found, str):
+    if isinstance(found, Refusal):
         return found
     stand_in, arguments = found
     gm.add_submodule("deferred_head", stand_in(tally))
@@ -84,32 +111,35 @@ def defer_head(gm: fx.GraphModule, tally: Tally) -> str | None:
     return None
 
 
-def _head(product: fx.Node) -> tuple[type[nn.Module], tuple[Any, ...]] | str:
-    """What stands for a head's product and its arguments, or why nothing does."""
+def _head(product: fx.Node) -> tuple[type[nn.Module], tuple[Any, ...]] | Refusal:
+    """What stands for a head's product, with its arguments, or why nothing can."""
     node = product.args[0] if product.target is operator.getitem and product.args[1] == 0 else product
     spelling = spelling_of(product)
     if isinstance(node, fx.Node) and node.target is lora_linear.target:
         given = dict(zip(lora_linear.names, node.args, strict=True))
         if given["x_dropped"] is not None or given["seed"] is not None:
-            return "the output head's adapter drops out what it reads, which the fused loss does not"
+            text = "the output head's adapter has dropout, which the fused loss does not support"
+            return Refusal(Code.HEAD, product, text)
         if given["lora_bias"] is not None:
-            return "the output head's adapter has a bias, which the fused loss does not take"
+            text = "the output head's adapter has a bias, which the fused loss does not support"
+            return Refusal(Code.HEAD, product, text)
         stand_in: type[nn.Module] = DeferredAdaptedProduct
         arguments, weight = node.args, given["weight"]
     elif spelling is not None and spelling.op == "linear" and (bound := spelling.bind(product)) is not None:
         stand_in, weight = DeferredProduct, bound["weight"]
         arguments = tuple(bound[name] for name in ("input", "weight", "bias"))
     else:
-        return "the output head does more than a linear layer, with an adapter or without"
+        return Refusal(Code.HEAD, product, "the output head is more than a linear layer, with an adapter or without")
     if not _is_vocabulary(weight):
-        return "the output head's weight is no plain matrix with more rows than columns, as a vocabulary's is"
+        text = "the output head's weight is not a plain matrix with more rows than columns, as a vocabulary's is"
+        return Refusal(Code.HEAD, product, text)
     return stand_in, arguments
 
 
 def _is_vocabulary(weight: Any) -> bool:
     """Whether it is a plain matrix with more rows than columns."""
     tensor = meta(weight)
-    plain = tensor is not None and tensor.dim() == 2 and not is_traceable_wrapper_subclass(tensor)
+    plain = tensor is not None and tensor.dim() == 2 and not is_wrapper_subclass(tensor)
     return plain and tensor is not None and known_less(tensor.shape[1], tensor.shape[0])
 
 
@@ -134,19 +164,20 @@ def _without_idle_casts(node: fx.Node) -> fx.Node:
     return node
 
 
-def defer_escaping_logits(gm: fx.GraphModule, rewrite: Rewrite, tally: Tally) -> None:
-    """Defers the product behind each loss that was left alone only because its logits are used elsewhere."""
-    claimed = rewrite.claimed()
-    escaping = {m.root for m, refusal in rewrite.refused if m.op.family == "loss" and refusal.code is Code.ESCAPES}
-    for anchor in rewrite.anchors.get("loss", {}):
+def _defer_losses(state: Rewrite, tally: Tally) -> None:
+    """Defer the logits of the losses that are refused because these escape; they are no near misses then."""
+    claimed = state.claimed()
+    escaping = {m.root for m, refusal in state.refused if m.op.family == "loss" and refusal.code is Code.ESCAPES}
+    for anchor in state.anchors.get("loss", {}):
         if anchor in escaping and anchor not in claimed:
-            product = _head_of(rewrite.view, anchor)
+            product = _head_of(state.view, anchor)
             spelling = spelling_of(product)
-            if spelling is not None and spelling.op == "linear" and not isinstance(_head(product), str):
-                _defer(gm, product, spelling.bind(product) or {}, tally)
-                rewrite.deferred.append(anchor)
-    if rewrite.deferred:
-        gm.recompile()
+            if spelling is not None and spelling.op == "linear" and not isinstance(_head(product), Refusal):
+                _defer(state.gm, product, spelling.bind(product) or {}, tally)
+                state.deferred.append(anchor)
+    if state.deferred:
+        state.missed = [miss for miss in state.missed if miss.node not in state.deferred]
+        state.gm.recompile()
 
 
 def _head_of(view: View, anchor: fx.Node) -> fx.Node:

@@ -10,7 +10,7 @@ from torch import fx
 from fastlora.graph.fake_values import hint, meta
 from fastlora.match.rule import Match
 from fastlora.reports.model import Miss, Site
-from fastlora.rewrite.pipeline import Rewrite
+from fastlora.rewrite.state import Rewrite
 
 
 def sites(rewrite: Rewrite, region: str, count: int) -> list[Site]:
@@ -27,9 +27,8 @@ def sites(rewrite: Rewrite, region: str, count: int) -> list[Site]:
 
 
 def misses(rewrite: Rewrite, region: str, count: int) -> list[Miss]:
-    """The candidates that stayed as they were; a loss may have been deferred since."""
-    left = [miss for miss in rewrite.missed if miss.node not in rewrite.deferred]
-    return [Miss(miss.family, miss.rule, where(miss.node, region), str(miss.refusal), count) for miss in left]
+    """Return the candidates of one graph that are not fused."""
+    return [Miss(miss.family, miss.rule, where(miss.node, region), str(miss.refusal), count) for miss in rewrite.missed]
 
 
 def where(node: fx.Node, region: str = "") -> str:

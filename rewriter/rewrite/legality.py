@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fastlora.compat.dispatch import is_wrapper_subclass
+from fastlora.compat.tracing import FakeTensor
 from fastlora.graph.effects import REGARDLESS_OF_AUTOCAST
 from fastlora.graph.fake_values import hint, known_equal, meta
 from fastlora.graph.view import View
@@ -98,7 +98,7 @@ class Legality:
     def _is_given_away(self, match: Match, member: fx.Node, writer: fx.Node) -> bool:
         """Whether all that a write changes is an output that the match has no more to do with."""
         after = all(self._view.order[node] < self._view.order[writer] for node in match.members)
-        return match.op.gives and member in match.outputs and after
+        return match.op.policy.outputs_mutable and member in match.outputs and after
 
     def _mode(self, match: Match) -> Refusal | None:
         at = {self._modes[member] for member in match.members}
@@ -131,7 +131,7 @@ class Legality:
         """What an operation on a subclass computes is defined by the subclass, which may round what it multiplies."""
         for node in match.argument_nodes():
             tensor = meta(node)
-            if tensor is not None and is_traceable_wrapper_subclass(tensor):
+            if tensor is not None and is_wrapper_subclass(tensor):
                 return Refusal(Code.SUBCLASS, node, f"{node.name} is of the tensor subclass {type(tensor).__name__}")
         return None
 

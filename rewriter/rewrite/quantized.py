@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from fastlora.compat.dispatch import OpOverload
 from fastlora.graph.fake_values import meta
 from fastlora.kernels.ops import dequantize_4bit
 
@@ -177,7 +178,7 @@ def _gemm(node: fx.Node) -> dict[str, Any] | None:
 
 def _names(node: fx.Node, name: str) -> bool:
     """Whether a node calls the operator of that name, in a library that need not be installed."""
-    return isinstance(node.target, torch._ops.OpOverload) and str(node.target) == name
+    return isinstance(node.target, OpOverload) and str(node.target) == name
 
 
 def _is_function(node: Any) -> bool:
@@ -236,6 +237,6 @@ def _decodes(backward: fx.GraphModule, given: dict[str, Any]) -> bool:
 
 def _short(node: fx.Node) -> str:
     """A target's name without library and overload."""
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return str(node.target).split(".")[1]
     return str(getattr(node.target, "__name__", node.target))

@@ -23,6 +23,7 @@ class Code(Enum):
     NUMERICS = "a replay of the match disagrees with the op"
     CONDITION = "a condition of the rule does not hold"
     OVERLAP = "a preferred match covers the same nodes"
+    HEAD = "the output head is more than a linear layer"
     PATTERN = "no rule matches around the candidate"
 
 

@@ -92,7 +92,7 @@ def _random(example: torch.Tensor | None) -> torch.Tensor:
 def _sampled(match: Match, inputs: dict[fx.Node, torch.Tensor]) -> dict[fx.Node, torch.Tensor]:
     """The arguments that a random tensor would be no value for, by the op's own account."""
     given = {n: inputs[v] for n, v in match.arguments.items() if isinstance(v, fx.Node) and v in inputs}
-    return {match.arguments[name]: make(given) for name, make in match.op.samples.items()}
+    return {match.arguments[name]: make(given) for name, make in match.op.policy.samples.items()}
 
 
 def _with_gradients(
