@@ -27,7 +27,7 @@ from fastlora.match.dsl import (
     rsqrt,
     seeded,
     sqrt,
-    variance,
+    var,
     widened,
 )
 from fastlora.match.rule import Match, dtype_of, fuse, rule
@@ -147,7 +147,7 @@ def written_layer_norm(x, weight: Opt[Param(1)], eps: Scalar):
     """LayerNorm spelled out, with a weight and no bias."""
     h = widened(x).named("h")
     centred = h - mean(h)
-    power = either(squares=mean((h - mean(h)) ** 2), var=variance(h)) + eps
+    power = either(squares=mean((h - mean(h)) ** 2), var=var(h)) + eps
     n = either(multiplied=centred * rsqrt(power), divided=centred / sqrt(power)).named("n")
     return cast(either(weighted=n * widened(weight), bare=n))
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import fx
 
+from fastlora.compat.dispatch import HigherOrderOperator
 from fastlora.graph.effects import BODIES
 
 
@@ -14,7 +14,7 @@ def bodies(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
     """The module and the bodies that it runs as ordinary code, innermost last."""
     yield gm
     for node in gm.graph.nodes:
-        if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() in BODIES:
+        if isinstance(node.target, HigherOrderOperator) and node.target.name() in BODIES:
             for source in node.all_input_nodes:
                 if source.op == "get_attr" and isinstance(
                     body := getattr(gm, str(source.target), None), fx.GraphModule

@@ -1,12 +1,13 @@
-"""How PyTorch spells the operations that patterns speak of, and what patterns see of them: one line per operation.
+"""The operations that patterns speak of: one declaration each.
 
-`spell("add", "input other alpha=1", operator.add, torch.add, "add")` says that those two functions and that method are
-the same canonical operation, and what their arguments are called. Strings are method names, or, with a dot in them,
-operators of libraries that need not be installed. A call that does not fit the signature (say, `out=`) is left opaque,
-and patterns never see it.
+    canonical("silu", "input", call("input inplace=False", F.silu), fresh=True)
 
-Patterns see what is spelled, unless the view reads it as something else: then `seen` and `unseen` say as what. An
-argument that a pattern does not mention has its default, so these tables are what closes a pattern.
+says that patterns see `silu(input)`; that a model writes it as `F.silu`, which has another argument; and that it makes
+a new tensor and does nothing else. A spelling is a function, the name of a method, or, with a dot in it, of an operator
+of a library that need not be installed. A call that does not fit its signature (one with `out=`, say), or whose further
+arguments are not at their defaults (`inplace=True`), is opaque, and no pattern sees it.
+
+An argument that a pattern does not mention must have its default, so these declarations are what closes a pattern.
 """
 
 from __future__ import annotations
@@ -20,45 +21,118 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from fastlora.compat.dispatch import OpOverload, OpOverloadPacket
+from fastlora.compat.dispatch import grouped_mm as torch_grouped_mm
 from fastlora.errors import RuleError, written_at
+from fastlora.graph import readers
 from fastlora.graph.signature import Signature, merge, parse
+from fastlora.graph.term import Reader, Term, Terms
 
-POWERS = {2: "square", -0.5: "rsqrt", 0.5: "sqrt"}
-"""The powers that are operations of their own."""
+Target = Callable[..., Any] | str
+_SLICE = "slice, of the last dimension"
+_TRANSPOSED = "transposed, of a matrix, or mT, of a stack of them"
+_COPY = "what they copy"
 
 
 @dataclass(frozen=True)
 class Spelling:
-    """One way to write a canonical operation."""
+    """One way to write a canonical operation, with the arguments that it is called with."""
 
     op: str
     signature: Signature
 
     def bind(self, node: fx.Node) -> dict[str, Any] | None:
-        """The node's arguments by name, those that only other spellings have included, or None if the call does not
-        fit the signature."""
+        """Return the node's arguments by name, including those that only other spellings have, or None if the call does
+        not fit the signature."""
         names = self.signature.names
         if len(node.args) > len(names) or not all(name in names for name in node.kwargs):
             return None
         given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-        bound = {**_MERGED[self.op].defaults, **self.signature.defaults, **given}
+        bound = {**_OPS[self.op].called.defaults, **self.signature.defaults, **given}
         missing = any(name not in given for name in self.signature.required())
         return None if missing else bound
 
 
-_FUNCTIONS: dict[Any, Spelling] = {}
-_METHODS: dict[Any, Spelling] = {}
-_OPERATORS: dict[Any, Spelling] = {}
-_MERGED: dict[str, Signature] = {}
-_SEEN: dict[str, Signature] = {}
-_UNSEEN: dict[str, str] = {}
+@dataclass
+class CanonicalOp:
+    """An operation as patterns see it.
+
+    Attributes:
+        name: its name in patterns.
+        arguments: the arguments that patterns see, with their defaults.
+        called: all arguments that calls of it have.
+        fresh: every call makes a new tensor and does nothing else, unless it is in place.
+        ignores_autocast: the result is the same whether autocast is on or off.
+        read: what a call means, where that depends on its arguments.
+        instead: what patterns see instead, if they never see this operation.
+        is_open: further spellings may add arguments.
+    """
+
+    name: str
+    arguments: Signature
+    called: Signature
+    fresh: bool = False
+    ignores_autocast: bool = False
+    read: Reader | None = None
+    instead: str | None = None
+    is_open: bool = False
+
+    def term(self, terms: Terms, node: fx.Node, given: dict[str, Any]) -> Term | None:
+        """Return what a call means, or None if no pattern may see it."""
+        if self.read is not None:
+            return self.read(terms, node, given)
+        seen = {name: given[name] for name in self.arguments.names}
+        hidden = given.keys() - seen.keys()
+        return Term(self.name, seen) if all(given[name] == self.called.defaults[name] for name in hidden) else None
 
 
-def spell(op: str, signature: str, *spellings: Callable[..., Any] | str) -> None:
-    """Registers spellings (callables, or as strings method names and operators) of the canonical operation `op`.
+_OPS: dict[str, CanonicalOp] = {}
+_SPELLED: dict[str, dict[Any, Spelling]] = {"function": {}, "method": {}, "operator": {}}
 
-    The signature lists argument names; `name=value` gives a default, a literal of Python or a bare word. A pattern that
-    does not mention an argument matches calls that leave it at its default; one without has to be mentioned.
+
+@dataclass(frozen=True)
+class Call:
+    """Targets with the arguments that they are called with."""
+
+    signature: Signature
+    targets: tuple[Target, ...]
+
+
+def call(arguments: str, *targets: Target) -> Call:
+    """For `canonical`: spellings that take other arguments than patterns see."""
+    return Call(parse(arguments), targets)
+
+
+def canonical(
+    name: str,
+    arguments: str,
+    *spellings: Target | Call,
+    fresh: bool = False,
+    ignores_autocast: bool = False,
+    read: Reader | None = None,
+    instead: str | None = None,
+) -> None:
+    """Declare a canonical operation; see `CanonicalOp`.
+
+    `arguments` lists what patterns see, in order; `name=value` gives a default, a literal or a bare word. Spellings are
+    called with these arguments, unless they are in a `call`.
+    """
+    seen = parse(arguments)
+    plain = tuple(each for each in spellings if not isinstance(each, Call))
+    calls = [each for each in spellings if isinstance(each, Call)]
+    calls += [Call(seen, plain)] if plain else []
+    called = merge([each.signature for each in calls] or [seen])
+    _OPS[name] = CanonicalOp(name, seen, called, fresh, ignores_autocast, read, instead)
+    for each in calls:
+        _spell(name, each)
+
+
+def spell(op: str, signature: str, *spellings: Target) -> None:
+    """Add spellings of a canonical operation, which may be a new one.
+
+    The signature lists the arguments of the spellings; `name=value` gives a default, a literal or a bare word. A
+    pattern that does not mention an argument matches calls that leave it at its default; one without a default must
+    be mentioned.
 
     Raises:
         RuleError: if the signature or a spelling cannot be right, with the line that it is written in.
@@ -67,155 +141,188 @@ def spell(op: str, signature: str, *spellings: Callable[..., Any] | str) -> None
         if not spellings:
             raise ValueError("name a function, a method or an operator that is spelled so")
         parsed = parse(signature)
-        _fit_what_is_read(op, parsed)
-        tables = [_table_of(op, target) for target in spellings]
-        _MERGED[op] = merge([*_others(op, spellings), parsed])
+        known = _OPS.get(op)
+        if known is not None and not known.is_open:
+            _check_arguments(known, parsed)
+        for target in spellings:
+            _table_of(op, target)
+        if known is None or known.is_open:
+            merged = merge([*_other_signatures(op, spellings), parsed])
+            _OPS[op] = CanonicalOp(op, merged, merged, is_open=True)
     except ValueError as problem:
         raise RuleError(f"{written_at()}: spell({op!r}, {signature!r}): {problem}") from None
-    for target, table in zip(spellings, tables, strict=True):
-        table[target] = Spelling(op, parsed)
+    _spell(op, Call(parsed, spellings))
 
 
-def _fit_what_is_read(op: str, signature: Signature) -> None:
-    """What the view reads has the arguments that it knows of, as it would drop others."""
-    known = _MERGED.get(op) or _SEEN.get(op)
-    if known is not None and (op in _SEEN or op in _UNSEEN):
-        for name in signature.names:
-            if name not in known.names:
-                raise ValueError(f"{op!r} has no argument {name!r}, but {known}; spell it by another name")
+def _check_arguments(op: CanonicalOp, spelled: Signature) -> None:
+    """A declared operation has the arguments that it is declared with: others would be dropped."""
+    for name in spelled.names:
+        if name not in op.called.names:
+            raise ValueError(f"{op.name!r} has no argument {name!r}, but {op.called}; spell it by another name")
+    for name in op.called.required():
+        if name not in spelled.names:
+            raise ValueError(f"{op.name!r} needs the argument {name!r}; spell it by another name")
+
+
+def _spell(op: str, made: Call) -> None:
+    for target in made.targets:
+        _table_of(op, target)[target] = Spelling(op, made.signature)
 
 
 def _table_of(op: str, target: Any) -> dict[Any, Spelling]:
-    """Where a spelling belongs, unless it is none or another operation's."""
-    table = _FUNCTIONS
+    """The table that a spelling belongs in.
+
+    Raises:
+        ValueError: if it is no spelling, or one of another operation.
+    """
+    kind = "function"
     if isinstance(target, str):
-        table = _OPERATORS if "." in target else _METHODS
+        kind = "operator" if "." in target else "method"
     elif not callable(target):
         raise ValueError(f"{target!r} is neither a callable nor the name of a method or an operator")
-    known = table.get(target)
+    known = _SPELLED[kind].get(target)
     if known is not None and known.op != op:
         raise ValueError(f"{target!r} is spelled {known.op!r} already, and patterns see it as that")
-    return table
+    return _SPELLED[kind]
 
 
-def _others(op: str, spellings: tuple[Any, ...]) -> list[Signature]:
-    """The signatures of the other spellings of an operation."""
-    tables = (_FUNCTIONS, _METHODS, _OPERATORS)
-    known = ((target, spelling) for table in tables for target, spelling in table.items())
-    return [spelling.signature for target, spelling in known if spelling.op == op and target not in spellings]
-
-
-def seen(op: str, signature: str) -> None:
-    """Declares the arguments that patterns see of an operation that the view reads, or makes of others."""
-    _SEEN[op] = parse(signature)
-
-
-def unseen(ops: str, instead: str) -> None:
-    """Declares that patterns never see these operations, and what they see instead."""
-    _UNSEEN.update(dict.fromkeys(ops.split(), instead))
-
-
-def signature_of(op: str) -> Signature | None:
-    """The arguments that patterns see of a canonical operation; None if they see no such operation."""
-    return None if op in _UNSEEN else _SEEN.get(op) or _MERGED.get(op)
-
-
-def operations() -> set[str]:
-    """The canonical operations that patterns see, with those that were spelled since fastlora was imported."""
-    return (_SEEN.keys() | _MERGED.keys()) - _UNSEEN.keys()
-
-
-def seen_instead(op: str) -> str | None:
-    """What patterns see instead of an operation that they do not."""
-    return _UNSEEN.get(op)
+def _other_signatures(op: str, targets: tuple[Any, ...]) -> list[Signature]:
+    known = ((target, spelling) for table in _SPELLED.values() for target, spelling in table.items())
+    return [spelling.signature for target, spelling in known if spelling.op == op and target not in targets]
 
 
 def spelling_of(node: fx.Node) -> Spelling | None:
-    """The spelling of a call node, or None if the tables do not know its target."""
+    """Return the spelling of a call node, or None if its target is not the spelling of any operation."""
     if node.op == "call_function":
         try:
-            found = _FUNCTIONS.get(node.target)
+            found = _SPELLED["function"].get(node.target)
         except TypeError:  # an unhashable callable
             return None
-        if found is None and isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-            return _OPERATORS.get(str(node.target).removesuffix(".default"))
+        if found is None and isinstance(node.target, (OpOverload, OpOverloadPacket)):
+            return _SPELLED["operator"].get(str(node.target).removesuffix(".default"))
         return found
-    return _METHODS.get(str(node.target)) if node.op == "call_method" else None
+    return _SPELLED["method"].get(str(node.target)) if node.op == "call_method" else None
 
 
-spell("add", "input other alpha=1", torch.add, "add")
-spell("add", "input other", operator.add)
-spell("sub", "input other alpha=1", torch.sub, "sub")
-spell("sub", "input other", operator.sub)
-spell("mul", "input other", operator.mul, torch.mul, torch.multiply, "mul", "multiply")
-spell("div", "input other rounding_mode=None", torch.div, "div", torch.true_divide)
-spell("div", "input other", operator.truediv)
-spell("neg", "input", operator.neg, torch.neg, torch.negative, "neg")
-spell("pow", "input exponent", operator.pow, torch.pow, "pow")
-spell("square", "input", torch.square, "square")
-spell("sqrt", "input", torch.sqrt, "sqrt")
-spell("rsqrt", "input", torch.rsqrt, "rsqrt")
-spell("reciprocal", "input", torch.reciprocal, "reciprocal")
-spell("mean", "input dim keepdim=False dtype=None", torch.mean, "mean")
-spell("var", "input dim unbiased=True keepdim=False", torch.var, "var")
-spell("linalg_norm", "input ord=None dim=None keepdim=False dtype=None", torch.linalg.norm)
-spell("tanh", "input", torch.tanh, F.tanh, "tanh")
-spell("sigmoid", "input", torch.sigmoid, F.sigmoid, "sigmoid")
-spell("silu", "input inplace=False", F.silu)
-spell("gelu", "input approximate=none", F.gelu)
-spell("linear", "input weight bias=None", F.linear)
-spell("matmul", "input other", operator.matmul, torch.matmul, "matmul")
-spell("baddbmm", "input batch1 batch2 beta=1 alpha=1", torch.baddbmm, "baddbmm")
-spell("einsum", "equation first second", torch.einsum)
-spell("grouped_mm", "input mat2 offs=None bias=None out_dtype=None", torch._grouped_mm, F.grouped_mm)
-spell("grouped_mm_or_zero", "input mat2 offs", "transformers.grouped_mm_fallback")
-spell("cat", "tensors dim=0", torch.cat, torch.concat, torch.concatenate)
-spell("stack", "tensors dim=0", torch.stack)
-spell("flatten", "input start_dim=0 end_dim=-1", torch.flatten, "flatten")
-spell("chunk", "input chunks dim=0", torch.chunk, "chunk")
-spell("split", "tensor split_size_or_sections dim=0", torch.split, "split")
-spell("getitem", "input index", operator.getitem)
-spell("transpose", "input dim0 dim1", torch.transpose, "transpose")
-spell("t", "input", torch.t, "t")
-spell("attribute", "input name", getattr)
-spell("dropout", "input p=0.5 training=True inplace=False", F.dropout)
-spell("dropout", "input p training", torch.dropout)
-spell("layer_norm", "input normalized_shape weight=None bias=None eps=1e-5", F.layer_norm)
-spell("layer_norm", "input normalized_shape weight=None bias=None eps=1e-5 cudnn_enable=True", torch.layer_norm)
-spell("torch_rms_norm", "input normalized_shape weight=None eps=None", F.rms_norm, torch.rms_norm)
-spell(
+def operation(name: str) -> CanonicalOp:
+    """Return the declaration of a canonical operation."""
+    return _OPS[name]
+
+
+def operations() -> set[str]:
+    """Return the canonical operations that patterns see, including those spelled since fastlora was imported."""
+    return {name for name, op in _OPS.items() if op.instead is None}
+
+
+def signature_of(op: str) -> Signature | None:
+    """Return the arguments that patterns see of an operation, or None if they see no such operation."""
+    found = _OPS.get(op)
+    return None if found is None or found.instead is not None else found.arguments
+
+
+def seen_instead(op: str) -> str | None:
+    """Return what patterns see instead of an operation that they never see."""
+    found = _OPS.get(op)
+    return None if found is None else found.instead
+
+
+# Arithmetic
+canonical("add", "input other", call("input other alpha=1", torch.add, "add"), operator.add, fresh=True)
+canonical("sub", "input other", call("input other alpha=1", torch.sub, "sub"), operator.sub, fresh=True)
+canonical(
+    "mul", "input other", operator.mul, torch.mul, torch.multiply, "mul", "multiply", fresh=True, read=readers.product
+)
+canonical(
+    "div",
+    "input other",
+    call("input other rounding_mode=None", torch.div, torch.true_divide, "div"),
+    operator.truediv,
+    fresh=True,
+    read=readers.quotient,
+)
+canonical("neg", "input", operator.neg, torch.neg, torch.negative, "neg", fresh=True)
+canonical("pow", "input exponent", operator.pow, torch.pow, "pow", fresh=True, read=readers.power)
+canonical("square", "input", torch.square, "square", fresh=True)
+canonical("sqrt", "input", torch.sqrt, "sqrt", fresh=True)
+canonical("rsqrt", "input", torch.rsqrt, "rsqrt", fresh=True)
+canonical("reciprocal", "input", torch.reciprocal, "reciprocal", fresh=True)
+
+# Reductions over the last dimension, which is kept
+canonical(
+    "mean", "input", call("input dim keepdim=False dtype=None", torch.mean, "mean"), fresh=True, read=readers.mean
+)
+canonical("var", "input", call("input dim unbiased=True keepdim=False", torch.var, "var"), fresh=True, read=readers.var)
+canonical("linalg_norm", "input ord=None dim=None keepdim=False dtype=None", torch.linalg.norm)
+
+# Activations
+canonical("tanh", "input", torch.tanh, F.tanh, "tanh", fresh=True)
+canonical("sigmoid", "input", torch.sigmoid, F.sigmoid, "sigmoid", fresh=True)
+canonical("silu", "input", call("input inplace=False", F.silu), fresh=True)
+canonical("gelu", "input", call("input approximate=none", F.gelu), fresh=True, read=readers.gelu)
+canonical("gelu_tanh", "input")
+
+# Products
+canonical("linear", "input weight bias=None", F.linear, fresh=True)
+canonical("matmul", "input other", operator.matmul, torch.matmul, "matmul", fresh=True, read=readers.matmul)
+canonical("baddbmm", "input batch1 batch2 beta=1 alpha=1", torch.baddbmm, "baddbmm", fresh=True)
+canonical("einsum", "equation first second", torch.einsum)
+canonical(
+    "grouped_mm",
+    "input mat2 offs",
+    call("input mat2 offs=None bias=None out_dtype=None", torch_grouped_mm, F.grouped_mm),
+    fresh=True,
+    ignores_autocast=True,
+    read=readers.grouped_mm,
+)
+canonical(
+    "grouped_mm_or_zero", "input mat2 offs", "transformers.grouped_mm_fallback", fresh=True, ignores_autocast=True
+)
+
+# Pieces and layouts of the last dimension
+canonical(
+    "cat", "tensors", call("tensors dim=0", torch.cat, torch.concat, torch.concatenate), fresh=True, read=readers.cat
+)
+canonical("stack", "tensors", call("tensors dim=0", torch.stack), fresh=True, read=readers.stack)
+canonical("flatten", "input", call("input start_dim=0 end_dim=-1", torch.flatten, "flatten"), read=readers.flatten)
+canonical("slice", "input start stop step")
+canonical("getitem", "input index", operator.getitem, read=readers.getitem, instead=_SLICE)
+canonical("chunk", "input chunks dim=0", torch.chunk, "chunk", instead=_SLICE)
+canonical("split", "tensor split_size_or_sections dim=0", torch.split, "split", instead=_SLICE)
+canonical("transposed", "input")  # of a matrix
+canonical("mT", "input", ignores_autocast=True)  # of a stack of matrices
+canonical("transpose", "input dim0 dim1", torch.transpose, "transpose", read=readers.transpose, instead=_TRANSPOSED)
+canonical("t", "input", torch.t, "t", read=readers.t, instead=_TRANSPOSED)
+canonical("attribute", "input name", getattr, read=readers.attribute, instead=_TRANSPOSED)
+canonical("reshape", "input")
+
+# Norms, dropout and losses
+canonical(
+    "dropout",
+    "input p",
+    call("input p=0.5 training=True inplace=False", F.dropout),
+    call("input p training", torch.dropout),
+    read=readers.dropout,
+)
+canonical(
+    "layer_norm",
+    "input normalized_shape weight=None bias=None eps=1e-5",
+    F.layer_norm,
+    call("input normalized_shape weight=None bias=None eps=1e-5 cudnn_enable=True", torch.layer_norm),
+    fresh=True,
+    read=readers.layer_norm,
+)
+canonical("torch_rms_norm", "input normalized_shape weight=None eps=None", F.rms_norm, torch.rms_norm, fresh=True)
+canonical(
     "cross_entropy",
     "input target weight=None size_average=None ignore_index=-100 reduce=None reduction=mean label_smoothing=0.0",
     F.cross_entropy,
+    fresh=True,
 )
-spell("eye", "n m=None dtype=None device=None", torch.eye)
-spell("detach", "input", torch.detach, "detach")
-spell("contiguous", "input memory_format=None", "contiguous")
-spell("clone", "input memory_format=None", torch.clone, "clone")
 
-# What the view reads, or makes of others: see `fastlora.graph.view`.
-seen("add", "input other")
-seen("sub", "input other")
-seen("mul", "input other")
-seen("div", "input other")
-seen("pow", "input exponent")
-seen("matmul", "input other")  # of what is no transposed matrix
-seen("mean", "input")  # over the last dimension, which is kept; var alike
-seen("var", "input")
-seen("silu", "input")
-seen("gelu", "input")
-seen("gelu_tanh", "input")
-seen("dropout", "input p")  # which is active
-seen("layer_norm", "input normalized_shape weight=None bias=None eps=1e-5")
-seen("grouped_mm", "input mat2 offs")
-seen("transposed", "input")  # of a matrix
-seen("mT", "input")  # of a stack of them
-seen("cat", "tensors")  # along the last dimension, as the next three
-seen("stack", "tensors")
-seen("flatten", "input")
-seen("slice", "input start stop step")
-seen("reshape", "input")
-seen("cast", "input")
-unseen("transpose t attribute", "transposed, of a matrix, or mT, of a stack of them")
-unseen("getitem chunk split", "slice, of the last dimension")
-unseen("contiguous clone identity", "what they copy")
+# Copies and constants
+canonical("cast", "input")
+canonical("detach", "input", torch.detach, "detach")
+canonical("contiguous", "input memory_format=None", "contiguous", read=readers.copy, instead=_COPY)
+canonical("clone", "input memory_format=None", torch.clone, "clone", read=readers.copy, instead=_COPY)
+canonical("identity", "input", instead=_COPY)
+canonical("eye", "n m=None dtype=None device=None", torch.eye)

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._pytree import tree_leaves
 
-from fastlora.graph.canonical_ops import spelling_of
+from fastlora.compat import tracing
+from fastlora.compat.autograd import storage_id
+from fastlora.compat.dispatch import HigherOrderOperator, OpOverload, schema_of, tree_leaves
+from fastlora.compat.tracing import FakeTensorMode, ShapeEnv, is_of_functorch
+from fastlora.graph.canonical_ops import operation, spelling_of
 from fastlora.graph.fake_values import hint, meta
 
 Mode = tuple[bool, tuple[fx.Node, ...], tuple[fx.Node, ...], tuple[fx.Node, ...]]
@@ -29,25 +30,17 @@ BODIES = ("tag_activation_checkpoint", "wrap")
 """Higher-order ops whose bodies are ordinary code."""
 
 _PURE = ("autograd_function_apply", "flex_attention")
-_FRESH = {"add", "sub", "mul", "div", "neg", "pow", "square", "sqrt", "rsqrt", "reciprocal", "mean", "var"}
-_FRESH |= {"tanh", "sigmoid", "silu", "gelu", "linear", "matmul", "cat", "stack"}
-_FRESH |= {"baddbmm", "grouped_mm", "grouped_mm_or_zero"}
-_FRESH |= {"layer_norm", "torch_rms_norm", "cross_entropy"}
-
 _REGIONS = (
-    torch._C._set_grad_enabled,
-    torch.amp.autocast_mode._enter_autocast,
-    torch.amp.autocast_mode._exit_autocast,
-    torch.autograd.grad_mode._enter_inference_mode,
-    torch.autograd.grad_mode._exit_inference_mode,
-    torch._C._autograd._saved_tensors_hooks_disable,
-    torch._C._autograd._saved_tensors_hooks_enable,
+    tracing.set_grad_enabled,
+    tracing.enter_autocast,
+    tracing.exit_autocast,
+    tracing.enter_inference_mode,
+    tracing.exit_inference_mode,
+    tracing.disable_saved_tensors_hooks,
+    tracing.enable_saved_tensors_hooks,
 )
 """What begins and ends regions of another mode, and neither takes nor makes tensors. Autocast keeps what it has cast of
 weights until its outermost region ends."""
-
-REGARDLESS_OF_AUTOCAST = {"mT", "grouped_mm", "grouped_mm_or_zero"}
-"""Operations whose results are the same whether autocast is on or off."""
 
 
 def modes(graph: fx.Graph) -> dict[fx.Node, Mode]:
@@ -60,28 +53,23 @@ def modes(graph: fx.Graph) -> dict[fx.Node, Mode]:
     for node in graph.nodes:
         found[node] = (grad, autocast, inference, transforms)
         target = node.target
-        if target is torch._C._set_grad_enabled:
+        if target is tracing.set_grad_enabled:
             grad = bool(node.args[0])
-        elif target is torch.amp.autocast_mode._enter_autocast:
+        elif target is tracing.enter_autocast:
             autocast = (*autocast, node)
-        elif target is torch.amp.autocast_mode._exit_autocast:
+        elif target is tracing.exit_autocast:
             autocast = tuple(region for region in autocast if region is not node.args[0])
-        elif target is torch.autograd.grad_mode._enter_inference_mode:
+        elif target is tracing.enter_inference_mode:
             inference = (*inference, node)
-        elif target is torch.autograd.grad_mode._exit_inference_mode:
+        elif target is tracing.exit_inference_mode:
             inference = tuple(region for region in inference if region is not node.args[0])
-        elif _is_of_functorch(node):
+        elif is_of_functorch(node):
             name = str(getattr(target, "__name__", ""))
             if name.endswith("_increment_nesting"):
                 transforms = (*transforms, node)
             elif name.endswith("_decrement_nesting"):
                 transforms = transforms[:-1]
     return found
-
-
-def _is_of_functorch(node: fx.Node) -> bool:
-    """Whether a node begins or ends a transform of torch.func, or takes a tensor into one or out of it."""
-    return node.op == "call_function" and "_functorch" in str(getattr(node.target, "__module__", ""))
 
 
 class Mutations:
@@ -121,16 +109,18 @@ class Mutations:
         owners: dict[int, fx.Node] = {}
         for node in graph.nodes:
             if node.op == "placeholder" and (tensor := meta(node)) is not None:
-                self._join(node, owners.setdefault(tensor.untyped_storage()._cdata, node))
+                self._join(node, owners.setdefault(storage_id(tensor), node))
 
 
 def _is_fresh(node: fx.Node) -> bool:
     """Whether a node is known to make a new tensor and do nothing else."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return not node.target._schema.is_mutable and all(r.alias_info is None for r in node.target._schema.returns)
+    if isinstance(node.target, OpOverload):
+        schema = schema_of(node.target)
+        return not schema.is_mutable and all(result.alias_info is None for result in schema.returns)
     spelling = spelling_of(node)
     bound = spelling.bind(node) if spelling is not None else None
-    return spelling is not None and bound is not None and spelling.op in _FRESH and not bound.get("inplace")
+    fresh = spelling is not None and bound is not None and operation(spelling.op).fresh
+    return fresh and bound is not None and not bound.get("inplace")
 
 
 _PROBED: dict[Any, Probe] = {}
@@ -138,9 +128,9 @@ _PROBED: dict[Any, Probe] = {}
 
 def _probe(node: fx.Node) -> Probe:
     inputs = node.all_input_nodes
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if isinstance(node.target, HigherOrderOperator):
         return _probe_higher_order(node, inputs)
-    if _is_of_functorch(node) or node.target in _REGIONS:  # to run one by itself would leave what nobody ends
+    if is_of_functorch(node) or node.target in _REGIONS:  # to run one by itself would leave what nobody ends
         return [], list(range(len(inputs)))
     examples = [source.meta.get("example_value") for source in inputs]
     signature = tuple(str((e.dtype, e.dim())) if isinstance(e, torch.Tensor) else str(type(e)) for e in examples)
@@ -195,9 +185,9 @@ def _run_probe(node: fx.Node, inputs: list[fx.Node]) -> Probe:
                 result = node.target(*args, **kwargs)  # type: ignore[operator]
         except Exception:  # what cannot be run cannot be trusted: assume that it writes to all it is given
             return everything, everything
-    results = {tensor.untyped_storage()._cdata for tensor in _tensors(result)}
+    results = {storage_id(tensor) for tensor in _tensors(result)}
     written = [i for i, source in enumerate(inputs) if [t._version for t in _tensors(fresh[source])] != before[source]]
-    shared = [i for i, s in enumerate(inputs) if any(t.untyped_storage()._cdata in results for t in _tensors(fresh[s]))]
+    shared = [i for i, s in enumerate(inputs) if any(storage_id(t) in results for t in _tensors(fresh[s]))]
     return written, shared
 
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from fastlora.compat.dynamo import is_held_by_a_module
+from fastlora.compat.tracing import statically_known_true
 
 
 def meta(value: Any) -> torch.Tensor | None:
@@ -41,5 +43,4 @@ def steady(gm: fx.GraphModule) -> frozenset[int]:
     """The graph's inputs, by position, that TorchDynamo found in a module and not among what it was called with:
     parameters, buffers, and what else weights are made of, such as the scales of quantised ones."""
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    held = [node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") is not None for node in inputs]
-    return frozenset(i for i, is_held in enumerate(held) if is_held)
+    return frozenset(i for i, node in enumerate(inputs) if is_held_by_a_module(node))

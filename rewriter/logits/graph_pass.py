@@ -16,7 +16,8 @@ from torch import fx, nn
 from fastlora.compat.dispatch import function_overrides_are_enabled, is_wrapper_subclass
 from fastlora.graph.canonical_ops import spelling_of
 from fastlora.graph.fake_values import known_less, meta
-from fastlora.graph.view import CASTS, View
+from fastlora.graph.readers import CASTS
+from fastlora.graph.view import View
 from fastlora.kernels.ops import lora_linear
 from fastlora.logits.autograd import can_defer, defer, product_dtype
 from fastlora.logits.deferred_logits import Tally

@@ -3,20 +3,24 @@
     h = widened(x)
     n = h * rsqrt(mean(h ** 2) + eps)
 
-`*` and `+` commute; `cast` and `widened` are optional; no-op casts, views, copies and inactive dropouts are seen
-through. `Op(name, argument=...)` is any operation that `fastlora.graph.canonical_ops` knows; an argument that it does
-not mention has to have its default. The capitalised names annotate a rule's parameters and say what a captured value
-has to be.
+Every operation that `fastlora.graph.canonical_ops` declares has a function of its name here (`silu(x)`, `linear(x, w)`,
+`layer_norm(x, shape, weight=w)`), and `Op(name, argument=...)` is the same written out; an argument that is not
+mentioned must have its default. `*` and `+` commute; `cast` and `widened` are optional; no-op casts, views, copies and
+inactive dropouts are seen through. The capitalised names annotate a rule's parameters and say what a captured value
+must be.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import fx
 
+from fastlora.errors import suggestion
+from fastlora.graph.canonical_ops import operations, signature_of
 from fastlora.graph.fake_values import meta
 from fastlora.graph.view import View
 from fastlora.kernels.core.semantic_op import SemanticOp
@@ -24,11 +28,26 @@ from fastlora.kernels.ops import dequantize_4bit
 from fastlora.match.matcher import Cast, Either, Kept, Op, Pattern, Predicate, Raised, State, Trace, describe
 from fastlora.match.seeded_dropout import Seeded
 
-__all__ = [
-    "Constant", "Op", "Opt", "Param", "Pattern", "Scalar", "cast", "cat", "dropout", "either", "evens", "first_half",
-    "flatten_pairs", "gelu", "gelu_tanh", "kept", "linear", "mean", "odds", "piece", "raised", "rsqrt", "second_half",
-    "seeded", "sigmoid", "silu", "sqrt", "tanh", "variance", "widened",
-]  # fmt: skip
+
+def __getattr__(name: str) -> Callable[..., Op]:
+    """Return the function that builds patterns of a canonical operation, for `from fastlora.match.dsl import silu`."""
+    if name in operations():
+        return _builder(name)
+    raise AttributeError(f"no canonical operation is called {name!r}: {suggestion(name, operations())}")
+
+
+@cache
+def _builder(name: str) -> Callable[..., Op]:
+    def build(*values: Any, **named: Any) -> Op:
+        signature = signature_of(name)
+        names = signature.names if signature is not None else ()
+        if len(values) > len(names):
+            raise TypeError(f"{name} takes the arguments {signature}, not {len(values)} of them")
+        return Op(name, **dict(zip(names, values, strict=False)), **named)
+
+    build.__name__ = name
+    build.__doc__ = f"The canonical operation `{name}`."
+    return build
 
 
 def either(**alternatives: Any) -> Pattern:
@@ -63,31 +82,6 @@ def raised(op: SemanticOp, prefix: str = "", **overrides: Any) -> Pattern:
     """A semantic op that a `@rule` has found. Its arguments are captured under `prefix` + their names, and have to be
     arguments of the rule's op; others are given as patterns, constants or predicates, in `overrides`."""
     return Raised(op, prefix, **overrides)
-
-
-def _unary(op: str) -> Callable[[Pattern], Pattern]:
-    def build(x: Pattern) -> Pattern:
-        return Op(op, input=x)
-
-    build.__name__ = op
-    build.__doc__ = f"The canonical operation `{op}`."
-    return build
-
-
-rsqrt, sqrt, tanh, sigmoid = map(_unary, ("rsqrt", "sqrt", "tanh", "sigmoid"))
-silu, gelu, gelu_tanh = map(_unary, ("silu", "gelu", "gelu_tanh"))
-mean = _unary("mean")
-variance = _unary("var")
-
-
-def linear(x: Any, weight: Any, bias: Any = None) -> Pattern:
-    """`F.linear`, or `x @ weight.T`."""
-    return Op("linear", input=x, weight=weight, bias=bias)
-
-
-def dropout(x: Any, p: Any) -> Pattern:
-    """Dropout that is active."""
-    return Op("dropout", input=x, p=p)
 
 
 def cat(*tensors: Any) -> Pattern:

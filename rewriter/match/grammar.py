@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from fastlora.errors import suggestion
-from fastlora.graph.canonical_ops import POWERS, operations, seen_instead, signature_of
+from fastlora.graph.canonical_ops import operations, seen_instead, signature_of
+from fastlora.graph.readers import POWERS
 from fastlora.kernels.core.semantic_op import SemanticOp
 from fastlora.match.dsl import Param
 from fastlora.match.matcher import (

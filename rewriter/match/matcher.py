@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from fastlora.graph.canonical_ops import POWERS, signature_of
+from fastlora.graph.canonical_ops import signature_of
 from fastlora.graph.fake_values import meta
+from fastlora.graph.readers import POWERS
 from fastlora.graph.view import View
 from fastlora.kernels.core.semantic_op import SemanticOp
 

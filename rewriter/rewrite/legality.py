@@ -24,7 +24,7 @@ from torch import fx
 
 from fastlora.compat.dispatch import is_wrapper_subclass
 from fastlora.compat.tracing import FakeTensor
-from fastlora.graph.effects import REGARDLESS_OF_AUTOCAST
+from fastlora.graph.canonical_ops import operation
 from fastlora.graph.fake_values import hint, known_equal, meta
 from fastlora.graph.view import View
 from fastlora.kernels.ops import dequantize_4bit
@@ -113,7 +113,7 @@ class Legality:
 
     def _depends_on_autocast(self, node: fx.Node) -> bool:
         term = self._view.term(node)
-        return term is None or term.op not in REGARDLESS_OF_AUTOCAST
+        return term is None or not operation(term.op).ignores_autocast
 
     def _autograd(self, match: Match) -> Refusal | None:
         grad_enabled = self._modes[match.root][0]

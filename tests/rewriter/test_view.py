@@ -13,7 +13,8 @@ from graphs import bf16, f32, randn, trace, view_of
 from torch import Tensor, fx
 
 from fastlora.graph.fake_values import known_equal
-from fastlora.graph.view import Term, View
+from fastlora.graph.term import Term
+from fastlora.graph.view import View
 
 X, Y, W = randn(2, 3, 8, grad=False), randn(2, 3, 8, seed=1, grad=False), randn(5, 8, grad=False)
 
