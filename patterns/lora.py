@@ -9,8 +9,8 @@ that its random numbers are those that the model would have drawn; the op then t
 """
 
 from torch import fx
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fastlora.compat.dispatch import is_wrapper_subclass
 from fastlora.graph.fake_values import known_less, meta, same_shape
 from fastlora.graph.view import View
 from fastlora.kernels import ops
@@ -140,7 +140,7 @@ def _no_pair_of_linear_layers(view: View, node: fx.Node) -> str | None:
         return None
     outer, inner, between = pair
     for weight in (outer.weight, inner.weight):
-        if is_traceable_wrapper_subclass(tensor := meta(weight)):
+        if is_wrapper_subclass(tensor := meta(weight)):
             return f"its products are of the class {type(tensor).__name__}, which no rule covers"
     if (made_by := {outer.op, inner.op}) != {"linear"}:
         return f"its products are made by {' and '.join(sorted(made_by))}, which no rule covers"

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from fastlora.checking.check import FirstStep
+from fastlora.compat.dynamo import OptimizedModule, traced_seconds
+from fastlora.compat.modules import compiled_call, set_compiled_call
 from fastlora.errors import FastLoRAError
 from fastlora.frontend.install import SLOTS, install
 from fastlora.frontend.model_gate import ModelGate
@@ -78,11 +80,11 @@ def disable(model: Model) -> Model:
         FastLoRAError: if this is no `nn.Module`.
     """
     _insist_on_module(model)
-    if isinstance(model._compiled_call_impl, ModelGate):
-        model._compiled_call_impl.session.forget()
+    if isinstance(gate := compiled_call(model), ModelGate):
+        gate.session.forget()
     for module in model.modules():
-        if isinstance(module._compiled_call_impl, SLOTS):
-            module._compiled_call_impl = None
+        if isinstance(compiled_call(module), SLOTS):
+            set_compiled_call(module, None)
     return model
 
 
@@ -98,7 +100,7 @@ def explain(model: nn.Module, rules: Sequence[AnyRule] | None = None, **batch: A
     """
     _insist_on_module(model)
     session = Session(Options(dry=True), rules)
-    slots = {module: module._compiled_call_impl for module in model.modules()}
+    slots = {module: compiled_call(module) for module in model.modules()}
     try:
         disable(model)
         install(model, session)
@@ -106,7 +108,7 @@ def explain(model: nn.Module, rules: Sequence[AnyRule] | None = None, **batch: A
             model(**batch)
     finally:
         for module, slot in slots.items():
-            module._compiled_call_impl = slot
+            set_compiled_call(module, slot)
     return session.report()
 
 
@@ -121,14 +123,14 @@ def report(model: nn.Module | None = None) -> Report:
         FastLoRAError: if the model is not compiled.
     """
     if model is None:
-        from fastlora.frontend.dynamo_backend import default_session, traced_seconds
+        from fastlora.frontend.dynamo_backend import default_session
 
         collected = default_session().report()
         collected.seconds.trace = traced_seconds()
         return collected
     _insist_on_module(model)
     for module in model.modules():
-        if isinstance(slot := module._compiled_call_impl, SLOTS):
+        if isinstance(slot := compiled_call(module), SLOTS):
             return slot.session.report()
     raise FastLoRAError("model is not compiled by fastlora; call fastlora.compile(model) first")
 
@@ -137,7 +139,7 @@ def _insist_on_module(model: Any) -> None:
     """Raise a sentence for what is no model that can be compiled."""
     if not isinstance(model, nn.Module):
         raise FastLoRAError(f"model is a {type(model).__name__}, not an nn.Module; pass the model itself")
-    if isinstance(model, torch._dynamo.OptimizedModule):
+    if isinstance(model, OptimizedModule):
         raise FastLoRAError("model comes from torch.compile: pass the model itself, fastlora.compile(model._orig_mod)")
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -24,6 +25,7 @@ FOLDERS = {
     "fastlora.kernel_tests": "tests/kernels",
 }
 LAYERS = (
+    "compat",
     "errors",
     "kernels.core",
     "kernels.formulas",
@@ -46,8 +48,8 @@ LAYERS = (
 """Packages and modules of fastlora, lowest first: each imports itself and those before it. "" is `fastlora` itself."""
 NARROW = {
     "errors": set(),
-    "patterns": {"errors", "kernels.core", "kernels.formulas", "kernels.ops", "graph", "match"},
-    "tools": {"", "errors", "kernels.core", "kernels.ops"},
+    "patterns": {"compat", "errors", "kernels.core", "kernels.formulas", "kernels.ops", "graph", "match"},
+    "tools": {"", "compat", "errors", "kernels.core", "kernels.ops"},
 }
 """Packages that import less than all those before them."""
 
@@ -165,6 +167,73 @@ def test_no_import_is_circular():
         for module in ends:
             left.pop(module)
     assert not left, f"these modules import each other: {sorted(left)}"
+
+
+PRIVATE_BUT_USED = {
+    "_version": "the version counter of tensors, which PyTorch's notes on autograd describe; read in every call",
+    "_dora_cache": "of PEFT's DoRA layers; `peft_shims` tries out what it replaces before it does",
+}
+"""Private attributes of libraries that modules other than those of `fastlora.compat` read."""
+
+
+def test_private_apis_are_used_in_compat_alone():
+    found = {
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path in sources("rewriter", "patterns")
+        if path.parent.parent.name != "compat" and path.parent.name != "compat"
+        for line, name in private_names(path)
+    }
+    assert not found, "\n".join(["reach these through fastlora.compat:", *sorted(found)])
+
+
+def private_names(path: Path) -> Iterator[tuple[int, str]]:
+    """The private names of libraries that a module imports, or reads as attributes: those that fastlora does not define
+    itself, but for names of operators and what named tuples have."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [(node.module or "", alias.name) for alias in node.names]
+        elif isinstance(node, ast.Attribute) and is_private(node.attr):
+            said = ast.unparse(node)
+            theirs = said.startswith("torch.") or node.attr not in own_private_names() | PRIVATE_BUT_USED.keys()
+            if theirs and not said.startswith(("aten._", "sys._")):
+                yield node.lineno, said
+            continue
+        else:
+            continue
+        for module, name in names:
+            parts = [*module.split("."), name]
+            private = "experimental" in parts or any(map(is_private, parts))
+            if private and parts[0] in ("torch", "triton", "transformers", "peft", "bitsandbytes"):
+                yield node.lineno, ".".join(filter(None, parts))
+
+
+@cache
+def own_private_names() -> frozenset[str]:
+    """The private names that the code of fastlora defines, and those of named tuples."""
+    names = {"_asdict", "_fields", "_replace"}
+    for path in sources("rewriter", "patterns", "kernels"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+            elif (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.ctx, ast.Store)
+                and ast.unparse(node.value) == "self"
+            ):
+                names.add(node.attr)
+    return frozenset(names)
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def sources(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def test_every_package_is_packaged():

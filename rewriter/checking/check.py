@@ -35,6 +35,7 @@ from fastlora.checking.trial import (
     slots_of,
 )
 from fastlora.checking.untouched import untouched
+from fastlora.compat.autograd import NO_BACKWARD, graph_task_id
 from fastlora.errors import FastLoRAError
 from fastlora.frontend.install import install
 from fastlora.frontend.session import Options, Session
@@ -144,7 +145,7 @@ class FirstStep:
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Return whether to run the model compiled on these arguments, which are left as they are."""
-        trains = torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
+        trains = torch.is_grad_enabled() and graph_task_id() == NO_BACKWARD
         if not self._calls_left or not trains or torch.compiler.is_compiling():
             return True
         left, self._calls_left = self._calls_left - 1, 0

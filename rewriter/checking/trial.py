@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
-from torch.utils._pytree import tree_map
 
 from fastlora.checking.untouched import containers, holders, untouched
+from fastlora.compat.dispatch import tree_map
+from fastlora.compat.dynamo import OptimizedModule
+from fastlora.compat.modules import Dropout, compiled_call, run_experts_one_by_one, set_compiled_call
 from fastlora.errors import FastLoRAError
 
 Slots = dict[nn.Module, Any]
@@ -131,14 +132,14 @@ class Trial:
 
 def slots_of(model: nn.Module) -> Slots:
     """Return what fastlora has in the compiled-call slots of a model."""
-    return {module: slot for module in model.modules() if _is_ours(slot := module._compiled_call_impl)}
+    return {module: slot for module in model.modules() if _is_ours(slot := compiled_call(module))}
 
 
 def put_slots(model: nn.Module, slots: Slots) -> None:
     """Replace what fastlora has in the compiled-call slots of a model; slots that others have filled stay."""
     for module in model.modules():
-        if module in slots or _is_ours(module._compiled_call_impl):
-            module._compiled_call_impl = slots.get(module)
+        if module in slots or _is_ours(compiled_call(module)):
+            set_compiled_call(module, slots.get(module))
 
 
 def dtypes_of(model: nn.Module) -> set[torch.dtype]:
@@ -161,7 +162,7 @@ def _refuse(model: nn.Module) -> None:
     """Raise for what cannot be checked. Stand-ins would confuse the bookkeeping of wrappers and shards."""
     if not isinstance(model, nn.Module):
         raise FastLoRAError(f"model is a {type(model).__name__}, not an nn.Module")
-    if isinstance(model, torch._dynamo.OptimizedModule):
+    if isinstance(model, OptimizedModule):
         raise FastLoRAError("model comes from torch.compile: pass the model itself, fastlora.check(model._orig_mod)")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise FastLoRAError(f"model is a {type(model).__name__}: check the model itself, model.module")
@@ -260,7 +261,7 @@ def _dropouts(model: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield the attributes of modules and configurations that are dropout probabilities, as a dict and a name."""
     for holder in holders(model):
         for name, value in vars(holder).items():
-            is_one = "drop" in name.lower() or (name == "p" and isinstance(holder, _DropoutNd))
+            is_one = "drop" in name.lower() or (name == "p" and isinstance(holder, Dropout))
             if is_one and isinstance(value, float) and 0 < value < 1:
                 yield vars(holder), name
 
@@ -273,5 +274,4 @@ def _stop_dropping(model: nn.Module) -> None:
 def _run_experts_apart(model: nn.Module) -> None:
     """Have transformers multiply by one expert after another: grouped products have no float64."""
     for holder in holders(model):
-        if vars(holder).get("_experts_implementation_internal") == "grouped_mm":
-            vars(holder)["_experts_implementation_internal"] = "eager"
+        run_experts_one_by_one(holder)

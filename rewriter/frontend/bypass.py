@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
-from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 from torch.utils.hooks import RemovableHandle
+
+from fastlora.compat.autograd import forward_mode_is_active
+from fastlora.compat.dispatch import dispatch_modes, function_modes_change_results, functorch_interpreter
+from fastlora.compat.modules import children_of, global_hooks_exist, hooks_of, module_of_call
 
 
 def calling_module(original: nn.Module) -> nn.Module:
@@ -22,36 +20,27 @@ def calling_module(original: nn.Module) -> nn.Module:
     slot has to run the replica's own modules. PyTorch calls it without the module, so that is read off the frame of
     `nn.Module.__call__`.
     """
-    frame = sys._getframe(2)
-    module = frame.f_locals.get("self") if frame.f_code is nn.Module._wrapped_call_impl.__code__ else None
-    return module if isinstance(module, nn.Module) else original
+    module = module_of_call(2)
+    return original if module is None else module
 
 
 def transform() -> str | None:
     """Return the kind of transform that is active, for which fused ops have no rule; None if there is none."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if functorch_interpreter() is not None:
         return "a transform of torch.func is active"
-    if forward_ad._current_level >= 0:
+    if forward_mode_is_active():
         return "forward-mode differentiation is active"
     return None
 
 
 def mode() -> bool:
     """Whether a mode would see a head's product, and may do something else. A default device is none."""
-    if torch._C._len_torch_dispatch_stack():
-        return True
-    return any(type(each) is not DeviceContext for each in _get_current_function_mode_stack())
-
-
-def hooks_on_everything() -> bool:
-    """Whether hooks are registered for all modules of the process, which TorchDynamo does not guard."""
-    return _has_any_global_hook()
+    return bool(dispatch_modes()) or function_modes_change_results()
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether hooks run around a module's forward or backward."""
-    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own) or hooks_on_everything()
+    return any(hooks_of(module)) or global_hooks_exist()
 
 
 class Watch:
@@ -70,14 +59,11 @@ class Watch:
         if registered != self._looked_at or any(tuple(d.values()) != seen for d, seen in self._children):
             self._looked_at = registered
             modules = list(_inside(self._module))
-            self._hooks = [hooks for module in modules for hooks in _hooks(module) if hooks]
+            self._hooks = [hooks for module in modules for hooks in hooks_of(module) if hooks]
             self._classes = list(dict.fromkeys(map(type, modules)))
-            self._children = [(m._modules, tuple(m._modules.values())) for m in modules if m._modules]
+            children = [children_of(module) for module in modules]
+            self._children = [(each, tuple(each.values())) for each in children if each]
         return any(self._hooks), *[kind.forward for kind in self._classes]
-
-
-def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 def _inside(module: nn.Module) -> Iterator[nn.Module]:
@@ -86,4 +72,4 @@ def _inside(module: nn.Module) -> Iterator[nn.Module]:
     while waiting:
         module = waiting.pop()
         yield module
-        waiting += [child for child in module._modules.values() if child is not None]
+        waiting += [child for child in children_of(module).values() if child is not None]

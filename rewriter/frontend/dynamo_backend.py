@@ -7,7 +7,6 @@ from functools import cache
 from typing import Any
 
 from torch import fx
-from torch._dynamo.utils import calculate_time_spent
 
 from fastlora.errors import FastLoRAError
 from fastlora.frontend.session import Options, Session
@@ -17,12 +16,6 @@ from fastlora.frontend.session import Options, Session
 def default_session() -> Session:
     """The session that collects what the backend of this process compiles, for `fastlora.report()`."""
     return Session(Options())
-
-
-def traced_seconds() -> float:
-    """What TorchDynamo says that it spent in this process, backends aside."""
-    spent = calculate_time_spent()
-    return max(0.0, spent.get("entire_frame_compile", 0.0) - spent.get("backend_compile", 0.0))
 
 
 def fastlora_backend(

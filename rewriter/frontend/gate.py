@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo import config as _dynamo
-from torch._dynamo.exc import BackendCompilerFailed, TorchRuntimeError
-from torch.fx.experimental import _config as _shapes
 
+from fastlora.compat.dynamo import BackendCompilerFailed, TorchRuntimeError
+from fastlora.compat.dynamo import config as _dynamo
+from fastlora.compat.dynamo import shape_config as _shapes
+from fastlora.compat.modules import global_hooks_exist, uncompiled_call
 from fastlora.errors import FastLoRAError
-from fastlora.frontend.bypass import Watch, calling_module, has_hooks, hooks_on_everything, transform
+from fastlora.frontend.bypass import Watch, calling_module, has_hooks, transform
 from fastlora.frontend.peft_shims import traceable
 from fastlora.frontend.regions import Region, is_torch_class
 from fastlora.frontend.session import Session
@@ -38,7 +39,7 @@ class Gate:
         module: Any = region.module
         self._region, self.session, self._module = region.name, session, module
         self._is_torch_class = is_torch_class(module)
-        self._target: Any = module.forward if self._is_torch_class else module._call_impl
+        self._target: Any = module.forward if self._is_torch_class else uncompiled_call(module)
         self._watch = Watch(module)
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
@@ -50,7 +51,7 @@ class Gate:
         if reason is not None:
             if reason:
                 self.session.bypassed[reason] += 1
-            return module._call_impl(*args, **kwargs)
+            return uncompiled_call(module)(*args, **kwargs)
         try:
             return self._run(*args, **kwargs)
         except BackendCompilerFailed as failure:
@@ -106,7 +107,7 @@ class Gate:
             )
         if (reason := transform()) is not None:
             return reason
-        if hooks_on_everything():
+        if global_hooks_exist():
             return "hooks are registered on all modules (register_module_forward_hook and the like)"
         if any(kwargs.get(name) is not None for name in _CACHES):
             return "a KV cache was passed; use_cache=False avoids that in training"

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
+from fastlora.compat.dispatch import tree_map_only
+from fastlora.compat.modules import frees_parameters_after_forward, parameters_of, uncompiled_call
 from fastlora.frontend.bypass import calling_module, has_hooks, mode, transform
 from fastlora.frontend.session import Session
 from fastlora.logits.autograd import defer, product_dtype
@@ -29,12 +30,13 @@ class DeferringHead:
         compiling = torch.compiler.is_compiling()
         head = self._head if compiling else calling_module(self._head)
         if compiling or head is not self._head or len(args) != 1 or kwargs or not self._defers():
-            return head._call_impl(*args, **kwargs)
-        weight: Any = head._parameters["weight"]
-        bias = head._parameters["bias"]
+            return uncompiled_call(head)(*args, **kwargs)
+        parameters = parameters_of(head)
+        weight: Any = parameters["weight"]
+        bias = parameters["bias"]
         dtype = product_dtype(args[0], weight, bias)
         if dtype is None:
-            return head._call_impl(*args, **kwargs)
+            return uncompiled_call(head)(*args, **kwargs)
         compute_before_reshard(self._around)
         return defer(args[0], weight, bias, dtype, dtype, self.session.tally)
 
@@ -45,7 +47,7 @@ class DeferringHead:
         problem = why_not(head)
         if problem is None and has_hooks(head):
             problem = "hooks run around the output head"
-        if problem is None and type(head._parameters["weight"]) is not nn.Parameter:
+        if problem is None and type(parameters_of(head)["weight"]) is not nn.Parameter:
             problem = f"the output head's weight is a {type(head.weight).__name__}, not a plain tensor"
         if problem is not None:
             self.session.miss_loss(problem)
@@ -57,7 +59,7 @@ def is_plain_linear(module: nn.Module | None) -> bool:
     its weight, as parametrizations do. FSDP makes a subclass that changes neither."""
     if not isinstance(module, nn.Linear) or type(module).forward is not _FORWARD or "forward" in vars(module):
         return False
-    return {"weight", "bias"} <= module._parameters.keys() and not hasattr(type(module), "weight")
+    return {"weight", "bias"} <= parameters_of(module).keys() and not hasattr(type(module), "weight")
 
 
 def is_vocabulary(head: nn.Module) -> bool:
@@ -90,7 +92,7 @@ def compute_before_reshard(modules: Sequence[nn.Module]) -> None:
     from torch.distributed.fsdp import FSDPModule
 
     sharded = next((module for module in modules if isinstance(module, FSDPModule)), None)
-    if sharded is None or not _reshards(sharded):
+    if sharded is None or not frees_parameters_after_forward(sharded):
         return
 
     def compute(module: nn.Module, args: Any, output: Any) -> None:
@@ -98,9 +100,3 @@ def compute_before_reshard(modules: Sequence[nn.Module]) -> None:
         tree_map_only(DeferredLogits, lambda logits: logits.cell.get(), output)
 
     handle = sharded.register_forward_hook(compute, prepend=True)
-
-
-def _reshards(module: Any) -> bool:
-    """Whether FSDP frees a module's parameters after its forward; True if that cannot be told."""
-    group = getattr(module._get_fsdp_state(), "_fsdp_param_group", None)
-    return getattr(group, "_reshard_after_forward", True)

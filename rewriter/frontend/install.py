@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from fastlora.compat.modules import compiled_call, set_compiled_call
 from fastlora.errors import StrictError
 from fastlora.frontend.gate import Gate
 from fastlora.frontend.head_gate import DeferringHead, is_vocabulary, why_not
@@ -42,15 +43,15 @@ def install(model: nn.Module, session: Session, first_step: FirstStep | None = N
         if region.module is model:
             inner = gate
         else:
-            region.module._compiled_call_impl = gate  # type: ignore[assignment]
+            set_compiled_call(region.module, gate)
     if head is not None and inner is None:
         session.head = name
         if defers:
             session.head_layer = head  # type: ignore[assignment]
             path = name.split(".")
             around = [model.get_submodule(".".join(path[:n])) for n in reversed(range(len(path)))]
-            head._compiled_call_impl = DeferringHead(head, session, around)  # type: ignore[arg-type, assignment]
-    model._compiled_call_impl = ModelGate(model, session, inner, first_step)  # type: ignore[assignment]
+            set_compiled_call(head, DeferringHead(head, session, around))  # type: ignore[arg-type]
+    set_compiled_call(model, ModelGate(model, session, inner, first_step))
     if not builds_cache(model):
         for child in model.children():
             _install_cache_gates(child, session)
@@ -58,9 +59,9 @@ def install(model: nn.Module, session: Session, first_step: FirstStep | None = N
 
 def _install_cache_gates(module: nn.Module, session: Session) -> None:
     """Put gates on the models inside of a wrapper that would build KV caches."""
-    if module._compiled_call_impl is None and builds_cache(module):
-        module._compiled_call_impl = CacheGate(module, session)  # type: ignore[assignment]
-    elif not isinstance(module._compiled_call_impl, SLOTS):
+    if compiled_call(module) is None and builds_cache(module):
+        set_compiled_call(module, CacheGate(module, session))
+    elif not isinstance(compiled_call(module), SLOTS):
         for child in module.children():
             _install_cache_gates(child, session)
 

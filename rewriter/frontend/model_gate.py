@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.compat.modules import uncompiled_call
 from fastlora.frontend.bypass import calling_module
 from fastlora.frontend.gate import Gate
 from fastlora.frontend.session import Session
@@ -35,7 +36,7 @@ class CacheGate:
         return self._run(model, args, self._without_cache(model, kwargs))
 
     def _run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return model._call_impl(*args, **kwargs)  # type: ignore[operator]
+        return uncompiled_call(model)(*args, **kwargs)
 
     def _without_cache(self, model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         asked = any(kwargs.get(name) is not None for name in ("use_cache", "past_key_values"))

@@ -26,7 +26,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-_INLINE = "_torchdynamo_inline"
+from fastlora.compat.dynamo import INLINE_ATTRIBUTE
+
 _PLAIN = (torch.Tensor, nn.Parameter)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -52,7 +53,7 @@ def traceable() -> Iterator[None]:
         with _lock:
             _inside -= 1
             while _inside == 0 and _marked:
-                delattr(_marked.pop(), _INLINE)
+                delattr(_marked.pop(), INLINE_ATTRIBUTE)
 
 
 def _mark() -> None:
@@ -65,8 +66,8 @@ def _mark() -> None:
                 continue
             _known[(*entry, quantises)] = found
         function, stand_in = found
-        if stand_in is not None and not hasattr(function, _INLINE):
-            setattr(function, _INLINE, stand_in)
+        if stand_in is not None and not hasattr(function, INLINE_ATTRIBUTE):
+            setattr(function, INLINE_ATTRIBUTE, stand_in)
             _marked.append(function)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fastlora.compat.dynamo import current_frame, graph_breaks
 from fastlora.errors import FastLoRAError, StrictError
 from fastlora.frontend.progress import progress
 from fastlora.graph.bodies import bodies
@@ -154,8 +155,8 @@ class Session:
     def _compile_graph(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         start = time.perf_counter()
         self.seconds.trace += start - self._entered
-        frame = torch._guards.CompileContext.current_compile_id()
-        frame_id = len(self.graphs) if frame is None or frame.frame_id is None else frame.frame_id
+        frame = current_frame()
+        frame_id = len(self.graphs) if frame is None else frame
         runs_eagerly = self.options.lowering == "eager"
         defers = runs_eagerly and self.options.defer_logits
         is_head = defers and self.region == self.head
@@ -355,7 +356,7 @@ def _common_name(names: list[str]) -> str:
 
 def _graph_breaks() -> Counter[str]:
     counted: Counter[str] = Counter()
-    for reason, count in torch._dynamo.utils.counters["graph_break"].items():
+    for reason, count in graph_breaks().items():
         counted[_in_one_line(reason)] += count
     return counted
 

@@ -285,6 +285,15 @@ canonical(
 canonical("stack", "tensors", call("tensors dim=0", torch.stack), fresh=True, read=readers.stack)
 canonical("flatten", "input", call("input start_dim=0 end_dim=-1", torch.flatten, "flatten"), read=readers.flatten)
 canonical("slice", "input start stop step")
+canonical(
+    "gather",
+    "input index",
+    call("input dim index sparse_grad=False", torch.gather, "gather"),
+    fresh=True,
+    read=readers.gather,
+)
+canonical("unsqueeze", "input", call("input dim", torch.unsqueeze, "unsqueeze"), read=readers.unsqueeze)
+canonical("squeeze", "input", call("input dim", torch.squeeze, "squeeze"), read=readers.squeeze)
 canonical("getitem", "input index", operator.getitem, read=readers.getitem, instead=_SLICE)
 canonical("chunk", "input chunks dim=0", torch.chunk, "chunk", instead=_SLICE)
 canonical("split", "tensor split_size_or_sections dim=0", torch.split, "split", instead=_SLICE)
@@ -312,6 +321,14 @@ canonical(
     read=readers.layer_norm,
 )
 canonical("torch_rms_norm", "input normalized_shape weight=None eps=None", F.rms_norm, torch.rms_norm, fresh=True)
+canonical(
+    "log_softmax",
+    "input",
+    call("input dim dtype=None", torch.log_softmax, "log_softmax"),
+    call("input dim=None _stacklevel=3 dtype=None", F.log_softmax),
+    fresh=True,
+    read=readers.log_softmax,
+)
 canonical(
     "cross_entropy",
     "input target weight=None size_average=None ignore_index=-100 reduce=None reduction=mean label_smoothing=0.0",

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from fastlora.compat.autograd import storage_id
 from fastlora.logits import deferred_ops
 from fastlora.logits.deferred_ops import Parts, Stage, Step, aten
 from fastlora.logits.deferred_tensor import Cell, Deferred, is_view, plain
@@ -133,7 +134,7 @@ class DeferredGradient(Deferred):
     def take_parts(self, stage: Stage) -> Parts | None:
         """Return the parts once only, as the caller may write to them; None from then on."""
         parts = self.parts_at(stage)
-        memories = set() if parts is None else {part.untyped_storage()._cdata for part in parts.values()}
+        memories = set() if parts is None else {storage_id(part) for part in parts.values()}
         if parts is None or memories & self.taken:
             return None
         self.taken |= memories

@@ -15,9 +15,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_map_only
 
+from fastlora.compat.autograd import saved_tensors_hooks
+from fastlora.compat.dispatch import (
+    disable_function_overrides,
+    disable_modes,
+    dispatch_modes,
+    enable_function_overrides,
+    forbid_data_pointer,
+    make_wrapper_subclass,
+    schema_of,
+    tree_map_only,
+)
 from fastlora.errors import FastLoRAError
 
 _TENSOR: Any = torch.Tensor
@@ -109,12 +118,12 @@ class Deferred(torch.Tensor):
 
     @staticmethod
     def __new__(cls, cell: Cell, meta: torch.Tensor, device: torch.device, **_: Any) -> Deferred:
-        made = torch.Tensor._make_wrapper_subclass(
+        made = make_wrapper_subclass(
             cls, meta.shape, strides=meta.stride(), storage_offset=meta.storage_offset(), dtype=meta.dtype,
             device=device,
         )  # fmt: skip
         made.cell, made.meta = cell, meta
-        torch._C._set_throw_on_mutable_data_ptr(made)  # what reads memory past all overrides would read address 0
+        forbid_data_pointer(made)  # what reads memory past all overrides would read address 0
         return made
 
     def __init__(self, *_: Any, **__: Any) -> None:
@@ -141,14 +150,14 @@ class Deferred(torch.Tensor):
         result = _apply_deferred(func, args, kwargs)
         if result is not NotImplemented:
             return result
-        if any(argument.alias_info is not None for argument in func._schema.arguments):
+        if any(argument.alias_info is not None for argument in schema_of(func).arguments):
             return _share(func, args, kwargs)
         args, kwargs = tree_map_only(Deferred, lambda t: t.cell.get(), (args, kwargs))
         return func(*args, **kwargs)
 
 
 def _call(overrides: dict[Any, Callable[..., Any]], func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    with torch._C.DisableTorchFunctionSubclass(), _hooks_see_overrides():
+    with disable_function_overrides(), _hooks_see_overrides():
         override = overrides.get(func) or _OVERRIDES.get(func)
         if override is not None:
             result = override(*args, **kwargs)
@@ -165,14 +174,14 @@ _call_untraced = torch.compiler.disable(_call)
 @contextmanager
 def _hooks_see_overrides() -> Iterator[None]:
     """Run pack hooks, which are the user's code, with the function overrides that are off around them."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = saved_tensors_hooks(True)
     if hooks is None:
         yield
         return
     pack, unpack = hooks
 
     def pack_with_overrides(t: torch.Tensor) -> Any:
-        with torch._C._EnableTorchFunction():
+        with enable_function_overrides():
             return pack(t)
 
     with torch.autograd.graph.saved_tensors_hooks(pack_with_overrides, unpack):
@@ -182,10 +191,10 @@ def _hooks_see_overrides() -> Iterator[None]:
 @contextmanager
 def _without_modes() -> Iterator[None]:
     """A value is there for good, and is not to be one of a mode that happens to be active, fake say."""
-    if not torch._C._len_torch_dispatch_stack():
+    if not dispatch_modes():
         yield
         return
-    with _disable_current_modes():
+    with disable_modes():
         yield
 
 
@@ -215,7 +224,7 @@ def _backward(
     if found is None:
         return NotImplemented
     roots, ends, given = found
-    with torch._C._EnableTorchFunction():
+    with enable_function_overrides():
         torch.autograd.backward(roots, given, retain_graph, create_graph, inputs=ends if inputs is not None else None)
     return None
 
@@ -230,7 +239,7 @@ def _grad(outputs: Any, inputs: Any, grad_outputs: Any = None, *args: Any, **kwa
     found = _edges(outputs, inputs, grad_outputs)
     if found is None:
         return NotImplemented
-    with torch._C._EnableTorchFunction():
+    with enable_function_overrides():
         return torch.autograd.grad(found[0], found[1], found[2], *args, **kwargs)
 
 
@@ -260,7 +269,7 @@ def plain(t: Any) -> Any:
 
 def is_view(func: Any) -> bool:
     """Whether an operation returns the memory of its argument."""
-    return any(result.alias_info is not None for result in func._schema.returns)
+    return any(result.alias_info is not None for result in schema_of(func).returns)
 
 
 def _apply_deferred(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -292,7 +301,7 @@ def _share(func: Any, args: Any, kwargs: Any) -> Any:
         raise FastLoRAError(
             f"{func} changes the sizes of deferred logits in place; use fastlora.compile(model, defer_logits=False)"
         )
-    if func._schema.is_mutable and args and isinstance(args[0], list):
+    if schema_of(func).is_mutable and args and isinstance(args[0], list):
         for t in args[0]:  # in which PyTorch counts no writes to subclasses
             if isinstance(t, Deferred):
                 torch.autograd.graph.increment_version(t)

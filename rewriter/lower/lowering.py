@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastlora.compat.dynamo import checkpoint_context, compile_with_inductor
 from fastlora.graph.bodies import bodies
 from fastlora.graph.fake_values import hint, steady
 from fastlora.kernels import ops
@@ -32,11 +33,7 @@ def lower(gm: fx.GraphModule, inputs: Sequence[Any], how: str, mode: str) -> Run
         mode: Inductor's mode, e.g. `max-autotune`; without meaning for `eager`.
     """
     if how == "inductor":
-        from torch._inductor.compile_fx import compile_fx
-
-        patches = None if mode in ("default", "no-cudagraphs") else torch._inductor.list_mode_options(mode)
-        compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
-        return compiled
+        return compile_with_inductor(gm, inputs, None if mode in ("default", "no-cudagraphs") else mode)
     make_arguments(gm)
     call_directly(gm)
     checkpoint_as_eager_does(gm)  # last, as bodies are found by the targets that change here
@@ -89,19 +86,14 @@ def checkpoint_as_eager_does(gm: fx.GraphModule) -> None:
         for node in body.graph.nodes:
             if node.target is torch.ops.higher_order.tag_activation_checkpoint:
                 node.target = run_checkpointed
-                context = node.meta.get("_checkpoint_context_fn")
-                options = {} if context is None else {"context_fn": context}
                 node.kwargs = {
                     "held": tuple(i for i, value in enumerate(node.args[1:]) if value in held),
                     "reentrant": bool(node.kwargs.get("use_reentrant", False)),
-                    **options,
                 }
         body.recompile()
 
 
-def run_checkpointed(
-    body: Runnable, *args: Any, held: Sequence[int] = (), reentrant: bool = False, **options: Any
-) -> Any:
+def run_checkpointed(body: fx.GraphModule, *args: Any, held: Sequence[int] = (), reentrant: bool = False) -> Any:
     """A checkpointed region of a graph that runs eagerly.
 
     Args:
@@ -123,6 +115,8 @@ def run_checkpointed(
         given = iter(activations)
         return body(*(arg if i in kept else next(given) for i, arg in enumerate(args)))
 
+    context = checkpoint_context(body)
+    options: dict[str, Any] = {} if context is None else {"context_fn": context}
     return checkpoint(run, *activations, use_reentrant=False, preserve_rng_state=True, **options)
 
 

@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fastlora.compat.autograd import NO_BACKWARD, foreach_copy_, graph_task_id, saved_tensors_hooks
+from fastlora.compat.dispatch import is_wrapper_subclass
 from fastlora.errors import FastLoRAError
 from fastlora.kernels.core.dispatch import is_last_backward
 from fastlora.runtime.graph_pool import MOST_SHARE, Recorder
@@ -72,7 +73,7 @@ class Replays:
             recording = self._recordings[kind]
             free = recording is not None and not recording.busy and self.recorder.is_free(recording)
             return recording(args) if recording is not None and free else self.run(*args)
-        if self._runs[kind] < RUNS_BEFORE or torch._C._current_graph_task_id() != -1:
+        if self._runs[kind] < RUNS_BEFORE or graph_task_id() != NO_BACKWARD:
             return self._observed(kind, args)
         pays = self.pace is None or self.pace.pays(_shapes(args), self._copied(args))
         if pays is None:
@@ -150,7 +151,7 @@ class Replays:
 
     def _kind(self, args: Sequence[Any]) -> Hashable | None:
         """What has to be equal for a recording to serve; None where none may."""
-        if not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        if not torch.is_grad_enabled() or saved_tensors_hooks(True) is not None:
             return None
         place = self.recorder.place()
         if place is None:
@@ -161,7 +162,7 @@ class Replays:
                 if not isinstance(arg, (int, float, bool, str, type(None))):
                     return None
                 kind += [type(arg).__name__, arg]
-            elif arg.device != place or arg.is_inference() or is_traceable_wrapper_subclass(arg):
+            elif arg.device != place or arg.is_inference() or is_wrapper_subclass(arg):
                 return None
             elif _stays(i, arg, self.steady):
                 kind += (arg.data_ptr(), arg.dtype, arg.requires_grad)
@@ -247,7 +248,7 @@ class _Recording:
     def forward(self, args: Sequence[Any]) -> tuple[_Pass, list[torch.Tensor]]:
         if self._activations:
             with torch.no_grad():
-                torch._foreach_copy_([self._static[i] for i in self._activations], [args[i] for i in self._activations])
+                foreach_copy_([self._static[i] for i in self._activations], [args[i] for i in self._activations])
         self._forward()
         begun = _Pass()
         self._pending = weakref.ref(begun)

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fastlora.compat.autograd import NO_BACKWARD, graph_task_id, saved_tensors_hooks, saved_tensors_hooks_disabled
+from fastlora.compat.dispatch import is_wrapper_subclass
 from fastlora.kernels.core.recompute import sparing
 from fastlora.runtime.activation_offload import Mover
 from fastlora.runtime.memory_planner import KEEP, LEAST, Choice, Needs, choose, left
@@ -72,15 +73,13 @@ class Thrift:
             for i, arg in enumerate(args)
             if isinstance(arg, torch.Tensor) and not isinstance(arg, nn.Parameter) and i not in steady
         ]
-        autograd = torch._C._autograd
-        disabled = autograd._saved_tensors_hooks_get_disabled_error_message() is not None
-        if disabled or autograd._top_saved_tensors_default_hooks(True) is not None:
+        if saved_tensors_hooks_disabled() is not None or saved_tensors_hooks(True) is not None:
             self._note(
                 "memory_budget does nothing where saved tensors have hooks, as in gradient checkpointing, or may not"
             )
             return run(*args)
         leads_back = any(t.requires_grad for t in tensors)
-        if not given or not leads_back or torch._C._current_graph_task_id() != -1:  # which runs on the way back
+        if not given or not leads_back or graph_task_id() != NO_BACKWARD:  # which runs on the way back
             return run(*args)
         kind = (graph, *(t.shape for t in given))
         largest = max(given, key=lambda t: t.nbytes)
@@ -133,7 +132,7 @@ def _addresses(tensors: Iterable[torch.Tensor]) -> set[int]:
     """Where tensors lie, or what wrapper subclasses are made of."""
     found: set[int] = set()
     for t in tensors:
-        if is_traceable_wrapper_subclass(t):
+        if is_wrapper_subclass(t):
             names, _ = t.__tensor_flatten__()  # type: ignore[attr-defined]
             found |= _addresses(getattr(t, name) for name in names)
         else:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import fastlora
 
@@ -89,3 +89,43 @@ def test_an_activation_that_changes_before_a_block_is_recomputed_is_refused_wher
 
     eager = adapted(reentrant=False)
     assert refuses(fastlora.compile(copy.deepcopy(eager))) == refuses(eager)
+
+
+ASKED: list[Any] = []
+
+
+def keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    ASKED.append(op)
+    return CheckpointPolicy.MUST_SAVE if op is torch.ops.aten.addmm.default else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def selective() -> Any:
+    return create_selective_checkpoint_contexts(keep_products)
+
+
+class Selective(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def _whole(self, x: Tensor) -> Tensor:
+        return torch.relu(self.inner(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = checkpoint(self._whole, x, use_reentrant=False, context_fn=selective)
+        return made
+
+
+def test_a_selective_checkpoint_chooses_what_to_keep() -> None:
+    eager = nn.ModuleList([Selective(), Selective()])
+    model = fastlora.compile(copy.deepcopy(eager), defer_logits=False)
+    gradients, x = [], torch.randn(5, 8)
+    for each in (eager, model):
+        ASKED.clear()
+        each[0](x).sum().backward()
+        gradients.append([p.grad for p in each[0].parameters()])
+        assert torch.ops.aten.addmm.default in ASKED
+    assert all(map(torch.allclose, *gradients))
+    report = fastlora.report(model)
+    assert report.graphs == 1
+    assert not report.breaks

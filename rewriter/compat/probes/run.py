@@ -1,0 +1,44 @@
+"""Run the probes of all private APIs."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import torch
+
+from fastlora.compat.probes.probe import Probe
+
+AREAS = ("autograd", "dispatch", "modules", "dynamo", "tracing")
+"""The modules of `fastlora.compat`; the probes of each are in a module of the same name."""
+
+
+def probes(area: str) -> dict[str, Probe]:
+    """Return the probes of one module of `fastlora.compat`, by the names that they are about."""
+    table: dict[str, Probe] = import_module(f"fastlora.compat.probes.{area}").PROBES
+    return table
+
+
+def failure(probe: Probe) -> str | None:
+    """Run a probe; return what is wrong, None if the API is as expected."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            probe()
+    except Exception as problem:  # a private API may fail in any way once it has changed
+        return f"{type(problem).__name__}: {problem}".partition("\n")[0]
+    return None
+
+
+def failures() -> list[str]:
+    """Run every probe; return what is wrong with the private APIs of the installed PyTorch, in a line each."""
+    found: list[str] = []
+    for area in AREAS:
+        try:
+            table = probes(area)
+        except Exception as problem:  # an alias of something that is gone
+            found.append(f"fastlora.compat.{area} cannot be imported: {type(problem).__name__}: {problem}")
+            continue
+        for probe in dict.fromkeys(table.values()):
+            if (wrong := failure(probe)) is not None:
+                names = ", ".join(name for name, its in table.items() if its is probe)
+                found.append(f"fastlora.compat.{area} ({names}): {wrong}")
+    return found
