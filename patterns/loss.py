@@ -1,23 +1,61 @@
-"""The output head and the cross-entropy on it, so that logits need not exist all at once."""
+"""The output head and a loss, or log probabilities, of its logits, so that logits need not exist all at once."""
 
 from torch import fx
 
 from fastlora.graph.fake_values import known_equal, known_less, meta
 from fastlora.graph.view import View
 from fastlora.kernels import ops
-from fastlora.match.dsl import Constant, Op, Opt, Param, Scalar, either, linear, tanh, widened
+from fastlora.match.dsl import (
+    Constant,
+    Opt,
+    Param,
+    Pattern,
+    Scalar,
+    cross_entropy,
+    either,
+    gather,
+    linear,
+    log_softmax,
+    reshape,
+    squeeze,
+    tanh,
+    unsqueeze,
+    widened,
+)
 from fastlora.match.rule import Match, dtype_of, rule
 
+_NO_LABEL = -(2**31)
+"""For losses that ignore no label: no class has this number."""
 
-def on_a_vocabulary(view: View, node: fx.Node) -> bool:
-    """A cross-entropy whose logits come from a linear layer and are larger than what goes into it."""
-    term = view.term(node)
-    if term is None or term.op != "cross_entropy":
-        return False
+
+def _reads_a_vocabulary(view: View, value) -> bool:
+    """Whether a value is computed, in a chain, from a linear layer with more outputs than inputs."""
+    term = view.term(value)
     while term is not None and term.op != "linear":
         term = view.term(term.args.get("input"))
     weight = meta(term.args["weight"]) if term is not None else None
     return weight is not None and weight.dim() == 2 and known_less(weight.shape[1], weight.shape[0])
+
+
+def on_a_vocabulary(view: View, node: fx.Node) -> bool:
+    """Whether a node is a cross-entropy of a vocabulary's logits."""
+    term = view.term(node)
+    return term is not None and term.op == "cross_entropy" and _reads_a_vocabulary(view, term.args["input"])
+
+
+def picks_log_probabilities(view: View, node: fx.Node) -> bool:
+    """Whether a node picks entries of the log-softmax of a vocabulary's logits."""
+    term = view.term(node)
+    picked = view.term(term.args["input"]) if term is not None and term.op == "gather" else None
+    return picked is not None and picked.op == "log_softmax" and _reads_a_vocabulary(view, picked.args["input"])
+
+
+def _read_logits(x: Pattern, weight, bias, factor: Pattern, divisor: Pattern, softcap: Pattern) -> Pattern:
+    """The logits as a loss reads them: scaled, soft-capped, widened and flattened, each or not."""
+    logits = linear(x, weight, bias).named("logits")
+    scaled = either(multiplied=logits * factor, divided=logits / divisor, plain=logits).named("scaled")
+    capped = either(capped=tanh(widened(scaled) / softcap) * softcap, plain=scaled).named("capped")
+    return widened(either(flat=reshape(widened(capped)), plain=capped)).named("read")
 
 
 def _scale(match: Match) -> float:
@@ -44,18 +82,42 @@ def linear_cross_entropy(
     label_smoothing: Constant,
     softcap: Scalar = 0.0,
 ):
-    logits = linear(x, weight, bias).named("logits")
-    scaled = either(multiplied=logits * _factor, divided=logits / _divisor, plain=logits).named("scaled")
-    capped = either(capped=tanh(widened(scaled) / softcap) * softcap, plain=scaled).named("capped")
-    read = widened(either(flat=Op("reshape", input=widened(capped)), plain=capped)).named("read")
-    return Op(
-        "cross_entropy",
-        input=read,
-        target=labels,
+    return cross_entropy(
+        _read_logits(x, weight, bias, _factor, _divisor, softcap),
+        labels,
         ignore_index=ignore_index,
         reduction=reduction,
         label_smoothing=label_smoothing,
     )
+
+
+@rule(
+    ops.linear_cross_entropy,
+    anchor=picks_log_probabilities,
+    benefit=2,
+    attrs={
+        "scale": _scale,
+        "ignore_index": _NO_LABEL,
+        "reduction": "none",
+        "label_smoothing": 0.0,
+        "z_loss": 0.0,
+        "base_dtype": dtype_of("logits"),
+        "logits_dtype": dtype_of(),
+    },
+    result=lambda loss, labels: -loss.view_as(labels),
+)
+def token_log_probabilities(
+    x,
+    weight: Param(2),
+    bias: Opt[Param(1)],
+    labels,
+    _factor: Scalar,
+    _divisor: Scalar,
+    softcap: Scalar = 0.0,
+):
+    """The log probability of each label, as preference and policy losses read it: minus the unreduced cross-entropy."""
+    logits = _read_logits(x, weight, bias, _factor, _divisor, softcap)
+    return squeeze(gather(log_softmax(logits), unsqueeze(labels)))
 
 
 @linear_cross_entropy.where
@@ -64,6 +126,7 @@ def _labels_are_indices(match):
 
 
 @linear_cross_entropy.where
+@token_log_probabilities.where
 def _numbers_are_usable(match):
     """The scale is the divisor's inverse, and a cap of zero or less is no cap."""
     divisor, cap = match.value("_divisor"), match.value("softcap")
@@ -79,10 +142,19 @@ def _classes_are_last(match):
     return (last and match.tensor("labels").dim() == 1) or "the classes are not the last of two dimensions"
 
 
+@token_log_probabilities.where
+def _one_label_for_each_row(match):
+    """`gather` also takes fewer labels than there are rows, and reads the first rows."""
+    read, labels, logits = (match.tensor(name) for name in ("read", "labels", "logits"))
+    rows = len(labels.shape) == read.dim() - 1 and all(map(known_equal, labels.shape, read.shape))
+    return (rows and known_equal(read.shape[-1], logits.shape[-1])) or "the labels are not one for each row of logits"
+
+
 @linear_cross_entropy.where
+@token_log_probabilities.where
 def _head_is_a_vocabulary(match):
     classes, width = match.tensor("weight").shape
     return known_less(width, classes) or f"{classes} logits are no more than the {width} values that they come from"
 
 
-RULES = [linear_cross_entropy]
+RULES = [linear_cross_entropy, token_log_probabilities]

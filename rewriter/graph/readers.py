@@ -173,6 +173,33 @@ def _joined(op: str, node: fx.Node, given: dict[str, Any]) -> Term | None:
     return Term(op, {"tensors": tuple(tensors)}) if last else None
 
 
+def log_softmax(terms: Terms, node: fx.Node, given: dict[str, Any]) -> Term | None:
+    """Read only what normalises the last dimension; the dtype is that of the result."""
+    return Term("log_softmax", {"input": given["input"]}) if _is_last(given["dim"], meta(given["input"])) else None
+
+
+def gather(terms: Terms, node: fx.Node, given: dict[str, Any]) -> Term | None:
+    """Read only what picks entries of the last dimension."""
+    last = _is_last(given["dim"], meta(given["input"])) and not given["sparse_grad"]
+    return Term("gather", {"input": given["input"], "index": given["index"]}) if last else None
+
+
+def unsqueeze(terms: Terms, node: fx.Node, given: dict[str, Any]) -> Term | None:
+    """Read only a new last dimension."""
+    return Term("unsqueeze", {"input": given["input"]}) if _is_last(given["dim"], meta(node)) else None
+
+
+def squeeze(terms: Terms, node: fx.Node, given: dict[str, Any]) -> Term | None:
+    """Read only the removal of a last dimension of size one."""
+    source = meta(given["input"])
+    last = source is not None and _is_last(given["dim"], source) and known_equal(source.shape[-1], 1)
+    return Term("squeeze", {"input": given["input"]}) if last else None
+
+
+def _is_last(dim: Any, tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and not isinstance(dim, fx.Node) and dim in (-1, tensor.dim() - 1)
+
+
 def flatten(terms: Terms, node: fx.Node, given: dict[str, Any]) -> Term | None:
     """Read only the flattening of the last two dimensions, which undoes a stack on the last."""
     source = meta(given["input"])

@@ -11,6 +11,7 @@ from torch import fx
 from fastlora.graph.view import View
 from fastlora.kernels.core.semantic_op import SemanticOp
 from fastlora.match.matcher import Pattern
+from fastlora.match.result import Result
 
 Anchor = str | Callable[[View, fx.Node], bool]
 """The name of an operation, or a predicate on a view and a node, that marks a candidate for fusion."""
@@ -24,6 +25,7 @@ class Definition:
         name, source: the name of the decorated function, and its `file:line`.
         op: the op that a match becomes.
         benefit: preference among overlapping matches.
+        result: the expression around the op that a match becomes, if it is not the op itself.
         names, tags: the values that a match can be asked for, and the alternatives that are named.
     """
 
@@ -31,6 +33,7 @@ class Definition:
     source: str
     op: SemanticOp
     benefit: int
+    result: Result | None = None
     names: frozenset[str] = frozenset()
     tags: frozenset[str] = frozenset()
 

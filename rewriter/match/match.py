@@ -28,6 +28,8 @@ class Match:
     arguments: dict[str, Any]
     state: State = field(default_factory=State)
     parts: tuple[Match, ...] = ()
+    op_outputs: list[torch.Tensor] = field(default_factory=list)
+    """What the op returns for the metadata of the arguments; known once legality is checked."""
 
     @property
     def op(self) -> SemanticOp:

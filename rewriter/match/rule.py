@@ -29,6 +29,7 @@ from fastlora.match.grammar import alternatives, bound_names
 from fastlora.match.literals import misfit
 from fastlora.match.match import Match, dtype_of, tag_of
 from fastlora.match.matcher import State, Trace, Var
+from fastlora.match.result import Result
 from fastlora.match.rule_lint import (
     anchor_faults,
     condition_faults,
@@ -36,6 +37,7 @@ from fastlora.match.rule_lint import (
     function_faults,
     group_faults,
     pattern_faults,
+    result_faults,
     rule_faults,
 )
 
@@ -141,9 +143,14 @@ AnyRule = Rule | GroupRule
 
 
 def rule(
-    op: SemanticOp, *, anchor: Anchor | None = None, attrs: dict[str, Any] | None = None, benefit: int = 0
+    op: SemanticOp,
+    *,
+    anchor: Anchor | None = None,
+    attrs: dict[str, Any] | None = None,
+    benefit: int = 0,
+    result: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Rule]:
-    """Declares that a subgraph is `op`.
+    """Declare that a subgraph is `op`, or an expression around it.
 
     Args:
         op: the semantic op. Captures and `attrs` together have to provide all its arguments.
@@ -151,13 +158,16 @@ def rule(
             claimed by a match or explained in the report.
         attrs: arguments computed from the match, as constants or functions of the `Match`.
         benefit: preference among overlapping matches; at equal benefit the larger match wins.
+        result: what the subgraph is, if not the op itself: a function of the op's outputs, then of arguments of the op
+            by their names, as in `lambda loss, labels: -loss.view_as(labels)`. It may negate, add, subtract, multiply,
+            divide, slice, cast and reshape.
 
     Raises:
         RuleError: where the rule is defined, if it cannot be right.
     """
     if anchor is None and attrs is None and inspect.isfunction(op):
         raise _bare("rule", op)
-    return lambda function: _build(function, op, anchor, attrs, benefit, fuses=False)
+    return lambda function: _build(function, op, anchor, attrs, benefit, result, fuses=False)
 
 
 def fuse(
@@ -166,7 +176,7 @@ def fuse(
     """Declares that raised ops together are `op`; the function may return several values, the op's outputs."""
     if attrs is None and inspect.isfunction(op):
         raise _bare("fuse", op)
-    return lambda function: _build(function, op, None, attrs, benefit, fuses=True)
+    return lambda function: _build(function, op, None, attrs, benefit, None, fuses=True)
 
 
 def group(
@@ -194,6 +204,7 @@ def _build(
     anchor: Anchor | None,
     attrs: dict[str, Any] | None,
     benefit: int,
+    result: Callable[..., Any] | None,
     fuses: bool,
 ) -> Rule:
     _insist(function, decorator_faults("fuse" if fuses else "rule", function, {"op": op}, benefit))
@@ -210,11 +221,22 @@ def _build(
     _insist(function, pattern_faults(outputs))
     made = Rule(
         name=_name(function), source=_source(function), op=op, outputs=outputs, variables=defaults, anchor=anchor,
-        attrs=attrs, benefit=benefit, fuses=fuses, names=frozenset(bound_names(outputs[0])),
-        tags=frozenset(alternatives(outputs[0])),
+        attrs=attrs, benefit=benefit, result=_result(function, result, op), fuses=fuses,
+        names=frozenset(bound_names(outputs[0])), tags=frozenset(alternatives(outputs[0])),
     )  # fmt: skip
     _insist(function, rule_faults(made, variables))
     return made
+
+
+def _result(function: Callable[..., Any], result: Any, op: SemanticOp) -> Result | None:
+    """The expression around the op that a rule was given, recorded."""
+    if result is None:
+        return None
+    _insist(function, result_faults(result, op))
+    try:
+        return Result(result, op)
+    except Exception as problem:
+        raise _wrong(function, f"result= raises {type(problem).__name__}: {problem}") from problem
 
 
 def _parameters(function: Callable[..., Any]) -> tuple[dict[str, Var], dict[str, Any]]:

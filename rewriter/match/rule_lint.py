@@ -7,6 +7,7 @@ itself (`grammar.py`), then the two beside the op's schema.
 from __future__ import annotations
 
 import dis
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,6 +56,20 @@ def pattern_faults(outputs: tuple[Any, ...]) -> Iterator[str]:
     yield from faults(outputs[0])
 
 
+def result_faults(result: Any, op: SemanticOp) -> Iterator[str]:
+    """What is wrong with the expression around an op, before it is recorded."""
+    yield from function_faults(result, len(inspect.signature(result).parameters) if callable(result) else 1, "outputs")
+    names = list(inspect.signature(result).parameters)
+    if len(names) < len(op.outputs):
+        yield f"result= takes {len(names)} values, but {op.name} has {len(op.outputs)} outputs"
+    tensors = {a.name for a in op.arguments if a.is_tensor and not a.is_list}
+    for name in names[len(op.outputs) :]:
+        if name not in tensors:
+            yield f"result= takes {name!r}, which is not a tensor argument of {op.name}: {suggestion(name, tensors)}"
+    if any(output.is_list for output in op.outputs):
+        yield f"result= cannot be given for {op.name}, whose outputs are lists"
+
+
 def rule_faults(made: PatternDefinition, variables: dict[str, Var]) -> Iterator[str]:
     """What is wrong with a rule whose pattern is right by itself."""
     yield from _shape_faults(made, variables)
@@ -67,8 +82,12 @@ def rule_faults(made: PatternDefinition, variables: dict[str, Var]) -> Iterator[
 
 def _shape_faults(made: PatternDefinition, variables: dict[str, Var]) -> Iterator[str]:
     found = parts(made.outputs[0])
-    if len(made.outputs) != len(made.op.outputs):
+    if made.result is None and len(made.outputs) != len(made.op.outputs):
         yield f"returns {len(made.outputs)} values, but {made.op.name} has {len(made.op.outputs)} outputs"
+    if made.result is not None:
+        yield from made.result.faults()
+        if len(made.outputs) != made.result.count:
+            yield f"returns {len(made.outputs)} values, but result= {made.result.count}"
     if any(output not in found for output in made.outputs):
         yield "every further output has to be a part of the first"
     if len(set(made.outputs)) < len(made.outputs):

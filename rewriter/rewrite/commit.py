@@ -34,12 +34,18 @@ def _replace(graph: fx.Graph, view: View, match: Match, forward: dict[fx.Node, f
         return forward.get(argument, argument) if isinstance(argument, fx.Node) else argument
 
     values = fx.node.map_aggregate(match.op.order(match.arguments), value)
+    last = place.prev
     with graph.inserting_before(place):
         call = graph.call_function(match.op.target, tuple(values))  # type: ignore[arg-type]
         results = _unpack(graph, call, match)
-    for node in (call, *results):
-        view.order[node] = view.order[place] - 0.5
-        node.meta.update({key: match.root.meta[key] for key in _TRACED if key in match.root.meta})
+        if match.rule.result is not None:
+            for output, example in zip(results, match.op_outputs, strict=True):
+                output.meta["example_value"] = example
+            given = dict(zip(match.op.names, values, strict=False))
+            results = match.rule.result.insert(graph, results, given.__getitem__)
+    while (last := last.next) is not place:
+        view.order[last] = view.order[place] - 0.5
+        last.meta.update({key: match.root.meta[key] for key in _TRACED if key in match.root.meta})
     for old, new in zip(match.outputs, results, strict=True):
         new.meta["example_value"] = old.meta["example_value"]
         old.replace_all_uses_with(new)

@@ -156,12 +156,13 @@ class Legality:
         return None
 
     def fake_results(self, match: Match) -> list[torch.Tensor] | None:
-        """Return the op's outputs for the arguments' metadata, or None if computing them adds guards."""
+        """Return what replaces the outputs, for the arguments' metadata, or None if computing that adds guards."""
         values = match.op.order(match.arguments)
-        key = (match.op.name, tuple(_signature(value) for value in values))
+        key = (match.op.name, match.rule.result, tuple(_signature(value) for value in values))
         if key not in self._metas:
             self._metas[key] = _run_fake(match, values)
-        return self._metas[key]
+        match.op_outputs, results = self._metas[key] or ([], None)
+        return results
 
 
 def _signature(value: Any) -> Any:
@@ -173,7 +174,9 @@ def _signature(value: Any) -> Any:
     return (str(tuple(tensor.shape)), str(tensor.stride()), tensor.dtype, str(tensor.device))
 
 
-def _run_fake(match: Match, values: list[Any]) -> list[torch.Tensor] | None:
+def _run_fake(match: Match, values: list[Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
+    """The op's outputs and what is made of them, or None if that adds guards."""
+
     def example(value: Any) -> Any:
         if isinstance(value, list):
             return [example(item) for item in value]
@@ -188,13 +191,15 @@ def _run_fake(match: Match, values: list[Any]) -> list[torch.Tensor] | None:
     shapes = mode.shape_env
     before = len(shapes.guards) if shapes is not None else 0
     with mode, torch.no_grad():
-        results = match.op.target(*arguments)
+        made = match.op.target(*arguments)
+        declared = (*match.op.outputs, *match.op.residuals)
+        outputs = (made if len(declared) > 1 else (made,))[: len(match.op.outputs)]
+        flat = [t for o in outputs for t in (o if isinstance(o, (list, tuple)) else [o])]
+        given = dict(zip(match.op.names, arguments, strict=False))
+        results = flat if match.rule.result is None else match.rule.result(flat, given.__getitem__)
     if shapes is not None and len(shapes.guards) != before:
         return None
-    declared = (*match.op.outputs, *match.op.residuals)
-    results = results if len(declared) > 1 else (results,)
-    outputs = results[: len(match.op.outputs)]
-    return [t for o in outputs for t in (o if isinstance(o, (list, tuple)) else [o])]
+    return flat, results
 
 
 def _difference(output: fx.Node, result: torch.Tensor) -> str | None:

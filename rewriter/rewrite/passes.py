@@ -78,8 +78,9 @@ def raise_ops(state: Rewrite) -> Counts:
         term = state.view.term(node)
         for rule in by_root.get(term.op, ()) if term is not None else ():
             if (match := _match(state, rule, node)) is not None:
-                state.view.raised.setdefault(node, []).append(match)
                 state.proposed.append(match)
+                if rule.result is None:  # otherwise the node is not the op itself
+                    state.view.raised.setdefault(node, []).append(match)
     return {"matches": len(state.proposed) - before}
 
 
@@ -153,9 +154,10 @@ def group_ops(state: Rewrite) -> Counts:
     Before: `lora_linear(x, ...)` three times. After: a match of `lora_group(x, ...)` in `proposed` as well.
     """
     before = len(state.proposed)
+    members = [match for match in state.accepted if match.rule.result is None]
     for rule in state.rules:
         if isinstance(rule, GroupRule):
-            state.proposed += rule.find(state.view, state.accepted)
+            state.proposed += rule.find(state.view, members)
     return {"groups": len(state.proposed) - before}
 
 

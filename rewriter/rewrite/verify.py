@@ -171,7 +171,8 @@ def _reference(match: Match, inputs: dict[fx.Node, torch.Tensor], exact: bool) -
         else:
             results = match.op(**arguments)
         results = results if isinstance(results, (tuple, list)) else (results,)
-        return [t for result in results for t in (result if isinstance(result, (tuple, list)) else [result])]
+        flat = [t for result in results for t in (result if isinstance(result, (tuple, list)) else [result])]
+        return flat if match.rule.result is None else match.rule.result(flat, arguments.__getitem__)
 
     return _with_gradients(run, inputs)
 

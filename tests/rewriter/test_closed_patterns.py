@@ -165,6 +165,8 @@ TERMS: list[Function] = [
     lambda x, y: torch.dropout(x, 0.5, True),
     lambda x, y: (F.layer_norm(x, (8,)), torch.layer_norm(x, (8,), cudnn_enable=False), F.rms_norm(x, (8,))),
     lambda x, y: F.cross_entropy(x[0], torch.ones(3, dtype=torch.int64)),
+    lambda x, y: x.log_softmax(-1).gather(-1, torch.ones(2, 3).long().unsqueeze(-1)).squeeze(-1),
+    lambda x, y: F.log_softmax(x, dim=-1),
     lambda x, y: x + torch.eye(8)[:3],
     lambda x, y: x.to(torch.float64),
     lambda x, y: torch._grouped_mm(x[0].bfloat16(), y.mT.bfloat16(), torch.tensor([1, 3], dtype=torch.int32)),

@@ -1,0 +1,95 @@
+"""The right-hand side of a rule: an expression around its op, for a pattern that is `-op(...)`, say, and not the op.
+
+    @rule(ops.linear_cross_entropy, result=lambda loss, labels: -loss.view_as(labels), ...)
+
+The function takes the op's outputs, then arguments of the op by their names, and returns what replaces the outputs of
+the pattern. It is recorded once, where the rule is defined, and may only negate, add, subtract, multiply, divide,
+slice, cast and reshape: such calls have no effects, do not depend on autocast, and are differentiated by autograd.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fastlora.graph.canonical_ops import spelling_of
+from fastlora.graph.readers import CASTS, RESHAPES
+from fastlora.kernels.core.semantic_op import SemanticOp
+
+_ARITHMETIC = ("neg", "add", "sub", "mul", "div")
+
+
+class Result:
+    """An expression over an op's outputs and some of its arguments.
+
+    Attributes:
+        function: the expression, which also runs on tensors.
+        arguments: the names of the op's arguments that it reads.
+        recorded: its calls, as a graph with the outputs and arguments as placeholders.
+        count: how many values it returns.
+    """
+
+    def __init__(self, function: Callable[..., Any], op: SemanticOp) -> None:
+        self.function = function
+        names = list(inspect.signature(function).parameters)
+        self._outputs = len(op.outputs)
+        self.arguments = tuple(names[self._outputs :])
+        self.recorded = fx.Graph()
+        values = self._returned(*(fx.Proxy(self.recorded.placeholder(name)) for name in names))
+        self.count = len(values)
+        self.recorded.output(tuple(value.node if isinstance(value, fx.Proxy) else value for value in values))
+
+    def _returned(self, *values: Any) -> tuple[Any, ...]:
+        returned = self.function(*values)
+        return returned if isinstance(returned, tuple) else (returned,)
+
+    def __call__(self, outputs: Sequence[torch.Tensor], argument: Callable[[str], Any]) -> list[torch.Tensor]:
+        """Run the expression on tensors; `argument` gives the value of an op's argument by its name."""
+        return list(self._returned(*outputs, *map(argument, self.arguments)))
+
+    def insert(self, graph: fx.Graph, outputs: Sequence[fx.Node], argument: Callable[[str], Any]) -> list[fx.Node]:
+        """Insert the expression into a graph, at its insertion point, with recorded values on all nodes."""
+        given = iter([*outputs, *map(argument, self.arguments)])
+        made: dict[fx.Node, fx.Node] = {}
+        for node in self.recorded.nodes:
+            if node.op == "placeholder":
+                made[node] = next(given)
+            elif node.op != "output":
+                made[node] = new = graph.node_copy(node, made.__getitem__)
+                new.meta["example_value"] = _run(new)
+        (returned,) = (node.args[0] for node in self.recorded.nodes if node.op == "output")
+        return [made[node] for node in returned]  # type: ignore[union-attr,index]
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with the calls that were recorded."""
+        for node in self.recorded.nodes:
+            if node.op.startswith("call") and not _is_plain(node):
+                called = getattr(node.target, "__name__", node.target)
+                yield f"result= calls {called}: only negation, arithmetic, slices, casts and reshapes are possible"
+            if node.op == "output" and not all(isinstance(value, fx.Node) for value in node.args[0]):
+                yield "result= has to return values that are computed from the op's outputs"
+
+
+def _is_plain(node: fx.Node) -> bool:
+    if node.op == "call_method" and node.target in CASTS | RESHAPES:
+        return True
+    spelling = spelling_of(node)
+    if spelling is None or spelling.bind(node) is None:
+        return False
+    if spelling.op == "getitem":
+        parts = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        return all(part is Ellipsis or isinstance(part, slice) for part in parts)
+    return spelling.op in _ARITHMETIC
+
+
+def _run(node: fx.Node) -> Any:
+    """What tracing would have recorded of a new node."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: source.meta["example_value"])
+    with node.all_input_nodes[0].meta["example_value"].fake_mode:
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
