@@ -1,6 +1,7 @@
 """Semantic ops: a name for a computation, its formula, its hand-derived backward and, in time, its kernels.
 
-Nothing here knows of graphs or models. One file per op; `op.py` holds what all of them share.
+Nothing here knows of graphs or models. `core` is what all ops share; `formulas` has one file per op, with its formula,
+backward and PyTorch implementation; `triton` has the kernels; `ops` lists the ops.
 """
 
 if __name__ == "kernels":  # the checkout is on sys.path: hand over to the PyPI package of that name
@@ -14,3 +15,5 @@ if __name__ == "kernels":  # the checkout is on sys.path: hand over to the PyPI 
     if _spec is not None and _spec.loader is not None:
         _module = _sys.modules["kernels"] = _module_from_spec(_spec)
         _spec.loader.exec_module(_module)
+else:
+    from fastlora.kernels.core.library import register_op as register_op

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from fastlora.frontend.session import default_rules
 from fastlora.graph.view import View
-from fastlora.kernels import ops
-from fastlora.kernels.core.semantic_op import NAMESPACE, SemanticOp
+from fastlora.kernels.core.call_site import CallSite
+from fastlora.kernels.core.library import REGISTERED
 from fastlora.lower.lowering import lower
 from fastlora.match.rule import AnyRule, Match
 from fastlora.reports.from_rewrite import misses
@@ -28,13 +28,9 @@ Function = Callable[..., Any]
 f32, bf16, f64 = torch.float32, torch.bfloat16, torch.float64
 
 
-OPERATORS = {op.run: op.target for name in ops.__all__ if isinstance(op := getattr(ops, name), SemanticOp)}
-
-
 def called(node: fx.Node) -> Any:
-    """What a node calls: of an op the operator, also where the graph was lowered to call a function of it."""
-    name, makes, _ = getattr(node.target, "__name__", "").partition("_making_")
-    return getattr(ops, name).target if makes else OPERATORS.get(node.target, node.target)
+    """What a node calls: of an op the operator, also where the graph was lowered to call a call site."""
+    return node.target.op.target if isinstance(node.target, CallSite) else node.target
 
 
 @dataclass
@@ -66,7 +62,7 @@ class Outcome:
 
     def fused_nodes(self) -> Iterator[fx.Node]:
         for made in self.rewrites:
-            yield from (node for node in made.graph.nodes if str(called(node)).startswith(NAMESPACE))
+            yield from (node for node in made.graph.nodes if called(node) in REGISTERED)
 
     def targets(self) -> list[str]:
         """What the rewritten graphs call, in order."""

@@ -1,4 +1,4 @@
-"""How an op's forms are called: past autograd and autocast, and past the dispatcher where nobody listens to it."""
+"""How an op's implementation is called: below autograd and autocast, and past the dispatcher where that is the same."""
 
 from __future__ import annotations
 
@@ -10,44 +10,51 @@ from typing import Any
 
 import torch
 
+from fastlora.kernels.core import compat
 
-def run(name: str, form: Callable[..., Any], anchor: torch.Tensor, arguments: dict[str, Any]) -> Any:
-    """Runs a form unseen by autograd, on the tensors' GPU, and without autocast, as ops state their dtypes. PyTorch's
-    profiler sees it under its operator's name, which it would not where the dispatcher is passed over."""
-    if torch.autograd._profiler_enabled():
+
+def run(name: str, implementation: Callable[..., Any], anchor: torch.Tensor, arguments: dict[str, Any]) -> Any:
+    """Run an implementation unseen by autograd, on the tensors' GPU, and without autocast, as ops state their dtypes.
+
+    PyTorch's profiler sees it under its operator's name, which it would not where the dispatcher is bypassed.
+    """
+    if compat.profiler_is_enabled():
         with torch.profiler.record_function(f"fastlora::{name}"):
-            return _run(form, anchor, arguments)
-    return _run(form, anchor, arguments)
+            return _run(implementation, anchor, arguments)
+    return _run(implementation, anchor, arguments)
 
 
-def _run(form: Callable[..., Any], anchor: torch.Tensor, arguments: dict[str, Any]) -> Any:
-    """Below what tracks views as well: a result that a form has reshaped is nobody's view, so it may be written to."""
+def _run(implementation: Callable[..., Any], anchor: torch.Tensor, arguments: dict[str, Any]) -> Any:
+    """Below what tracks views as well: a result that was reshaped is nobody's view, so it may be written to."""
     device = anchor.device
-    with torch._C._AutoDispatchBelowADInplaceOrView():
-        if anchor.is_cuda and _several_gpus() and device.index != torch.cuda.current_device():
+    with compat.below_views():
+        if anchor.is_cuda and several_gpus() and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                return _without_autocast(device.type, form, arguments)
-        return form(**arguments) if anchor.is_meta else _without_autocast(device.type, form, arguments)
+                return _without_autocast(device.type, implementation, arguments)
+        return (
+            implementation(**arguments) if anchor.is_meta else _without_autocast(device.type, implementation, arguments)
+        )
 
 
-def _without_autocast(device: str, form: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+def _without_autocast(device: str, implementation: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     """As within `torch.autocast(device, enabled=False)`, which takes as long as the launch of some kernels."""
     if not torch.is_autocast_enabled(device):
-        return form(**arguments)
+        return implementation(**arguments)
     torch.set_autocast_enabled(device, False)
     try:
-        return form(**arguments)
+        return implementation(**arguments)
     finally:
         torch.set_autocast_enabled(device, True)
 
 
-def unheard(tensors: Iterable[torch.Tensor | None]) -> bool:
-    """Whether the dispatcher would do nothing, below autograd, but call the op's kernel, which then can be called as it
-    is: the tensors are plain ones in memory, no mode is active (fake tensors, tracing, counting), and no transform of
-    torch.func. A call through the dispatcher takes microseconds."""
-    if mode_is_active() or torch._C._functorch.peek_interpreter_stack() is not None:
+def can_bypass_dispatcher(tensors: Iterable[torch.Tensor | None]) -> bool:
+    """Return whether the dispatcher would do nothing, below autograd, but call an operator's kernel.
+
+    That is so for plain tensors in memory, without a mode (fake tensors, tracing, counting) or transform of torch.func.
+    """
+    if mode_is_active() or compat.active_transform() is not None:
         return False
-    plain, keys = _plain_keys(), torch._C._dispatch_keys
+    plain, keys = _plain_keys(), compat.dispatch_keys
     for t in tensors:  # noqa: SIM110  (a generator takes longer)
         if t is not None and keys(t).raw_repr() not in plain:
             return False
@@ -55,48 +62,52 @@ def unheard(tensors: Iterable[torch.Tensor | None]) -> bool:
 
 
 class _Thread(threading.local):
-    unlistened = 0
+    ignored_modes = 0
 
 
 _thread = _Thread()
 
 
 @contextmanager
-def unlistened() -> Iterator[None]:
-    """In this thread, one mode that is entered next only looks on: operators are called as if it was not there."""
-    _thread.unlistened += 1
+def ignoring_one_mode() -> Iterator[None]:
+    """Bypass the dispatcher, in this thread, although the one mode that is entered next is active: it only looks on."""
+    _thread.ignored_modes += 1
     try:
         yield
     finally:
-        _thread.unlistened -= 1
+        _thread.ignored_modes -= 1
 
 
 def mode_is_active() -> bool:
-    """Whether a mode sees what the dispatcher is asked to do, and may do something else."""
-    return torch._C._len_torch_dispatch_stack() > _thread.unlistened
+    """Return whether a mode sees what the dispatcher is asked to do, and may do something else."""
+    return compat.active_modes() > _thread.ignored_modes
 
 
 _constants: list[torch.Tensor] = []
 
 
 def constant(t: torch.Tensor) -> torch.Tensor:
-    """Registers a tensor that is made once, and never changes."""
+    """Register a tensor that is made once and never changes."""
     _constants.append(t)
     return t
 
 
 def is_constant(t: torch.Tensor) -> bool:
+    """Return whether a tensor was registered as a constant."""
     return any(each is t for each in _constants)
 
 
 def is_last_backward() -> bool:
-    """Whether autograd, in the backward that is running, frees what a node saved as soon as the node has run: without
-    `retain_graph` nobody else reads it."""
-    return not torch._C._autograd._get_current_graph_task_keep_graph()
+    """Return whether autograd frees what a node saved as soon as the running backward has left it.
+
+    Without `retain_graph` nothing else reads it.
+    """
+    return not compat.keeps_graph()
 
 
 @cache
-def _several_gpus() -> bool:
+def several_gpus() -> bool:
+    """Return whether there is more than one CUDA device."""
     return torch.cuda.device_count() > 1
 
 
@@ -104,4 +115,4 @@ def _several_gpus() -> bool:
 def _plain_keys() -> frozenset[int]:
     """The dispatch keys of plain tensors on the CPU and on GPUs."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return frozenset(torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr() for device in devices)
+    return frozenset(compat.dispatch_keys(torch.empty(0, device=device)).raw_repr() for device in devices)

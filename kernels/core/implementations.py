@@ -1,11 +1,10 @@
-"""The forms of an op, which are its implementations, and which of them runs.
+"""The implementations of an op, and which of them runs.
 
-Every op has a PyTorch form, which runs anywhere and in any dtype. `kernels/triton` adds Triton forms for NVIDIA GPUs,
-and is imported when the first CUDA tensor meets an op. A form says for each call whether it serves the arguments at
-hand, and the first that does runs; forward and backward are chosen apart, as all forms of an op keep the same
-residuals.
+Every op has a PyTorch implementation, which runs anywhere and in any dtype. `kernels/triton` adds those for NVIDIA
+GPUs, and is imported when the first CUDA tensor meets an op. Each says for a call whether it serves the arguments at
+hand, and the first that does runs; forward and backward are chosen apart, as all of an op keep the same residuals.
 
-Whatever the form, the results have the shapes, dtypes and strides of the PyTorch form's.
+Whatever runs, the results have the shapes, dtypes and strides of the PyTorch implementation's.
 """
 
 from __future__ import annotations
@@ -24,33 +23,110 @@ from torch._prims_common import is_contiguous_or_false
 from fastlora.kernels.core.devices import runs_kernels
 
 
-def _never(**_: Any) -> bool:
-    return False
-
-
-def _no_backward(**_: Any) -> dict[str, Any]:
-    raise RuntimeError("no gradient flows into what a constant op is made of")
-
-
 @dataclass(frozen=True)
-class Form:
+class Implementation:
     """One implementation of an op.
 
-    `forward` and `backward` take what the PyTorch form's take; that of a constant op has no backward. `serves` is asked
-    with the arguments of the forward, `serves_backward` with those of the backward (`wanted`, `grads` and what was
-    saved); both by name. `restore` takes what was saved, by name, and makes what the op spared of it.
+    Attributes:
+        name: `pytorch`, `triton`, ...
+        forward, backward: take what the PyTorch implementation's take, by name. None for an op without a backward.
+        serves: whether the forward runs on these arguments, by name; None if it always does.
+        serves_backward: the same of the backward, which is asked with `wanted`, `grads` and what was saved.
+        restore: takes what was saved, by name, and makes the residuals that the op left out of it.
+        traceable: whether its calls of operators and kernels are the same for tensors of the same layouts, whatever
+            their values, so that they can be recorded and replayed.
     """
 
     name: str
     forward: Callable[..., tuple[Any, ...]]
-    backward: Callable[..., dict[str, Any]] = _no_backward
-    serves: Callable[..., bool] = _never
-    serves_backward: Callable[..., bool] = _never
+    backward: Callable[..., dict[str, Any]] | None = None
+    serves: Callable[..., bool] | None = None
+    serves_backward: Callable[..., bool] | None = None
     restore: Callable[..., tuple[torch.Tensor, ...]] | None = None
+    traceable: bool = False
+
+
+@dataclass
+class Implementations:
+    """The implementations of one op: the PyTorch one, and before it, in order of preference, those for a GPU."""
+
+    op: str
+    pytorch: Implementation
+    accelerated: list[Implementation] = field(default_factory=list)
+
+    def forward(self, anchor: torch.Tensor, arguments: dict[str, Any]) -> Implementation:
+        """Return what runs a forward; `anchor` is any of the tensors."""
+        for each in self._candidates(anchor):
+            if each.serves is not None and each.serves(**arguments):
+                return each
+        return self._otherwise()
+
+    def backward(self, anchor: torch.Tensor, arguments: dict[str, Any]) -> Implementation:
+        """Return what runs a backward."""
+        for each in self._candidates(anchor):
+            if each.serves_backward is not None and each.serves_backward(**arguments):
+                return each
+        return self._otherwise()
+
+    def _candidates(self, anchor: torch.Tensor) -> list[Implementation]:
+        on_gpu = (anchor.is_cuda and runs_kernels(anchor.device)) or (anchor.is_meta and _thread.precompiles)
+        if (restricted.to is None and not on_gpu) or restricted.to == self.pytorch.name:
+            return []
+        _load()
+        return [each for each in self.accelerated if restricted.to in (None, each.name)]
+
+    def _otherwise(self) -> Implementation:
+        if restricted.to not in (None, self.pytorch.name):
+            raise NotImplementedError(f"{self.op}: the {restricted.to} implementation does not serve these arguments")
+        return self.pytorch
+
+
+class _Restriction:
+    to: str | None = None
+
+
+restricted = _Restriction()
+"""The name of the implementations that `only` restricts ops to, as `to`."""
+
+
+@contextmanager
+def only(name: str) -> Iterator[None]:
+    """Run every op on its implementation of that name, on any device, for tests and benchmarks.
+
+    Raises:
+        NotImplementedError: in a call that the implementation does not serve.
+    """
+    before, restricted.to = restricted.to, name
+    try:
+        yield
+    finally:
+        restricted.to = before
+
+
+class _Thread(threading.local):
+    precompiles = False
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def for_precompilation() -> Iterator[None]:
+    """Choose implementations for tensors on the meta device, in this thread, as if they were on a GPU."""
+    before, _thread.precompiles = _thread.precompiles, True
+    try:
+        yield
+    finally:
+        _thread.precompiles = before
+
+
+@cache
+def _load() -> None:
+    importlib.import_module("fastlora.kernels.triton")
 
 
 def laid_out(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """`t` with the strides that `empty_like` gives a tensor of its shape: a copy where it has others."""
+    """Return `t` with the strides that `empty_like` gives a tensor of its shape: a copy where it has others."""
     if t.is_contiguous() and like.is_contiguous():
         return t
     result = torch.empty_like(like, dtype=t.dtype)
@@ -58,80 +134,5 @@ def laid_out(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def contiguous(t: torch.Tensor) -> torch.Tensor:
-    """`t.contiguous()` that asks nothing of sizes that are symbols: what is not known to be contiguous is copied."""
+    """Return `t.contiguous()` without asking about symbolic sizes: what is not known to be contiguous is copied."""
     return t if is_contiguous_or_false(t) else t.clone(memory_format=torch.contiguous_format)
-
-
-@dataclass
-class Forms:
-    """The forms of one op: the PyTorch form, and before it, in order of preference, those for a GPU."""
-
-    op: str
-    pytorch: Form
-    accelerated: list[Form] = field(default_factory=list)
-
-    def forward(self, anchor: torch.Tensor, arguments: dict[str, Any]) -> Form:
-        """The form to run a forward on; `anchor` is any of the tensors."""
-        return self._first(anchor, arguments, "serves")
-
-    def backward(self, anchor: torch.Tensor, arguments: dict[str, Any]) -> Form:
-        return self._first(anchor, arguments, "serves_backward")
-
-    def _first(self, anchor: torch.Tensor, arguments: dict[str, Any], question: str) -> Form:
-        on_gpu = (anchor.is_cuda and runs_kernels(anchor.device)) or (anchor.is_meta and _thread.rehearses)
-        if _only is None and not on_gpu:
-            return self.pytorch
-        if _only == self.pytorch.name:
-            return self.pytorch
-        _load()
-        for form in self.accelerated:
-            if _only in (None, form.name) and getattr(form, question)(**arguments):
-                return form
-        if _only is not None:
-            raise NotImplementedError(f"{self.op}: the {_only} form does not serve these arguments")
-        return self.pytorch
-
-
-_only: str | None = None
-
-
-@contextmanager
-def only(name: str) -> Iterator[None]:
-    """Runs every op on its form of that name, on any device, for tests and benchmarks.
-
-    Raises:
-        NotImplementedError: in a call that the form does not serve.
-    """
-    global _only
-    before, _only = _only, name
-    try:
-        yield
-    finally:
-        _only = before
-
-
-class _Thread(threading.local):
-    rehearses = False
-
-
-_thread = _Thread()
-
-
-@contextmanager
-def rehearsed() -> Iterator[None]:
-    """In this thread, tensors without memory count as tensors on a GPU, for which forms are chosen."""
-    before, _thread.rehearses = _thread.rehearses, True
-    try:
-        yield
-    finally:
-        _thread.rehearses = before
-
-
-def restriction() -> str | None:
-    """The name of the forms that `only` restricts ops to."""
-    return _only
-
-
-@cache
-def _load() -> None:
-    importlib.import_module("fastlora.kernels.triton")

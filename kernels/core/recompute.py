@@ -1,79 +1,59 @@
-"""Not keeping what the backward can make again at a price: the widest activations, for one or two products of a layer.
+"""Not saving what the backward can make again at a price: the widest activations, for one or two products of a layer.
 
-Unlike what a graph is rewritten to make again (`apply.Made`), which costs next to nothing, this is decided call by
-call: as much is spared as the memory at hand asks for.
+Unlike outputs that a graph is rewritten to recompute (`DerivedArgument`), which cost next to nothing, this is decided
+call by call, by how much memory is asked for.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from fastlora.kernels.core import dispatch
-
-if TYPE_CHECKING:
-    from fastlora.kernels.core.semantic_op import SemanticOp
+from fastlora.kernels.core.execution import compute
+from fastlora.kernels.core.semantic_op import SemanticOp
 
 
 @dataclass
-class Spared:
-    """What was not kept so far."""
+class NotSaved:
+    """What was not saved so far."""
 
     bytes: int = 0
 
 
 class _Thread(threading.local):
-    spared: Spared | None = None
+    not_saved: NotSaved | None = None
 
 
-_thread = _Thread()
+current = _Thread()
+"""This thread's state; `not_saved` is None where ops save what they can."""
 
 
 @contextmanager
-def sparing() -> Iterator[Spared]:
-    """In this thread, ops keep nothing of what they can spare."""
-    before, _thread.spared = _thread.spared, Spared()
+def recomputing() -> Iterator[NotSaved]:
+    """Have ops, in this thread, save nothing that their policy calls recomputable."""
+    before, current.not_saved = current.not_saved, NotSaved()
     try:
-        yield _thread.spared
+        yield current.not_saved
     finally:
-        _thread.spared = before
+        current.not_saved = before
 
 
-def spare(op: SemanticOp, saved: list[Any]) -> bool:
-    """Takes what an op can spare out of what it saves, if it is asked to; False if it is nothing, or if what it is made
-    of is missing."""
-    if _thread.spared is None or not op.spares:
-        return False
-    if any(a.name in op.saved_if and saved[i] is None for i, a in enumerate(op.saved)):
-        return False
-    for i in _spared(op):
-        _thread.spared.bytes += saved[i].nbytes
-        saved[i] = None
-    return True
-
-
-def restore(op: SemanticOp, saved: list[Any], constants: Sequence[Any]) -> None:
-    """Puts what was spared back."""
-    named = dict(zip(op.backward_names, (*saved, *constants), strict=True))
-    arguments = {name: named[name] for name in op.names}
-    values = list(arguments.values())
-    tensors = [t for t in op.leaves.flat(values) if isinstance(t, torch.Tensor)]  # of encoded ones there are stand-ins
-    anchor = tensors[0]
-    form = op.forms.forward(anchor, arguments)
-    if form.restore is not None and dispatch.unheard(tensors):
-        made = dispatch.run(f"{op.name}_restore", form.restore, anchor, named)
-    else:
-        results = dict(zip(op.result_names, op.below_autograd(tensors, values), strict=True))
-        made = tuple(results[name] for name in op.spares)
-    for i, value in zip(_spared(op), made, strict=True):
-        saved[i] = value
-
-
-def _spared(op: SemanticOp) -> list[int]:
+def can_recompute(op: SemanticOp, saved: list[Any]) -> bool:
+    """Return whether the residuals that an op calls recomputable can be made of the rest of what it saves."""
     names = [a.name for a in op.saved]
-    return [names.index(name) for name in op.spares]
+    return bool(op.policy.recomputable) and not any(saved[names.index(name)] is None for name in op.saved_if)
+
+
+def restore(op: SemanticOp, named: dict[str, Any], anchor: torch.Tensor) -> dict[str, Any]:
+    """Return the residuals that were not saved, from what was, by name."""
+    arguments = {name: named[name] for name in op.names}
+    implementation = op.implementations.forward(anchor, arguments)
+    if implementation.restore is not None:
+        return dict(zip(op.policy.recomputable, implementation.restore(**named), strict=True))
+    results = dict(zip(op.result_names, op.as_tuple(compute(op, list(arguments.values()))), strict=True))
+    return {name: results[name] for name in op.policy.recomputable}

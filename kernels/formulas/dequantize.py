@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from fastlora.kernels.core import dispatch
 from fastlora.kernels.core.cost import Cost, Work
-from fastlora.kernels.core.semantic_op import op
+from fastlora.kernels.core.library import register_op
 
 _NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -115,7 +115,7 @@ def forward(
     return ((blocks * scale[:, None]).to(dtype).view(-1)[: rows * cols].view(rows, cols),)
 
 
-dequantize_4bit = op(
+dequantize_4bit = register_op(
     "dequantize_4bit",
     family="quant",
     schema=(

@@ -35,7 +35,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastlora.kernels.core.semantic_op import Gradients, Wanted, op
+from fastlora.kernels.core.gradients import Gradients, Wanted
+from fastlora.kernels.core.library import register_op
+from fastlora.kernels.core.semantic_op import Policy
 from fastlora.kernels.formulas.lora_linear import (
     base_backward,
     carried,
@@ -159,7 +161,7 @@ def backward(
     return gradients | base | low
 
 
-dora_linear = op(
+dora_linear = register_op(
     "dora_linear",
     family="lora",
     schema=(
@@ -170,12 +172,13 @@ dora_linear = op(
     reference=reference,
     forward=forward,
     backward=backward,
+    traceable=True,
     saves=("x", "weight", "bias", "lora_a", "lora_b", "scale", "u", "xa"),
     saved_if={
         "x": lambda wanted, _: wanted["weight"] or wanted["lora_a"],
         "u": lambda wanted, _: wanted["scale"],
     },
-    decodes=("weight",),
+    policy=Policy(reads_quantized=("weight",)),
 )
 
 
@@ -217,7 +220,7 @@ def add_backward(
     return gradients | low
 
 
-dora_add = op(
+dora_add = register_op(
     "dora_add",
     family="lora",
     schema=(
@@ -228,6 +231,7 @@ dora_add = op(
     reference=add_reference,
     forward=add_forward,
     backward=add_backward,
+    traceable=True,
     saves=("plain", "x", "lora_a", "lora_b", "scale", "u", "xa"),
     saved_if={
         "plain": lambda wanted, _: False,
@@ -272,7 +276,7 @@ def norm_forward(
     return (torch.cat(norms).to(out_dtype),)
 
 
-dora_norm = op(
+dora_norm = register_op(
     "dora_norm",
     family="lora",
     schema=(
@@ -282,5 +286,6 @@ dora_norm = op(
     outputs=1,
     reference=norm_reference,
     forward=norm_forward,
+    traceable=True,
     saves=(),
 )

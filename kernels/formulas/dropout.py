@@ -33,7 +33,8 @@ from torch._subclasses.fake_tensor import is_fake
 
 from fastlora.kernels.core.cost import Cost, Work
 from fastlora.kernels.core.devices import computes, runs_kernels
-from fastlora.kernels.core.semantic_op import Gradients, Wanted, op
+from fastlora.kernels.core.gradients import Gradients, Wanted
+from fastlora.kernels.core.library import register_op
 
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _INCREMENTS = 0x9E3779B9, 0xBB67AE85
@@ -123,7 +124,7 @@ def backward(
     return {"x": reference(grads[0], None, seed, p, x_dtype)} if wanted["x"] else {}
 
 
-dropout = op(
+dropout = register_op(
     "dropout",
     family="dropout",
     schema="(Tensor x, Tensor? base, Tensor seed, float p, ScalarType out_dtype) -> (Tensor z)",

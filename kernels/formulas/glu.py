@@ -21,45 +21,65 @@ Sources: Shazeer, "GLU Variants Improve Transformer" (2020); Hendrycks and Gimpe
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from fastlora.kernels.core.cost import Cost, Work
+from fastlora.kernels.core.gradients import Gradients, Wanted
 from fastlora.kernels.core.implementations import laid_out
-from fastlora.kernels.core.semantic_op import Gradients, Wanted, op
+from fastlora.kernels.core.library import register_op
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 _CUBIC = 0.044715
 
 
+def _silu_slope(z: torch.Tensor) -> torch.Tensor:
+    s = torch.sigmoid(z)
+    return s * (1 + z * (1 - s))
+
+
+def _gelu_slope(z: torch.Tensor) -> torch.Tensor:
+    distribution = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
+    density = torch.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
+    return distribution + z * density
+
+
+def _gelu_tanh(z: torch.Tensor) -> torch.Tensor:
+    return F.gelu(z, approximate="tanh")
+
+
+def _gelu_tanh_slope(z: torch.Tensor) -> torch.Tensor:
+    slope = math.sqrt(2 / math.pi)
+    square = z * z
+    t = torch.tanh(slope * (z + _CUBIC * z * square))
+    return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * slope * (1 + 3 * _CUBIC * square)
+
+
+Elementwise = Callable[[torch.Tensor], torch.Tensor]
+ACTIVATIONS: dict[str, tuple[Elementwise, Elementwise]] = {
+    "silu": (F.silu, _silu_slope),
+    "gelu": (F.gelu, _gelu_slope),
+    "gelu_tanh": (_gelu_tanh, _gelu_tanh_slope),
+}
+"""act and act' by name, both in the dtype of their argument."""
+
+
 def activate(z: torch.Tensor, activation: str) -> torch.Tensor:
-    """act(z), in z's dtype."""
-    if activation == "silu":
-        return F.silu(z)
-    if activation == "gelu":
-        return F.gelu(z)
-    if activation == "gelu_tanh":
-        return F.gelu(z, approximate="tanh")
-    raise ValueError(f"glu: activation {activation!r} is none of {', '.join(ACTIVATIONS)}")
+    """Return act(z), in z's dtype."""
+    return _known(activation)[0](z)
 
 
 def derivative(z: torch.Tensor, activation: str) -> torch.Tensor:
-    """act'(z), in z's dtype."""
-    if activation == "silu":
-        s = torch.sigmoid(z)
-        return s * (1 + z * (1 - s))
-    if activation == "gelu":
-        distribution = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
-        density = torch.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
-        return distribution + z * density
-    if activation == "gelu_tanh":
-        slope = math.sqrt(2 / math.pi)
-        square = z * z
-        t = torch.tanh(slope * (z + _CUBIC * z * square))
-        return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * slope * (1 + 3 * _CUBIC * square)
-    raise ValueError(f"glu: activation {activation!r} is none of {', '.join(ACTIVATIONS)}")
+    """Return act'(z), in z's dtype."""
+    return _known(activation)[1](z)
+
+
+def _known(activation: str) -> tuple[Elementwise, Elementwise]:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"glu: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    return ACTIVATIONS[activation]
 
 
 def reference(gate: torch.Tensor, up: torch.Tensor, activation: str, out_dtype: torch.dtype) -> torch.Tensor:
@@ -89,7 +109,7 @@ def backward(
     return gradients
 
 
-glu = op(
+glu = register_op(
     "glu",
     family="glu",
     schema="(Tensor gate, Tensor up, str activation, ScalarType out_dtype) -> (Tensor y)",
@@ -97,8 +117,9 @@ glu = op(
     reference=reference,
     forward=forward,
     backward=backward,
+    traceable=True,
     saves=("gate", "up"),
-    choices={"activation": ACTIVATIONS},
+    choices={"activation": tuple(ACTIVATIONS)},
     cost=Cost(
         forward=Work(flops="6*T*I", bytes="3*T*I*b"),
         backward=Work(flops="12*T*I", bytes="5*T*I*b"),

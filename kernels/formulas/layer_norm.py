@@ -30,8 +30,10 @@ import torch
 import torch.nn.functional as F
 
 from fastlora.kernels.core.cost import Cost, Work
+from fastlora.kernels.core.gradients import Gradients
 from fastlora.kernels.core.implementations import contiguous, laid_out
-from fastlora.kernels.core.semantic_op import Gradients, op
+from fastlora.kernels.core.library import register_op
+from fastlora.kernels.core.semantic_op import Policy
 from fastlora.kernels.formulas import residual_add
 
 _ATTRIBUTES = "Tensor? weight, Tensor? bias, float eps, ScalarType out_dtype"
@@ -110,7 +112,7 @@ def backward(
     return {**gradients, "x": dh if dh is None else laid_out(dh.to(x.dtype), x)}
 
 
-layer_norm = op(
+layer_norm = register_op(
     "layer_norm",
     family="norm",
     schema=f"(Tensor x, {_ATTRIBUTES}) -> (Tensor y, Tensor mean, Tensor rstd)",
@@ -118,8 +120,9 @@ layer_norm = op(
     reference=reference,
     forward=forward,
     backward=backward,
+    traceable=True,
     saves=("x", "weight", "bias", "mean", "rstd"),
-    again=(None, {}),
+    policy=Policy(recompute_from=(None, {})),
     cost=Cost(
         forward=Work(flops="7*T*H", bytes="2*T*H*b + 2*H*w + 8*T"),
         backward=Work(flops="9*T*H", bytes="3*T*H*b + H*w + 8*T"),
@@ -170,7 +173,7 @@ def add_backward(
     return gradients | residual_add.backward(wanted, dh, dtotal, total, seed, dropout)
 
 
-add_layer_norm = op(
+add_layer_norm = register_op(
     "add_layer_norm",
     family="norm",
     schema=(
@@ -181,8 +184,9 @@ add_layer_norm = op(
     reference=add_reference,
     forward=add_forward,
     backward=add_backward,
+    traceable=True,
     saves=("total", "weight", "bias", "mean", "rstd", "seed"),
-    again=(layer_norm, {"x": "total"}),
+    policy=Policy(recompute_from=(layer_norm, {"x": "total"})),
     tied=("residual", "x"),
     untied_by="seed",
     read_by={"weight": 0, "bias": 0},

@@ -53,7 +53,9 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import is_fake
 
 from fastlora.kernels.core.cost import Cost, Work
-from fastlora.kernels.core.semantic_op import Gradients, Wanted, op
+from fastlora.kernels.core.gradients import Gradients, Wanted
+from fastlora.kernels.core.library import register_op
+from fastlora.kernels.core.semantic_op import Policy
 from fastlora.kernels.formulas.lm_head import PARAMETERS, Head, Sums, made_dtype
 from fastlora.kernels.formulas.lora_linear import cast
 
@@ -267,10 +269,10 @@ class KeptRows:
 
 
 def multiplied(
-    t: torch.Tensor, g: torch.Tensor, dtype: torch.dtype, spent: bool, rows: KeptRows | None = None
+    t: torch.Tensor, g: torch.Tensor, dtype: torch.dtype, may_overwrite: bool, rows: KeptRows | None = None
 ) -> torch.Tensor:
     """t times g, one number or one for each row, rounded once; rows that are not kept become 0 even if g is inf or nan.
-    Nothing else reads a `spent` t."""
+    Nothing else reads a `may_overwrite` t."""
     product = (t.to(g.dtype) * (g.reshape(*t.shape[:-1], 1) if g.dim() else g)).to(dtype)
     if rows is None:
         return product
@@ -314,7 +316,7 @@ def differentiate(
     multiplied: Callable[..., torch.Tensor],
     wanted: Wanted,
     grads: list[torch.Tensor],
-    spent: bool,
+    may_overwrite: bool,
     x: torch.Tensor | None,
     labels: torch.Tensor,
     count: torch.Tensor,
@@ -336,9 +338,9 @@ def differentiate(
     ready = names if reduction != "none" else [name for name in names if name == "x"]
     rows = KeptRows(targets, loss.ignore_index)
     gradients = {
-        name: multiplied(given[f"made_{name}"], factor, given[f"{name}_dtype"], spent, rows)
+        name: multiplied(given[f"made_{name}"], factor, given[f"{name}_dtype"], may_overwrite, rows)
         if name == "x"
-        else multiplied(given[f"made_{name}"], torch.where(count > 0, factor, 0), given[f"{name}_dtype"], spent)
+        else multiplied(given[f"made_{name}"], torch.where(count > 0, factor, 0), given[f"{name}_dtype"], may_overwrite)
         for name in ready
     }
     late = tuple(name for name in names if name not in ready)
@@ -358,7 +360,7 @@ def _loss(given: dict[str, Any]) -> Loss:
     return Loss(**{field.name: given[field.name] for field in fields(Loss)})
 
 
-linear_cross_entropy = op(
+linear_cross_entropy = register_op(
     "linear_cross_entropy",
     family="loss",
     schema=(
@@ -375,7 +377,7 @@ linear_cross_entropy = op(
     saved_if={
         **dict.fromkeys(("x", *PARAMETERS), recomputes),
     },
-    foresees=True,
+    policy=Policy(grads_in_forward=True),
     choices={"reduction": REDUCTIONS},
     cost=Cost(
         forward=Work(flops="2*T*H*V", bytes="T*H*b + V*H*w + 8*T"),

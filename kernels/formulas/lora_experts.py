@@ -34,8 +34,10 @@ import torch
 
 from fastlora.kernels.core import grouped_mm
 from fastlora.kernels.core.cost import Cost, Work
+from fastlora.kernels.core.gradients import Gradients, Wanted
 from fastlora.kernels.core.grouped_mm import Groups
-from fastlora.kernels.core.semantic_op import Gradients, Wanted, op
+from fastlora.kernels.core.library import register_op
+from fastlora.kernels.core.semantic_op import Policy
 from fastlora.kernels.formulas.lora_linear import carried, remainder
 
 
@@ -138,7 +140,7 @@ def backward(
     return gradients
 
 
-lora_grouped = op(
+lora_grouped = register_op(
     "lora_grouped",
     family="lora",
     schema=(
@@ -154,8 +156,7 @@ lora_grouped = op(
         "x": lambda wanted, given: wanted["weight"] or wanted[_names(given["out_first"])[0]],
         "xa": lambda wanted, given: wanted[_names(given["out_first"])[1]],
     },
-    gives=True,
-    samples={"offs": grouped_mm.even_ends},
+    policy=Policy(outputs_mutable=True, samples={"offs": grouped_mm.even_ends}),
     cost=Cost(
         forward=Work(flops="2*T*N*K + 2*T*R*(N + K)", bytes="(T*K + T*N + T*R)*b + M*(N*K*w + R*(N + K)*p)"),
         backward=Work(flops="2*T*N*K + 4*T*R*(N + K)", bytes="(2*T*K + T*N + T*R)*b + M*(N*K*w + 2*R*(N + K)*p)"),

@@ -26,7 +26,9 @@ from typing import Any
 import torch
 
 from fastlora.kernels.core.cost import Cost, Work
-from fastlora.kernels.core.semantic_op import Gradients, Wanted, op
+from fastlora.kernels.core.gradients import Gradients, Wanted
+from fastlora.kernels.core.library import register_op
+from fastlora.kernels.core.semantic_op import Policy
 from fastlora.kernels.formulas import lora_linear as single
 from fastlora.kernels.formulas.dropout import dropped_out
 
@@ -103,7 +105,7 @@ def backward(
     return {**gradients, "x": total.reshape(*tokens, lists["weight"][0].shape[1])}
 
 
-lora_group = op(
+lora_group = register_op(
     "lora_group",
     family="lora",
     schema=(
@@ -115,10 +117,10 @@ lora_group = op(
     reference=reference,
     forward=forward,
     backward=backward,
+    traceable=True,
     saves=("x", *single.PARAMETERS, "xa", "seed"),
     saved_if={"x": lambda wanted, _: any(wanted["weight"]) or any(wanted["lora_a"])},
-    decodes=("weight",),
-    gives=True,
+    policy=Policy(reads_quantized=("weight",), outputs_mutable=True),
     cost=Cost(
         forward=Work(flops="2*T*N*K + 2*T*R*(N + M*K)", bytes="(T*K + T*N + M*T*R)*b + N*K*w + R*(N + M*K)*p"),
         backward=Work(flops="2*T*N*K + 4*T*R*(N + M*K)", bytes="(2*T*K + T*N + M*T*R)*b + N*K*w + 2*R*(N + M*K)*p"),

@@ -36,7 +36,9 @@ import torch
 import torch.nn.functional as F
 
 from fastlora.kernels.core.cost import Cost, Work
-from fastlora.kernels.core.semantic_op import Gradients, Wanted, op
+from fastlora.kernels.core.gradients import Gradients, Wanted
+from fastlora.kernels.core.library import register_op
+from fastlora.kernels.core.semantic_op import Policy
 from fastlora.kernels.formulas import dropout as masks
 from fastlora.kernels.formulas.dropout import dropped_out
 
@@ -281,7 +283,7 @@ def backward(
     return gradients
 
 
-lora_linear = op(
+lora_linear = register_op(
     "lora_linear",
     family="lora",
     schema=(
@@ -293,13 +295,13 @@ lora_linear = op(
     reference=reference,
     forward=forward,
     backward=backward,
+    traceable=True,
     saves=("x", "x_dropped", *PARAMETERS, "xa", "seed"),
     saved_if={
         "x": lambda wanted, given: wanted["weight"] or (wanted["lora_a"] and given["x_dropped"] is None),
         "x_dropped": lambda wanted, _: wanted["lora_a"],
     },
-    decodes=("weight",),
-    gives=True,
+    policy=Policy(reads_quantized=("weight",), outputs_mutable=True),
     cost=Cost(
         forward=Work(flops="2*T*N*K + 2*T*R*(N + K)", bytes="(T*K + T*N + T*R)*b + N*K*w + R*(N + K)*p"),
         backward=Work(flops="2*T*N*K + 4*T*R*(N + K)", bytes="(2*T*K + T*N + T*R)*b + N*K*w + 2*R*(N + K)*p"),
@@ -327,7 +329,7 @@ def add_backward(
     return gradients
 
 
-lora_add = op(
+lora_add = register_op(
     "lora_add",
     family="lora",
     schema=(
@@ -338,10 +340,11 @@ lora_add = op(
     reference=add_reference,
     forward=add_forward,
     backward=add_backward,
+    traceable=True,
     saves=("x", "lora_a", "lora_b", "lora_bias", "xa", "seed"),
     saved_if={"x": lambda wanted, _: wanted["lora_a"]},
     passthrough=("base",),
-    gives=True,
+    policy=Policy(outputs_mutable=True),
     cost=Cost(
         forward=Work(flops="2*T*R*(N + K)", bytes="(T*K + 2*T*N + T*R)*b + R*(N + K)*p"),
         backward=Work(flops="4*T*R*(N + K)", bytes="(2*T*K + T*N + T*R)*b + 2*R*(N + K)*p"),

@@ -28,7 +28,9 @@ from typing import Any
 import torch
 
 from fastlora.kernels.core.cost import Cost, Work
-from fastlora.kernels.core.semantic_op import Gradients, Wanted, op
+from fastlora.kernels.core.gradients import Gradients, Wanted
+from fastlora.kernels.core.library import register_op
+from fastlora.kernels.core.semantic_op import Policy
 from fastlora.kernels.formulas import glu
 from fastlora.kernels.formulas import lora_linear as single
 
@@ -142,7 +144,7 @@ def backward(
     return gradients
 
 
-lora_mlp = op(
+lora_mlp = register_op(
     "lora_mlp",
     family="lora",
     schema=(
@@ -154,16 +156,19 @@ lora_mlp = op(
     reference=reference,
     forward=forward,
     backward=backward,
+    traceable=True,
     saves=(
         "x",
         *(f"{p}_{name}" for p in PROJECTIONS for name in single.PARAMETERS),
         *("gate", "up", "inner_xa", "down_xa"),
     ),
     saved_if={"x": lambda wanted, _: any(wanted[f"{p}_{name}"] for p in INNER for name in ("weight", "lora_a"))},
-    spends=True,
-    spares=INNER,
-    decodes=tuple(f"{p}_weight" for p in PROJECTIONS),
-    gives=True,
+    policy=Policy(
+        may_overwrite_saved=True,
+        recomputable=INNER,
+        reads_quantized=tuple(f"{p}_weight" for p in PROJECTIONS),
+        outputs_mutable=True,
+    ),
     choices={"activation": glu.ACTIVATIONS},
     cost=Cost(
         forward=Work(flops="6*T*H*I + 6*T*R*(H + I)", bytes="(2*T*H + 2*T*I + 3*T*R)*b + 3*H*I*w + 3*R*(H + I)*p"),

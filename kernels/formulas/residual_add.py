@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import torch
 
+from fastlora.kernels.core.gradients import Gradients, Wanted
 from fastlora.kernels.core.implementations import laid_out
-from fastlora.kernels.core.semantic_op import Gradients, Wanted
 from fastlora.kernels.formulas import dropout as masks
 
 

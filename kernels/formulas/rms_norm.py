@@ -25,8 +25,10 @@ from typing import Any
 import torch
 
 from fastlora.kernels.core.cost import Cost, Work
+from fastlora.kernels.core.gradients import Gradients
 from fastlora.kernels.core.implementations import laid_out
-from fastlora.kernels.core.semantic_op import Gradients, op
+from fastlora.kernels.core.library import register_op
+from fastlora.kernels.core.semantic_op import Policy
 from fastlora.kernels.formulas import residual_add
 
 _ATTRIBUTES = (
@@ -102,7 +104,7 @@ def backward(
     return {"x": dx if dx is None else laid_out(dx.to(x.dtype), x), "weight": dw}
 
 
-rms_norm = op(
+rms_norm = register_op(
     "rms_norm",
     family="norm",
     schema=f"(Tensor x, {_ATTRIBUTES}) -> (Tensor y, Tensor rstd)",
@@ -110,8 +112,9 @@ rms_norm = op(
     reference=reference,
     forward=forward,
     backward=backward,
+    traceable=True,
     saves=("x", "weight", "rstd"),
-    again=(None, {}),
+    policy=Policy(recompute_from=(None, {})),
     cost=Cost(
         forward=Work(flops="4*T*H", bytes="2*T*H*b + H*w + 4*T"),
         backward=Work(flops="7*T*H", bytes="3*T*H*b + H*w + 4*T"),
@@ -163,7 +166,7 @@ def add_backward(
     return {"weight": dw} | residual_add.backward(wanted, dh, dtotal, total, seed, dropout)
 
 
-add_rms_norm = op(
+add_rms_norm = register_op(
     "add_rms_norm",
     family="norm",
     schema=(
@@ -174,8 +177,9 @@ add_rms_norm = op(
     reference=add_reference,
     forward=add_forward,
     backward=add_backward,
+    traceable=True,
     saves=("total", "weight", "rstd", "seed"),
-    again=(rms_norm, {"x": "total"}),
+    policy=Policy(recompute_from=(rms_norm, {"x": "total"})),
     tied=("residual", "x"),
     untied_by="seed",
     read_by={"weight": 0},

@@ -41,7 +41,8 @@ from typing import Any
 import torch
 
 from fastlora.kernels.core.cost import Cost, Work
-from fastlora.kernels.core.semantic_op import Gradients, Wanted, op
+from fastlora.kernels.core.gradients import Gradients, Wanted
+from fastlora.kernels.core.library import register_op
 
 LAYOUTS = ("half", "flipped", "pairs", "interleaved")
 
@@ -183,7 +184,7 @@ def backward(
 _PASS = Work(flops="3*T*M*D", bytes="(2*T*M*D + 2*T*D)*b")
 _COST = Cost(forward=_PASS, backward=_PASS)
 
-rotary = op(
+rotary = register_op(
     "rotary",
     family="rotary",
     schema=(
@@ -194,6 +195,7 @@ rotary = op(
     reference=reference,
     forward=forward,
     backward=backward,
+    traceable=True,
     saves=("x", "cos", "sin"),
     saved_if={"x": lambda wanted, _: wanted["cos"] or wanted["sin"]},
     choices={"layout": LAYOUTS},
@@ -237,7 +239,7 @@ def group_backward(
     return {"x": dx, **table_gradients(wanted, grads[0], x, *how)}
 
 
-rotary_group = op(
+rotary_group = register_op(
     "rotary_group",
     family="rotary",
     schema=(
@@ -248,6 +250,7 @@ rotary_group = op(
     reference=group_reference,
     forward=group_forward,
     backward=group_backward,
+    traceable=True,
     saves=("x", "cos", "sin"),
     saved_if={"x": lambda wanted, _: wanted["cos"] or wanted["sin"]},
     choices={"layout": LAYOUTS},

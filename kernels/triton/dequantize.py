@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.core.devices import computes
-from fastlora.kernels.core.implementations import Form
 from fastlora.kernels.formulas import dequantize as op
 from fastlora.kernels.triton.host import precompile
 from fastlora.kernels.triton.host.launch import cdiv, empty
@@ -120,4 +119,4 @@ def forward(packed: torch.Tensor, rows: int, cols: int, dtype: torch.dtype, **fo
     return (out,)
 
 
-op.dequantize_4bit.forms.accelerated.append(Form("triton", forward, serves=serves))
+op.dequantize_4bit.implementation("triton", forward=forward, serves=serves)

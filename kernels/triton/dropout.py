@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.core.devices import FLOATS, supported
-from fastlora.kernels.core.implementations import Form
-from fastlora.kernels.core.semantic_op import Gradients, Wanted
+from fastlora.kernels.core.gradients import Gradients, Wanted
 from fastlora.kernels.formulas import dropout as op
 from fastlora.kernels.triton.host import precompile
 from fastlora.kernels.triton.host.launch import cdiv, empty
@@ -134,4 +133,10 @@ def backward(
     return {"x": run(grads[0], seed, p, x_dtype)} if wanted["x"] else {}
 
 
-op.dropout.forms.accelerated.append(Form("triton", forward, backward, serves, serves_backward))
+op.dropout.implementation(
+    "triton",
+    forward=forward,
+    backward=backward,
+    serves=serves,
+    serves_backward=serves_backward,
+)

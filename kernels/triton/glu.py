@@ -14,12 +14,11 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.core.devices import FLOATS, supported
+from fastlora.kernels.core.gradients import Gradients, Wanted
 from fastlora.kernels.core.implementations import laid_out
-from fastlora.kernels.core.semantic_op import Gradients, Wanted
 from fastlora.kernels.formulas import glu as op
 from fastlora.kernels.triton.host import precompile
 from fastlora.kernels.triton.host.launch import Rows, cdiv, power_of_two
-from fastlora.kernels.triton.host.trace_cache import taped_form
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
@@ -183,4 +182,11 @@ def backward(
     return {name: laid_out(t, like[name]) for name, t in made.items()}
 
 
-op.glu.forms.accelerated.append(taped_form(forward, backward, serves, serves_backward))
+op.glu.implementation(
+    "triton",
+    forward=forward,
+    backward=backward,
+    serves=serves,
+    serves_backward=serves_backward,
+    traceable=True,
+)

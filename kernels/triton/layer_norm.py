@@ -15,15 +15,14 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.core.devices import supported
+from fastlora.kernels.core.gradients import Gradients, Wanted
 from fastlora.kernels.core.implementations import laid_out
-from fastlora.kernels.core.semantic_op import Gradients, Wanted
 from fastlora.kernels.formulas import layer_norm as op
 from fastlora.kernels.formulas import residual_add
 from fastlora.kernels.triton.blocks import row_reduce as over
 from fastlora.kernels.triton.dropout import drawing, row_factors
 from fastlora.kernels.triton.host import precompile
 from fastlora.kernels.triton.host.launch import TL_DTYPES, Rows, vector
-from fastlora.kernels.triton.host.trace_cache import taped_form
 
 
 @precompile.kernel(do_not_specialize=["T", "eps", "threshold", "scale"])
@@ -256,5 +255,19 @@ def add_backward(
     return {**gradients, "residual": dresidual, "x": dx}
 
 
-op.layer_norm.forms.accelerated.append(taped_form(forward, backward, serves, serves_backward))
-op.add_layer_norm.forms.accelerated.append(taped_form(add_forward, add_backward, serves, serves_add_backward))
+op.layer_norm.implementation(
+    "triton",
+    forward=forward,
+    backward=backward,
+    serves=serves,
+    serves_backward=serves_backward,
+    traceable=True,
+)
+op.add_layer_norm.implementation(
+    "triton",
+    forward=add_forward,
+    backward=add_backward,
+    serves=serves,
+    serves_backward=serves_add_backward,
+    traceable=True,
+)

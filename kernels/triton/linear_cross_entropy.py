@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.core.devices import FLOATS, processors, supported
-from fastlora.kernels.core.implementations import Form, laid_out
+from fastlora.kernels.core.implementations import laid_out
 from fastlora.kernels.formulas import linear_cross_entropy as op
 from fastlora.kernels.formulas.lm_head import PARAMETERS, Head, Sums, accumulate
 from fastlora.kernels.triton.blocks import matmul, split_k
@@ -324,12 +324,13 @@ def solve(problem: op.Problem) -> op.Solution:
 
 
 def multiplied(
-    t: torch.Tensor, g: torch.Tensor, dtype: torch.dtype, spent: bool, rows: op.KeptRows | None = None
+    t: torch.Tensor, g: torch.Tensor, dtype: torch.dtype, may_overwrite: bool, rows: op.KeptRows | None = None
 ) -> torch.Tensor:
-    """t times g, one number or one for each row, rounded once, and laid out as t, in its place if it is `spent`; rows
-    that are not kept become 0."""
+    """Return t times g, one number or one for each row, rounded once, and laid out as t.
+
+    With `may_overwrite` the result is in t's memory. Rows that are not kept become 0."""
     t = t if t.stride() == torch.empty_like(t, device="meta").stride() else t.contiguous()
-    in_place = spent and t.dtype == dtype
+    in_place = may_overwrite and t.dtype == dtype
     y = t if in_place else empty(t.numel(), like=t, dtype=dtype).as_strided(t.shape, t.stride())
     multiply_kernel[(cdiv(t.numel(), 4096),)](
         t, g.contiguous(), None if rows is None else rows.labels.contiguous(), y, t.numel(), t.shape[-1],
@@ -350,12 +351,10 @@ def serves_backward(grads: list[torch.Tensor], **given: Any) -> bool:
     return serves(**given) and supported(*grads, *made)
 
 
-op.linear_cross_entropy.forms.accelerated.append(
-    Form(
-        "triton",
-        partial(op.make, solve),
-        partial(op.differentiate, solve, multiplied),
-        serves,
-        serves_backward,
-    )
+op.linear_cross_entropy.implementation(
+    "triton",
+    forward=partial(op.make, solve),
+    backward=partial(op.differentiate, solve, multiplied),
+    serves=serves,
+    serves_backward=serves_backward,
 )

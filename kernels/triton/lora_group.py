@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 
-from fastlora.kernels.core.semantic_op import Gradients, Wanted
+from fastlora.kernels.core.gradients import Gradients, Wanted
 from fastlora.kernels.formulas import lora_group as op
 from fastlora.kernels.formulas import lora_linear as single
 from fastlora.kernels.formulas.dropout import check_argument
 from fastlora.kernels.triton import lora_linear as layer
 from fastlora.kernels.triton.blocks import low_rank
 from fastlora.kernels.triton.host.launch import allocate
-from fastlora.kernels.triton.host.trace_cache import taped_form
 
 Members = list[dict[str, Any]]
 
@@ -195,4 +194,11 @@ def backward(
     return gradients
 
 
-op.lora_group.forms.accelerated.append(taped_form(forward, backward, serves, serves_backward))
+op.lora_group.implementation(
+    "triton",
+    forward=forward,
+    backward=backward,
+    serves=serves,
+    serves_backward=serves_backward,
+    traceable=True,
+)

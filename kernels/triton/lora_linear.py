@@ -16,14 +16,13 @@ from typing import Any
 import torch
 
 from fastlora.kernels.core.devices import FLOATS, HALVES, computes, supported
+from fastlora.kernels.core.gradients import Gradients, Wanted
 from fastlora.kernels.core.implementations import laid_out
-from fastlora.kernels.core.quantized_weight import Encoded
-from fastlora.kernels.core.semantic_op import Gradients, Wanted
+from fastlora.kernels.core.quantized_weight import QuantizedWeight
 from fastlora.kernels.formulas import dropout as masks
 from fastlora.kernels.formulas import lora_linear as op
 from fastlora.kernels.triton import dropout as mask
 from fastlora.kernels.triton.blocks import gemv_4bit, low_rank, matmul
-from fastlora.kernels.triton.host.trace_cache import taped_form
 
 Addend = op.Addend
 
@@ -77,7 +76,7 @@ def biases(
 def project(
     x: torch.Tensor,
     xa: torch.Tensor,
-    weight: torch.Tensor | Encoded,
+    weight: torch.Tensor | QuantizedWeight,
     bias: torch.Tensor | None,
     lora_b: torch.Tensor,
     lora_bias: torch.Tensor | None,
@@ -237,7 +236,14 @@ def backward(
     return gradients
 
 
-op.lora_linear.forms.accelerated.append(taped_form(forward, backward, serves, serves_backward))
+op.lora_linear.implementation(
+    "triton",
+    forward=forward,
+    backward=backward,
+    serves=serves,
+    serves_backward=serves_backward,
+    traceable=True,
+)
 
 
 def serves_add(base: torch.Tensor, x: torch.Tensor, lora_dtype: torch.dtype, out_dtype: torch.dtype, **_: Any) -> bool:
@@ -301,4 +307,11 @@ def add_backward(
     return gradients
 
 
-op.lora_add.forms.accelerated.append(taped_form(add_forward, add_backward, serves_add, serves_add_backward))
+op.lora_add.implementation(
+    "triton",
+    forward=add_forward,
+    backward=add_backward,
+    serves=serves_add,
+    serves_backward=serves_add_backward,
+    traceable=True,
+)

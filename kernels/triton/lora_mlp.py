@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 
-from fastlora.kernels.core.semantic_op import Gradients, Wanted
+from fastlora.kernels.core.gradients import Gradients, Wanted
 from fastlora.kernels.formulas import lora_linear as single
 from fastlora.kernels.formulas import lora_mlp as op
 from fastlora.kernels.triton import glu, lora_group
 from fastlora.kernels.triton import lora_linear as layer
 from fastlora.kernels.triton.blocks import low_rank
 from fastlora.kernels.triton.host.launch import empty
-from fastlora.kernels.triton.host.trace_cache import taped_form
 
 
 def serves(
@@ -88,14 +87,15 @@ def _down_backward(
     gate: torch.Tensor,
     up: torch.Tensor,
     activation: str,
-    spent: bool,
+    may_overwrite: bool,
     xa: torch.Tensor,
     lora_a: torch.Tensor,
     **down: Any,
 ) -> tuple[Gradients, list[torch.Tensor | None]]:
-    """The gradients of down's parameters; and dgate and dup, as far as `inward` has it that they are wanted, in the
-    memory of gate and up if these are `spent`. All are in dy's dtype, that of the computation; gate and up, and with
-    them the gradient of h, may be wider."""
+    """Return the gradients of down's parameters, and dgate and dup where `inward` has them wanted.
+
+    They are in the memory of gate and up if that `may_overwrite`. All are in dy's dtype, that of the computation; gate
+    and up, and with them the gradient of h, may be wider."""
     goes_on, dtype = any(inward.values()), dy.dtype
     alone = want["weight"] or (want["lora_a"] and not goes_on)  # rare: else h is made along with dgate and dup
     hidden = _gated(gate, up, activation, dtype) if alone else None
@@ -107,7 +107,7 @@ def _down_backward(
         fits = gate.dtype is dtype
         for i, (p, t) in enumerate(zip(op.INNER, (gate, up), strict=True)):
             if inward[p]:
-                inner[i] = t if spent and fits else empty(*t.shape, like=t, dtype=dtype)
+                inner[i] = t if may_overwrite and fits else empty(*t.shape, like=t, dtype=dtype)
         made = None
         if want["lora_a"] and hidden is None:
             made = dhidden if fits else empty(*gate.shape, like=gate, dtype=dtype)
@@ -131,14 +131,14 @@ def backward(
     x_dtype: torch.dtype,
     activation: str,
     base_dtype: torch.dtype,
-    spent: bool = False,
+    may_overwrite: bool = False,
     **given: Any,
 ) -> Gradients:
     dy, gate, up = (single.rows(t) for t in (grads[0].to(base_dtype), gate, up))
     wants = {p: op.wants_of(p, wanted) for p in op.PROJECTIONS}
     inward = {p: wanted["x"] or any(wants[p].values()) for p in op.INNER}
     down = op.of("down", given)
-    found, inner = _down_backward(wants["down"], inward, dy, gate, up, activation, spent, down_xa, **down)
+    found, inner = _down_backward(wants["down"], inward, dy, gate, up, activation, may_overwrite, down_xa, **down)
     gradients = op.gradients_of("down", found)
     if not any(inward.values()):
         return gradients
@@ -154,4 +154,12 @@ def backward(
     return gradients
 
 
-op.lora_mlp.forms.accelerated.append(taped_form(forward, backward, serves, serves_backward, restore))
+op.lora_mlp.implementation(
+    "triton",
+    forward=forward,
+    backward=backward,
+    serves=serves,
+    serves_backward=serves_backward,
+    restore=restore,
+    traceable=True,
+)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 
 from fastlora.kernels.core import devices, implementations
-from fastlora.kernels.core.semantic_op import Call
+from fastlora.kernels.core.execution import Call, run_on_meta
 from fastlora.kernels.triton.host import precompile
 
 
@@ -22,7 +22,7 @@ def compile_kernels(calls: Iterable[Call], device: torch.device) -> None:
         Exception: whatever the compiler raises. What was not compiled is compiled when it is launched.
     """
     devices.take_for(devices.real(device))
-    with implementations.rehearsed(), precompile.recorded() as launches:
+    with implementations.for_precompilation(), precompile.recorded() as launches:
         for call in calls:
-            call.op.rehearse(call.values, call.needs)
+            run_on_meta(call)
     precompile.compile_all(launches, device)

@@ -17,10 +17,9 @@ import triton.language as tl
 
 from fastlora.kernels.core import devices
 from fastlora.kernels.core.devices import FLOATS, supported
-from fastlora.kernels.core.semantic_op import Gradients, Wanted
+from fastlora.kernels.core.gradients import Gradients, Wanted
 from fastlora.kernels.formulas import rotary as op
 from fastlora.kernels.triton.host import launch, precompile
-from fastlora.kernels.triton.host.trace_cache import taped_form
 from fastlora.kernels.triton.rotary_plan import HEADS, OLDER_HEADS, Launch, inner, plan, shape_of
 
 LAYOUTS = ("half", "flipped", "pairs", "interleaved")
@@ -272,7 +271,19 @@ def group_backward(
     return {"x": [dx.get(i) for i in range(len(x))], **op.table_gradients(wanted, grads[0], x, *how)}
 
 
-op.rotary.forms.accelerated.append(taped_form(forward, backward, serves, serves_backward))
-op.rotary_group.forms.accelerated.append(
-    taped_form(group_forward, group_backward, _serves_group, serves_group_backward)
+op.rotary.implementation(
+    "triton",
+    forward=forward,
+    backward=backward,
+    serves=serves,
+    serves_backward=serves_backward,
+    traceable=True,
+)
+op.rotary_group.implementation(
+    "triton",
+    forward=group_forward,
+    backward=group_backward,
+    serves=_serves_group,
+    serves_backward=serves_group_backward,
+    traceable=True,
 )

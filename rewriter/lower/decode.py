@@ -1,4 +1,4 @@
-"""Quantized weights that ops read as they are stored, so that the decoded weight is no value of the graph."""
+"""Quantized weights that ops read as they are stored, so that the dequantized weight is no value of the graph."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from typing import Any
 
 from torch import fx
 
-from fastlora.kernels.core.semantic_op import Make, SemanticOp
+from fastlora.kernels.core.library import REGISTERED
+from fastlora.kernels.core.semantic_op import DerivedArgument
 from fastlora.kernels.ops import dequantize_4bit
-from fastlora.lower.rematerialize import Again
+from fastlora.lower.rematerialize import DerivedNode
 
 
-def read_encoded(graph: fx.Graph, ops: dict[Any, SemanticOp]) -> Iterator[Again]:
-    """The weights that ops of a graph can read encoded; their arguments are empty from then on."""
+def quantized_arguments(graph: fx.Graph) -> Iterator[DerivedNode]:
+    """Find the weights that ops of a graph can read quantized; take them out of the ops' arguments."""
     for node in graph.nodes:
-        op = ops.get(node.target)
-        for name in op.decodes if op is not None else ():
+        op = REGISTERED.get(node.target)
+        for name in op.policy.reads_quantized if op is not None else ():
             assert op is not None
             at = op.names.index(name)
             given: Any = node.args[at]
@@ -24,7 +25,7 @@ def read_encoded(graph: fx.Graph, ops: dict[Any, SemanticOp]) -> Iterator[Again]
             for member, value in list(members):
                 if isinstance(value, fx.Node) and value.target is dequantize_4bit.target:
                     node.update_arg(at, _without(node.args[at], member))
-                    yield Again(node, Make(name, member, dequantize_4bit, encoded=True), value.args)
+                    yield DerivedNode(node, DerivedArgument(name, member, dequantize_4bit, quantized=True), value.args)
 
 
 def _without(value: Any, member: int | None) -> Any:

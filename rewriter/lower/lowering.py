@@ -12,16 +12,13 @@ from torch.utils.checkpoint import checkpoint
 from fastlora.compat.dynamo import checkpoint_context, compile_with_inductor
 from fastlora.graph.bodies import bodies
 from fastlora.graph.fake_values import hint, steady
-from fastlora.kernels import ops
-from fastlora.kernels.core.semantic_op import SemanticOp
-from fastlora.lower import rematerialize
-from fastlora.lower.decode import read_encoded
+from fastlora.kernels.core.call_site import call_site
+from fastlora.kernels.core.library import REGISTERED
+from fastlora.lower.decode import quantized_arguments
+from fastlora.lower.rematerialize import DerivedNode, recomputable_arguments
 from fastlora.rewrite import quantized
 
 Runnable = Callable[..., Any]
-
-OPS = {op.target: op for name in ops.__all__ if isinstance(op := getattr(ops, name), SemanticOp)}
-"""The ops by the targets of their nodes."""
 
 
 def lower(gm: fx.GraphModule, inputs: Sequence[Any], how: str, mode: str) -> Runnable:
@@ -34,36 +31,40 @@ def lower(gm: fx.GraphModule, inputs: Sequence[Any], how: str, mode: str) -> Run
     """
     if how == "inductor":
         return compile_with_inductor(gm, inputs, None if mode in ("default", "no-cudagraphs") else mode)
-    make_arguments(gm)
     call_directly(gm)
     checkpoint_as_eager_does(gm)  # last, as bodies are found by the targets that change here
     return gm.forward
 
 
-def make_arguments(gm: fx.GraphModule) -> None:
-    """Has ops make arguments for themselves: of what is encoded everywhere, and of norms in their backward, but for
-    those of checkpointed bodies, which keep nothing until that runs."""
-    found = list(rematerialize.found(gm.graph, OPS))
-    for body in bodies(gm):
-        found += read_encoded(body.graph, OPS)
-    made: dict[fx.Node, list[rematerialize.Again]] = {}
-    for each in found:
-        made.setdefault(each.node, []).append(each)
-    for node, of_node in made.items():
-        node.target = OPS[node.target].making([each.make for each in of_node])
-        node.args = (*node.args, *(value for each in of_node for value in each.values))
-    for body in bodies(gm):
-        quantized.tidy(body.graph)
-
-
 def call_directly(gm: fx.GraphModule) -> None:
-    """Has a graph that runs eagerly call its ops as functions, which takes less time than through the dispatcher, and
-    leaves what they save to them alone."""
+    """Have a graph that runs eagerly call its ops past the dispatcher, as call sites that save what they need.
+
+    Ops read quantized weights as they are stored, and norms' outputs are recomputed in the backward instead of being
+    saved, but for those in checkpointed bodies, which save nothing until they are recomputed.
+    """
+    derived: dict[fx.Node, list[DerivedNode]] = {}
+    found = list(recomputable_arguments(gm.graph))
+    for body in bodies(gm):
+        found += quantized_arguments(body.graph)
+    for each in found:
+        derived.setdefault(each.node, []).append(each)
     for body in bodies(gm):
         for node in body.graph.nodes:
-            if node.target in OPS:
-                node.target = OPS[node.target].run
+            if node.target in REGISTERED:
+                _bind(node, derived.get(node, []))
+        quantized.tidy(body.graph)
         body.recompile()
+
+
+def _bind(node: fx.Node, derived: list[DerivedNode]) -> None:
+    """Make a call of an op the call of a call site, which has the constants."""
+    op = REGISTERED[node.target]
+    site, given = call_site(op, node.args, [(each.argument, each.values) for each in derived], _varies)
+    node.target, node.args = site, tuple(given)
+
+
+def _varies(value: Any) -> bool:
+    return isinstance(value, fx.Node)
 
 
 def checkpoints(gm: fx.GraphModule) -> bool:

@@ -10,22 +10,24 @@ from torch import fx, nn
 
 from fastlora.graph.bodies import bodies
 from fastlora.graph.fake_values import hint, meta
-from fastlora.kernels.core.semantic_op import Call, SemanticOp
+from fastlora.kernels.core.execution import Call
+from fastlora.kernels.core.library import REGISTERED
+from fastlora.kernels.core.semantic_op import SemanticOp
 from fastlora.kernels.ops import linear_cross_entropy
-from fastlora.lower.lowering import OPS
-from fastlora.lower.rematerialize import found
+from fastlora.lower.rematerialize import recomputable_arguments
 
 
 def calls(gm: fx.GraphModule) -> Iterator[Call]:
     """The calls of ops in a rewritten graph, as they are, and as they are where activations want gradients: the first
     of several blocks has an input that wants none, but the kernels for the others are wanted just after."""
-    for again in found(gm.graph, OPS):
-        if all(meta(value) is not None for value in again.values if isinstance(value, fx.Node)):
-            values = fx.node.map_aggregate(again.values, _without_memory)
-            yield Call(again.make.maker, values, [False] * len(again.make.maker.leaves.flat(values)))
+    for each in recomputable_arguments(gm.graph):
+        if all(meta(value) is not None for value in each.values if isinstance(value, fx.Node)):
+            values = fx.node.map_aggregate(each.values, _without_memory)
+            source = each.argument.source
+            yield Call(source, values, [False] * len(source.leaves.flat(values)))
     for body in bodies(gm):
         for node in body.graph.nodes:
-            op = OPS.get(node.target)
+            op = REGISTERED.get(node.target)
             if op is not None and all(meta(source) is not None for source in node.all_input_nodes):
                 yield from _calls(op, node)
 

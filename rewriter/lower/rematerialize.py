@@ -1,7 +1,7 @@
-"""Values that are made again in the backward instead of being kept: the outputs of norms that one op alone reads.
+"""Values that are recomputed in the backward instead of being saved: outputs of norms that one op alone reads.
 
-A norm keeps what it normed for its own backward; an op that reads the result, such as the layers behind it, would keep
-that as well. One more pass over what is there anyway takes microseconds, and saves an activation for each norm.
+A norm saves what it normalized for its own backward; an op that reads the result, such as the layers behind it, would
+save that as well. One more pass over what is there anyway takes microseconds, and saves an activation for each norm.
 """
 
 from __future__ import annotations
@@ -12,42 +12,43 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-from fastlora.kernels.core.semantic_op import Make, SemanticOp
+from fastlora.kernels.core.library import REGISTERED
+from fastlora.kernels.core.semantic_op import DerivedArgument, SemanticOp
 
 
-class Again(NamedTuple):
-    """A node of an op that reads an argument, what makes that one for it, and that one's arguments."""
+class DerivedNode(NamedTuple):
+    """A node of an op, an argument of it that another op makes, and that op's arguments."""
 
     node: fx.Node
-    make: Make
+    argument: DerivedArgument
     values: tuple[Any, ...]
 
 
-def found(graph: fx.Graph, ops: dict[Any, SemanticOp]) -> Iterator[Again]:
-    """Where that is possible in a rewritten graph; `ops` has the ops by the targets of their nodes."""
+def recomputable_arguments(graph: fx.Graph) -> Iterator[DerivedNode]:
+    """Find the arguments, at most one an op, whose source keeps all that it takes to make them again."""
     for node in graph.nodes:
-        op = ops.get(node.target)
-        if op is None or op.foresees:
+        op = REGISTERED.get(node.target)
+        if op is None or op.policy.grads_in_forward:
             continue
         saved = {a.name for a in op.saved if not a.is_list}
         for name, value in zip(op.names, node.args, strict=True):
             if name in saved and isinstance(value, fx.Node) and list(value.users) == [node]:
-                made = _maker(value, ops)
-                if made is not None and node.args.count(value) == 1:
-                    yield Again(node, Make(name, None, made[0]), made[1])
+                source = _source(value)
+                if source is not None and node.args.count(value) == 1:
+                    yield DerivedNode(node, DerivedArgument(name, None, source[0]), source[1])
                     break
 
 
-def _maker(value: fx.Node, ops: dict[Any, SemanticOp]) -> tuple[SemanticOp, tuple[Any, ...]] | None:
-    """What makes a node's value again, if it is the first output of an op that knows."""
+def _source(value: fx.Node) -> tuple[SemanticOp, tuple[Any, ...]] | None:
+    """What makes a node's value again, if it is the first output of an op that can be recomputed."""
     if value.target is not operator.getitem or value.args[1] != 0:
         return None
-    source: Any = value.args[0]
-    op = ops.get(source.target)
-    again = op.makes_again() if op is not None else None
-    if op is None or again is None:
+    producer: Any = value.args[0]
+    op = REGISTERED.get(producer.target)
+    found = op.recompute_source() if op is not None else None
+    if op is None or found is None:
         return None
-    known = dict(zip(op.names, source.args, strict=True))
-    known |= {op.result_names[user.args[1]]: user for user in source.users if user.target is operator.getitem}
-    maker, names = again
-    return (maker, tuple(known[name] for name in names)) if all(name in known for name in names) else None
+    known = dict(zip(op.names, producer.args, strict=True))
+    known |= {op.result_names[user.args[1]]: user for user in producer.users if user.target is operator.getitem}
+    source, names = found
+    return (source, tuple(known[name] for name in names)) if all(name in known for name in names) else None

@@ -25,7 +25,8 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from fastlora.kernels.core import devices, implementations
-from fastlora.kernels.core.quantized_weight import Encoded
+from fastlora.kernels.core.execution import Call, run_on_meta
+from fastlora.kernels.core.quantized_weight import QuantizedWeight
 from fastlora.kernels.ops import dequantize_4bit
 from fastlora.kernels.triton.blocks import gemv_4bit, matmul
 from fastlora.kernels.triton.host import precompile
@@ -38,18 +39,18 @@ SHARED_MEMORY = {70: 96, 75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
 PROCESSORS = 132
 
 
-def launches(capability: int) -> list[precompile.Launch]:
+def launches(capability: int) -> list[precompile.RecordedLaunch]:
     """What the ops launch at the places of a large and a small model, in training, for one token and for many."""
     devices.take_for(devices.Gpu(divmod(capability, 10), PROCESSORS))
     with (
         patch.object(matmul, "serves", matmul.readable),  # also where cuBLAS is faster
         implementations.only("triton"),
-        implementations.rehearsed(),
+        implementations.for_precompilation(),
         precompile.recorded() as recorded,
     ):
         for dtype in [torch.float16, *([torch.bfloat16] if capability >= 80 else []), torch.float32]:
             for case in _cases():
-                if case.op.forms.accelerated:
+                if case.op.implementations.accelerated:
                     _run(case, dtype)
             _multiply_by_four_bits(dtype)
     return recorded
@@ -73,7 +74,7 @@ def _run(case: Case, dtype: torch.dtype) -> None:
         if everything and case.wanted:
             require_every_gradient(arguments)
         values = case.op.order(arguments)
-        case.op.rehearse(values, [t is not None and t.requires_grad for t in case.op.leaves.flat(values)])
+        run_on_meta(Call(case.op, values, [t is not None and t.requires_grad for t in case.op.leaves.flat(values)]))
 
 
 def _multiply_by_four_bits(dtype: torch.dtype) -> None:
@@ -91,14 +92,14 @@ def _multiply_by_four_bits(dtype: torch.dtype) -> None:
         *(empty(n, dtype=torch.float32) for n in (blocks // 256, 256, 1)),
     )
     for scales in (plain, twice):
-        weight = Encoded(dequantize_4bit, (*scales, 64, 256, "nf4", N, K, dtype))
+        weight = QuantizedWeight(dequantize_4bit, (*scales, 64, 256, "nf4", N, K, dtype))
         for T in (1, 16, 64):
             x, low = empty(T, K), (empty(T, R), empty(N, R).t())
             if gemv_4bit.serves(weight, x, low, None):
                 gemv_4bit.product(x, weight, low, empty(N), dtype)
 
 
-def compiled(made: precompile.Launch, capability: int) -> tuple[str, Any]:
+def compiled(made: precompile.RecordedLaunch, capability: int) -> tuple[str, Any]:
     """The kernel's name and specialisation, and what the compiler makes of it."""
     function, args, kwargs = made
     target = GPUTarget("cuda", capability, 32)

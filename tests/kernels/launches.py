@@ -13,7 +13,7 @@ def launches() -> Iterator[list[str]]:
     """The names of the kernels launched, in order."""
     from triton.runtime.jit import KernelInterface
 
-    from fastlora.kernels.triton.host.trace_cache import stopped
+    from fastlora.kernels.core.call_site import without
 
     launched: list[str] = []
     start = KernelInterface.__getitem__
@@ -22,5 +22,5 @@ def launches() -> Iterator[list[str]]:
         launched.append(kernel.fn.__name__)
         return start(kernel, grid)
 
-    with stopped(), patch.object(KernelInterface, "__getitem__", spy):
+    with without("traces"), patch.object(KernelInterface, "__getitem__", spy):
         yield launched

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from op_checks import DEVICE, bf16, f16, f32, f64
 from op_precision import tensors
 
-from fastlora.kernels.core.implementations import restriction
+from fastlora.kernels.core.implementations import restricted
 
 
 class Scheme(NamedTuple):
@@ -48,7 +48,7 @@ def schemes(draw: st.DrawFn) -> Scheme:
 
 def served(scheme: Scheme) -> bool:
     """Whether the form under test computes with these dtypes: kernels want one for both paths."""
-    if restriction() != "triton":
+    if restricted.to != "triton":
         return True
     return scheme.base == scheme.lora and (DEVICE.type == "cuda" or bf16 not in scheme)
 

@@ -21,7 +21,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from fastlora.kernels.core import implementations
-from fastlora.kernels.core.implementations import Form, restriction
+from fastlora.kernels.core.implementations import Implementation, restricted
 from fastlora.kernels.core.semantic_op import SemanticOp
 from fastlora.tools.bench.accuracy import flat, labelled
 from fastlora.tools.bench.cases import Arguments
@@ -43,7 +43,7 @@ def on_device(value: Any) -> Any:
 
 def native() -> torch.dtype:
     """The widest dtype that the form under test computes in."""
-    return f32 if restriction() == "triton" else f64
+    return f32 if restricted.to == "triton" else f64
 
 
 class Case:
@@ -146,8 +146,7 @@ def backward_calls(op: SemanticOp) -> Iterator[list[tuple[Any, ...]]]:
 
         return run
 
-    target, run = op.backward_target, op._run_backward  # it is called as it is where the dispatcher has nothing to do
-    with patch.object(op, "backward_target", spy(target)), patch.object(op, "_run_backward", spy(run)):
+    with patch.object(op, "backward_target", spy(op.backward_target)):
         yield calls
 
 
@@ -155,9 +154,9 @@ def backward_calls(op: SemanticOp) -> Iterator[list[tuple[Any, ...]]]:
 def gradients_made(op: SemanticOp) -> Iterator[list[set[str]]]:
     """The names of the gradients that the op's backward function makes in each call, asked for or not."""
     made: list[set[str]] = []
-    choose = op.forms.backward
+    choose = op.implementations.backward
 
-    def spied(anchor: torch.Tensor, arguments: dict[str, Any]) -> Form:
+    def spied(anchor: torch.Tensor, arguments: dict[str, Any]) -> Implementation:
         form = choose(anchor, arguments)
 
         def backward(**named: Any) -> dict[str, Any]:
@@ -167,7 +166,7 @@ def gradients_made(op: SemanticOp) -> Iterator[list[set[str]]]:
 
         return replace(form, backward=backward)
 
-    with patch.object(op.forms, "backward", spied):
+    with patch.object(op.implementations, "backward", spied):
         yield made
 
 
@@ -238,7 +237,7 @@ def check_every_subset_of_gradients(case: Case) -> None:
 
 def _computed(op: SemanticOp, arguments: Arguments, wanted: Collection[str]) -> set[str]:
     """What has to be computed for `wanted`: tied arguments share the first's gradient, a passed-through one is free."""
-    shared = op.sharing(op.order(arguments))
+    shared = op.shared_gradients(op.order(arguments))
     tied, passthrough = shared.tied, shared.passthrough
     return {tied[0] if name in tied else name for name in wanted if name not in passthrough}
 
@@ -334,7 +333,7 @@ def check_layouts(case: Case) -> None:
 
 def check_memory(case: Case) -> None:
     """Kernels write every element of what they return, read none before, and write nothing around it."""
-    if restriction() != "triton":
+    if restricted.to != "triton":
         pytest.skip("only kernels write to memory by address")
     expected = evaluate(case.op, case.arguments(f32)).values()
     with guarded_memory() as check:
@@ -361,10 +360,7 @@ def guarded_memory() -> Iterator[Callable[[], None]]:
             around = torch.cat((memory[:band], memory[band + size :]))
             assert (around.isnan() if math.isnan(poison) else around == poison).all()
 
-    from fastlora.kernels.triton.host.trace_cache import stopped
-
     with ExitStack() as stack:
-        stack.enter_context(stopped())
         for name, module in list(sys.modules.items()):
             if name.startswith("fastlora.kernels.triton") and hasattr(module, "allocate"):
                 stack.enter_context(patch.object(module, "allocate", allocate))
@@ -375,7 +371,7 @@ def check_what_is_given_may_be_written_to(case: Case) -> None:
     """Outputs that an op gives away share no memory with what it read, keeps or gives as well, and its gradients are
     the same after they were written to."""
     op, arguments = case.op, case.arguments(f32)
-    if not op.gives:
+    if not op.policy.outputs_mutable:
         pytest.skip("it gives nothing away")
     inputs = {n: t.detach().requires_grad_() for n, t in leaves(arguments).items()}
     outputs = flat(op(**replaced(arguments, inputs)))

@@ -41,7 +41,7 @@ from op_checks import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from fastlora.kernels.core.implementations import restriction
+from fastlora.kernels.core.implementations import restricted
 from fastlora.kernels.core.semantic_op import SemanticOp
 from fastlora.tools.bench.accuracy import in_float64
 
@@ -60,7 +60,7 @@ sizes = st.sampled_from([1, 2, 3, 5, 8, 13, 16, 31])
 @st.composite
 def dtypes(draw: st.DrawFn) -> torch.dtype:
     """float32, bfloat16 or float16; Triton's interpreter has no bfloat16 arithmetic."""
-    interpreted = restriction() == "triton" and DEVICE.type == "cpu"
+    interpreted = restricted.to == "triton" and DEVICE.type == "cpu"
     return draw(
         st.sampled_from([torch.float32, torch.float16] if interpreted else [torch.float32, bf16, torch.float16])
     )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from op_checks import DEVICE, Arguments, bf16, complete, f16, f32, guarded_memory, on_device
 from op_precision import dtypes
 
-from fastlora.kernels.core.implementations import only, restriction
+from fastlora.kernels.core.implementations import only, restricted
 from fastlora.kernels.formulas.dequantize import CODES
 from fastlora.kernels.ops import dequantize_4bit
 
@@ -69,7 +69,7 @@ def test_a_matrix_that_has_only_code_values_is_decoded_exactly(dtype: torch.dtyp
 
 def test_rows_of_the_result_may_lie_apart() -> None:
     """As in a workspace with a border, which stays as it is."""
-    if restriction() != "triton":
+    if restricted.to != "triton":
         pytest.skip("only the kernel writes into a given buffer")
     from fastlora.kernels.triton.dequantize import decode_into
 

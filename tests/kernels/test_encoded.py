@@ -9,8 +9,9 @@ import torch
 from lora_cases import layer, scheme_of
 from op_checks import Arguments, complete, f32, on_device
 
-from fastlora.kernels.core.recompute import sparing
-from fastlora.kernels.core.semantic_op import Make, SemanticOp
+from fastlora.kernels.core.call_site import call_site, run
+from fastlora.kernels.core.recompute import recomputing
+from fastlora.kernels.core.semantic_op import DerivedArgument, SemanticOp
 from fastlora.kernels.ops import dequantize_4bit, glu, lora_group, lora_linear, lora_mlp
 
 FORMS = ["pytorch", "triton"]
@@ -60,16 +61,15 @@ class Both:
     def __init__(self, op: SemanticOp, arguments: Arguments) -> None:
         torch.manual_seed(0)
         self.op, given = op, complete(op, arguments)
-        self.makes, codes = [], []
+        self.derived: list[tuple[DerivedArgument, list[Any]]] = []
         self.plain, self.encoded = dict(given), dict(given)
-        for name in op.decodes:
+        for name in op.policy.reads_quantized:
             many = isinstance(given[name], list)
             for member, weight in enumerate(given[name] if many else [given[name]]):
                 code = encoding(*weight.shape, nested=member != 1)
-                self.makes.append(Make(name, member if many else None, dequantize_4bit, encoded=True))
-                codes += code
-                self._put(name, member if many else None, dequantize_4bit.target(*code))
-        self._codes = codes
+                argument = DerivedArgument(name, member if many else None, dequantize_4bit, quantized=True)
+                self.derived.append((argument, code))
+                self._put(name, argument.member, dequantize_4bit.target(*code))
         for value in self.plain.values():
             for t in value if isinstance(value, list) else [value]:
                 if isinstance(t, torch.Tensor) and not any(t is w for w in self.weights()):
@@ -80,12 +80,15 @@ class Both:
             given[name] = value if member is None else [*given[name][:member], value, *given[name][member + 1 :]]
 
     def weights(self) -> list[torch.Tensor]:
-        return [w for name in self.op.decodes for w in _list(self.plain[name])]
+        return [w for name in self.op.policy.reads_quantized for w in _list(self.plain[name])]
 
-    def run(self, encoded: bool) -> list[torch.Tensor]:
+    def results(self, encoded: bool) -> list[torch.Tensor]:
         """Outputs, then the gradients of all that has one."""
-        given = self.op.order(self.encoded if encoded else self.plain)
-        results = self.op.making(self.makes)(*given, *self._codes) if encoded else self.op.run(*given)
+        if encoded:
+            site, given = call_site(self.op, self.op.order(self.encoded), self.derived)
+            results = site(*given)
+        else:
+            results = run(self.op, *self.op.order(self.plain))
         outputs = _list(results[0])
         leaves = [t for v in self.plain.values() for t in _list(v) if isinstance(t, torch.Tensor) and t.requires_grad]
         generator = torch.Generator().manual_seed(1)
@@ -101,12 +104,12 @@ def _list(value: Any) -> list[Any]:
 @pytest.mark.parametrize("case", CASES)
 def test_results_have_equal_bits(case: str, spares: bool) -> None:
     both = Both(CASES[case][0], CASES[case][1]())
-    expected = both.run(encoded=False)
+    expected = both.results(encoded=False)
     if spares:
-        with sparing():
-            found = both.run(encoded=True)
+        with recomputing():
+            found = both.results(encoded=True)
     else:
-        found = both.run(encoded=True)
+        found = both.results(encoded=True)
     assert len(found) == len(expected)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
@@ -121,7 +124,7 @@ def test_no_decoded_weight_is_kept(case: str) -> None:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        both.run(encoded=True)
+        both.results(encoded=True)
     shapes = {w.shape for w in both.weights()}
     assert not any(t.shape in shapes for t in kept if t.is_floating_point())
     assert sum(t.dtype is torch.uint8 for t in kept) >= len(both.weights())
@@ -132,12 +135,12 @@ def test_where_the_dispatcher_is_listened_to_weights_are_decoded_first(case: str
     from torch.utils.flop_counter import FlopCounterMode
 
     both = Both(CASES[case][0], CASES[case][1]())
-    expected = both.run(encoded=False)
+    expected = both.results(encoded=False)
     with FlopCounterMode(display=False):
-        found = both.run(encoded=True)
+        found = both.results(encoded=True)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
 def test_an_op_that_does_not_read_an_argument_so_is_refused_it() -> None:
-    with pytest.raises(ValueError, match="glu takes no encoded 'gate'"):
-        glu.making([Make("gate", None, dequantize_4bit, encoded=True)])
+    with pytest.raises(ValueError, match="glu does not read 'gate' quantized"):
+        call_site(glu, [None] * 4, [(DerivedArgument("gate", None, dequantize_4bit, quantized=True), [])])

@@ -13,8 +13,9 @@ from lora_cases import layer, scheme_of
 from op_checks import DEVICE, bf16, complete, f16, f32, guarded_memory, on_device
 from op_precision import assert_rounded
 
-from fastlora.kernels.core.quantized_weight import Encoded
-from fastlora.kernels.core.semantic_op import Make
+from fastlora.kernels.core.call_site import call_site
+from fastlora.kernels.core.quantized_weight import QuantizedWeight
+from fastlora.kernels.core.semantic_op import DerivedArgument
 from fastlora.kernels.ops import dequantize_4bit, lora_linear
 from fastlora.kernels.triton.blocks import gemv_4bit, matmul
 
@@ -31,7 +32,7 @@ def every_size_takes_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def encoded(
     rows: int, cols: int, nested: bool, dtype: torch.dtype = HALF, blocksize: int = 64, **others: Any
-) -> Encoded:
+) -> QuantizedWeight:
     blocks = -(-rows * cols // blocksize)
     given_ = {
         "packed": torch.randint(256, (rows * cols // 2, 1), dtype=torch.uint8),
@@ -41,7 +42,7 @@ def encoded(
     if nested:
         given_ |= {"nested_absmax": torch.rand(-(-blocks // 4)), "nested_code": torch.linspace(-1, 1, 256)}
         given_ |= {"offset": torch.tensor(0.3)}
-    return Encoded(dequantize_4bit, [on_device(value) for value in dequantize_4bit.order(given_ | others)])
+    return QuantizedWeight(dequantize_4bit, [on_device(value) for value in dequantize_4bit.order(given_ | others)])
 
 
 @given(st.data())
@@ -102,11 +103,11 @@ def test_an_adapted_layer_of_few_tokens_decodes_no_matrix(tokens: int, launched:
     given_ = complete(lora_linear, {"x": x, **layer(scheme, 96, 64, 4, True), **scheme.attributes()})
     weight = encoded(96, 64, True)
     names = lora_linear.names
-    make = Make("weight", None, dequantize_4bit, encoded=True)
-    run = lora_linear.making([make])
+    weight_of = DerivedArgument("weight", None, dequantize_4bit, quantized=True)
     values = [None if name == "weight" else on_device(given_[name]) for name in names]
     with torch.no_grad(), launches() as found:
-        y = run(*values, *weight.values)[0]
+        site, given = call_site(lora_linear, values, [(weight_of, weight.values)])
+        y = site(*given)[0]
     assert launched in found
     assert "kernel" not in found, "the kernel that decodes"
     whole = lora_linear(**{**given_, "x": x, "weight": weight.to(HALF)})

@@ -14,6 +14,8 @@ from op_checks import bf16, complete, evaluate
 from op_precision import assert_as_precise, assert_precise_on_average
 
 from fastlora.kernels.core import grouped_mm
+from fastlora.kernels.core.call_site import run
+from fastlora.kernels.core.execution import Call, run_on_meta
 from fastlora.kernels.core.grouped_mm import Groups, aligned, even_ends
 from fastlora.kernels.ops import lora_grouped
 
@@ -115,7 +117,7 @@ def test_the_output_may_be_written_to(all_at_once: bool) -> None:
     given_ = complete(lora_grouped, arguments(bf16, n=16, k=8, rank=8))
 
     def written(**values: Any) -> torch.Tensor:
-        y = lora_grouped.run(*lora_grouped.order(values))[0]
+        y = run(lora_grouped, *lora_grouped.order(values))[0]
         y.mul_(0)
         return y + lora_grouped(**values)
 
@@ -129,7 +131,7 @@ def test_shapes_are_known_without_values() -> None:
     """Where tensors have no memory nothing waits for offsets."""
     given_ = arguments(bf16, **SMALL)
     values = [v.to("meta") if isinstance(v, torch.Tensor) else v for v in lora_grouped.order(given_)]
-    lora_grouped.rehearse(values, [True, False, True, True, False])
+    run_on_meta(Call(lora_grouped, values, [True, False, True, True, False]))
     groups = Groups(values[4], values[0], zero_rest=True)
     assert groups.outer(values[0], values[0]).shape == (3, 5, 5)
 

@@ -10,7 +10,7 @@ from loss_cases import OPTIONS, arguments, set_chunks
 from op_checks import DEVICE, Arguments, bf16, complete, evaluate, f16, f32
 from op_precision import assert_as_precise, assert_precise_on_average, sizes, tensors
 
-from fastlora.kernels.core.implementations import restriction
+from fastlora.kernels.core.implementations import restricted
 from fastlora.kernels.ops import linear_cross_entropy
 from fastlora.tools.bench.accuracy import in_float64
 
@@ -29,7 +29,7 @@ def precisions() -> st.SearchStrategy[tuple[torch.dtype, torch.dtype, torch.dtyp
         (f32, bf16, bf16, f32),
         (bf16, bf16, bf16, bf16),
     ]
-    interpreted = restriction() == "triton" and DEVICE.type == "cpu"
+    interpreted = restricted.to == "triton" and DEVICE.type == "cpu"
     return st.sampled_from([dtypes for dtypes in drawn if not (interpreted and bf16 in dtypes)])
 
 

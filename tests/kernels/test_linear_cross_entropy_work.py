@@ -12,7 +12,7 @@ import torch
 from loss_cases import OPTIONS, arguments, set_chunks
 from op_checks import DEVICE, Arguments, backward_calls, bf16, complete, evaluate, f16, f32, saved_for_backward
 
-from fastlora.kernels.core.implementations import restriction
+from fastlora.kernels.core.implementations import restricted
 from fastlora.kernels.formulas import linear_cross_entropy as module
 from fastlora.kernels.ops import linear_cross_entropy
 
@@ -21,7 +21,7 @@ FORMS = ["pytorch", "triton"]
 
 def test_products_may_stop_at_the_count_of_kept_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing reads what a product of rows leaves unwritten, and no sum over rows goes beyond them."""
-    if restriction() != "triton":
+    if restricted.to != "triton":
         pytest.skip("the PyTorch form has no such products")
     from fastlora.kernels.triton import linear_cross_entropy as gpu
 
@@ -73,7 +73,7 @@ def test_the_host_never_waits_and_a_graph_can_be_captured(options: Arguments) ->
 
 
 def _products_are_pytorchs() -> None:
-    if restriction() == "triton" and DEVICE.type == "cuda":
+    if restricted.to == "triton" and DEVICE.type == "cuda":
         pytest.skip("products may be kernels of our own")
 
 
@@ -89,7 +89,7 @@ def products(function: Callable[[], Any]) -> list[list[int]]:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_ignored_tokens_never_enter_a_product(reduction: str) -> None:
-    if restriction() == "triton" or DEVICE.type == "cuda":
+    if restricted.to == "triton" or DEVICE.type == "cuda":
         pytest.skip("a GPU multiplies zeros in their place, unless its products stop at a count")
     given_ = complete(linear_cross_entropy, arguments(f32, 97, 4, 5, bias=True, rank=2, reduction=reduction))
     given_["labels"][13:] = -100
@@ -165,14 +165,14 @@ def test_the_last_backward_makes_gradients_of_what_was_saved(reduction: str, inc
     assert not any(t.data_ptr() in made for t in kept)
     last = torch.autograd.grad(loss, inputs, g)
     assert all(torch.equal(a, b) for a, b in zip(kept, last, strict=True))
-    if restriction() == "triton":
+    if restricted.to == "triton":
         assert last[0].data_ptr() in made
         assert (last[1].data_ptr() in made) == (reduction == "mean")
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs the allocator of a GPU")
 def test_no_second_gradient_of_the_head_is_held() -> None:
-    if restriction() != "triton":
+    if restricted.to != "triton":
         pytest.skip("the PyTorch form multiplies into new memory")
     given_ = complete(linear_cross_entropy, arguments(bf16, 64, 1024, 20000, ignores=False))
     weight = given_["weight"].requires_grad_()
@@ -229,7 +229,7 @@ def test_no_tensor_is_as_large_as_the_logits(monkeypatch: pytest.MonkeyPatch) ->
     tokens, hidden, vocabulary = 400, 3, 512
     set_chunks(monkeypatch, tokens // 10)
     given_ = arguments(f32, tokens, hidden, vocabulary, bias=True)
-    if restriction() == "triton":
+    if restricted.to == "triton":
         given_["labels"][5:] = -100  # the interpreter takes its time
     with torch.profiler.profile(profile_memory=True) as profile:
         evaluate(linear_cross_entropy, complete(linear_cross_entropy, given_))

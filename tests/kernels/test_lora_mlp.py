@@ -11,7 +11,8 @@ from lora_cases import SCHEMES, Scheme, layer, layers, scheme_of, schemes
 from op_checks import CONTRACT, Arguments, Case, complete, evaluate, f32, f64, leaves, saved_for_backward
 from op_precision import assert_as_precise, assert_precise_on_average, assert_propagates, sizes, tensors
 
-from fastlora.kernels.core.recompute import sparing
+from fastlora.kernels.core.call_site import run
+from fastlora.kernels.core.recompute import recomputing
 from fastlora.kernels.ops import lora_mlp
 
 ACTIVATIONS = ["silu", "gelu", "gelu_tanh"]
@@ -90,7 +91,7 @@ def test_only_the_last_backward_writes_over_what_was_saved() -> None:
     given_ = complete(lora_mlp, arguments(f32, 7, 4, inner=11, rank=3))
     wanted = [t.requires_grad_() for t in given_.values() if isinstance(t, torch.Tensor)]
     with saved_for_backward() as saved:
-        y, *others = lora_mlp.run(*lora_mlp.order(given_))
+        y, *others = run(lora_mlp, *lora_mlp.order(given_))
     assert others == []  # nobody else has what may be written over
     kept = [t.clone() for t in saved]
     first = torch.autograd.grad(y.sum(), wanted, retain_graph=True)
@@ -103,13 +104,13 @@ def test_only_the_last_backward_writes_over_what_was_saved() -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_sparing_keeps_neither_gate_nor_up_and_changes_no_bit(case: Case) -> None:
     found = []
-    for context in (nullcontext(), sparing()):
+    for context in (nullcontext(), recomputing()):
         values = case.arguments(f32)
         wanted = list(leaves(values).values())
         for t in wanted:
             t.requires_grad_()
         with saved_for_backward() as saved, context:
-            y = lora_mlp.run(*lora_mlp.order(values))[0]
+            y = run(lora_mlp, *lora_mlp.order(values))[0]
         wide = [t for t in saved if t.shape == (*y.shape[:-1], values["up_weight"].shape[0])]
         found.append((wide, y, *(torch.autograd.grad(y.sin().sum(), wanted, retain_graph=True) for _ in range(2))))
     (kept, *plain), (spared, *results) = found
@@ -121,7 +122,7 @@ def test_without_a_gradient_of_their_adapters_gate_and_up_are_kept_as_x_is_not()
     values = complete(lora_mlp, arguments(f32, 7, 4, inner=11, rank=3))
     values["down_lora_b"].requires_grad_()
     values["x"].requires_grad_()
-    with saved_for_backward() as saved, sparing():
-        y = lora_mlp.run(*lora_mlp.order(values))[0]
+    with saved_for_backward() as saved, recomputing():
+        y = run(lora_mlp, *lora_mlp.order(values))[0]
     assert sum(t.shape == (7, 11) for t in saved) == 2
     y.sum().backward()

@@ -13,8 +13,8 @@ from torch import Tensor, fx
 
 from fastlora.frontend.session import default_rules
 from fastlora.lower import lowering
-from fastlora.lower.lowering import OPS, lower
-from fastlora.lower.rematerialize import found
+from fastlora.lower.lowering import lower
+from fastlora.lower.rematerialize import recomputable_arguments
 from fastlora.rewrite.pipeline import rewrite
 
 X, R, W, B = randn(2, 3, 16), randn(2, 3, 16, seed=5), randn(16), randn(16, seed=6)
@@ -70,7 +70,7 @@ def test_results_have_equal_bits_and_the_norms_output_is_not_kept(
         gm, given = rewritten(function, inputs)
         plain = lower(gm, given, "eager", "default")
     gm, given = rewritten(function, inputs)
-    assert [each.make.argument for each in found(gm.graph, OPS)] == ["x"]
+    assert [each.argument.argument for each in recomputable_arguments(gm.graph)] == ["x"]
     again = lower(gm, given, "eager", "default")
     expected, result = evaluate(plain, inputs), evaluate(again, inputs)
     for name in ("outputs", "gradients"):
@@ -87,7 +87,7 @@ def test_results_have_equal_bits_and_the_norms_output_is_not_kept(
 
 def test_what_others_read_as_well_is_kept_as_it_is() -> None:
     gm, _ = rewritten(also_returned, (X, W, *LAYER))
-    assert not list(found(gm.graph, OPS))
+    assert not list(recomputable_arguments(gm.graph))
 
 
 def test_a_changed_input_of_the_norm_is_noticed() -> None:
@@ -100,8 +100,9 @@ def test_a_changed_input_of_the_norm_is_noticed() -> None:
 
 
 def test_an_argument_that_is_not_kept_cannot_be_made_again() -> None:
-    from fastlora.kernels.core.semantic_op import Make
+    from fastlora.kernels.core.call_site import call_site
+    from fastlora.kernels.core.semantic_op import DerivedArgument
     from fastlora.kernels.ops import glu, rms_norm
 
     with pytest.raises(ValueError, match="does not save 'weights'"):
-        glu.making([Make("weights", None, rms_norm)])
+        call_site(glu, [None] * 4, [(DerivedArgument("weights", None, rms_norm), [])])

@@ -17,7 +17,7 @@ from fastlora.graph.bodies import bodies
 from fastlora.graph.fake_values import steady
 from fastlora.kernels.ops import dequantize_4bit, lora_linear
 from fastlora.lower import rematerialize
-from fastlora.lower.lowering import OPS, lower
+from fastlora.lower.lowering import lower
 from fastlora.rewrite.pipeline import rewrite
 from fastlora.rewrite.quantized import propose, settle
 
@@ -111,7 +111,7 @@ def test_a_norm_before_the_product_is_made_again_as_it_is_before_a_plain_one() -
     gm, inputs = traced(Normed(Format()))
     expected = results(gm.forward, inputs)
     rewrite(gm, default_rules())
-    assert [each.make.argument for each in rematerialize.found(gm.graph, OPS)] == ["x"]
+    assert [each.argument.argument for each in rematerialize.recomputable_arguments(gm.graph)] == ["x"]
     assert close(results(lower(gm, inputs, "eager", "default"), inputs), expected)
 
 

@@ -2,8 +2,8 @@
 
     y (T, N) = x (T, K) W^T (+ xa (T, R) B^T) (+ b)        W (N, K) encoded, as `kernels/formulas/dequantize.py` has it
 
-So few rows take as long as reading the weight does.  Encoded it is half a byte an element, where a decoded matrix would
-be written and read again, two bytes each.  What is multiplied by are the values of the decoded matrix, bit for bit.
+So few rows take as long as reading the weight does.  Quantized it is half a byte an element, where a decoded matrix
+would be written and read again, two bytes each.  The factors are the values of the decoded matrix, bit for bit.
 
 One row, as when a model generates, needs no tensor cores: a thread multiplies the eight halves of a word as it decodes
 them.  For more rows programs decode a tile of W into shared memory and multiply there; where blocks of columns do not
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.core.devices import HALVES, processors
-from fastlora.kernels.core.quantized_weight import Encoded
+from fastlora.kernels.core.quantized_weight import QuantizedWeight
 from fastlora.kernels.formulas import dequantize as op
 from fastlora.kernels.triton.blocks.low_rank import Sweep, block_of, in_shares, reduce
 from fastlora.kernels.triton.blocks.matmul import measured
@@ -131,10 +131,10 @@ Low = tuple[torch.Tensor, torch.Tensor]
 """xa (T, R), and B^T (R, N)."""
 
 
-def serves(weight: Any, x: torch.Tensor, low: Low | None, bias: torch.Tensor | None) -> TypeGuard[Encoded]:
+def serves(weight: Any, x: torch.Tensor, low: Low | None, bias: torch.Tensor | None) -> TypeGuard[QuantizedWeight]:
     """Whether W (N, K) is still encoded, and the kernels take it and x (T, K) and are faster than a decoded weight."""
     T, K = x.shape
-    if T > MOST_ROWS or type(weight) is not Encoded or weight.maker is not op.dequantize_4bit:
+    if T > MOST_ROWS or type(weight) is not QuantizedWeight or weight.source is not op.dequantize_4bit:
         return False
     given = weight.arguments
     return (
@@ -155,7 +155,7 @@ def serves(weight: Any, x: torch.Tensor, low: Low | None, bias: torch.Tensor | N
 
 
 def product(
-    x: torch.Tensor, weight: Encoded, low: Low | None, bias: torch.Tensor | None, dtype: torch.dtype
+    x: torch.Tensor, weight: QuantizedWeight, low: Low | None, bias: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """y (T, N) in `dtype` = x (T, K) W^T + xa B^T + bias (N,), rounded once."""
     (T, K), N, given = x.shape, weight.shape[0], weight.arguments

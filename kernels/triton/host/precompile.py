@@ -21,7 +21,8 @@ import triton
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from fastlora.kernels.triton.host.kernel_cache import heard, launch, likeness
+from fastlora.kernels.core import compat, trace
+from fastlora.kernels.triton.host.kernel_cache import Launcher, has_launch_hooks, specialization_key
 from fastlora.kernels.triton.host.launch import IS_INTERPRETED
 
 MOST_THREADS = 16
@@ -29,7 +30,7 @@ MOST_KNOWN = 4096
 """Kinds of launches of one kernel that are known again."""
 
 
-class Launch(NamedTuple):
+class RecordedLaunch(NamedTuple):
     """A kernel with the arguments and options of one launch."""
 
     function: JITFunction
@@ -38,20 +39,15 @@ class Launch(NamedTuple):
 
 
 class _Thread(threading.local):
-    launches: list[Launch] | None = None
-    listener: Listener | None = None
+    launches: list[RecordedLaunch] | None = None
 
 
 _thread = _Thread()
 
 
-Listener = Callable[[Callable[[tuple[Any, ...]], Any] | None, tuple[Any, ...]], None]
-"""What is told of a launch: a function that makes it again with other arguments, if there can be one, and those."""
-
-
 class Kernel(JITFunction):
-    """What `triton.jit` makes of a function, but for launches that are recorded, and for those that are like one that
-    was made before."""
+    """What `triton.jit` makes of a function, except that launches may be recorded, and that those like an earlier one
+    find its kernel at once."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -59,26 +55,26 @@ class Kernel(JITFunction):
 
     def run(self, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         if _thread.launches is not None:
-            _thread.launches.append(Launch(self, args, options))
+            _thread.launches.append(RecordedLaunch(self, args, options))
             return None
-        if heard():
+        if has_launch_hooks():
+            trace.launched(None, args)
             return super().run(*args, grid=grid, warmup=warmup, **options)
-        device = torch._C._cuda_getDevice()
-        like = (device, likeness(self.params, args), *options.items())
-        known = self._known.get(like)
+        device = compat.current_device()
+        key = (device, specialization_key(self.params, args), *options.items())
+        known = self._known.get(key)
         if known is None:
             kernel = super().run(*args, grid=grid, warmup=warmup, **options)
             rest = self.params[len(args) :]
             if all(param.is_constexpr for param in rest) and len(self._known) < MOST_KNOWN:
-                self._known[like] = kernel, tuple(options.get(param.name, param.default) for param in rest)
-            if _thread.listener is not None:
-                _thread.listener(None, args)
+                self._known[key] = kernel, tuple(options.get(param.name, param.default) for param in rest)
+            trace.launched(None, args)
             return kernel
         kernel, constants = known
-        whole = (*args, *constants)
-        launch(kernel, grid, device, whole)
-        if _thread.listener is not None:
-            _thread.listener(partial(launch, kernel, grid, device), whole)
+        launch = Launcher(kernel, grid, device)
+        launch(*args, *constants)
+        if trace.is_recording():
+            trace.launched(launch.again(), (*args, *constants))
         return kernel
 
 
@@ -88,8 +84,7 @@ class Interpreted(InterpretedFunction[Any]):
     def run(self, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         again = partial(super().run, grid=grid, warmup=warmup, **options)
         result = again(*args)
-        if _thread.listener is not None:
-            _thread.listener(lambda given: again(*given), args)
+        trace.launched(trace.Launch(again), args)
         return result
 
 
@@ -99,9 +94,9 @@ def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
+def recorded() -> Iterator[list[RecordedLaunch]]:
     """The launches that this thread would make, in order; none is made."""
-    launches: list[Launch] = []
+    launches: list[RecordedLaunch] = []
     before, _thread.launches = _thread.launches, launches
     try:
         yield launches
@@ -114,17 +109,7 @@ def is_recording() -> bool:
     return _thread.launches is not None
 
 
-@contextmanager
-def told(listener: Listener) -> Iterator[None]:
-    """Has `listener` be told of the launches that this thread makes."""
-    before, _thread.listener = _thread.listener, listener
-    try:
-        yield
-    finally:
-        _thread.listener = before
-
-
-def compile_all(launches: Sequence[Launch], device: torch.device) -> None:
+def compile_all(launches: Sequence[RecordedLaunch], device: torch.device) -> None:
     """Compiles and loads the kernels of these launches for a GPU, those that are not there yet.
 
     Raises:

@@ -1,0 +1,160 @@
+"""Running an op's forward or backward on its arguments, with the implementation that serves them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from fastlora.kernels.core import compat, dispatch
+from fastlora.kernels.core.gradients import SharedGradients
+from fastlora.kernels.core.semantic_op import SemanticOp
+
+
+def run_forward(op: SemanticOp, *values: Any, fake: bool = False) -> Any:
+    """Run the forward; return outputs and residuals, as one tensor or as a tuple.
+
+    Args:
+        op: the op.
+        values: its arguments in the schema's order; for one that computes gradients in its forward, then the wanted
+            ones, a flat list.
+        fake: run the PyTorch implementation in any case.
+    """
+    named = dict(zip(op.names, values, strict=False))
+    tensors = op.leaves.flat(values)
+    if op.policy.grads_in_forward:
+        named["wanted"] = op.wanted(values[-1] or [False] * len(tensors))
+    anchor = next(t for t in tensors if t is not None)
+    implementation = op.implementations.pytorch if fake else op.implementations.forward(anchor, named)
+    results = dispatch.run(op.name, implementation.forward, anchor, named)
+    return results if len(results) > 1 else results[0]
+
+
+def run_backward(
+    op: SemanticOp,
+    grads: Sequence[torch.Tensor | None],
+    needs: Sequence[bool],
+    *values: Any,
+    fake: bool = False,
+    may_overwrite: bool = False,
+) -> list[torch.Tensor]:
+    """Run the backward; return the needed gradients, a flat list.
+
+    Args:
+        op: the op.
+        grads: the incoming gradients, a flat list; not all None.
+        needs: which gradients to compute, by tensor leaf.
+        values: what was saved, then dtypes and constants, as `op.backward_names` has them.
+        fake: run the PyTorch implementation in any case.
+        may_overwrite: whether nothing else reads the residuals, or the gradients that the forward made.
+    """
+    wanted = op.wanted(needs)
+    named = dict(zip(op.backward_names, values, strict=True))
+    named["wanted"], named["grads"] = wanted, op.output_leaves.grouped(grads)
+    if op.policy.grads_in_forward or op.policy.may_overwrite_saved:
+        named["may_overwrite"] = may_overwrite
+    anchor = next(g for g in grads if g is not None)
+    implementation = op.implementations.pytorch if fake else op.implementations.backward(anchor, named)
+    assert implementation.backward is not None
+    gradients = dispatch.run(f"{op.name}_backward", implementation.backward, anchor, named)
+    flat = op.leaves.of_gradients(gradients, wanted)
+    return [g for g, need in zip(flat, needs, strict=True) if need]
+
+
+def compute(op: SemanticOp, values: Sequence[Any]) -> Any:
+    """Run the forward without autograd, through the dispatcher only where that makes a difference."""
+    if dispatch.can_bypass_dispatcher(op.leaves.flat(values)):
+        with compat.without_torch_function():  # 4-bit parameters take microseconds to ask for an attribute
+            return run_forward(op, *values)
+    with compat.below_autograd():
+        return op.target(*values)
+
+
+class Backward(NamedTuple):
+    """The backward of one call of an op, for an autograd function of somebody else's."""
+
+    op: SemanticOp
+    needs: Sequence[bool]
+    constants: list[Any]
+    shared: SharedGradients
+    lengths: list[int | None]
+
+    def __call__(
+        self, saved: Sequence[torch.Tensor | None], grads: list[torch.Tensor | None]
+    ) -> list[torch.Tensor | None]:
+        """Return a gradient for each tensor leaf, None where none is needed; `saved` is what `run_apart` returned."""
+        op = self.op
+        needs = op.reachable(self.needs, grads)
+        asked = self.shared.to_compute(needs)
+        computed: list[torch.Tensor] = []
+        if any(asked):
+            flat = iter(saved)
+            values = [next(flat) if n is None else [next(flat) for _ in range(n)] for n in self.lengths]
+            computed = differentiate(op, grads, asked, saved, (*values, *self.constants))
+        return self.shared.hand_out(computed, asked, needs, grads[0])
+
+
+def differentiate(
+    op: SemanticOp,
+    grads: list[torch.Tensor | None],
+    asked: list[bool],
+    saved: Sequence[torch.Tensor | None],
+    values: Sequence[Any],
+) -> list[torch.Tensor]:
+    """Run the backward on its `values`, whose tensors are `saved`, through the dispatcher only where it has to be."""
+    if dispatch.can_bypass_dispatcher((*grads, *saved)):
+        may_overwrite = op.policy.grads_in_forward and dispatch.is_last_backward()
+        with compat.without_torch_function():
+            return run_backward(op, grads, asked, *values, may_overwrite=may_overwrite)
+    found: list[torch.Tensor] = op.backward_target(grads, asked, *values)
+    return found
+
+
+def run_apart(
+    op: SemanticOp, values: Sequence[Any], needs: Sequence[bool]
+) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None], Backward]:
+    """Run an op without autograd: return its outputs, the tensors that its backward takes, and that backward.
+
+    Args:
+        op: the op.
+        values: its arguments in the schema's order.
+        needs: which gradients the backward will be asked for, by tensor leaf.
+    """
+    own = values[: len(op.names)]
+    results = op.as_tuple(compute(op, [*own, list(needs)] if op.policy.grads_in_forward else own))
+    saved, constants = op.to_save(needs, own, results)
+    lengths = [len(value) if isinstance(value, list) else None for value in saved]
+    backward = Backward(op, needs, constants, op.shared_gradients(own), lengths)
+    return op.output_leaves.flat(results), op.saved_leaves.flat(saved), backward
+
+
+def refuse_second_derivative(name: str) -> None:
+    """Raise in a backward under `create_graph`.
+
+    `once_differentiable` would not do that where only saved tensors carry a gradient.
+
+    Raises:
+        RuntimeError: if gradients are on.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{name} has no second derivative: its backward cannot run under create_graph=True")
+
+
+class Call(NamedTuple):
+    """An op with its arguments in the schema's order, whose tensors have no memory, and the gradients it wants."""
+
+    op: SemanticOp
+    values: Sequence[Any]
+    needs: Sequence[bool]
+
+
+def run_on_meta(call: Call) -> None:
+    """Run the forward and the backward of a call on meta tensors, for what the implementations do on the way."""
+    op, values, needs = call
+    results = op.as_tuple(run_forward(op, *values[: len(op.names)], *([needs] if op.policy.grads_in_forward else [])))
+    grads = [None if t is None else torch.empty_like(t) for t in op.output_leaves.flat(results)]
+    asked = op.shared_gradients(values).to_compute(op.reachable(needs, grads))
+    if any(asked) and not op.is_constant:
+        saved, constants = op.to_save(needs, values, results)
+        run_backward(op, grads, asked, *saved, *constants, may_overwrite=True)  # as in most steps

@@ -1,0 +1,122 @@
+"""Registration: an op as two opaque, functional `torch.library` operators, connected by an autograd function.
+
+That is the one form which runs eagerly, under AOTAutograd and under Inductor alike, because nothing traces through it;
+and what the backward takes is exactly what is saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastlora.kernels.core import compat
+from fastlora.kernels.core.execution import refuse_second_derivative, run_backward, run_forward
+from fastlora.kernels.core.semantic_op import SemanticOp
+
+KERNELS = Path(__file__).parents[1]
+REGISTERED: dict[Any, SemanticOp] = {}
+"""Every op by its `target`, which is what nodes of a graph call."""
+
+
+def register_op(name: str, **declaration: Any) -> SemanticOp:
+    """Declare and register a semantic op; `SemanticOp` documents the parts of a declaration.
+
+    The operators are `fastlora_<digest>::name` and `fastlora_<digest>::name_backward`. The digest is of the sources
+    that define the op, since AOTAutograd's cache keys on operator names and would serve a stale backward.
+
+    Raises:
+        ValueError: if the schema has defaults or mutates, or another op has this name.
+    """
+    op = SemanticOp(name, **declaration)
+    namespace = _namespace(declaration["forward"])
+    if any(other.name == name for other in REGISTERED.values()):
+        raise ValueError(f"name={name!r} is taken by another op; choose a name of your own, such as 'mypackage_{name}'")
+    library = _library(namespace)
+    saved = "".join(f", Tensor?{'[]' * a.is_list} {a.name}" for a in op.saved)
+    dtypes = "".join(f", ScalarType? {each}_dtype" for each in op.saved_if)
+    constants = "".join(f", {a.type} {a.name}" for a in op.constants)
+    backward_schema = f"(Tensor?[] grads, bool[] needs{saved}{dtypes}{constants}) -> Tensor[]"
+    schema = op.schema.replace(") ->", ", bool[] needs) ->", 1) if op.policy.grads_in_forward else op.schema
+    runs = {name: (schema, partial(run_forward, op)), f"{name}_backward": (backward_schema, partial(run_backward, op))}
+    for each, (text, run) in runs.items():
+        library.define(each + text)
+        library.impl(each, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{namespace}::{each}", partial(run, fake=True), lib=library)
+    library.impl(name, partial(_differentiable, op), "Autograd")
+    op.target, op.backward_target = (getattr(getattr(torch.ops, namespace), each).default for each in runs)
+    REGISTERED[op.target] = op
+    return op
+
+
+@cache
+def _library(namespace: str) -> torch.library.Library:
+    return torch.library.Library(namespace, "DEF")
+
+
+def _namespace(forward: Callable[..., Any]) -> str:
+    """The namespace of an op whose forward is defined there: one for all sources of this package, or one of a file."""
+    code = inspect.unwrap(forward.func if isinstance(forward, partial) else forward).__code__
+    source = Path(code.co_filename)
+    if not source.is_file():  # as in a notebook
+        return f"fastlora_{hashlib.sha256(code.co_code).hexdigest()[:10]}"
+    return f"fastlora_{digest(KERNELS if source.is_relative_to(KERNELS) else source)}"
+
+
+@cache
+def digest(place: Path) -> str:
+    """Return a digest of a file, or of all Python files of a folder."""
+    sources = sorted(place.rglob("*.py")) if place.is_dir() else [place]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:10]
+
+
+def _differentiable(op: SemanticOp, *values: Any) -> Any:
+    """The op's kernel for autograd's dispatch key; residuals are handed out with the outputs."""
+    tensors = op.leaves.flat(values)
+    needed = any(t is not None and t.requires_grad for t in tensors)
+    if needed and torch.is_grad_enabled() and not op.is_constant:
+        results = op.result_leaves.grouped(_Dispatched.apply(op, values, *tensors))
+        return tuple(results) if len(op.result_names) > 1 else results[0]
+    with compat.below_autograd():
+        return op.target(*values)
+
+
+class _Dispatched(torch.autograd.Function):
+    """Connects an op's forward and backward operators; the leaves of its tensor arguments come flat."""
+
+    @staticmethod
+    def forward(ctx: Any, op: SemanticOp, values: tuple[Any, ...], *tensors: torch.Tensor | None) -> Any:
+        needs = ctx.needs_input_grad[2:]
+        own = values[: len(op.names)]
+        with compat.below_autograd():
+            results = op.as_tuple(op.target(*own, *([needs] if op.policy.grads_in_forward else [])))
+        saved, constants = op.to_save(needs, own, results)
+        ctx.op, ctx.constants, ctx.shared = op, constants, op.shared_gradients(own)
+        ctx.lengths = [len(value) if isinstance(value, list) else None for value in saved]
+        ctx.save_for_backward(*op.saved_leaves.flat(saved))
+        outputs, residuals = op.output_leaves.flat(results), op.residual_leaves.flat(results[len(op.outputs) :])
+        ctx.outputs = len(outputs)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*residuals)
+        return (*outputs, *residuals)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        refuse_second_derivative(ctx.op.name)
+        op: SemanticOp = ctx.op
+        incoming = list(grads[: ctx.outputs])
+        if all(g is None for g in incoming):
+            return (None,) * len(ctx.needs_input_grad)
+        needs = op.reachable(ctx.needs_input_grad[2:], incoming)
+        asked = ctx.shared.to_compute(needs)
+        computed: Sequence[torch.Tensor] = ()
+        if any(asked):
+            flat = iter(ctx.saved_tensors)
+            saved = [next(flat) if n is None else [next(flat) for _ in range(n)] for n in ctx.lengths]
+            computed = op.backward_target(incoming, asked, *saved, *ctx.constants)
+        return (None, None, *ctx.shared.hand_out(computed, asked, needs, incoming[0]))
