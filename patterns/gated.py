@@ -8,6 +8,7 @@ factors come from linear layers on one input.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -68,8 +69,9 @@ def gated_by(view: View, node: fx.Node) -> str | None:
     return _ACTIVATIONS[name] if name not in _PARTS and not others and _from_one_input(view, node, unit) else None
 
 
-def why_not(view: View, node: fx.Node) -> str | None:
-    """What no rule can match about the unit that is counted at a node; None if that is not in how it is spelled."""
+def why_not(view: View, node: fx.Node, covered: Iterable[str]) -> str | None:
+    """Return what no rule matches about the unit that is counted at a node, or None if it is one of the `covered`
+    activations, plainly written."""
     gate = gated_by(view, node)
     if gate == "F.glu":
         return "F.glu joins gate and up in one tensor, which no rule covers"
@@ -77,7 +79,8 @@ def why_not(view: View, node: fx.Node) -> str | None:
         return "the activation writes in place, which no rule covers"
     if any(writes(view, each) for each in _unit(view, node, name_of(view, node)).products):
         return "the product is written over the activation, which no rule covers"
-    return None if gate is None or gate in ("SiLU", "GELU") else f"gated by {gate}, which no rule covers"
+    known = gate is None or gate in {_SMOOTH.get(name) for name in covered}
+    return None if known else f"gated by {gate}, which no rule covers"
 
 
 def _unit(view: View, node: fx.Node, name: str) -> _Unit:

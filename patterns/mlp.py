@@ -6,11 +6,18 @@ from fastlora.match.dsl import Constant, cast, either, gelu, gelu_tanh, raised, 
 from fastlora.match.rule import dtype_of, fuse, rule, tag_of
 from fastlora.patterns.gated import gating, why_not
 
+ACTIVATIONS = {
+    "silu": silu,
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+}
+"""What gates a unit, by the op's name for it."""
+
 
 @rule(ops.glu, anchor=gating, attrs={"activation": tag_of("activation"), "out_dtype": dtype_of()})
 def glu(gate, up):
     g = widened(gate)
-    activated = either(silu=silu(g), gelu=gelu(g), gelu_tanh=gelu_tanh(g)).named("activation")
+    activated = either(**{name: activation(g) for name, activation in ACTIVATIONS.items()}).named("activation")
     return cast(cast(activated) * widened(up))
 
 
@@ -20,7 +27,9 @@ def _operands_agree(match):
     return (same_shape(gate, up) and gate.dtype == up.dtype) or "gate and up differ in shape or dtype"
 
 
-glu.otherwise(why_not)
+@glu.otherwise
+def _why_not(view, node):
+    return why_not(view, node, covered=ACTIVATIONS)
 
 
 @fuse(ops.lora_mlp, benefit=3)

@@ -169,7 +169,7 @@ lora_mlp = register_op(
         reads_quantized=tuple(f"{p}_weight" for p in PROJECTIONS),
         outputs_mutable=True,
     ),
-    choices={"activation": glu.ACTIVATIONS},
+    choices={"activation": tuple(glu.ACTIVATIONS)},
     cost=Cost(
         forward=Work(flops="6*T*H*I + 6*T*R*(H + I)", bytes="(2*T*H + 2*T*I + 3*T*R)*b + 3*H*I*w + 3*R*(H + I)*p"),
         backward=Work(flops="6*T*H*I + 12*T*R*(H + I)", bytes="(3*T*H + 2*T*I + 3*T*R)*b + 3*H*I*w + 6*R*(H + I)*p"),
