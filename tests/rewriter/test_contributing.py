@@ -18,8 +18,8 @@ FOLDERS = {"": "rewriter", "kernels": "kernels", "patterns": "patterns", "tools"
 NEW_SPELLING = {
     "rewriter/graph/canonical_ops.py": [
         (
-            'canonical("silu", "input", call("input inplace=False", F.silu), fresh=True)\n',
-            'canonical("silu", "input", call("input inplace=False", F.silu), "lib.swish", fresh=True)\n',
+            '\ncanonical("silu", "input", call("input inplace=False", F.silu), fresh=True)\n',
+            '\ncanonical("silu", "input", call("input inplace=False", F.silu), "lib.swish", fresh=True)\n',
         )
     ]
 }
