@@ -89,9 +89,9 @@ class CallSite:
                 return self._through_dispatcher(given)
             plan = self._plan(key, tensors, numbers)
         results = _apply(plan, *tensors) if plan.is_differentiable else plan.forward(tensors)[: plan.outputs]
-        if self._single:
-            return results[0]
-        return tuple(self.op.output_leaves.grouped(results)) if self._lists else results
+        if self._lists:
+            results = tuple(self.op.output_leaves.grouped(results))
+        return results[0] if self._single else results
 
     def _plan(self, key: Any, tensors: tuple[torch.Tensor, ...], numbers: tuple[Any, ...]) -> Plan:
         plan = Plan(self.op, self.arguments, tensors, numbers, Reuse.traces)

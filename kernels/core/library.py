@@ -65,14 +65,16 @@ def _namespace(forward: Callable[..., Any]) -> str:
     source = Path(code.co_filename)
     if not source.is_file():  # as in a notebook
         return f"fastlora_{hashlib.sha256(code.co_code).hexdigest()[:10]}"
-    return f"fastlora_{digest(KERNELS if source.is_relative_to(KERNELS) else source)}"
+    return f"fastlora_{_cached_digest(KERNELS if source.is_relative_to(KERNELS) else source)}"
 
 
-@cache
 def digest(place: Path) -> str:
     """Return a digest of a file, or of all Python files of a folder."""
     sources = sorted(place.rglob("*.py")) if place.is_dir() else [place]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:10]
+
+
+_cached_digest = cache(digest)
 
 
 def _differentiable(op: SemanticOp, *values: Any) -> Any:

@@ -244,7 +244,8 @@ class PlannedBackward:
         if any(self._asked):
             if plan.recomputes:
                 named = dict(zip(op.backward_names, values, strict=True))
-                values = list((named | recompute.restore(op, named, tensors[0])).values())
+                restored = plan.run(lambda *_: recompute.restore(op, named, tensors[0]), tensors)
+                values = list((named | restored).values())
             computed = op.backward_target(grads, self._asked, *dequantized(values))
         return plan.by_place(plan.shared.hand_out(computed, self._asked, self._needs, grads[0]))
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from fastlora.kernels.core.execution import compute
 from fastlora.kernels.core.semantic_op import SemanticOp
 
 
@@ -55,5 +54,5 @@ def restore(op: SemanticOp, named: dict[str, Any], anchor: torch.Tensor) -> dict
     implementation = op.implementations.forward(anchor, arguments)
     if implementation.restore is not None:
         return dict(zip(op.policy.recomputable, implementation.restore(**named), strict=True))
-    results = dict(zip(op.result_names, op.as_tuple(compute(op, list(arguments.values()))), strict=True))
+    results = dict(zip(op.result_names, implementation.forward(**arguments), strict=True))
     return {name: results[name] for name in op.policy.recomputable}

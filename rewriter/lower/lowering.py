@@ -49,10 +49,10 @@ def call_directly(gm: fx.GraphModule) -> None:
     for each in found:
         derived.setdefault(each.node, []).append(each)
     for body in bodies(gm):
+        quantized.tidy(body.graph)
         for node in body.graph.nodes:
             if node.target in REGISTERED:
                 _bind(node, derived.get(node, []))
-        quantized.tidy(body.graph)
         body.recompile()
 
 

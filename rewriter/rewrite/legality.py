@@ -150,8 +150,10 @@ class Legality:
     def _quantized(self, match: Match) -> Refusal | None:
         """Other ops would keep the decoded weight alive, which quantization is there to avoid."""
         for name, value in match.arguments.items():
+            if name in match.op.policy.reads_quantized:
+                continue
             for node in value if isinstance(value, list) else [value]:
-                if isinstance(node, fx.Node) and node.target is dequantize_4bit.target and name not in match.op.decodes:
+                if isinstance(node, fx.Node) and node.target is dequantize_4bit.target:
                     return Refusal(Code.QUANTIZED, node, f"{match.op.name} does not read its {name} in 4 bits")
         return None
 

@@ -55,7 +55,7 @@ class Case:
     @property
     def directions(self) -> list[str]:
         """The passes to time; where the forward makes the gradients, they are one."""
-        if self.op.foresees:
+        if self.op.policy.grads_in_forward:
             return ["both"]
         return ["forward", "backward"] if self.wanted else ["forward"]
 
