@@ -14,8 +14,8 @@ from fastlora.graph.view import View
 from fastlora.kernels import ops
 from fastlora.kernels.core.grouped_mm import makes_at_once
 from fastlora.match.dsl import Op, Param, Scalar, either
-from fastlora.match.matcher import describe
 from fastlora.match.rule import GroupRule, Match, Rule, rule
+from fastlora.match.state import describe
 from fastlora.patterns.reading import is_given
 
 _PARAMETER = Param(3)

@@ -6,9 +6,10 @@ import torch
 from mistakes_in_rules import MISTAKES, at_each, mistake, renamed, set_to, typo
 
 from fastlora.graph.canonical_ops import operations, signature_of
+from fastlora.match.combinators import Cast, Either, Kept, Raised
 from fastlora.match.dsl import Scalar, silu, tanh
-from fastlora.match.grammar import parts
-from fastlora.match.matcher import Cast, Either, Kept, Literal, Named, Op, Pattern, Raised
+from fastlora.match.pattern import Literal, Named, Op, Pattern
+from fastlora.match.pattern_lint import parts
 from fastlora.match.rule import group
 
 
@@ -17,7 +18,7 @@ def _an_operation_that_there_is_not(written, rng):
     for at, part in at_each(written, Op):
         wrong = typo(part.op, rng)
         if wrong not in operations():
-            yield written.with_part(at, set_to("op", wrong)), f"{wrong!r} is no operation: did you mean"
+            yield written.with_part(at, set_to("op", wrong)), f"{wrong!r} is not an operation: did you mean"
 
 
 @mistake
@@ -46,7 +47,7 @@ def _an_argument_left_out(written, rng):
 def _a_predicate_that_cannot_be_asked(written, rng):
     for at, part in at_each(written, Op):
         name = rng.choice(list(part.args))
-        for wrong, said in ((float, "float is a type"), (Scalar, "Scalar is no predicate"), (silu, "silu is no pred")):
+        for wrong, said in ((float, "float is a type"), (Scalar, "Scalar is not a predicate"), (silu, "silu is not a pred")):
             changed = Op("neg", input=wrong).args["input"]
             yield written.with_part(at, lambda p, n=name, c=changed: p.args.update({n: c})), said
 
@@ -54,7 +55,7 @@ def _a_predicate_that_cannot_be_asked(written, rng):
 @mistake
 def _a_value_that_is_no_pattern(written, rng):
     for at, _ in at_each(written, Cast):
-        yield written.with_part(at, set_to("inner", (1, 2))), "(1, 2) stands where a pattern has to"
+        yield written.with_part(at, set_to("inner", (1, 2))), "(1, 2) stands where a pattern must"
     for at, _ in at_each(written, Literal):
         yield written.with_part(at, set_to("value", torch.ones(1))), "tensor([1.]) is neither a pattern nor a constant"
 
@@ -105,7 +106,7 @@ def _below(part: Pattern) -> set[str]:
 def _a_name_that_is_none(written, rng):
     for at, _ in at_each(written, Named):
         wrong = rng.choice([3, None, "", "a name"])
-        yield written.with_part(at, set_to("name", wrong)), f"the name {wrong!r} is no identifier"
+        yield written.with_part(at, set_to("name", wrong)), f"the name {wrong!r} is not an identifier"
 
 
 @mistake
@@ -121,7 +122,7 @@ def _a_raised_argument_that_goes_nowhere(written, rng):
     for at, part in at_each(written, Raised):
         for name in sorted(part.overrides.keys() & {"dropout", "base_dtype"}):
             without = written.with_part(at, lambda p, n=name: p.overrides.pop(n))
-            yield without, f"{part.prefix}{name}' is no argument of lora_mlp"
+            yield without, f"{part.prefix}{name}' is not an argument of lora_mlp"
 
 
 @mistake

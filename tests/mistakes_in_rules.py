@@ -16,8 +16,9 @@ from written_rules import Written
 
 from fastlora.graph.canonical_ops import operations
 from fastlora.kernels import ops
+from fastlora.match.combinators import Raised
 from fastlora.match.dsl import Param, Scalar, silu
-from fastlora.match.matcher import Named, Op, Raised
+from fastlora.match.pattern import Named, Op
 from fastlora.match.rule import dtype_of, group, rule, tag_of
 
 Mistake = Callable[[Written, random.Random], Iterator[tuple[Written, str]]]
@@ -91,7 +92,7 @@ def _an_anchor_that_cannot_be_asked(written, rng):
 def _an_attribute_that_there_is_not(written, rng):
     for name in written.options.get("attrs", {}):
         wrong = typo(name, rng)
-        yield written.with_attribute(wrong, 1.0), f"attrs {wrong!r} is no argument of {written.given[0].name}"
+        yield written.with_attribute(wrong, 1.0), f"attrs {wrong!r} is not an argument of {written.given[0].name}"
 
 
 @mistake
@@ -112,7 +113,7 @@ def _an_attribute_of_the_wrong_type(written, rng):
 def _an_attribute_that_is_no_choice(written, rng):
     for name in _attributes(written, "str"):
         wrong = typo(rng.choice(written.given[0].choices[name]), rng)
-        yield written.with_attribute(name, wrong), f"attrs {name}={wrong!r} is no {name}"
+        yield written.with_attribute(name, wrong), f"attrs {name}={wrong!r} is not a valid {name}"
 
 
 @mistake
@@ -178,7 +179,7 @@ def _an_attribute_left_out(written, rng):
 @mistake
 def _attributes_that_are_no_dict(written, rng):
     if written.decorator is not group:
-        yield written.given_in("attrs", [("out_dtype", dtype_of())]), "is no dict"
+        yield written.given_in("attrs", [("out_dtype", dtype_of())]), "is not a dict"
 
 
 @mistake
@@ -196,7 +197,7 @@ def _an_op_that_is_none(written, rng):
 @mistake
 def _a_benefit_that_is_no_integer(written, rng):
     for wrong in ("2", 1.5, None, True):
-        yield written.given_in("benefit", wrong), f"benefit={wrong!r} is no integer"
+        yield written.given_in("benefit", wrong), f"benefit={wrong!r} is not an integer"
 
 
 @mistake
@@ -232,7 +233,7 @@ def _a_parameter_that_is_no_argument(written, rng):
         def call(captures):
             return written.function(**{old.name if n == wrong else n: v for n, v in captures.items()})
 
-        yield written.taking(renamed, call), f"{wrong!r} is no argument of"
+        yield written.taking(renamed, call), f"{wrong!r} is not an argument of"
 
 
 @mistake
@@ -282,4 +283,4 @@ def _a_group_into_what_it_cannot_be(written, rng):
 @mistake
 def _a_condition_that_cannot_be_asked(written, rng):
     if written.decorator is group:
-        yield replace(written, function=lambda first, second: True), "is no function of the list of matches"
+        yield replace(written, function=lambda first, second: True), "is not a function of the list of matches"

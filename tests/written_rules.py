@@ -32,8 +32,8 @@ from fastlora.match.dsl import (
     silu,
     widened,
 )
-from fastlora.match.grammar import parts
-from fastlora.match.matcher import Op
+from fastlora.match.pattern import Op
+from fastlora.match.pattern_lint import parts
 from fastlora.match.rule import Rule, dtype_of, fuse, group, rule, tag_of
 
 

@@ -33,7 +33,7 @@ def parse(text: str) -> Signature:
     for item in text.split():
         name, equals, value = item.partition("=")
         if not name.isidentifier() or (equals and not value):
-            raise ValueError(f"{item!r} is no argument: write name or name=value, without spaces around the =")
+            raise ValueError(f"{item!r} is not an argument: write name or name=value, without spaces around the =")
         if name in names:
             raise ValueError(f"{name!r} is there twice")
         names.append(name)

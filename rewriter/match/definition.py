@@ -10,7 +10,7 @@ from torch import fx
 
 from fastlora.graph.view import View
 from fastlora.kernels.core.semantic_op import SemanticOp
-from fastlora.match.matcher import Pattern
+from fastlora.match.pattern import Pattern
 from fastlora.match.result import Result
 
 Anchor = str | Callable[[View, fx.Node], bool]

@@ -25,8 +25,10 @@ from fastlora.graph.fake_values import meta
 from fastlora.graph.view import View
 from fastlora.kernels.core.semantic_op import SemanticOp
 from fastlora.kernels.ops import dequantize_4bit
-from fastlora.match.matcher import Cast, Either, Kept, Op, Pattern, Predicate, Raised, State, Trace, describe
+from fastlora.match.combinators import Cast, Either, Kept, Raised
+from fastlora.match.pattern import Op, Pattern
 from fastlora.match.seeded_dropout import Seeded
+from fastlora.match.state import Predicate, State, Trace, describe
 
 
 def __getattr__(name: str) -> Callable[..., Op]:
@@ -79,7 +81,7 @@ def seeded(name: str, x: Pattern, p: Pattern, where: Predicate) -> Pattern:
 
 
 def raised(op: SemanticOp, prefix: str = "", **overrides: Any) -> Pattern:
-    """A semantic op that a `@rule` has found. Its arguments are captured under `prefix` + their names, and have to be
+    """A semantic op that a `@rule` has found. Its arguments are captured under `prefix` + their names, and must be
     arguments of the rule's op; others are given as patterns, constants or predicates, in `overrides`."""
     return Raised(op, prefix, **overrides)
 

@@ -32,7 +32,7 @@ def misfit(op: SemanticOp, argument: Argument, value: Any) -> str | None:
         return f"{shown}: {op.name}{op.schema} takes {argument.type}, not {type(value).__name__}"
     allowed = op.choices.get(argument.name)
     if allowed is not None and value not in allowed:
-        return f"{shown} is no {argument.name} of {op.name}: {suggestion(value, allowed)}"
+        return f"{shown} is not a valid {argument.name} of {op.name}: {suggestion(value, allowed)}"
     return None
 
 

@@ -13,7 +13,7 @@ from fastlora.graph.fake_values import meta
 from fastlora.graph.view import View
 from fastlora.kernels.core.semantic_op import SemanticOp
 from fastlora.match.definition import Definition
-from fastlora.match.matcher import State
+from fastlora.match.state import State
 
 
 @dataclass(eq=False)
@@ -87,7 +87,7 @@ class Match:
         """The bounds (`start`, `stop`, `step`) of a named slice."""
         term = self.view.term(self.value(name))
         if term is None or term.op != "slice":
-            raise self._wrong(f"{name!r} is no slice in this match")
+            raise self._wrong(f"{name!r} is not a slice in this match")
         return term.args
 
     def dtype(self, name: str | None = None) -> torch.dtype:

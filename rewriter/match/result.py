@@ -71,7 +71,7 @@ class Result:
                 called = getattr(node.target, "__name__", node.target)
                 yield f"result= calls {called}: only negation, arithmetic, slices, casts and reshapes are possible"
             if node.op == "output" and not all(isinstance(value, fx.Node) for value in node.args[0]):
-                yield "result= has to return values that are computed from the op's outputs"
+                yield "result= must return values that are computed from the op's outputs"
 
 
 def _is_plain(node: fx.Node) -> bool:

@@ -23,12 +23,12 @@ from torch import fx
 from fastlora.errors import RuleError, written_at
 from fastlora.graph.view import View
 from fastlora.kernels.core.semantic_op import SemanticOp
+from fastlora.match.combinators import Var
 from fastlora.match.definition import Anchor, Definition, PatternDefinition
 from fastlora.match.dsl import Opt, Param, Scalar
-from fastlora.match.grammar import alternatives, bound_names
 from fastlora.match.literals import misfit
 from fastlora.match.match import Match, dtype_of, tag_of
-from fastlora.match.matcher import State, Trace, Var
+from fastlora.match.pattern_lint import alternatives, bound_names
 from fastlora.match.result import Result
 from fastlora.match.rule_lint import (
     anchor_faults,
@@ -40,6 +40,7 @@ from fastlora.match.rule_lint import (
     result_faults,
     rule_faults,
 )
+from fastlora.match.state import State, Trace
 
 Explanation = Callable[[View, fx.Node], "str | None"]
 Verdict = bool | str
@@ -153,7 +154,7 @@ def rule(
     """Declare that a subgraph is `op`, or an expression around it.
 
     Args:
-        op: the semantic op. Captures and `attrs` together have to provide all its arguments.
+        op: the semantic op. Captures and `attrs` together must provide all its arguments.
         anchor: the operation (or a predicate on view and node) that marks a candidate: each one in a graph is either
             claimed by a match or explained in the report.
         attrs: arguments computed from the match, as constants or functions of the `Match`.
@@ -211,7 +212,7 @@ def _build(
     _insist(function, anchor_faults(anchor))
     attrs = {} if attrs is None else attrs
     if not isinstance(attrs, dict):
-        raise _wrong(function, f"attrs={attrs!r} is no dict from the op's arguments to their values")
+        raise _wrong(function, f"attrs={attrs!r} is not a dict from the op's arguments to their values")
     try:
         variables, defaults = _parameters(function)
         outputs = function(**variables)
@@ -245,7 +246,7 @@ def _parameters(function: Callable[..., Any]) -> tuple[dict[str, Var], dict[str,
     defaults: dict[str, Any] = {}
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            raise TypeError(f"its parameter {parameter} is no capture, which has a name of its own")
+            raise TypeError(f"its parameter {parameter} is not a capture, which has a name of its own")
         annotation = parameter.annotation
         optional = annotation is Opt or isinstance(annotation, Opt)
         predicate = annotation.predicate if isinstance(annotation, Opt) else annotation

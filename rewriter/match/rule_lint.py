@@ -1,7 +1,7 @@
 """What can be seen to be wrong with a rule without a graph; a rule that fails raises where it is defined.
 
 The checks run in an order in which each may rely on those before it: what the decorator was given, the pattern by
-itself (`grammar.py`), then the two beside the op's schema.
+itself (`pattern_lint.py`), then the two beside the op's schema.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import Any
 from fastlora.errors import suggestion
 from fastlora.kernels import ops
 from fastlora.kernels.core.semantic_op import SemanticOp
+from fastlora.match.combinators import Cast, Either, Kept, Raised, Var
 from fastlora.match.definition import PatternDefinition
 from fastlora.match.dsl import Constant, Scalar
-from fastlora.match.grammar import alternatives, collisions, faults, hidden, parts, takes, unknown_operation
 from fastlora.match.literals import misfit
 from fastlora.match.match import DtypeOf, TagOf, dtype_of, tag_of
-from fastlora.match.matcher import ANYTHING, RAISED, Cast, Either, Kept, Op, Pattern, Raised, Var
+from fastlora.match.pattern import ANYTHING, RAISED, Op, Pattern
+from fastlora.match.pattern_lint import alternatives, collisions, faults, hidden, parts, takes, unknown_operation
 
 
 def decorator_faults(kind: str, function: Any, given: dict[str, Any], benefit: Any) -> Iterator[str]:
@@ -28,7 +29,7 @@ def decorator_faults(kind: str, function: Any, given: dict[str, Any], benefit: A
         if not isinstance(op, SemanticOp):
             yield f"@{kind} takes an op of fastlora.kernels.ops as {name}, not {op!r}; {_closest_op(op)}"
     if not isinstance(benefit, int) or isinstance(benefit, bool):
-        yield f"benefit={benefit!r} is no integer"
+        yield f"benefit={benefit!r} is not an integer"
     if not callable(function):
         yield f"@{kind} decorates a function, not {function!r}"
 
@@ -52,7 +53,7 @@ def pattern_faults(outputs: tuple[Any, ...]) -> Iterator[str]:
     """What is wrong with what a rule's function returned, by itself."""
     for output in outputs or (outputs,):
         if not isinstance(output, Pattern):
-            yield f"its function has to return a pattern, or a tuple of patterns, and returns {output!r}"
+            yield f"its function must return a pattern, or a tuple of patterns, and returns {output!r}"
     yield from faults(outputs[0])
 
 
@@ -89,7 +90,7 @@ def _shape_faults(made: PatternDefinition, variables: dict[str, Var]) -> Iterato
         if len(made.outputs) != made.result.count:
             yield f"returns {len(made.outputs)} values, but result= {made.result.count}"
     if any(output not in found for output in made.outputs):
-        yield "every further output has to be a part of the first"
+        yield "every further output must be a part of the first"
     if len(set(made.outputs)) < len(made.outputs):
         yield "two of the outputs are the same value"
     roots = made.outputs[0].roots()
@@ -117,9 +118,9 @@ def _capture_faults(made: PatternDefinition, variables: dict[str, Var]) -> Itera
     for name in sorted(captured - arguments.keys()):
         if not name.startswith("_"):
             own = "a capture of the rule's own has a _ before its name"
-            yield f"{name!r} is no argument of {op.name}: {suggestion(name, arguments)}; {own}"
+            yield f"{name!r} is not an argument of {op.name}: {suggestion(name, arguments)}; {own}"
     for name in sorted(bundled.keys() - arguments.keys()):
-        yield f"{name!r} is no argument of {op.name}: {suggestion(name, arguments)}; {_say_what(bundled[name])}"
+        yield f"{name!r} is not an argument of {op.name}: {suggestion(name, arguments)}; {_say_what(bundled[name])}"
     provided = captured | bundled.keys() | made.attrs.keys()
     if missing := [n for n, a in arguments.items() if n not in provided and not a.is_optional]:
         yield f"nothing provides {missing} of {op.name}{op.schema}: capture it, or give it in attrs"
@@ -136,7 +137,7 @@ def _capture_faults(made: PatternDefinition, variables: dict[str, Var]) -> Itera
 
 
 def _say_what(bundle: Raised) -> str:
-    return f"raised(ops.{bundle.op.name}, ...) has to say what it is: a capture, a constant, or a predicate on one"
+    return f"raised(ops.{bundle.op.name}, ...) must say what it is: a capture, a constant, or a predicate on one"
 
 
 def _attribute_faults(made: PatternDefinition, variables: dict[str, Var]) -> Iterator[str]:
@@ -146,7 +147,7 @@ def _attribute_faults(made: PatternDefinition, variables: dict[str, Var]) -> Ite
     bundled = {name: part for part in found if isinstance(part, Raised) for name in part.captures()}
     for name, value in made.attrs.items():
         if name not in arguments:
-            yield f"attrs {name!r} is no argument of {made.op.name}: {suggestion(name, arguments)}"
+            yield f"attrs {name!r} is not an argument of {made.op.name}: {suggestion(name, arguments)}"
         elif name in captured:
             yield f"{name!r} is both captured and in attrs: call the capture _{name}, or leave it out of attrs"
         elif name in bundled:
@@ -182,7 +183,7 @@ def _asking_faults(
         if asked.name not in made.names:
             yield f"attrs {name!r}: nothing is captured or named {asked.name!r}: {suggestion(asked.name, made.names)}"
         if asked.name in variables and variables[asked.name].predicate in (Scalar, Constant):
-            yield f"attrs {name!r}: {asked.name!r} is no tensor, and has no dtype"
+            yield f"attrs {name!r}: {asked.name!r} is not a tensor and has no dtype"
 
 
 def _default_faults(made: PatternDefinition, variables: dict[str, Var]) -> Iterator[str]:
@@ -231,11 +232,11 @@ def group_faults(condition: Any, member: SemanticOp, by: Any, into: SemanticOp) 
         single = [a.name for a in into.arguments if not a.is_list]
         yield f"by={by!r} is nothing that all members of {into.name} share: {suggestion(by, single)}"
     if not all(output.is_list for output in into.outputs):
-        yield f"the outputs of {into.name} have to be lists, one entry a member"
+        yield f"the outputs of {into.name} must be lists, one entry a member"
     yield from function_faults(condition, 1, "the list of matches")
 
 
 def function_faults(function: Any, count: int, arguments: str) -> Iterator[str]:
     """What is wrong with a function that a rule will call with so many arguments."""
     if isinstance(function, type) or not callable(function) or not takes(function, count):
-        yield f"{getattr(function, '__name__', function)!r} is no function of {arguments}"
+        yield f"{getattr(function, '__name__', function)!r} is not a function of {arguments}"

@@ -31,7 +31,7 @@ def check_rules(rules: Any) -> list[AnyRule]:
     if isinstance(rules, ModuleType):
         raise FastLoRAError(f"rules={shown} is a module: pass its list of rules, rules={rules.__name__}.RULES")
     if isinstance(rules, (str, bytes)) or not isinstance(rules, Iterable):
-        raise FastLoRAError(f"rules={shown} is no list of rules; {_DEFAULT}")
+        raise FastLoRAError(f"rules={shown} is not a list of rules; {_DEFAULT}")
     found = list(rules)
     for position, each in enumerate(found):
         if (reason := _no_rule(each)) is not None:
@@ -65,9 +65,9 @@ def _no_rule(value: Any) -> str | None:
     if isinstance(value, (Rule, GroupRule)):
         return None
     if isinstance(value, (list, tuple)):
-        return "which is no rule: unpack it with *, as in rules=[*fastlora.default_rules(), mine]"
+        return "which is not a rule: unpack it with *, as in rules=[*fastlora.default_rules(), mine]"
     if isinstance(value, ModuleType):
-        return "which is no rule: unpack its list, as in rules=[*module.RULES]"
+        return "which is not a rule: unpack its list, as in rules=[*module.RULES]"
     if callable(value):
-        return "which is no rule: what @fastlora.rule, @fastlora.fuse or @fastlora.group returns is one"
-    return f"which is no rule; {_DEFAULT}"
+        return "which is not a rule: what @fastlora.rule, @fastlora.fuse or @fastlora.group returns is one"
+    return f"which is not a rule; {_DEFAULT}"

@@ -24,7 +24,9 @@ from torch import fx
 from fastlora.graph.fake_values import meta
 from fastlora.graph.view import View
 from fastlora.kernels.formulas.dropout import SEEDS, reference
-from fastlora.match.matcher import Kept, Op, Pattern, Predicate, State, Trace, describe
+from fastlora.match.combinators import Kept
+from fastlora.match.pattern import Op, Pattern
+from fastlora.match.state import Predicate, State, Trace, describe
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,7 +72,7 @@ def seeds(arguments: dict[str, Any]) -> list[Seed]:
 
 
 def _uses(view: View, node: fx.Node) -> int:
-    """How many times a value is read; one user may do so twice, and the two have to stay equal."""
+    """How many times a value is read; one user may do so twice, and the two must stay equal."""
     read: list[fx.Node] = []
     for user in dict.fromkeys(view.users(node)):
         fx.node.map_arg((user.args, user.kwargs), lambda argument: read.append(view.producer(argument)))
@@ -95,7 +97,7 @@ class Seeded(Kept):
                 trace.note(state, refusal)
 
     def _refusal(self, view: View, value: Any) -> str | None:
-        """Why the dropout has to stay in the graph, or None."""
+        """Why the dropout must stay in the graph, or None."""
         term = view.term(value)
         p = term.args["p"] if term is not None else None
         if not isinstance(p, float) or not 0 < p < 1:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from torch import fx
 
 from fastlora.graph.view import View
-from fastlora.match.matcher import RAISED
+from fastlora.match.pattern import RAISED
 from fastlora.match.rule import Anchor, GroupRule, Match, Rule
 from fastlora.rewrite import quantized
 from fastlora.rewrite.commit import commit

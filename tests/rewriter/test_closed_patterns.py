@@ -117,7 +117,7 @@ def test_spellings_with_other_defaults_have_none() -> None:
 @pytest.mark.parametrize(
     ("op", "signature", "targets", "reason"),
     [
-        ("closed_a", "input beta = 1.0", (len,), "'=' is no argument: write name or name=value"),
+        ("closed_a", "input beta = 1.0", (len,), "'=' is not an argument: write name or name=value"),
         ("closed_a", "input input", (len,), "'input' is there twice"),
         ("closed_a", "input", (), "name a function, a method or an operator"),
         ("closed_a", "input", (3,), "3 is neither a callable nor the name"),
@@ -212,13 +212,13 @@ NAME = "activation"
 @pytest.mark.parametrize(
     ("attrs", "reason"),
     [
-        ({"activation": lambda match: "swoosh"}, "attrs activation='swoosh' is no activation of glu"),
+        ({"activation": lambda match: "swoosh"}, "attrs activation='swoosh' is not a valid activation of glu"),
         ({"activation": lambda match: None}, "attrs activation=None: glu("),
         ({"out_dtype": lambda match: 32}, "attrs out_dtype=32: glu("),
         ({"activation": lambda match: match.value(NAME)}, "nothing is captured or named 'activation'"),
         ({"activation": lambda match: match.tag(NAME)}, "no either is named 'activation'"),
         ({"out_dtype": lambda match: match.dtype("_scale")}, "'_scale' holds no tensor in this match"),
-        ({"activation": lambda match: match.slice_of("gate")}, "'gate' is no slice in this match"),
+        ({"activation": lambda match: match.slice_of("gate")}, "'gate' is not a slice in this match"),
     ],
 )
 def test_a_computed_attribute_that_cannot_be_right_is_an_error(attrs: dict[str, Any], reason: str) -> None:

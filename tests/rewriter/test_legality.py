@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from graphs import analyse, bf16, lora, randn, rms_norm
 from torch import Tensor
 
-from fastlora.kernels.core.semantic_op import op
+from fastlora.kernels.core.library import register_op
 from fastlora.match.dsl import tanh
 from fastlora.match.rule import rule
 from fastlora.rewrite.refusal import Code
@@ -205,7 +205,7 @@ def test_a_write_inside_a_checkpoint_counts() -> None:
 def test_a_random_value_is_not_swallowed() -> None:
     from fastlora.match.dsl import dropout
 
-    toy = op(
+    toy = register_op(
         "legality_dropout",
         family="toy",
         schema="(Tensor x) -> (Tensor y)",

@@ -13,7 +13,8 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
 from fastlora.frontend.session import default_rules
-from fastlora.kernels.core.semantic_op import SemanticOp, op
+from fastlora.kernels.core.library import register_op
+from fastlora.kernels.core.semantic_op import SemanticOp
 from fastlora.match.dsl import tanh
 from fastlora.match.rule import Rule, rule
 from fastlora.rewrite.pipeline import rewrite
@@ -27,7 +28,7 @@ BF16 = X.detach().to(bf16).requires_grad_()
 
 def _toy(name: str, forward: Any, schema: str = "(Tensor x) -> (Tensor y)") -> SemanticOp:
     """An op that claims to be tanh."""
-    return op(
+    return register_op(
         f"toy_{name}",
         family="toy",
         schema=schema,

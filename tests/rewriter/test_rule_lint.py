@@ -15,7 +15,8 @@ from torch import Tensor
 import fastlora
 from fastlora.frontend.session import default_rules
 from fastlora.kernels import ops
-from fastlora.kernels.core.semantic_op import SemanticOp, op
+from fastlora.kernels.core.library import register_op
+from fastlora.kernels.core.semantic_op import SemanticOp
 from fastlora.match.dsl import Op, Opt, Param, Scalar, cast, either, raised, sigmoid, silu, tanh
 from fastlora.match.rule import dtype_of, fuse, group, rule
 
@@ -23,7 +24,7 @@ from fastlora.match.rule import dtype_of, fuse, group, rule
 def _declare(name: str, schema: str, outputs: int = 1) -> SemanticOp:
     """An op that is only spoken of, never run."""
     nothing: Callable[..., Any] = lambda *_, **__: ()  # noqa: E731
-    return op(
+    return register_op(
         f"lint_{name}",
         family="toy",
         schema=schema,
@@ -168,8 +169,8 @@ def _group_with_a_single_result():
 
 
 WRONG: list[tuple[Callable[[], None], str]] = [
-    (_unknown_capture, "'other' is no argument of lint_one"),
-    (_unknown_attribute, "attrs 'speed' is no argument"),
+    (_unknown_capture, "'other' is not an argument of lint_one"),
+    (_unknown_attribute, "attrs 'speed' is not an argument"),
     (_missing_argument, "nothing provides ['scale']"),
     (_missing_attribute, "nothing provides ['out_dtype']"),
     (_unused_parameter, "['scale'] do not appear"),
@@ -180,14 +181,14 @@ WRONG: list[tuple[Callable[[], None], str]] = [
     (_optional_for_a_required, "x is optional in the pattern"),
     (_too_few_outputs, "returns 1 values"),
     (_too_many_outputs, "returns 2 values"),
-    (_detached_output, "has to be a part of the first"),
+    (_detached_output, "must be a part of the first"),
     (_repeated_output, "two of the outputs are the same value"),
-    (_no_pattern, "has to return a pattern"),
+    (_no_pattern, "must return a pattern"),
     (_no_operation, "no operation at its top"),
-    (_fusion_without_its_argument, "'activation' is no argument of lint_one"),
+    (_fusion_without_its_argument, "'activation' is not an argument of lint_one"),
     (_group_of_strangers, "['elsewhere']"),
     (_group_by_what_there_is_not, "['elsewhere']"),
-    (_group_with_a_single_result, "have to be lists"),
+    (_group_with_a_single_result, "must be lists"),
 ]
 
 
@@ -216,7 +217,7 @@ def _softcap_backward(wanted: Any, grads: list[Tensor], x: Tensor, cap: float) -
     return {"x": grads[0] * (1 - t * t)}
 
 
-SOFTCAP = op(
+SOFTCAP = register_op(
     "third_party_softcap",
     family="softcap",
     schema="(Tensor x, float cap) -> (Tensor y)",
@@ -264,7 +265,7 @@ def test_a_third_partys_near_miss_is_explained(function: Callable[[Tensor], Tens
 
 
 def test_a_third_partys_rule_sees_the_dtypes_of_the_trace() -> None:
-    cast_op = op(
+    cast_op = register_op(
         "third_party_widening",
         family="toy",
         schema="(Tensor x, Tensor weight, ScalarType out_dtype) -> (Tensor y)",
@@ -288,7 +289,7 @@ def test_a_third_partys_rule_sees_the_dtypes_of_the_trace() -> None:
 
 
 def test_a_third_partys_op_need_not_save_anything() -> None:
-    doubled = op(
+    doubled = register_op(
         "third_party_double",
         family="toy",
         schema="(Tensor x) -> (Tensor y)",

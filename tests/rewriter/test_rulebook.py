@@ -25,15 +25,18 @@ def test_rules_are_a_list_of_rules(rules: Any) -> None:
 @pytest.mark.parametrize(
     ("rules", "said"),
     [
-        ("all", "rules='all' is no list of rules; leave rules out for fastlora.default_rules()"),
-        (True, "rules=True is no list of rules"),
+        ("all", "rules='all' is not a list of rules; leave rules out for fastlora.default_rules()"),
+        (True, "rules=True is not a list of rules"),
         (norms.rms_norm, "is one rule: pass a list, rules=[rms_norm]"),
         (norms, "is a module: pass its list of rules, rules=fastlora.patterns.norms.RULES"),
-        ([len], "rules[0] is <built-in function len>, which is no rule: what @fastlora.rule, @fastlora.fuse or"),
-        ([norms.rms_norm, RULES], "which is no rule: unpack it with *, as in rules=[*fastlora.default_rules(), mine]"),
+        ([len], "rules[0] is <built-in function len>, which is not a rule: what @fastlora.rule, @fastlora.fuse or"),
+        (
+            [norms.rms_norm, RULES],
+            "which is not a rule: unpack it with *, as in rules=[*fastlora.default_rules(),",
+        ),
         ([[norms.rms_norm]], "rules[0] is [rms_norm ("),
-        ([norms], "which is no rule: unpack its list, as in rules=[*module.RULES]"),
-        ([None], "rules[0] is None, which is no rule; leave rules out for fastlora.default_rules()"),
+        ([norms], "which is not a rule: unpack its list, as in rules=[*module.RULES]"),
+        ([None], "rules[0] is None, which is not a rule; leave rules out for fastlora.default_rules()"),
         (
             {"input_ids": torch.ones(1, 4)},
             "rules is a dict: pass the batch as keyword arguments, explain(model, **batch)",
@@ -65,7 +68,7 @@ def test_an_entry_point_is_a_module_or_a_list(value: str) -> None:
         ("json", "is neither a list of rules nor a module with one as RULES"),
         ("fastlora.patterns.norms:rms_norm", "is neither a list of rules nor a module"),
         ("brings_nothing", "is neither a list of rules nor a module"),
-        ("brings_a_function", "has <built-in function len> at 0, which is no rule"),
+        ("brings_a_function", "has <built-in function len> at 0, which is not a rule"),
     ],
 )
 def test_an_entry_point_without_rules_is_named(value: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:

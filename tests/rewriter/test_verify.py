@@ -13,7 +13,7 @@ from graphs import analyse, bf16, lora, randn, rms_norm, rotary
 from torch import Tensor
 
 from fastlora.kernels import ops
-from fastlora.kernels.core.semantic_op import op
+from fastlora.kernels.core.library import register_op
 from fastlora.match.dsl import Op, Opt, Param, Scalar, cast, gelu, mean, rsqrt, silu, tanh
 from fastlora.match.rule import Rule, dtype_of, rule
 from fastlora.patterns.rotary import _rotate
@@ -134,7 +134,7 @@ def test_without_verification_the_wrong_rule_would_pass(name: str) -> None:
 
 
 def _toy(name: str, forward: Any, backward: Any) -> Rule:
-    toy = op(
+    toy = register_op(
         f"verified_{name}",
         family="toy",
         schema="(Tensor x, float scale) -> (Tensor y)",
@@ -175,7 +175,7 @@ def test_a_forward_that_is_less_exact_than_the_matched_nodes_is_refused() -> Non
 
 def test_a_match_is_verified_with_its_own_constants() -> None:
     """The first one happens to be right; that says nothing about the second."""
-    doubling = op(
+    doubling = register_op(
         "verified_doubling",
         family="toy",
         schema="(Tensor x) -> (Tensor y)",

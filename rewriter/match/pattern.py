@@ -1,0 +1,248 @@
+"""Patterns: what a subgraph looks like, written as the formula it computes.
+
+    h = cast(x)
+    n = h * rsqrt(mean(h ** 2) + eps)
+
+Arithmetic on patterns builds patterns; `combinators.py` has those that are no operation. Matching is one generator per
+class that yields a `State` for each way in which a value fits: backtracking, commutativity and alternatives are all
+"try the next branch", and a failed branch leaves a note, so that a near miss can be explained. A sub-pattern that is
+used twice must match the same value twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import fx
+
+from fastlora.graph.canonical_ops import signature_of
+from fastlora.graph.readers import POWERS
+from fastlora.graph.view import View
+from fastlora.match.state import State, Trace, describe, same_value
+
+COMMUTATIVE = {"add", "mul"}
+ANYTHING = "*"
+"""What `roots` returns for a pattern that any value may match."""
+RAISED = "raised."
+"""The prefix of what it returns for an op that other rules have found."""
+
+
+class Pattern:
+    """Base of all patterns; arithmetic on patterns builds patterns."""
+
+    def match(self, view: View, value: Any, state: State, trace: Trace | None) -> Iterator[State]:
+        """All the ways in which `value` fits, given what has been matched."""
+        producer = view.producer(value)
+        if id(self) in state.seen:
+            if same_value(state.seen[id(self)], producer):
+                yield state
+            elif trace is not None:
+                trace.note(state, f"{describe(value)} is not the same value as {describe(state.seen[id(self)])}")
+            return
+        for found in self._branches(view, value, state, trace):
+            seen = {**found.seen, id(self): producer}
+            yield State(found.values, found.members, found.shared, seen, found.tags)  # _replace takes twice as long
+
+    def _branches(self, view: View, value: Any, state: State, trace: Trace | None) -> Iterator[State]:
+        raise NotImplementedError
+
+    def children(self) -> tuple[Pattern, ...]:
+        return ()
+
+    def roots(self) -> set[str]:
+        """The operations that can stand at the top of a match."""
+        raise NotImplementedError
+
+    def admits(self, view: View, value: Any) -> bool:
+        """Whether the value is of an operation that can stand at the top of a match."""
+        roots = self._roots
+        if ANYTHING in roots:
+            return True
+        term = view.term(value)
+        return term is not None and term.op in roots
+
+    @cached_property
+    def _roots(self) -> frozenset[str]:
+        """Of what is raised it is the view that knows where it stands."""
+        roots = self.roots()
+        return frozenset({ANYTHING}) if any(root.startswith(RAISED) for root in roots) else frozenset(roots)
+
+    def size(self) -> int:
+        """The number of operations in the largest match."""
+        return sum(child.size() for child in self.children())
+
+    def named(self, name: str) -> Pattern:
+        """Records the matched value (or the alternative taken, for `either`) under a name for `attrs` and `where`."""
+        return Named(name, self)
+
+    def __bool__(self) -> bool:
+        raise TypeError("a pattern is neither true nor false: it stands for a value; write alternatives with either()")
+
+    def __add__(self, other: Any) -> Pattern:
+        return Op("add", input=self, other=other)
+
+    __radd__ = __add__
+
+    def __mul__(self, other: Any) -> Pattern:
+        return self**2 if other is self else Op("mul", input=self, other=other)
+
+    __rmul__ = __mul__
+
+    def __sub__(self, other: Any) -> Pattern:
+        return Op("sub", input=self, other=other)
+
+    def __truediv__(self, other: Any) -> Pattern:
+        return Op("div", input=self, other=other)
+
+    def __rtruediv__(self, other: Any) -> Pattern:
+        return Op("div", input=other, other=self)
+
+    def __neg__(self) -> Pattern:
+        return Op("neg", input=self)
+
+    def __pow__(self, exponent: float) -> Pattern:
+        if isinstance(exponent, (int, float)) and exponent in POWERS:
+            return Op(POWERS[exponent], input=self)
+        return Op("pow", input=self, exponent=exponent)
+
+
+@dataclass(eq=False)
+class Named(Pattern):
+    """Remembers what a sub-pattern matched, and which alternative."""
+
+    name: str
+    inner: Pattern
+
+    def children(self) -> tuple[Pattern, ...]:
+        return (self.inner,)
+
+    def roots(self) -> set[str]:
+        return self.inner.roots()
+
+    def _branches(self, view: View, value: Any, state: State, trace: Trace | None) -> Iterator[State]:
+        for found in self.inner.match(view, value, state, trace):
+            tag = found.tags.get(str(id(self.inner)))
+            tags = {**found.tags, self.name: tag} if tag is not None else found.tags
+            yield found._replace(tags=tags, values={**found.values, f".{self.name}": value})
+
+
+class Op(Pattern):
+    """A canonical operation on sub-patterns; an argument may also be a predicate or a plain constant, and one that is
+    left out must have its default, which `fastlora.graph.canonical_ops` knows."""
+
+    def __init__(self, op: str, **args: Any) -> None:
+        self.op = op
+        self.args = {name: as_pattern(value) for name, value in args.items()}
+
+    def children(self) -> tuple[Pattern, ...]:
+        return tuple(p for value in self.args.values() for p in (value if isinstance(value, tuple) else (value,)))
+
+    def roots(self) -> set[str]:
+        return {self.op}
+
+    def size(self) -> int:
+        return 1 + super().size()
+
+    def _branches(self, view: View, value: Any, state: State, trace: Trace | None) -> Iterator[State]:
+        term = view.term(value)
+        if term is None or term.op != self.op:
+            if trace is not None:
+                trace.note(state, f"expected {self.op}, found {describe(value, term.op if term else None)}")
+            return
+        inside = state._replace(members=(*state.members, view.producer(value)))
+        yield from self._arguments(view, term.args, inside, trace)
+        if self.op in COMMUTATIVE:
+            swapped = {**term.args, "input": term.args["other"], "other": term.args["input"]}
+            yield from self._arguments(view, swapped, inside, trace)
+
+    def _arguments(self, view: View, args: dict[str, Any], state: State, trace: Trace | None) -> Iterator[State]:
+        pairs: list[tuple[Pattern, Any]] = []
+        for name, wanted in self.args.items():
+            value = args[name]
+            if isinstance(wanted, tuple):
+                if not isinstance(value, (tuple, list)) or len(wanted) != len(value):
+                    return
+                pairs += zip(wanted, value, strict=True)
+            else:
+                pairs.append((wanted, value))
+        unwanted = self._unwanted(args) if len(args) > len(self.args) else None
+        if unwanted is None or trace is not None:
+            for found in match_all(pairs, view, state, trace):
+                if unwanted is None:
+                    yield found
+                elif trace is not None:
+                    trace.note(found, unwanted)
+
+    def _unwanted(self, args: dict[str, Any]) -> str | None:
+        """What the pattern does not mention and is not at its default, or None."""
+        signature = signature_of(self.op)
+        defaults = signature.defaults if signature is not None else {}
+        for name, value in args.items():
+            if name not in self.args and not (name in defaults and _is_constant(value, defaults[name])):
+                return f"{self.op} has {name}={describe(value)}, which the pattern does not mention"
+        return None
+
+
+@dataclass(eq=False)
+class Literal(Pattern):
+    """A constant that must be there, e.g. the 1 of `1 + w`."""
+
+    value: Any
+
+    def _branches(self, view: View, value: Any, state: State, trace: Trace | None) -> Iterator[State]:
+        if _is_constant(value, self.value):
+            yield state
+        elif trace is not None:
+            trace.note(state, f"expected the constant {self.value!r}, found {describe(value)}")
+
+    def roots(self) -> set[str]:
+        return {ANYTHING}
+
+
+def _is_constant(value: Any, wanted: Any) -> bool:
+    """Whether a value is that constant; 1 is 1.0, but not True."""
+    if isinstance(value, fx.Node) or isinstance(value, bool) != isinstance(wanted, bool):
+        return False
+    return bool(value == wanted)
+
+
+@dataclass(eq=False)
+class Checked(Pattern):
+    """An argument that is a constant and meets a predicate, e.g. the bounds of a slice."""
+
+    predicate: Callable[[Any], bool]
+
+    def roots(self) -> set[str]:
+        return {ANYTHING}
+
+    def _branches(self, view: View, value: Any, state: State, trace: Trace | None) -> Iterator[State]:
+        if not isinstance(value, fx.Node) and self.predicate(value):
+            yield state
+
+
+def as_pattern(value: Any) -> Any:
+    """What an argument of a pattern stands for: one or several patterns, a predicate on a constant, or the constant."""
+    if isinstance(value, Pattern):
+        return value
+    if isinstance(value, (tuple, list)):
+        return tuple(as_pattern(item) for item in value)
+    return Checked(value) if callable(value) else Literal(value)
+
+
+def match_all(pairs: list[tuple[Pattern, Any]], view: View, state: State, trace: Trace | None) -> Iterator[State]:
+    """All the ways in which each value fits its pattern. If one is of no operation that its pattern could begin with,
+    none is tried, unless somebody wants to know how far the others would have come."""
+    if trace is not None or all(pattern.admits(view, value) for pattern, value in pairs):
+        yield from _match_in_turn(pairs, view, state, trace)
+
+
+def _match_in_turn(pairs: list[tuple[Pattern, Any]], view: View, state: State, trace: Trace | None) -> Iterator[State]:
+    if not pairs:
+        yield state
+        return
+    (pattern, value), *rest = pairs
+    for found in pattern.match(view, value, state, trace):
+        yield from _match_in_turn(rest, view, found, trace)

@@ -1,0 +1,55 @@
+"""How far a match has come, and why attempts failed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from torch import fx
+
+from fastlora.graph.view import View
+
+Predicate = Callable[[View, Any], "bool | str"]
+"""Whether a value may be captured: True, or a sentence that says why not."""
+
+
+class State(NamedTuple):
+    """One way to match so far. `members` are the nodes the match would replace; `values` what the captures hold.
+
+    Matching makes a hundred of these for each node, and nobody changes one: a tuple is the cheapest of that kind.
+    """
+
+    values: Mapping[str, Any] = MappingProxyType({})
+    members: tuple[fx.Node, ...] = ()
+    shared: tuple[fx.Node, ...] = ()
+    seen: Mapping[int, Any] = MappingProxyType({})
+    tags: Mapping[str, str] = MappingProxyType({})
+
+    def bind(self, name: str, value: Any) -> State:
+        return State({**self.values, name: value}, self.members, self.shared, self.seen, self.tags)
+
+
+@dataclass
+class Trace:
+    """Collects why branches failed; the deepest failure is the one worth telling."""
+
+    notes: list[tuple[tuple[fx.Node, ...], str]] = field(default_factory=list)
+
+    def note(self, state: State, reason: str) -> None:
+        self.notes.append((state.members, reason))
+
+
+def describe(value: Any, op: str | None = None) -> str:
+    """A value as the report names it."""
+    if not isinstance(value, fx.Node):
+        return repr(value)
+    if op is None:
+        op = "a graph input" if value.op == "placeholder" else getattr(value.target, "__name__", str(value.target))
+    return f"{op} ({value.name})"
+
+
+def same_value(left: Any, right: Any) -> bool:
+    """Whether two values are the same node, or equal constants."""
+    return left is right if isinstance(left, fx.Node) or isinstance(right, fx.Node) else bool(left == right)
