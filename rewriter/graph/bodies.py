@@ -11,7 +11,7 @@ from fastlora.graph.effects import BODIES
 
 
 def bodies(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
-    """The module and the bodies that it runs as ordinary code, innermost last."""
+    """Yield the module and the bodies that it runs as ordinary code, innermost last."""
     yield gm
     for node in gm.graph.nodes:
         if isinstance(node.target, HigherOrderOperator) and node.target.name() in BODIES:

@@ -44,7 +44,7 @@ weights until its outermost region ends."""
 
 
 def modes(graph: fx.Graph) -> dict[fx.Node, Mode]:
-    """The modes in force when each node is reached."""
+    """Return the modes in force at each node."""
     grad = torch.is_grad_enabled()
     autocast: tuple[fx.Node, ...] = ()
     inference: tuple[fx.Node, ...] = ()
@@ -73,8 +73,12 @@ def modes(graph: fx.Graph) -> dict[fx.Node, Mode]:
 
 
 class Mutations:
-    """Where tensors are written in place, and which values may share memory with them; `always` finds out the latter
-    even if nothing is written."""
+    """Where tensors are written in place, and which values may share memory.
+
+    Args:
+        graph: the graph to analyse.
+        always: find out what shares memory even if nothing is written.
+    """
 
     def __init__(self, graph: fx.Graph, always: bool = False) -> None:
         self._alias: dict[fx.Node, fx.Node] = {}
@@ -91,13 +95,13 @@ class Mutations:
                 self._writes.setdefault(self.storage(node.all_input_nodes[position]), []).append(node)
 
     def storage(self, node: fx.Node) -> fx.Node:
-        """A representative of everything that may share memory with `node`."""
+        """Return a representative of everything that may share memory with `node`."""
         while node in self._alias:
             node = self._alias[node]
         return node
 
     def writers(self, node: fx.Node) -> list[fx.Node]:
-        """The nodes that write, in place, to memory which `node` may share."""
+        """Return the nodes that write in place to memory that `node` may share."""
         return self._writes.get(self.storage(node), []) if self._writes else []
 
     def _join(self, left: fx.Node, right: fx.Node) -> None:
@@ -105,7 +109,7 @@ class Mutations:
             self._alias[self.storage(left)] = self.storage(right)
 
     def _join_inputs(self, graph: fx.Graph) -> None:
-        """Inputs that were views of one tensor when they were traced share its memory."""
+        """Join inputs that were views of one tensor when they were traced."""
         owners: dict[int, fx.Node] = {}
         for node in graph.nodes:
             if node.op == "placeholder" and (tensor := meta(node)) is not None:
@@ -141,7 +145,7 @@ def _probe(node: fx.Node) -> Probe:
 
 
 def _probe_higher_order(node: fx.Node, inputs: list[fx.Node]) -> Probe:
-    """A body of ordinary code writes to what it writes to; of other higher-order ops, few are known to be pure."""
+    """Look into a body that runs as ordinary code; few other higher-order ops are known to write to nothing."""
     everything = list(range(len(inputs)))
     name = node.target.name()  # type: ignore[union-attr]
     if name in _PURE:
@@ -183,7 +187,7 @@ def _run_probe(node: fx.Node, inputs: list[fx.Node]) -> Probe:
                 result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:
                 result = node.target(*args, **kwargs)  # type: ignore[operator]
-        except Exception:  # what cannot be run cannot be trusted: assume that it writes to all it is given
+        except Exception:  # assume that it writes to everything it is given
             return everything, everything
     results = {storage_id(tensor) for tensor in _tensors(result)}
     written = [i for i, source in enumerate(inputs) if [t._version for t in _tensors(fresh[source])] != before[source]]
@@ -196,7 +200,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def _fresh(example: Any) -> Any:
-    """A new fake tensor like the recorded one, with symbolic sizes replaced by their hints."""
+    """A new fake tensor like the recorded one, with the hints of symbolic sizes."""
     if isinstance(example, torch.Tensor):
         return torch.empty([hint(size) for size in example.shape], dtype=example.dtype, device=example.device)
     if isinstance(example, (list, tuple)):

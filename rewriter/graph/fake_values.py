@@ -12,35 +12,35 @@ from fastlora.compat.tracing import statically_known_true
 
 
 def meta(value: Any) -> torch.Tensor | None:
-    """The fake tensor that tracing recorded for a node, or None if it holds no tensor."""
+    """Return the fake tensor that tracing recorded for a node, or None if its value is not a tensor."""
     example = value.meta.get("example_value") if isinstance(value, fx.Node) else None
     return example if isinstance(example, torch.Tensor) else None
 
 
 def hint(size: Any) -> Any:
-    """The number that tracing saw for a symbolic one; 8 for a size that depends on data, which it did not see."""
+    """Return the number that tracing saw for a symbolic one, or 8 for a size that depends on data."""
     if not isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return size
     return size.node.hint if size.node.hint is not None else 8
 
 
 def known_equal(left: Any, right: Any) -> bool:
-    """Whether two sizes are equal for every input the graph admits; never adds a guard."""
+    """Return whether two sizes are equal for every input of the graph; never adds a guard."""
     return bool(statically_known_true(left == right))
 
 
 def known_less(left: Any, right: Any) -> bool:
-    """Whether a size is smaller than another for every input the graph admits; never adds a guard."""
+    """Return whether a size is smaller than another for every input of the graph; never adds a guard."""
     return bool(statically_known_true(left < right))
 
 
 def same_shape(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether two shapes are equal for every input the graph admits; never adds a guard."""
+    """Return whether two shapes are equal for every input of the graph; never adds a guard."""
     return left.dim() == right.dim() and all(map(known_equal, left.shape, right.shape))
 
 
 def steady(gm: fx.GraphModule) -> frozenset[int]:
-    """The graph's inputs, by position, that TorchDynamo found in a module and not among what it was called with:
-    parameters, buffers, and what else weights are made of, such as the scales of quantised ones."""
+    """Return the positions of the graph's inputs that belong to a module and are no arguments of its call: parameters,
+    buffers, and what quantized weights consist of."""
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
     return frozenset(i for i, node in enumerate(inputs) if is_held_by_a_module(node))

@@ -1,4 +1,4 @@
-"""The arguments of an operation: their names and defaults, written as `"input other alpha=1"`."""
+"""The arguments of an operation, written as `"input other alpha=1"`: names, and the defaults that some have."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Signature:
 
 
 def parse(text: str) -> Signature:
-    """Reads a signature: names, and `name=value` for a default, a literal of Python without spaces or a bare word.
+    """Parse a signature: names, and `name=value` for a default, a Python literal without spaces or a bare word.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if it is malformed.
     """
     names: list[str] = []
     defaults: dict[str, Any] = {}
@@ -50,10 +50,10 @@ def _literal(text: str) -> Any:
 
 
 def merge(signatures: Sequence[Signature]) -> Signature:
-    """The signature of an operation that is spelled in several ways.
+    """Return the signature of an operation that is spelled in several ways.
 
-    An argument that a spelling lacks has the default that the others give it. One that all have, with defaults that
-    differ, has none.
+    An argument that some spellings lack has the default that the others give it. An argument that all have, with
+    different defaults, has no default.
 
     Raises:
         ValueError: for an argument that some lack and others give no single default.

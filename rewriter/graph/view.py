@@ -1,8 +1,8 @@
 """A read-only canonical view of an FX graph: what each node means, and which nodes hold the same value.
 
-Matching reads the view, never the nodes, so nothing has to be normalised in the graph, and nodes that no pattern claims
-leave it bit-identical. The view does five things: it resolves spellings, recognises casts by their effect, makes
-identities transparent, desugars what models write in several ways, and overlays semantic ops that rules have raised.
+Matching reads the view, never the nodes, so nothing has to be normalized in the graph, and what no rule matches stays
+bit-identical. The view resolves spellings, recognizes casts by their effect, sees through nodes that only hand on a
+value, reads what models write in several ways as one operation, and keeps the semantic ops that rules have found.
 
 Metadata (`meta["example_value"]`) decides dtypes and shapes, never arguments: under autocast the two differ.
 """
@@ -50,42 +50,42 @@ class View:
                 self._terms[node] = term
 
     def _stops_gradients(self, node: fx.Node, source: Any) -> bool:
-        """A copy without gradients is another value."""
+        """Whether a node is a copy without gradients, which is another value."""
         before, after = meta(source), meta(node)
         if before is None or after is None:
             return False
         return before.requires_grad != after.requires_grad or (before.requires_grad and not self.modes[node][0])
 
     def _is_written(self, node: fx.Node, source: Any) -> bool:
-        """A copy of what is written to, or one that is, may hold another value by the time it is read."""
+        """Whether a node or its source is written to in place: they may differ by the time they are read."""
         return bool(self.mutations.writers(node) or self.mutations.writers(source))
 
     # -- value classes -------------------------------------------------------------------------------------------------
 
     def producer(self, value: Any) -> Any:
-        """The node that produced a value, seen through identities; constants stand for themselves."""
+        """Return the node that produced a value, seen through identities; constants stand for themselves."""
         return self._same_as.get(value, value) if isinstance(value, fx.Node) else value
 
     def is_identity(self, node: fx.Node) -> bool:
-        """Whether a node only hands on the value of another."""
+        """Return whether a node only hands on the value of another."""
         return node in self._same_as
 
     def value_class(self, node: fx.Node) -> list[fx.Node]:
-        """All nodes that hold the value of `node`: its producer and the identities of it."""
+        """Return all nodes that hold the value of `node`: its producer and the identities of that."""
         producer = self.producer(node)
         return self._classes.get(producer, [producer])
 
     def users(self, node: fx.Node) -> list[fx.Node]:
-        """The nodes that use a value, identities aside."""
+        """Return the nodes that use a value, without identities."""
         same = self.value_class(node)
         return [user for member in same for user in member.users if self._same_as.get(user) is not same[0]]
 
     def term(self, value: Any) -> Term | None:
-        """The meaning of the node that produced a value, or None if the view does not know it."""
+        """Return the meaning of the node that produced a value, or None if it is not known."""
         return self._terms.get(self._same_as.get(value, value)) if isinstance(value, fx.Node) else None
 
     def producers(self) -> list[fx.Node]:
-        """Every node that is not an identity, in graph order."""
+        """Return every node that is not an identity, in graph order."""
         return list(self._terms)
 
     # -- reading a node ------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ class Var(Pattern):
 
 @dataclass(eq=False)
 class Cast(Pattern):
-    """An optional change of dtype; `widening` ones lose nothing, others round, which is then the op's business."""
+    """An optional change of dtype, with `widening` an exact one; others may round, and the op must round alike."""
 
     inner: Pattern
     widening: bool = False
@@ -71,7 +71,7 @@ def _widens(source: Any, result: Any) -> bool:
 
 
 class Either(Pattern):
-    """The first alternative that fits, larger ones first."""
+    """The first alternative that fits."""
 
     def __init__(self, **alternatives: Any) -> None:
         self.alternatives = {tag: as_pattern(p) for tag, p in alternatives.items()}
@@ -93,7 +93,7 @@ class Either(Pattern):
 
 @dataclass(eq=False)
 class Kept(Pattern):
-    """A value that must look like `shape` but stays in the graph, e.g. a dropout whose mask must not change."""
+    """A value that matches `shape` but stays in the graph, e.g. a dropout whose mask must not change."""
 
     name: str
     shape: Pattern

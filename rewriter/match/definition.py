@@ -1,4 +1,4 @@
-"""What a rule declares, as far as it is known before it has matched anything."""
+"""What a rule declares: the data that its checks and its matches read."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class PatternDefinition(Definition):
 
     Attributes:
         outputs: the patterns of the op's outputs; all but the first are parts of the first.
-        variables: the values that arguments have where a match does not reach their capture.
-        anchor: what marks a candidate, if the rule has to explain candidates that it leaves.
+        variables: the values of arguments whose capture a match does not include.
+        anchor: what marks a candidate, which the report explains if no rule matches it.
         attrs: arguments that are computed from the match.
         fuses: whether the pattern reads ops that other rules have raised.
     """

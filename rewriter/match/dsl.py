@@ -53,27 +53,27 @@ def _builder(name: str) -> Callable[..., Op]:
 
 
 def either(**alternatives: Any) -> Pattern:
-    """The first alternative that fits; write larger ones first. `.named(n)` records which was taken."""
+    """Match the first alternative that fits; write larger ones first. `.named(n)` records which was taken."""
     return Either(**alternatives)
 
 
 def cast(inner: Pattern) -> Pattern:
-    """An optional change of dtype around `inner`. It may round: the op has to do the same, so name it for `attrs`."""
+    """Match an optional change of dtype around `inner`. It may round, as the op must then: name it for `attrs`."""
     return Cast(inner)
 
 
 def widened(inner: Pattern) -> Pattern:
-    """An optional change of dtype that loses nothing, which an op may skip."""
+    """Match an optional change of dtype that is exact, which an op may skip."""
     return Cast(inner, widening=True)
 
 
 def kept(name: str, shape: Pattern) -> Pattern:
-    """Captures a value of the given shape as `name` without taking it into the match."""
+    """Capture a value that matches `shape` as `name`, and leave it in the graph."""
     return Kept(name, shape)
 
 
 def seeded(name: str, x: Pattern, p: Pattern, where: Predicate) -> Pattern:
-    """An active dropout that the op does itself: captures, as `name`, the seed of its mask, which the graph will draw.
+    """Match an active dropout that the op does itself, and capture as `name` the seed of its mask.
 
     Only where nothing else uses what the dropout gives, and where a condition on that value answers True.
     """
@@ -81,23 +81,23 @@ def seeded(name: str, x: Pattern, p: Pattern, where: Predicate) -> Pattern:
 
 
 def raised(op: SemanticOp, prefix: str = "", **overrides: Any) -> Pattern:
-    """A semantic op that a `@rule` has found. Its arguments are captured under `prefix` + their names, and must be
-    arguments of the rule's op; others are given as patterns, constants or predicates, in `overrides`."""
+    """Match a semantic op that a `@rule` has found. Its arguments are captured as `prefix` + their names, which must be
+    arguments of the rule's op; `overrides` gives patterns, constants or predicates for the others."""
     return Raised(op, prefix, **overrides)
 
 
 def cat(*tensors: Any) -> Pattern:
-    """Concatenation along the last dimension."""
+    """Match a concatenation along the last dimension."""
     return Op("cat", tensors=tensors)
 
 
 def flatten_pairs(first: Any, second: Any) -> Pattern:
-    """`stack((first, second), -1).flatten(-2)`: the entries of the two alternate."""
+    """Match `stack((first, second), -1).flatten(-2)`, in which the entries of the two alternate."""
     return Op("flatten", input=Op("stack", tensors=(first, second)))
 
 
 def _anything(constant: Any) -> bool:
-    """A predicate on a constant that a pattern leaves to others."""
+    """A predicate that accepts any constant."""
     return True
 
 
@@ -118,29 +118,33 @@ class _HalfOf(Op):
 
 
 def first_half(x: Pattern) -> Pattern:
+    """Match the first half of the last dimension."""
     return _HalfOf(x, lambda size: (0, size // 2, 1))
 
 
 def second_half(x: Pattern) -> Pattern:
+    """Match the second half of the last dimension."""
     return _HalfOf(x, lambda size: (size // 2, size, 1))
 
 
 def evens(x: Pattern) -> Pattern:
+    """Match the entries 0, 2, 4, ... of the last dimension."""
     return _HalfOf(x, lambda size: (0, size, 2))
 
 
 def odds(x: Pattern) -> Pattern:
+    """Match the entries 1, 3, 5, ... of the last dimension."""
     return _HalfOf(x, lambda size: (1, size, 2))
 
 
 def piece(x: Pattern, name: str) -> Pattern:
-    """A contiguous slice of the last dimension, named so that a rule can compare bounds."""
+    """Match a contiguous slice of the last dimension, and name it for `match.slice_of`."""
     return Op("slice", input=x, step=1, start=_anything, stop=_anything).named(name)
 
 
 @dataclass(frozen=True)
 class Param:
-    """A graph input (a parameter or buffer, once traced) with `dim` dimensions, or a weight decoded from some."""
+    """A graph input, as parameters and buffers are, with `dim` dimensions, or a 4-bit weight decoded from inputs."""
 
     dim: int
 
@@ -156,7 +160,7 @@ def _is_given(node: fx.Node) -> bool:
 
 
 def Scalar(view: View, value: Any) -> bool | str:
-    """A number: a literal, or a symbolic number of the graph."""
+    """Whether a value is a number: a literal, or a symbolic number of the graph."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return True
     symbolic = isinstance(value, fx.Node) and not isinstance(value.meta.get("example_value"), (type(None), tuple, list))
@@ -164,7 +168,7 @@ def Scalar(view: View, value: Any) -> bool | str:
 
 
 def Constant(view: View, value: Any) -> bool | str:
-    """Anything that is no value of the graph, e.g. the name of a reduction."""
+    """Whether a value is a constant, e.g. the name of a reduction."""
     return not isinstance(value, fx.Node) or f"{describe(value)} is not a constant"
 
 

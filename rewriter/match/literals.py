@@ -1,4 +1,4 @@
-"""Which constants an argument of an op can be, by its schema and the choices that the op declares."""
+"""Which constants an op takes for an argument, by its schema and declared choices."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def misfit(op: SemanticOp, argument: Argument, value: Any) -> str | None:
-    """Why a constant cannot be the value of an argument, or None if it can."""
+    """Return why a constant cannot be the value of an argument, or None if it can."""
     shown = f"{argument.name}={value!r}"
     if value is None:
         return None if argument.is_optional else f"{shown}: {op.name}{op.schema} takes {argument.type}"

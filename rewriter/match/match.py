@@ -40,36 +40,36 @@ class Match:
         return self.outputs[0]
 
     def inside(self) -> set[fx.Node]:
-        """The nodes that the match covers: its members, and the identities of those that are no outputs."""
+        """Return the nodes that the match covers: its members, and the identities of all but the outputs."""
         inner = (self.view.value_class(member) for member in self.members if member not in self.outputs)
         return {*self.members, *(same for nodes in inner for same in nodes)}
 
     def argument_nodes(self) -> list[fx.Node]:
-        """The nodes that the replacement will read."""
+        """Return the nodes that the replacement will read."""
         found: list[fx.Node] = []
         for value in self.arguments.values():
             found += [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, fx.Node)]
         return found
 
     def outside_users(self) -> list[fx.Node]:
-        """The nodes that will read the replacement's outputs."""
+        """Return the nodes that will read the replacement's outputs."""
         inside = self.inside() - set(self.shared)
         return [user for output in self.outputs for user in output.users if user not in inside]
 
     def place(self) -> fx.Node:
-        """The node to insert the replacement before: what follows the last output, or an earlier user of another."""
+        """Return the node to insert the replacement before: the one after the last output, or an earlier user."""
         order = self.view.order
         last = max(self.outputs, key=order.__getitem__)
         return min([last.next, *self.outside_users()], key=order.__getitem__)
 
     def tag(self, name: str) -> str | None:
-        """The alternative that the `either` of this name took, or None if it was not reached."""
+        """Return the alternative that the `either` of this name took, or None if the match does not include it."""
         if name not in self.rule.tags:
             raise self._wrong(f"no either is named {name!r}; {suggestion(name, self.rule.tags)}")
         return self.state.tags.get(name)
 
     def value(self, name: str | None = None) -> Any:
-        """What was captured or named, or None if it was not reached; the root without a name."""
+        """Return a captured or named value, or None if the match does not include it; without a name, the root."""
         if name is None:
             return self.root
         if name not in self.rule.names:
@@ -77,14 +77,14 @@ class Match:
         return self.state.values.get(name, self.state.values.get(f".{name}"))
 
     def tensor(self, name: str | None = None) -> torch.Tensor:
-        """The fake tensor of a captured or named value."""
+        """Return the fake tensor of a captured or named value."""
         tensor = meta(self.value(name))
         if tensor is None:
-            raise self._wrong(f"{name!r} holds no tensor in this match")
+            raise self._wrong(f"{name!r} is not a tensor in this match")
         return tensor
 
     def slice_of(self, name: str) -> dict[str, Any]:
-        """The bounds (`start`, `stop`, `step`) of a named slice."""
+        """Return the bounds (`start`, `stop`, `step`) of a named slice."""
         term = self.view.term(self.value(name))
         if term is None or term.op != "slice":
             raise self._wrong(f"{name!r} is not a slice in this match")

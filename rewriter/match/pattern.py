@@ -34,7 +34,7 @@ class Pattern:
     """Base of all patterns; arithmetic on patterns builds patterns."""
 
     def match(self, view: View, value: Any, state: State, trace: Trace | None) -> Iterator[State]:
-        """All the ways in which `value` fits, given what has been matched."""
+        """Yield a state for each way in which `value` fits, given what has been matched so far."""
         producer = view.producer(value)
         if id(self) in state.seen:
             if same_value(state.seen[id(self)], producer):
@@ -53,11 +53,11 @@ class Pattern:
         return ()
 
     def roots(self) -> set[str]:
-        """The operations that can stand at the top of a match."""
+        """Return the operations that can be at the root of a match."""
         raise NotImplementedError
 
     def admits(self, view: View, value: Any) -> bool:
-        """Whether the value is of an operation that can stand at the top of a match."""
+        """Return whether the operation that made a value can be at the root of a match."""
         roots = self._roots
         if ANYTHING in roots:
             return True
@@ -66,16 +66,16 @@ class Pattern:
 
     @cached_property
     def _roots(self) -> frozenset[str]:
-        """Of what is raised it is the view that knows where it stands."""
+        """`roots`, or anything if an op that rules have found is among them: the view knows where these are."""
         roots = self.roots()
         return frozenset({ANYTHING}) if any(root.startswith(RAISED) for root in roots) else frozenset(roots)
 
     def size(self) -> int:
-        """The number of operations in the largest match."""
+        """Return the number of operations in the largest match."""
         return sum(child.size() for child in self.children())
 
     def named(self, name: str) -> Pattern:
-        """Records the matched value (or the alternative taken, for `either`) under a name for `attrs` and `where`."""
+        """Record the matched value, or the alternative that an `either` took, under a name for `attrs` and `where`."""
         return Named(name, self)
 
     def __bool__(self) -> bool:
@@ -111,7 +111,7 @@ class Pattern:
 
 @dataclass(eq=False)
 class Named(Pattern):
-    """Remembers what a sub-pattern matched, and which alternative."""
+    """Records what a sub-pattern matched, and which alternative."""
 
     name: str
     inner: Pattern
@@ -130,8 +130,8 @@ class Named(Pattern):
 
 
 class Op(Pattern):
-    """A canonical operation on sub-patterns; an argument may also be a predicate or a plain constant, and one that is
-    left out must have its default, which `fastlora.graph.canonical_ops` knows."""
+    """A canonical operation on sub-patterns. An argument may also be a constant or a predicate on one; an argument that
+    is left out must have its default, which `fastlora.graph.canonical_ops` declares."""
 
     def __init__(self, op: str, **args: Any) -> None:
         self.op = op
@@ -168,16 +168,16 @@ class Op(Pattern):
                 pairs += zip(wanted, value, strict=True)
             else:
                 pairs.append((wanted, value))
-        unwanted = self._unwanted(args) if len(args) > len(self.args) else None
-        if unwanted is None or trace is not None:
+        unmentioned = self._unmentioned(args) if len(args) > len(self.args) else None
+        if unmentioned is None or trace is not None:
             for found in match_all(pairs, view, state, trace):
-                if unwanted is None:
+                if unmentioned is None:
                     yield found
                 elif trace is not None:
-                    trace.note(found, unwanted)
+                    trace.note(found, unmentioned)
 
-    def _unwanted(self, args: dict[str, Any]) -> str | None:
-        """What the pattern does not mention and is not at its default, or None."""
+    def _unmentioned(self, args: dict[str, Any]) -> str | None:
+        """Which argument the pattern does not mention although it is not at its default, or None."""
         signature = signature_of(self.op)
         defaults = signature.defaults if signature is not None else {}
         for name, value in args.items():
@@ -188,7 +188,7 @@ class Op(Pattern):
 
 @dataclass(eq=False)
 class Literal(Pattern):
-    """A constant that must be there, e.g. the 1 of `1 + w`."""
+    """A given constant, e.g. the 1 of `1 + w`."""
 
     value: Any
 
@@ -224,7 +224,7 @@ class Checked(Pattern):
 
 
 def as_pattern(value: Any) -> Any:
-    """What an argument of a pattern stands for: one or several patterns, a predicate on a constant, or the constant."""
+    """Return an argument as a pattern or a tuple of them; a callable is a predicate on a constant."""
     if isinstance(value, Pattern):
         return value
     if isinstance(value, (tuple, list)):
@@ -233,8 +233,8 @@ def as_pattern(value: Any) -> Any:
 
 
 def match_all(pairs: list[tuple[Pattern, Any]], view: View, state: State, trace: Trace | None) -> Iterator[State]:
-    """All the ways in which each value fits its pattern. If one is of no operation that its pattern could begin with,
-    none is tried, unless somebody wants to know how far the others would have come."""
+    """Yield a state for each way in which all values fit their patterns. If the operation of one cannot be at the root
+    of its pattern, none is tried, unless a trace is wanted."""
     if trace is not None or all(pattern.admits(view, value) for pattern, value in pairs):
         yield from _match_in_turn(pairs, view, state, trace)
 

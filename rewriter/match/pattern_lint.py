@@ -1,7 +1,7 @@
-"""What can be seen to be wrong with a pattern by itself: operations and arguments that there are not, predicates that
-cannot be asked, alternatives that are one, names that mean two things.
+"""Checks of a pattern by itself: unknown operations and arguments, predicates that cannot be called, alternatives that
+are the same, names with two meanings.
 
-Nothing here looks at the rule that the pattern is of; `rule_lint.py` does.
+What a rule makes of its pattern is checked in `rule_lint.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _CONSTANTS = (
 
 
 def parts(pattern: Any) -> list[Any]:
-    """The pattern and all that it is made of, each once, outermost first; a part that is no pattern included."""
+    """Return the pattern and all its parts, each once, outermost first, including parts that are not patterns."""
     found: dict[int, Any] = {}
 
     def visit(part: Any) -> None:
@@ -49,7 +49,7 @@ def _children(pattern: Any) -> tuple[Any, ...]:
 
 
 def faults(pattern: Any) -> Iterator[str]:
-    """What is wrong with the parts of a pattern, each taken by itself."""
+    """Yield what is wrong with the parts of a pattern, each by itself."""
     for part in parts(pattern):
         if not isinstance(part, Pattern):
             yield f"{part!r} stands where a pattern must"
@@ -59,7 +59,7 @@ def faults(pattern: Any) -> Iterator[str]:
 
 
 def takes(function: Callable[..., Any], count: int) -> bool:
-    """Whether a callable takes so many arguments by position, as far as can be seen."""
+    """Return whether a callable takes `count` positional arguments, as far as its signature shows."""
     try:
         inspect.signature(function).bind(*range(count))
     except TypeError:
@@ -70,7 +70,7 @@ def takes(function: Callable[..., Any], count: int) -> bool:
 
 
 def unknown_operation(op: Any) -> str | None:
-    """What is wrong with the name of an operation, or None."""
+    """Return what is wrong with the name of an operation, or None."""
     if not isinstance(op, str):
         return f"{op!r} is not the name of an operation"
     if (instead := seen_instead(op)) is not None:
@@ -134,14 +134,14 @@ def _either(part: Either) -> Iterator[str]:
     if len(part.alternatives) < 2:
         yield f"either has {len(part.alternatives)} alternatives: give it two or more, or leave it out"
     if not all(isinstance(alternative, Pattern) for alternative in part.alternatives.values()):
-        return  # told of the alternative itself
+        return  # reported for the alternative itself
     for (tag, first), (other, later) in combinations(part.alternatives.items(), 2):
         if _form(first) == _form(later):
             yield f"the alternatives {tag} and {other} are the same pattern, so {other} is never taken"
 
 
 def hidden(part: Either) -> Iterator[str]:
-    """Alternatives that an earlier and smaller one hides; only of a pattern without other faults."""
+    """Yield alternatives that an earlier and smaller one hides, of a pattern without other faults."""
     for (tag, first), (other, later) in combinations(part.alternatives.items(), 2):
         reaches = ANYTHING in first.roots() or first.roots() & later.roots()
         if reaches and first.size() < later.size():
@@ -203,12 +203,12 @@ def _form(pattern: Any) -> Any:
 
 
 def bound_names(pattern: Pattern) -> set[str]:
-    """The names that a match has values for."""
+    """Return the names that a match has values for."""
     return {name for part in parts(pattern) for name in _binds(part)}
 
 
 def alternatives(pattern: Pattern) -> dict[str, set[str]]:
-    """The alternatives that there are under each name which records one."""
+    """Return the alternatives of each `either` that has a name."""
     found: dict[str, set[str]] = {}
     for part in parts(pattern):
         if isinstance(part, Named) and isinstance(part.inner, Either):
@@ -223,7 +223,7 @@ def _binds(part: Pattern) -> list[str]:
 
 
 def collisions(pattern: Pattern) -> list[str]:
-    """The names that one match would bind to two values; in different alternatives of an `either`, one may stand twice.
+    """Return the names that one match would bind to two values; alternatives of an `either` may share names.
 
     A name's meanings in a part are the parts below that bind it. Two parts of one match which share none collide.
     """

@@ -7,7 +7,7 @@
 A rule is a function that is called once, with patterns. Its parameter names are the captures and the op's argument
 names; annotations are predicates; `attrs` gives the arguments that are computed from the match. `@rule` raises a
 subgraph to an op, `@fuse` joins ops that were raised, `@group` joins several that share an input. A rule that cannot be
-right (an unknown name, an argument that nothing provides, a value that the op does not take, growing alternatives)
+right (an unknown name, a missing argument, a value that the op does not take, an alternative that hides a larger one)
 raises `RuleError` where it is defined.
 """
 
@@ -54,26 +54,26 @@ class Rule(PatternDefinition):
     explanations: list[Explanation] = field(default_factory=list)
 
     def where(self, condition: Callable[[Match], Verdict]) -> Callable[[Match], Verdict]:
-        """Decorates a condition on the match that answers True, or a sentence that says why not."""
+        """Decorate a condition on the match, which returns True or a sentence that says why not."""
         _insist(condition, condition_faults(self, condition))
         self.conditions.append(condition)
         return condition
 
     def otherwise(self, explanation: Explanation) -> Explanation:
-        """Decorates a function of the view and a candidate in no match, which says why if it can tell better than what
-        is left of a failed attempt; None if it cannot."""
+        """Decorate a function of the view and a candidate without a match, which returns why there is none, or None to
+        leave the explanation to the failed attempts to match it."""
         _insist(explanation, function_faults(explanation, 2, "the view and a node"))
         self.explanations.append(explanation)
         return explanation
 
     def find(self, view: View, root: fx.Node) -> Match | None:
-        """The first way in which the pattern fits with `root` at its top."""
+        """Return the first match with this root, or None."""
         for state in self.outputs[0].match(view, root, State(), None):
             return self._match(view, root, state)
         return None
 
     def trace(self, view: View, root: fx.Node) -> Trace:
-        """What failed where when the pattern was tried with `root` at its top."""
+        """Return what failed where when the pattern was tried at this root."""
         trace = Trace()
         next(self.outputs[0].match(view, root, State(), trace), None)
         return trace
@@ -88,7 +88,7 @@ class Rule(PatternDefinition):
         return match
 
     def complete(self, match: Match) -> None:
-        """Computes the arguments that `attrs` declares; only for a match that no condition refuses."""
+        """Compute the arguments in `attrs`, for a match that no condition rejects."""
         for name, value in self.attrs.items():
             computed = value(match) if callable(value) else value
             (argument,) = (a for a in self.op.arguments if a.name == name)
@@ -108,14 +108,14 @@ class Rule(PatternDefinition):
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class GroupRule(Definition):
-    """Several matches of one op that agree on an argument become one op whose other tensors are lists."""
+    """Matches of one op that share an argument and become one op, whose other tensors are lists."""
 
     member: SemanticOp
     by: str
     condition: Callable[[list[Match]], Verdict]
 
     def find(self, view: View, candidates: list[Match]) -> Iterator[Match]:
-        """The groups among the candidates, one for each value that several of them share."""
+        """Yield a group for each value that several candidates share."""
         shared: dict[Any, list[Match]] = {}
         single = {a.name for a in self.op.arguments if not a.is_list}
         absent = {a.name for a in self.member.arguments} - {a.name for a in self.op.arguments}
@@ -174,7 +174,7 @@ def rule(
 def fuse(
     op: SemanticOp, *, attrs: dict[str, Any] | None = None, benefit: int = 1
 ) -> Callable[[Callable[..., Any]], Rule]:
-    """Declares that raised ops together are `op`; the function may return several values, the op's outputs."""
+    """Declare that ops found by rules together are `op`; the function may return several values, the op's outputs."""
     if attrs is None and inspect.isfunction(op):
         raise _bare("fuse", op)
     return lambda function: _build(function, op, None, attrs, benefit, None, fuses=True)
@@ -183,7 +183,7 @@ def fuse(
 def group(
     member: SemanticOp, *, by: str = "", into: SemanticOp | None = None, benefit: int = 1
 ) -> Callable[[Callable[[list[Match]], Verdict]], GroupRule]:
-    """Declares that matches of `member` which share the argument `by` become one `into`; the function decides which."""
+    """Declare that matches of `member` with the same argument `by` become one `into`, if the function returns True."""
     if into is None and inspect.isfunction(member):
         raise _bare("group", member)
 
@@ -241,7 +241,7 @@ def _result(function: Callable[..., Any], result: Any, op: SemanticOp) -> Result
 
 
 def _parameters(function: Callable[..., Any]) -> tuple[dict[str, Var], dict[str, Any]]:
-    """The captures that a rule's parameters are, and what an op's argument is where a match does not reach one."""
+    """The captures that a rule's parameters stand for, and the values of those that a match does not include."""
     variables: dict[str, Var] = {}
     defaults: dict[str, Any] = {}
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
@@ -261,7 +261,7 @@ def _parameters(function: Callable[..., Any]) -> tuple[dict[str, Var], dict[str,
 
 
 def _insist(function: Any, faults: Iterable[str]) -> None:
-    """Raises the first fault, if there is one, as an error of the rule that the function defines."""
+    """Raise the first fault, if there is one, as an error of the rule that the function defines."""
     for fault in faults:
         raise _wrong(function, fault)
 
@@ -272,7 +272,7 @@ def _wrong(function: Any, text: str) -> RuleError:
 
 def _bare(decorator: str, function: Any) -> RuleError:
     wants = "ops.member, by='x', into=ops.together" if decorator == "group" else "ops.name"
-    return _wrong(function, f"@{decorator} says nothing about the op: write @{decorator}({wants})")
+    return _wrong(function, f"@{decorator} needs the op: write @{decorator}({wants})")
 
 
 def _name(function: Any) -> str:
@@ -280,7 +280,7 @@ def _name(function: Any) -> str:
 
 
 def _source(function: Any) -> str:
-    """`file:line` of the function that defines a rule, or of who uses a decorator on anything else."""
+    """`file:line` of the function that defines a rule, or of the code that decorates anything else."""
     code = getattr(inspect.unwrap(function) if callable(function) else function, "__code__", None)
     return written_at() if code is None else f"{code.co_filename}:{code.co_firstlineno}"
 

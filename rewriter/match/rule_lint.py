@@ -1,7 +1,7 @@
-"""What can be seen to be wrong with a rule without a graph; a rule that fails raises where it is defined.
+"""Checks of a rule without a graph; a rule that fails one raises where it is defined.
 
-The checks run in an order in which each may rely on those before it: what the decorator was given, the pattern by
-itself (`pattern_lint.py`), then the two beside the op's schema.
+Each check relies on those before it: the decorator's arguments, the pattern by itself (`pattern_lint.py`), then both
+against the op's schema.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastlora.match.pattern_lint import alternatives, collisions, faults, hidden
 
 
 def decorator_faults(kind: str, function: Any, given: dict[str, Any], benefit: Any) -> Iterator[str]:
-    """What is wrong with the ops and the benefit that a decorator was given, and with what it decorates."""
+    """Yield what is wrong with the ops and the benefit that a decorator was given, and with what it decorates."""
     for name, op in given.items():
         if not isinstance(op, SemanticOp):
             yield f"@{kind} takes an op of fastlora.kernels.ops as {name}, not {op!r}; {_closest_op(op)}"
@@ -39,7 +39,7 @@ def _closest_op(op: Any) -> str:
 
 
 def anchor_faults(anchor: Any) -> Iterator[str]:
-    """What is wrong with an anchor by itself."""
+    """Yield what is wrong with an anchor by itself."""
     if isinstance(anchor, str):
         if (unknown := unknown_operation(anchor)) is not None:
             yield f"anchor={anchor!r}: {unknown}"
@@ -50,7 +50,7 @@ def anchor_faults(anchor: Any) -> Iterator[str]:
 
 
 def pattern_faults(outputs: tuple[Any, ...]) -> Iterator[str]:
-    """What is wrong with what a rule's function returned, by itself."""
+    """Yield what is wrong with what a rule's function returned, by itself."""
     for output in outputs or (outputs,):
         if not isinstance(output, Pattern):
             yield f"its function must return a pattern, or a tuple of patterns, and returns {output!r}"
@@ -58,7 +58,7 @@ def pattern_faults(outputs: tuple[Any, ...]) -> Iterator[str]:
 
 
 def result_faults(result: Any, op: SemanticOp) -> Iterator[str]:
-    """What is wrong with the expression around an op, before it is recorded."""
+    """Yield what is wrong with the expression around an op, before it is recorded."""
     yield from function_faults(result, len(inspect.signature(result).parameters) if callable(result) else 1, "outputs")
     names = list(inspect.signature(result).parameters)
     if len(names) < len(op.outputs):
@@ -72,7 +72,7 @@ def result_faults(result: Any, op: SemanticOp) -> Iterator[str]:
 
 
 def rule_faults(made: PatternDefinition, variables: dict[str, Var]) -> Iterator[str]:
-    """What is wrong with a rule whose pattern is right by itself."""
+    """Yield what is wrong with a rule whose pattern is right by itself."""
     yield from _shape_faults(made, variables)
     for name in collisions(made.outputs[0]):
         yield f"{name!r} is bound twice in one match: rename one of the two, or give a raised op another prefix"
@@ -167,7 +167,7 @@ def _attribute_faults(made: PatternDefinition, variables: dict[str, Var]) -> Ite
 def _asking_faults(
     made: PatternDefinition, variables: dict[str, Var], name: str, asked: DtypeOf | TagOf
 ) -> Iterator[str]:
-    """What is wrong with an attribute that is the dtype or the tag of something in the match."""
+    """Yield what is wrong with an attribute that is the dtype or the tag of something in the match."""
     kind = "ScalarType" if isinstance(asked, DtypeOf) else "str"
     (argument,) = (a for a in made.op.arguments if a.name == name)
     if argument.type.removesuffix("?") != kind:
@@ -196,7 +196,7 @@ def _default_faults(made: PatternDefinition, variables: dict[str, Var]) -> Itera
 
 
 def condition_faults(made: PatternDefinition, condition: Any) -> Iterator[str]:
-    """What is wrong with a condition on a rule's matches."""
+    """Yield what is wrong with a condition on a rule's matches."""
     yield from function_faults(condition, 1, "the match")
     yield from _unbound(made, condition)
 
@@ -223,7 +223,7 @@ def _no_either(made: PatternDefinition, name: str) -> str:
 
 
 def group_faults(condition: Any, member: SemanticOp, by: Any, into: SemanticOp) -> Iterator[str]:
-    """What is wrong with a group, once its ops are some."""
+    """Yield what is wrong with a group, once its ops are some."""
     names = {a.name for a in member.arguments}
     unknown = [a.name for a in into.arguments if a.name not in names]
     if unknown or by not in names:
@@ -237,6 +237,6 @@ def group_faults(condition: Any, member: SemanticOp, by: Any, into: SemanticOp) 
 
 
 def function_faults(function: Any, count: int, arguments: str) -> Iterator[str]:
-    """What is wrong with a function that a rule will call with so many arguments."""
+    """Yield what is wrong with a function that a rule will call with so many arguments."""
     if isinstance(function, type) or not callable(function) or not takes(function, count):
         yield f"{getattr(function, '__name__', function)!r} is not a function of {arguments}"

@@ -1,4 +1,4 @@
-"""Which rules to apply: those that a caller gives, and those that a package brings."""
+"""Lists of rules, as a caller passes them or a package provides them, checked."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _DEFAULT = "leave rules out for fastlora.default_rules()"
 
 
 def check_rules(rules: Any) -> list[AnyRule]:
-    """The `rules` of `fastlora.compile` and `fastlora.explain` as a list.
+    """Return the `rules` of `fastlora.compile` and `fastlora.explain` as a list.
 
     Raises:
-        FastLoRAError: if they are none; the message says what they are and what to do.
+        FastLoRAError: if they are not rules; the message says what they are and what to do.
     """
     if isinstance(rules, (torch.Tensor, Mapping)):
         kind = type(rules).__name__
@@ -40,7 +40,7 @@ def check_rules(rules: Any) -> list[AnyRule]:
 
 
 def rules_of(entry: EntryPoint) -> list[AnyRule]:
-    """The rules of an entry point of the group `fastlora.patterns`: a list, or a module that has one as `RULES`.
+    """Return the rules of an entry point of the group `fastlora.patterns`: a list, or a module with one as `RULES`.
 
     Raises:
         FastLoRAError: if it cannot be loaded, or holds no rules; the message names the entry point.
@@ -61,7 +61,7 @@ def rules_of(entry: EntryPoint) -> list[AnyRule]:
 
 
 def _no_rule(value: Any) -> str | None:
-    """Why a value is no rule, or None if it is one."""
+    """Return why a value is not a rule, or None if it is one."""
     if isinstance(value, (Rule, GroupRule)):
         return None
     if isinstance(value, (list, tuple)):

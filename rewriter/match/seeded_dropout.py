@@ -1,15 +1,15 @@
 """Dropouts that an op does itself: the seed of the mask is drawn in the graph, where the model drew the mask.
 
-A pattern's `seeded` takes a dropout into the match and captures a `Seed`: an argument that is no value of the graph
-yet. It becomes one when the match is committed,
+A pattern's `seeded` takes a dropout into the match and captures a `Seed`, an argument that is not in the graph yet. It
+becomes a node when the match is committed,
 
     seed = torch.randint(2 ** 63 - 1, (1,), device=...)        in the place of        z = dropout(x, p)
 
 from PyTorch's own generator of the device, so `torch.manual_seed`, the random state that a checkpoint restores, and
-CUDA graphs mean for it what they mean for a dropout. The random numbers are others than eager's, as many and as good.
+CUDA graphs work as they do for a dropout. The random numbers differ from eager's.
 
-This is the one case in which a random node may be replaced: the op draws again what the node would have drawn. Where
-a match is replayed for verification, both sides get the mask of one fixed seed.
+This is the one case in which a random node may be replaced. Where a match is replayed for verification, both sides get
+the mask of one fixed seed.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ class Seed:
     p: float
 
     def __repr__(self) -> str:
-        return "a seed"  # for all alike: which node it stands for is no part of what an op computes
+        return "a seed"  # the same for all: an op computes the same whichever node it stands for
 
     def example(self) -> torch.Tensor:
-        """What tracing would have recorded."""
+        """Return what tracing would have recorded."""
         return _like(self.dropout).new_empty((1,), dtype=torch.int64)
 
     def fixed(self, device: torch.device) -> torch.Tensor:
-        """One seed for all replays."""
+        """Return the one seed of all replays."""
         return torch.zeros(1, dtype=torch.int64, device=device)
 
     def replay(self, x: torch.Tensor) -> torch.Tensor:
-        """What the dropout gives for the mask of the fixed seed."""
+        """Return the dropout of x with the mask of the fixed seed."""
         return reference(x, None, self.fixed(x.device), self.p, x.dtype)
 
     def draw(self, graph: fx.Graph) -> fx.Node:
-        """A node that draws the seed, at the graph's insertion point."""
+        """Insert a node that draws the seed, at the graph's insertion point."""
         example = self.example()
         node = graph.call_function(torch.randint, (SEEDS, (1,)), {"device": example.device})
         node.meta["example_value"] = example
@@ -66,7 +66,7 @@ def _like(node: fx.Node) -> torch.Tensor:
 
 
 def seeds(arguments: dict[str, Any]) -> list[Seed]:
-    """Those among a match's arguments, lists of them included."""
+    """Return the seeds among a match's arguments, including lists of them."""
     leaves = [v for value in arguments.values() for v in (value if isinstance(value, list) else [value])]
     return [leaf for leaf in leaves if isinstance(leaf, Seed)]
 
@@ -80,7 +80,7 @@ def _uses(view: View, node: fx.Node) -> int:
 
 
 class Seeded(Kept):
-    """A dropout of `x` that the match takes over; captures the seed as `name`, the probability as p is matched."""
+    """A dropout of `x` that the match replaces; captures the seed as `name`, and matches the probability with `p`."""
 
     def __init__(self, name: str, x: Pattern, p: Pattern, where: Predicate) -> None:
         super().__init__(name, Op("dropout", input=x, p=p))
@@ -107,4 +107,4 @@ class Seeded(Kept):
         verdict = self.where(view, value)
         if verdict is True:
             return None
-        return verdict if isinstance(verdict, str) else f"{describe(value)} is not to be drawn again"
+        return verdict if isinstance(verdict, str) else f"{describe(value)} may not be drawn again"

@@ -16,9 +16,14 @@ Predicate = Callable[[View, Any], "bool | str"]
 
 
 class State(NamedTuple):
-    """One way to match so far. `members` are the nodes the match would replace; `values` what the captures hold.
+    """One way to match so far. A tuple, since matching makes about a hundred of them for each node.
 
-    Matching makes a hundred of these for each node, and nobody changes one: a tuple is the cheapest of that kind.
+    Attributes:
+        values: what was captured, by name; named values have a dot before their name.
+        members: the nodes that the match would replace.
+        shared: those of them that stay if others use them too.
+        seen: what each pattern matched, by the pattern's id.
+        tags: the alternative that each `either` took, by name or id.
     """
 
     values: Mapping[str, Any] = MappingProxyType({})
@@ -33,7 +38,7 @@ class State(NamedTuple):
 
 @dataclass
 class Trace:
-    """Collects why branches failed; the deepest failure is the one worth telling."""
+    """Collects why branches failed; the deepest failure explains a near miss best."""
 
     notes: list[tuple[tuple[fx.Node, ...], str]] = field(default_factory=list)
 
@@ -42,7 +47,7 @@ class Trace:
 
 
 def describe(value: Any, op: str | None = None) -> str:
-    """A value as the report names it."""
+    """Return a value as reports name it."""
     if not isinstance(value, fx.Node):
         return repr(value)
     if op is None:

@@ -1,4 +1,4 @@
-"""Turns rewrites of graphs into the sites and misses of a report."""
+"""The sites and misses of a report, from rewritten graphs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastlora.rewrite.state import Rewrite
 
 
 def sites(rewrite: Rewrite, region: str, count: int) -> list[Site]:
-    """The fused ops of one graph."""
+    """Return the fused ops of one graph."""
     chosen = sorted(rewrite.chosen, key=lambda match: rewrite.view.order[match.root])
     fused = [
         Site(m.op.name, repr(m.rule), where(m.root, region), len(m.members), _bytes_saved(m), count) for m in chosen
@@ -32,7 +32,7 @@ def misses(rewrite: Rewrite, region: str, count: int) -> list[Miss]:
 
 
 def where(node: fx.Node, region: str = "") -> str:
-    """The module path and the source line that a node comes from, e.g. `model.layers.0.mlp (modeling.py:62)`."""
+    """Return the module path and source line of a node, e.g. `model.layers.0.mlp (modeling.py:62)`."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
     inner = re.sub(r"^L\['\w+'\]\.?|\['|'\]|__self__\.?", "", stack[-1][0]) if stack else ""
     path = ".".join(part for part in (region, inner) if part) or "model"
@@ -41,7 +41,7 @@ def where(node: fx.Node, region: str = "") -> str:
 
 
 def _bytes_saved(match: Match) -> int:
-    """The size of the intermediates that no longer come into being."""
+    """The size of the intermediates that are no longer computed."""
     outputs = set(match.outputs)
     views = {"slice", "transposed", "mT", "flatten", "reshape"}
     inner = [

@@ -1,4 +1,4 @@
-"""What was fused, what was not and why: the data that `explain` and `report` return, and how it prints."""
+"""What was fused, what was not and why: what `explain` and `report` return, and how it prints."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Site:
         op, rule: the semantic op, and the rule that found it, with its source line.
         where: module path and source line of the model's code.
         nodes: how many graph nodes it replaced.
-        bytes_saved: bytes of intermediate tensors that no longer come into being (symbolic sizes by their hint).
+        bytes_saved: bytes of intermediate tensors that are no longer computed (symbolic sizes by their hint).
         count: how many modules run this graph: one compiled block serves all layers that share its code.
     """
 
@@ -39,7 +39,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Miss:
-    """A candidate that stayed as it was, and why; `op` is its family."""
+    """A candidate that is not fused, and why; `op` is its family."""
 
     op: str
     rule: str
@@ -59,13 +59,13 @@ class Seconds:
 
 @dataclass
 class Report:
-    """The truth about a compiled model. `print(report)` is for people, `to_json` and `to_html` for tools.
+    """How a model was compiled. `print(report)` is for people, `to_json` and `to_html` for tools.
 
     Attributes:
         coverage: per op family (`lora`, `norm`, `rotary`, `glu`, `loss`), candidates seen and fused.
         fused, missed: every site, with its place in the model's source.
         graphs: how many graphs were traced; `breaks`: why tracing stopped, where it did.
-        notes: what else happened to the model that its owner should know.
+        notes: what else the user should know about how the model runs.
         code: each rewritten graph as readable Python, by the name of its region.
     """
 
@@ -90,7 +90,7 @@ class Report:
             lines.append("fused")
             lines += [f"  {site.op:<22}{_times(site.count)} {site.where}" for site in self.fused]
         if self.missed:
-            lines.append("left as it was")
+            lines.append("not fused")
             lines += [
                 f"  {miss.op:<10}{_times(miss.count)} {miss.where}\n             {miss.reason}" for miss in self.missed
             ]
@@ -103,7 +103,7 @@ class Report:
         return json.dumps(asdict(self), indent=2)
 
     def to_html(self, path: str | Path) -> None:
-        """Writes the report as one self-contained HTML page."""
+        """Write the report as one self-contained HTML page."""
         Path(path).write_text(_page(self), encoding="utf-8")
 
 
@@ -122,7 +122,7 @@ def _page(report: Report) -> str:
         _table(("family", "seen", "fused"), coverage),
         "<h2>Fused</h2>",
         _table(("op", "modules", "where", "nodes", "bytes saved"), _rows(report.fused)),
-        "<h2>Left as it was</h2>",
+        "<h2>Not fused</h2>",
         _table(("family", "modules", "where", "reason"), ((m.op, m.count, m.where, m.reason) for m in report.missed)),
         *(f"<p>Graph break: {html.escape(reason)}</p>" for reason in report.breaks),
         *(f"<p>{html.escape(note)}</p>" for note in report.notes),

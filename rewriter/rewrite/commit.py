@@ -1,4 +1,4 @@
-"""Puts the chosen matches into the graph; the only code that changes one."""
+"""Replaces the chosen matches in the graph."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TRACED = ("nn_module_stack", "stack_trace", "source_fn_stack")
 
 
 def commit(gm: fx.GraphModule, view: View, matches: Sequence[Match]) -> None:
-    """Replaces disjoint, legal matches by their ops, then removes the nodes that this left without users."""
+    """Replace disjoint, legal matches by their ops, then remove the nodes that have no users left."""
     forward: dict[fx.Node, fx.Node] = {}
     for match in sorted(matches, key=lambda m: view.order[m.root]):
         _replace(gm.graph, view, match, forward)
@@ -53,8 +53,7 @@ def _replace(graph: fx.Graph, view: View, match: Match, forward: dict[fx.Node, f
 
 
 def _draw(graph: fx.Graph, view: View, seed: Seed, place: fx.Node) -> fx.Node:
-    """The seed as a value of the graph, drawn where the dropout is that goes: before the op, which a group has earlier
-    than its last member."""
+    """Insert a node that draws the seed, where the dropout was or before the op, whichever is earlier."""
     before = min(seed.dropout, place, key=view.order.__getitem__)
     with graph.inserting_before(before):
         node = seed.draw(graph)
@@ -64,7 +63,7 @@ def _draw(graph: fx.Graph, view: View, seed: Seed, place: fx.Node) -> fx.Node:
 
 
 def _unpack(graph: fx.Graph, call: fx.Node, match: Match) -> list[fx.Node]:
-    """A node for each output. An op returns outputs and residuals as a tuple, unless there is just one result."""
+    """Return a node for each output. An op returns outputs and residuals as a tuple, unless it has one result."""
     op = match.op
 
     def item(source: fx.Node, index: int) -> fx.Node:
@@ -78,8 +77,8 @@ def _unpack(graph: fx.Graph, call: fx.Node, match: Match) -> list[fx.Node]:
 
 
 def _erase(graph: fx.Graph, view: View, matches: Sequence[Match]) -> None:
-    """Only what was replaced goes, and identities that handed a value to that alone: the graph may hold in-place
-    operations without users, which a general dead-code elimination would drop."""
+    """Erase what was replaced, and identities that only that read. Dead-code elimination would also drop in-place
+    operations, which have no users."""
     replaced = {node for match in matches for node in match.inside()}
     for node in reversed(list(graph.nodes)):
         if node in replaced and not node.users:

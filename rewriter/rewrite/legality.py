@@ -89,14 +89,14 @@ class Legality:
         return None
 
     def _read_since(self, match: Match, node: fx.Node) -> float:
-        """Where an input is read first, by the match or by its replacement, which may come before some of its nodes; of
-        an input that no member reads as it is, where the match begins."""
+        """Where an input is read first, by the match or by its replacement, which may come before some of its nodes; if
+        no member reads the input itself, where the match begins."""
         same = set(self._view.value_class(node))
         reading = [member for member in match.members if not same.isdisjoint(member.all_input_nodes)]
         return min(self._view.order[reader] for reader in (*(reading or match.members), match.place()))
 
     def _is_given_away(self, match: Match, member: fx.Node, writer: fx.Node) -> bool:
-        """Whether all that a write changes is an output that the match has no more to do with."""
+        """Whether a write changes only an output, after all nodes of the match, whose op never reads it again."""
         after = all(self._view.order[node] < self._view.order[writer] for node in match.members)
         return match.op.policy.outputs_mutable and member in match.outputs and after
 

@@ -1,4 +1,4 @@
-"""Base layers whose weights are kept in 4 bits, as bitsandbytes traces them: read as linear layers of decoded weights.
+"""Base layers with 4-bit weights, as bitsandbytes traces them, read as linear layers of decoded weights.
 
 TorchDynamo records such a product as the operator `bitsandbytes::gemm_4bit`, or, where its input wants a gradient, as
 an autograd function whose forward is that operator, and whose backward decodes the weight and multiplies by it. Before
@@ -6,8 +6,8 @@ rules look at a graph, `propose` puts in its place the two nodes that it means,
 
     W = dequantize_4bit(packed, absmax, ...)        y = linear(x, W, b)
 
-and after they have chosen, `settle` takes back those that nobody claimed: these products run as they were traced. Ops
-that claim one read the encoded weight itself, so that W never is a value of the graph.
+and after matches are chosen, `settle` restores those that no op took, so that they run as they were traced. Ops that
+take one read the 4-bit weight itself, and W is never a value of the graph.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Proposal:
     bias: fx.Node | None
 
     def restore(self, graph: fx.Graph, alive: set[fx.Node]) -> None:
-        """Puts the call in the linear layer's place."""
+        """Put the call in the place of the linear layer."""
         now = {self.bias: self.linear.args[2]}
         if self.x not in alive or _uncast(self.x) is not self.linear.args[0]:  # which is another by now
             now[self.x] = self.linear.args[0]
@@ -61,14 +61,14 @@ class Proposal:
 
 
 def propose(gm: fx.GraphModule) -> list[Proposal]:
-    """Puts what each product of a 4-bit weight means in its place."""
+    """Replace each product of a 4-bit weight by what it means."""
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     read = [(node, given) for node in gm.graph.nodes if (given := _product(gm, node)) is not None]
     return [_propose(gm.graph, node, given, order) for node, given in read]
 
 
 def settle(graph: fx.Graph, proposals: list[Proposal]) -> None:
-    """Puts back the products whose linear layers are still there, and removes what only the others read."""
+    """Restore the products whose linear layers are still there, and remove what only the others read."""
     alive = set(graph.nodes)
     for proposal in proposals:
         if proposal.linear in alive:
@@ -84,7 +84,7 @@ def settle(graph: fx.Graph, proposals: list[Proposal]) -> None:
 
 
 def tidy(graph: fx.Graph) -> None:
-    """Removes decoded weights that nobody reads, and puts the others before what does."""
+    """Remove decoded weights without users, and move the others before their first user."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in order:
         if node.target is dequantize_4bit.target:
@@ -209,8 +209,8 @@ def _of_function(gm: fx.GraphModule, call: fx.Node) -> dict[str, Any] | None:
 
 
 def _thaw(backward: fx.GraphModule) -> None:
-    """Has a backward cast the weight to the dtype of what comes in, as it is written, and not to the one that tracing
-    saw: under autocast gradients may come in another."""
+    """Let a backward cast the weight to the dtype of the incoming gradient, and not to the one that tracing saw: under
+    autocast they may differ."""
     product = next(node for node in backward.graph.nodes if _short(node) == "matmul")
     incoming, weight = product.args
     with backward.graph.inserting_before(product):

@@ -1,9 +1,8 @@
-"""Replays a match and compares it with the op that would replace it.
+"""Replays a match and compares it with what would replace it, the op and the expression around it.
 
-Algebra: the matched nodes, with casts erased, on random fp64 values against the op's reference in fp64, outputs and all
-gradients to 1e-10. Rounding: both in the traced dtypes against that truth; the replacement may be at most 1.25 times as
-far away as the original, plus the rounding of the dtype. A dropout that the op takes over drops the same elements on
-both sides, those of one fixed seed.
+In float64, on random values and with casts erased, outputs and all gradients must agree with the op's reference to
+1e-10. In the traced dtypes the replacement may be at most 1.25 times as far from that result as the original is, plus
+the rounding of the dtype. A dropout that the op does itself drops the same elements on both sides.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def disagreement(match: Match) -> Refusal | None:
     ]
     key = (match.rule, *targets, *constants, *map(_kind, match.argument_nodes()))
     if key not in _SEEN:
-        # A checkpoint may be recording what is saved for backward; a replay is none of its business.
+        # A checkpoint may be recording what is saved for backward, which must not include a replay.
         unrecorded = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
         with torch.random.fork_rng(), torch.enable_grad(), unrecorded:
             torch.manual_seed(0)
@@ -70,7 +69,7 @@ def _compare(match: Match) -> str | None:
 
 
 def _autocast_of(view: View, node: fx.Node) -> AbstractContextManager[Any]:
-    """The autocast region of the graph that a node is in; an ambient one is in force already."""
+    """The autocast region of the graph around a node; one around the whole graph is active already."""
     regions = view.modes[node][1]
     arguments: Any = regions[-1].args if regions else ()
     return torch.autocast(*arguments) if regions else nullcontext()
@@ -90,7 +89,7 @@ def _random(example: torch.Tensor | None) -> torch.Tensor:
 
 
 def _sampled(match: Match, inputs: dict[fx.Node, torch.Tensor]) -> dict[fx.Node, torch.Tensor]:
-    """The arguments that a random tensor would be no value for, by the op's own account."""
+    """The arguments for which the op declares how to make a meaningful value, as random ones would not be."""
     given = {n: inputs[v] for n, v in match.arguments.items() if isinstance(v, fx.Node) and v in inputs}
     return {match.arguments[name]: make(given) for name, make in match.op.policy.samples.items()}
 
@@ -112,7 +111,7 @@ def _with_gradients(
 
 
 def _replay(match: Match, inputs: dict[fx.Node, torch.Tensor], exact: bool) -> list[torch.Tensor]:
-    """Runs just the matched nodes, and the identities between them; `exact` erases their casts."""
+    """Run the matched nodes and the identities between them; `exact` erases their casts."""
     view = match.view
     drawn = {seed.dropout: seed for seed in seeds(match.arguments)}
 
@@ -147,11 +146,11 @@ def _call(view: View, node: fx.Node, value: Callable[[fx.Node], Any], exact: boo
         else:
             result = node.target(*args, **kwargs)  # type: ignore[operator]
     made = exact and isinstance(result, torch.Tensor) and result.is_floating_point()
-    return result.double() if made else result  # what the graph makes of nothing has a dtype of its own
+    return result.double() if made else result  # tensors that the graph creates have a dtype of their own
 
 
 def _reference(match: Match, inputs: dict[fx.Node, torch.Tensor], exact: bool) -> list[torch.Tensor]:
-    """Runs the op: its reference in fp64, the op itself with its own backward in the traced dtypes."""
+    """Run the op: its reference in float64, or the op itself with its own backward in the traced dtypes."""
     device = next(iter(inputs.values())).device
 
     def run(leaves: dict[fx.Node, torch.Tensor]) -> list[torch.Tensor]:
@@ -178,6 +177,6 @@ def _reference(match: Match, inputs: dict[fx.Node, torch.Tensor], exact: bool) -
 
 
 def _distance(mine: torch.Tensor, truth: torch.Tensor) -> float:
-    """Relative distance in the norm of the whole tensor."""
+    """The relative distance in the norm of the whole tensor."""
     scale = truth.double().norm().clamp_min(1e-30)
     return float((mine.double() - truth.double()).norm() / scale)

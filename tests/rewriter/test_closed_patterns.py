@@ -217,7 +217,7 @@ NAME = "activation"
         ({"out_dtype": lambda match: 32}, "attrs out_dtype=32: glu("),
         ({"activation": lambda match: match.value(NAME)}, "nothing is captured or named 'activation'"),
         ({"activation": lambda match: match.tag(NAME)}, "no either is named 'activation'"),
-        ({"out_dtype": lambda match: match.dtype("_scale")}, "'_scale' holds no tensor in this match"),
+        ({"out_dtype": lambda match: match.dtype("_scale")}, "'_scale' is not a tensor in this match"),
         ({"activation": lambda match: match.slice_of("gate")}, "'gate' is not a slice in this match"),
     ],
 )
