@@ -16,7 +16,7 @@ from fastlora.kernels.core.grouped_mm import makes_at_once
 from fastlora.match.dsl import Op, Param, Scalar, either
 from fastlora.match.rule import GroupRule, Match, Rule, rule
 from fastlora.match.state import describe
-from fastlora.patterns.reading import is_given
+from fastlora.patterns.candidates import is_given
 
 _PARAMETER = Param(3)
 _SUM = "the sum of weight and adapter"
@@ -26,7 +26,7 @@ _ADVICE = "where transformers can sort tokens by expert, set_experts_implementat
 def adapted_experts(view: View, node: fx.Node) -> bool:
     """A sum of a three-dimensional parameter and low-rank products of parameters, one for each of its matrices.
 
-    Attention scores with a bias look much the same, but that their factors are no parameters.
+    Attention scores with a bias look the same, except that their factors are not parameters.
     """
     term = view.term(node)
     if term is None or term.op not in ("baddbmm", "add"):
@@ -42,7 +42,7 @@ def adapted_experts(view: View, node: fx.Node) -> bool:
 
 
 def _is_weight(view: View, value, total: fx.Node) -> bool:
-    """Whether a value is a three-dimensional parameter, of the size of a sum with it."""
+    """Whether a value is a three-dimensional parameter of the same shape as a sum with it."""
     tensor, result = meta(value), meta(total)
     return _PARAMETER(view, value) is True and tensor is not None and result is not None and same_shape(tensor, result)
 
@@ -82,7 +82,7 @@ def lora_grouped(x, weight: Param(3), left, right, offs, scaling: Scalar = 1.0):
 
 @lora_grouped.where
 def _without_waiting(match: Match):
-    """Group by group a GPU would be waited for, in each forward and backward, and could not replay a region."""
+    """Without a grouped kernel each forward and backward would wait for the GPU, which CUDA graphs do not allow."""
     x = match.tensor("x")
     return x.device.type == "cpu" or makes_at_once(x) or f"on a {x.device.type} device grouped products are of bfloat16"
 
@@ -116,7 +116,7 @@ def _where_the_sum_goes(view: View, total: fx.Node) -> str | None:
         return f"{_SUM} leaves the graph before a product reads it, as where experts run in a loop; {_ADVICE}"
     if any(_takes_by_index(user) for user in readers):
         return f"each token, or each expert, takes its matrix out of {_SUM}; {_ADVICE}"
-    return f"{describe(readers[0])}, which is no grouped product, reads {_SUM}" if readers else None
+    return f"{describe(readers[0])}, which is not a grouped product, reads {_SUM}" if readers else None
 
 
 def _is_grouped(view: View, node: fx.Node) -> bool:

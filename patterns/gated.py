@@ -1,9 +1,9 @@
-"""Gated units, whoever spells them: a product of an activation with another value of its shape.
+"""Candidates for gated units, in any spelling: a product of an activation with another value of its shape.
 
-A unit is counted at its nonlinearity: `silu`, or of `g * sigmoid(g) * u` the `sigmoid`. From there products are
-followed to what they multiply. What is multiplied by a SiLU or a GELU, in any spelling, is gated. `sigmoid(g) * u` and
-the like are many other things as well, such as gates of attention and of residual branches; they are counted where both
-factors come from linear layers on one input.
+A unit is counted at its nonlinearity: `silu`, or the `sigmoid` of `g * sigmoid(g) * u`. From there, products are
+followed to what they multiply. Anything that is multiplied by a SiLU or a GELU is gated. `sigmoid(g) * u` and the like
+may also be gates of attention or of residual branches; they count only where both factors come from linear layers on
+one input.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import fx
 
 from fastlora.graph.fake_values import meta, same_shape
 from fastlora.graph.view import View
-from fastlora.patterns.reading import factors, layer_inputs, name_of, operands, tensors, writes
+from fastlora.patterns.candidates import factors, layer_inputs, name_of, operands, tensors, writes
 
 _SMOOTH = {"silu": "SiLU", "gelu": "GELU", "gelu_tanh": "GELU", "mish": "Mish", "hardswish": "hard swish"}
 _SQUASHING = {"sigmoid": "a sigmoid", "special_expit": "a sigmoid", "hardsigmoid": "a hard sigmoid", "tanh": "tanh"}
@@ -26,14 +26,14 @@ _ONE_SIDED |= {"elu": "ELU", "selu": "SELU", "celu": "CELU"}
 _PARTS = {"erf": "erf", "exp": "exp"}
 _ACTIVATIONS = _SMOOTH | _SQUASHING | _ONE_SIDED | _PARTS
 _WHOLE = {"sigmoid": "SiLU", "special_expit": "SiLU", "exp": "SiLU", "tanh": "GELU", "erf": "GELU"}
-"""What a nonlinearity is a part of when it multiplies its own argument."""
+"""The activation that a nonlinearity is part of if its own argument is multiplied by it."""
 
 _REACH = 8
 
 
 @dataclass
 class _Unit:
-    """What the products above a nonlinearity multiply."""
+    """What a nonlinearity is multiplied by."""
 
     name: str
     own: list[fx.Node]
@@ -45,12 +45,12 @@ class _Unit:
 
 
 def gating(view: View, node: fx.Node) -> bool:
-    """The nonlinearity of a gated unit, or `glu`, which is all of one."""
+    """Return whether a node is the nonlinearity of a gated unit, or `F.glu`, which is a whole unit."""
     return gated_by(view, node) is not None
 
 
 def gated_by(view: View, node: fx.Node) -> str | None:
-    """What gates the unit that is counted at a node, in words; None if none is."""
+    """Return what gates the unit that is counted at a node, in words, or None if there is no unit."""
     name = name_of(view, node)
     if node.target in (F.glu, torch.ops.aten.glu, torch.ops.aten.glu.default):
         return "F.glu"
@@ -74,17 +74,17 @@ def why_not(view: View, node: fx.Node, covered: Iterable[str]) -> str | None:
     activations, plainly written."""
     gate = gated_by(view, node)
     if gate == "F.glu":
-        return "F.glu joins gate and up in one tensor, which no rule covers"
+        return "F.glu takes gate and up as one tensor, which no rule covers"
     if writes(view, node):
         return "the activation writes in place, which no rule covers"
     if any(writes(view, each) for each in _unit(view, node, name_of(view, node)).products):
-        return "the product is written over the activation, which no rule covers"
+        return "the product is written in place over the activation, which no rule covers"
     known = gate is None or gate in {_SMOOTH.get(name) for name in covered}
     return None if known else f"gated by {gate}, which no rule covers"
 
 
 def _unit(view: View, node: fx.Node, name: str) -> _Unit:
-    """Follows a nonlinearity up to its product with another value, or with its own argument and that."""
+    """Follow a nonlinearity to its product with another value, possibly with its own argument first."""
     activated = meta(node)
     unit, value = _Unit(name, _arguments(view, node, name)), node
     for _ in range(_REACH):
@@ -105,14 +105,14 @@ def _unit(view: View, node: fx.Node, name: str) -> _Unit:
         if name_of(view, step) == "square":
             unit.squared = True
         elif others and before == len(unit.partners) + unit.gates_itself + unit.squared:
-            break  # a mask, or a weight for each row: what comes of that is no activation any more
+            break  # a mask, or a weight for each row: the result is not an activation
         unit.products.append(step)
         value = step
     return unit
 
 
 def _others(view: View, user: fx.Node, value: fx.Node, name: str) -> list[fx.Node] | None:
-    """What a node multiplies a value with; None of a node that does not lead from a nonlinearity to a product."""
+    """What a node multiplies a value with; None if it does not lead from a nonlinearity to a product."""
     step, given = name_of(view, user), operands(view, user)
     if step == "cast" or (step == "square" and name == "relu") or (step == "reciprocal" and name == "exp"):
         return []
@@ -126,7 +126,7 @@ def _others(view: View, user: fx.Node, value: fx.Node, name: str) -> list[fx.Nod
 
 
 def _arguments(view: View, node: fx.Node, name: str) -> list[fx.Node]:
-    """The values that a nonlinearity scales, of which it makes its result."""
+    """The value that a nonlinearity is computed from, and those that this is scaled or cast from."""
     through = {"cast", "neg", "mul", "div"} | ({"add", "pow", "square"} if name == "tanh" else set())
     found = tensors(view, node)[:1] if name in _WHOLE else []
     for each in found:
@@ -136,7 +136,7 @@ def _arguments(view: View, node: fx.Node, name: str) -> list[fx.Node]:
 
 
 def _is_anothers(view: View, node: fx.Node, unit: _Unit, others: list[fx.Node]) -> bool:
-    """Whether a unit of two activations is counted at the other one, which is the left of two that are alike."""
+    """Whether a unit with two activations is counted at the other one: of two of a kind, at the left one."""
     if unit.name in _SMOOTH:
         return unit.left and any(name_of(view, other) in _SMOOTH for other in others)
     first = all(view.order[node] < view.order[other] and name_of(view, other) not in _SMOOTH for other in others)
@@ -144,7 +144,7 @@ def _is_anothers(view: View, node: fx.Node, unit: _Unit, others: list[fx.Node]) 
 
 
 def _whole_of(view: View, node: fx.Node, name: str) -> str:
-    """The activation that a nonlinearity is of with the argument that it multiplies."""
+    """The activation that a nonlinearity is part of, in words."""
     argument = operands(view, node)[0]
     while name_of(view, argument) == "cast":
         argument = operands(view, argument)[0]
@@ -154,7 +154,7 @@ def _whole_of(view: View, node: fx.Node, name: str) -> str:
 
 
 def _from_one_input(view: View, node: fx.Node, unit: _Unit) -> bool:
-    """Whether linear layers on one input make both factors; a product that a sum takes is a gate of a branch."""
+    """Whether both factors come from linear layers on one input, and the product is not a gate of a residual branch."""
     gate = layer_inputs(view, next(iter(tensors(view, node)), None))
     up = [inputs for other in unit.partners if (inputs := layer_inputs(view, other)) is not None]
     if gate is None or not any(gate & inputs for inputs in up):

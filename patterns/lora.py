@@ -17,14 +17,14 @@ from fastlora.kernels import ops
 from fastlora.kernels.formulas.dropout import is_cheap
 from fastlora.match.dsl import Opt, Param, Scalar, cast, dropout, either, kept, linear, seeded, widened
 from fastlora.match.rule import GroupRule, Match, Rule, dtype_of, group, rule
-from fastlora.patterns.reading import Product, before, name_of, product
+from fastlora.patterns.candidates import Product, before, name_of, product
 
 _REACH = 12
 
 
 def _pair(view: View, node: fx.Node) -> tuple[Product, Product, list[fx.Node]] | None:
-    """Two products with weights in a row whose inner dimension is the smallest of the three, B's and A's, and what
-    stands between them: copies, layouts and scales, but nothing that makes the pair more than one linear map."""
+    """Two products with weights in a row whose inner dimension is the smallest of the three, those of B and of A, and
+    what is between them: copies, layouts and scales, which keep the pair one linear map."""
     outer = product(view, node)
     between: list[fx.Node] = []
     value = outer.input if outer is not None else None
@@ -38,7 +38,7 @@ def _pair(view: View, node: fx.Node) -> tuple[Product, Product, list[fx.Node]] |
 
 
 def low_rank(view: View, node: fx.Node) -> bool:
-    """The second of two products in a row that together are of low rank."""
+    """Return whether a node is the second of two products in a row that together have low rank."""
     return _pair(view, node) is not None
 
 
@@ -48,26 +48,26 @@ def _is_smallest(a, b):
 
 
 def has_low_rank(match: Match):
-    """A condition on an adapter."""
+    """Return whether the rank of an adapter is smaller than its input and output."""
     return _is_smallest(match.tensor("lora_a"), match.tensor("lora_b")) or "the inner dimension is not the smallest"
 
 
 def cheap_to_draw_again(view: View, dropped: fx.Node) -> bool | str:
-    """Whether a kernel reads what is dropped out, and writes the result."""
+    """Return whether a kernel can draw the mask again, for the input and the result of a dropout."""
     term = view.term(dropped)
     source = term.args["input"] if term is not None else dropped
     values = dropped, source, _undropped(view, source)
     cheap = all(tensor is not None and is_cheap(tensor) for tensor in map(meta, values))
-    return cheap or "no kernel draws the mask again on its device"
+    return cheap or "there is no kernel on its device that draws the mask again"
 
 
 def _seeded(x, p):
-    """The dropout as the op does it, which widens x but does not round it before."""
+    """The dropout as the op does it, on x in its own dtype or widened."""
     return seeded("seed", widened(x), p, where=cheap_to_draw_again)
 
 
 def _dropped(x, p):
-    """The dropout as the graph does it."""
+    """The dropout as it stays in the graph."""
     return kept("x_dropped", dropout(cast(x), p))
 
 
@@ -78,8 +78,8 @@ def _low_rank_path(x, lora_a, lora_b, lora_bias, scaling):
 
 
 def _contribution(x, lora_a, lora_b, lora_bias, scaling):
-    """PEFT rounds it to the dtype of a quantised base layer's result before it adds it, and for some layers before it
-    scales it; the op rounds the sum alone."""
+    """What the adapter adds. PEFT rounds it to the dtype of a quantized base layer's result before the addition, and
+    for some layers before scaling; the op rounds only the sum."""
     return cast(_low_rank_path(x, lora_a, lora_b, lora_bias, scaling))
 
 
@@ -101,14 +101,14 @@ def lora_linear(
     dropout: Scalar = None,
 ):
     read = either(same=x, rounded=cast(x)).named("read")
-    base = cast(linear(read, weight, bias).named("base"))  # whose rounding the op does not repeat
+    base = cast(linear(read, weight, bias).named("base"))  # the op does not round here
     adapted = either(seeded=_seeded(x, dropout), dropped=_dropped(x, _p), plain=cast(x))
     return cast(base + _contribution(adapted, lora_a, lora_b, lora_bias, scaling))
 
 
 @lora_linear.where
 def _base_is_rounded_once(match: Match):
-    """The op casts x to the dtype that the base computes in, and to no other before."""
+    """The op casts x to the dtype that the base computes in, directly."""
     direct = match.dtype("read") in (match.dtype("x"), match.dtype("base"))
     return direct or "the base's input is rounded to another dtype before it is read"
 
@@ -123,7 +123,7 @@ def lora_add(
     scaling: Scalar = 1.0,
     dropout: Scalar = None,
 ):
-    """An adapter on whatever its base layer is: a quantised product, a Conv1D, a layer that has adapters already."""
+    """An adapter on any base layer: a quantized product, a Conv1D, a layer that has adapters already."""
     adapted = either(seeded=_seeded(x, dropout), plain=cast(x))
     return cast(base + _contribution(adapted, lora_a, lora_b, lora_bias, scaling))
 
@@ -134,16 +134,16 @@ for _adapter in (lora_linear, lora_add):
 
 @lora_linear.otherwise
 def _no_pair_of_linear_layers(view: View, node: fx.Node) -> str | None:
-    """What the products are, if not linear layers on plain tensors, and what stands between them."""
+    """Say what the products are, if not linear layers on plain tensors, and what is between them."""
     pair = _pair(view, node)
     if pair is None:
         return None
     outer, inner, between = pair
     for weight in (outer.weight, inner.weight):
         if is_wrapper_subclass(tensor := meta(weight)):
-            return f"its products are of the class {type(tensor).__name__}, which no rule covers"
-    if (made_by := {outer.op, inner.op}) != {"linear"}:
-        return f"its products are made by {' and '.join(sorted(made_by))}, which no rule covers"
+            return f"its weights are of the tensor subclass {type(tensor).__name__}, which no rule covers"
+    if (computed_by := {outer.op, inner.op}) != {"linear"}:
+        return f"its products are computed by {' and '.join(sorted(computed_by))}, which no rule covers"
     names = dict.fromkeys(name_of(view, each) for each in between if name_of(view, each) != "cast")
     return f"{', '.join(names)} between A and B, which no rule covers" if names else None
 
@@ -177,7 +177,7 @@ def _undropped(view: View, x: fx.Node) -> fx.Node:
 
 @group(ops.lora_linear, by="x", into=ops.lora_group, benefit=2)
 def shared_input(matches: list[Match]):
-    """q, k and v, or gate and up where the MLP did not fuse; with dropout if each draws a seed of its own."""
+    """q, k and v, or gate and up where the MLP is not fused; with dropout if each draws its own seed."""
     return len({match.dtype("lora_a") for match in matches}) == 1 or "the adapters differ in dtype"
 
 

@@ -32,7 +32,7 @@ from fastlora.match.dsl import (
 )
 from fastlora.match.rule import Match, dtype_of, fuse, rule
 from fastlora.patterns.lora import cheap_to_draw_again
-from fastlora.patterns.normalised import L2, divides_its_own, why_not
+from fastlora.patterns.other_norms import L2, divides_its_own, why_not
 
 
 def _offset(match: Match) -> float:
@@ -52,14 +52,14 @@ def _last_dimension(match: Match) -> bool | str:
 
 
 def _summands(view: View, value) -> list:
-    """What a sum is of; nothing, of any other value."""
+    """The operands of a sum; nothing for any other value."""
     term = view.term(value)
     return list(term.args.values()) if term is not None and term.op == "add" else []
 
 
-def normaliser(view: View, node: fx.Node) -> bool:
-    """The root of a mean and a little more: `rsqrt`, or `sqrt` if it is of that kind, by which something is divided; or
-    another norm of what is divided by it."""
+def normalizer(view: View, node: fx.Node) -> bool:
+    """Return whether a node is what a norm divides by: `rsqrt`, `sqrt` of a mean and eps, or the norm of a value that
+    is divided by it."""
     if divides_its_own(view, node):
         return True
     term = view.term(node)
@@ -71,7 +71,7 @@ def normaliser(view: View, node: fx.Node) -> bool:
 
 @rule(
     ops.rms_norm,
-    anchor=normaliser,
+    anchor=normalizer,
     attrs={
         "offset": _offset,
         "compute_dtype": dtype_of("power"),
@@ -129,7 +129,7 @@ def torch_rms_norm(x, weight: Opt, _shape: Constant, _eps: Constant):
 
 @torch_rms_norm.where
 def _one_dimension(match):
-    return len(match.value("_shape")) == 1 or "it normalises several dimensions"
+    return len(match.value("_shape")) == 1 or "it normalizes several dimensions"
 
 
 @rule(ops.layer_norm, anchor="layer_norm", attrs={"out_dtype": dtype_of()})
@@ -139,10 +139,10 @@ def layer_norm(x, weight: Opt, bias: Opt, eps: Scalar, _shape: Constant):
 
 @layer_norm.where
 def _last_dimension_only(match):
-    return len(match.value("_shape")) == 1 or "it normalises several dimensions"
+    return len(match.value("_shape")) == 1 or "it normalizes several dimensions"
 
 
-@rule(ops.layer_norm, anchor=normaliser, attrs={"out_dtype": dtype_of()})
+@rule(ops.layer_norm, anchor=normalizer, attrs={"out_dtype": dtype_of()})
 def written_layer_norm(x, weight: Opt[Param(1)], eps: Scalar):
     """LayerNorm spelled out, with a weight and no bias."""
     h = widened(x).named("h")
@@ -164,7 +164,7 @@ def _written_weight_fits(match):
 
 
 def _sum(residual: Pattern, x: Pattern, p: Pattern) -> Pattern:
-    """The dropout is looked for on both sides before the sum is taken as it is."""
+    """A residual sum, in which the op also does the dropout of either operand if it can."""
     dropped = seeded("seed", x, p, where=cheap_to_draw_again)
     return either(seeded=residual + dropped, plain=residual + x)
 
@@ -184,7 +184,7 @@ def add_layer_norm(residual, x, dropout: Scalar = None):
 @add_rms_norm.where
 @add_layer_norm.where
 def _same_operands(match):
-    """The op adds without broadcasting or promotion, as its operands' gradients are the sum's."""
+    """The op adds without broadcasting or promotion: the gradient of each operand is that of the sum."""
     residual, x = match.tensor("residual"), match.tensor("x")
     return (same_shape(residual, x) and residual.dtype == x.dtype) or "the operands of the sum differ in shape or dtype"
 

@@ -23,7 +23,7 @@ from fastlora.match.rule import GroupRule, Match, Rule, dtype_of, fuse, group, r
 
 
 def turned(view: View, node) -> bool:
-    """A concatenation or stack of a value's parts, one of them negated: somebody rotates."""
+    """Return whether a node joins two parts of a value, one of them negated, as a rotation does."""
     term = view.term(node)
     if term is None or term.op not in ("cat", "stack") or len(term.args["tensors"]) != 2:
         return False
@@ -104,7 +104,7 @@ def _turned_width(match: Match) -> int:
 
 @fuse(ops.rotary, benefit=2, attrs={"rotary_dim": _turned_width, "out_dtype": dtype_of()})
 def partial_rotary(x):
-    """Only the first entries of each head turn; the others pass through."""
+    """Only the first entries of each head are rotated; the others pass through."""
     anything = lambda _: True  # noqa: E731
     turning = raised(ops.rotary, x=piece(x, "turning"), rotary_dim=anything, out_dtype=anything)
     return cast(cat(turning, piece(x, "passing")))
@@ -116,11 +116,11 @@ def _pieces_meet(match):
     whole = turning["start"] == 0 and turning["stop"] == passing["start"]
     return (
         whole and passing["stop"] == match.tensor("x").shape[-1]
-    ) or "the parts that turn and pass are not the whole"
+    ) or "the rotated part and the rest are not the whole input"
 
 
 class _InOneLayer(GroupRule):
-    """Groups neighbours only: all layers of a graph read the same cos and sin, and each turns its own q and k."""
+    """Groups neighbours only: all layers of a graph read the same cos and sin, and each rotates its own q and k."""
 
     def find(self, view: View, candidates: list[Match]) -> Iterator[Match]:
         for neighbours in _neighbours(view, _outermost([m for m in candidates if m.op is self.member])):
@@ -128,7 +128,7 @@ class _InOneLayer(GroupRule):
 
 
 def _outermost(matches: list[Match]) -> list[Match]:
-    """Those that are no part of another, as what turns is of a partial embedding."""
+    """The matches that are not part of another, such as a partial embedding."""
     return [m for m in matches if not any(m.root in other.members for other in matches if other.root is not m.root)]
 
 
@@ -148,7 +148,7 @@ def _neighbours(view: View, matches: list[Match]) -> Iterator[list[Match]]:
 
 @group(ops.rotary, by="cos", into=ops.rotary_group, benefit=2)
 def query_and_key(matches: list[Match]):
-    """q and k of one attention, which are turned by the same angles."""
+    """q and k of one attention, which are rotated by the same angles."""
     learned = any(match.tensor(name).requires_grad for match in matches for name in ("cos", "sin"))
     return not learned or "the angles are learned: each embedding keeps its own input"
 

@@ -47,7 +47,7 @@ def _an_argument_left_out(written, rng):
 def _a_predicate_that_cannot_be_asked(written, rng):
     for at, part in at_each(written, Op):
         name = rng.choice(list(part.args))
-        for wrong, said in ((float, "float is a type"), (Scalar, "Scalar is not a predicate"), (silu, "silu is not a pred")):
+        for wrong, said in ((float, "float is a type"), (Scalar, "Scalar is not a predicate"), (silu, "silu is not")):
             changed = Op("neg", input=wrong).args["input"]
             yield written.with_part(at, lambda p, n=name, c=changed: p.args.update({n: c})), said
 

@@ -18,7 +18,7 @@ import fastlora
 X = randn(2, 3, 16)
 INTO, ONTO, BOTH = randn(24, 16), randn(24, 16, seed=1), randn(48, 16)
 SILU, GELU = "gated by a SiLU that is spelled out", "gated by a GELU that is spelled out"
-WRITTEN_OVER = "the product is written over the activation"
+WRITTEN_OVER = "the product is written in place over the activation"
 
 
 def augmented(g: Tensor, u: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def test_a_gated_unit_of_adapted_layers_is_one_candidate(name: str) -> None:
 
 @pytest.mark.parametrize("dim", [-1, 1])
 def test_glu_is_a_candidate_by_itself(dim: int) -> None:
-    joined = "F.glu joins gate and up in one tensor, which no rule covers"
+    joined = "F.glu takes gate and up as one tensor, which no rule covers"
     assert_one(lambda x: F.glu(x, dim=dim), (randn(2, 4, 16),), "glu", joined)
 
 
@@ -183,7 +183,7 @@ def test_the_report_counts_what_stays() -> None:
     assert {miss.op for miss in report.missed} == {"glu", "lora", "norm"}
 
 
-@pytest.mark.parametrize("said", ["quick-GELU", "made by conv1d", "normalised by F.normalize"])
+@pytest.mark.parametrize("said", ["quick-GELU", "computed by conv1d", "normalized by F.normalize"])
 def test_strict_names_what_stays(said: str) -> None:
     with pytest.raises(fastlora.StrictError, match=said):
         fastlora.compile(Written(), strict=True)(X.detach())
@@ -218,4 +218,4 @@ def test_adapters_under_tensor_parallelism_are_seen(one_rank) -> None:
     parallelize_module(model, one_rank, first | second)
     report = fastlora.explain(model, input=X.detach())
     assert (report.coverage["lora"].seen, report.coverage["lora"].fused) == (2, 0)
-    assert all("of the class DTensor, which no rule covers" in miss.reason for miss in report.missed)
+    assert all("of the tensor subclass DTensor, which no rule covers" in miss.reason for miss in report.missed)

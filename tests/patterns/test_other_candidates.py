@@ -29,22 +29,22 @@ PAIRS: dict[str, tuple[Function, str | None]] = {
         "between A and B",
     ),
     "a cast between": (lambda x, a, b: F.linear(F.linear(x, a).double(), b.double()).float(), "is not a parameter"),
-    "matmul with plain weights": (lambda x, a, b: x @ a.view(16, 4) @ b.view(4, 24), "made by matmul"),
+    "matmul with plain weights": (lambda x, a, b: x @ a.view(16, 4) @ b.view(4, 24), "computed by matmul"),
     "einsum": (
         lambda x, a, b: torch.einsum("bsr,or->bso", torch.einsum("bsi,ri->bsr", x, a), b),
-        "its products are made by einsum, which no rule covers",
+        "its products are computed by einsum, which no rule covers",
     ),
     "einsum with the weight first": (
         lambda x, a, b: torch.einsum("or, bsr -> bso", b, torch.einsum("ri, bsi -> bsr", a, x)),
-        "made by einsum",
+        "computed by einsum",
     ),
     "addmm": (
         lambda x, a, b: torch.addmm(x.new_zeros(6, 24), F.linear(x.view(6, 16), a), b.view(4, 24)).view(2, 3, 24),
-        "made by addmm and linear",
+        "computed by addmm and linear",
     ),
     "convolutions of one place": (
         lambda x, a, b: F.conv1d(F.conv1d(x.transpose(1, 2), a[..., None]), b[..., None]).transpose(1, 2),
-        "made by conv1d",
+        "computed by conv1d",
     ),
 }  # fmt: skip
 
@@ -77,7 +77,7 @@ def test_what_is_no_pair_of_low_rank_is_no_adapter(name: str) -> None:
 
 NORM_W = randn(16)
 L2 = "it divides by the root of a sum, as an L2 norm does, and not of a mean"
-BY_NORM = "normalised by norm(), which no rule covers"
+BY_NORM = "normalized by norm(), which no rule covers"
 NORMS: dict[str, tuple[Function, str | None]] = {
     "rsqrt": (lambda x, w: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * w, None),
     "a root": (lambda x, w: x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * w, None),
@@ -87,7 +87,7 @@ NORMS: dict[str, tuple[Function, str | None]] = {
     "norm and a scale after it": (lambda x, w: x / x.norm(2, dim=-1, keepdim=True).clamp(min=1e-6) * 4.0 * w, BY_NORM),
     "the inverse of a norm": (lambda x, w: x * (4.0 / x.norm(dim=-1, keepdim=True)) * w, BY_NORM),
     "norm in float64": (lambda x, w: (x / x.double().norm(dim=-1, keepdim=True)).float() * 4.0 * w, BY_NORM),
-    "normalize and a scale": (lambda x, w: F.normalize(x, dim=-1) * 4.0 * w, "normalised by F.normalize"),
+    "normalize and a scale": (lambda x, w: F.normalize(x, dim=-1) * 4.0 * w, "normalized by F.normalize"),
     "normalize": (lambda x, w: F.normalize(x, dim=-1), L2),
     "norm": (lambda x, w: x / x.norm(dim=-1, keepdim=True), L2),
     "torch.norm": (lambda x, w: x / (torch.norm(x, dim=-1, keepdim=True) + 1e-6), L2),
@@ -95,7 +95,7 @@ NORMS: dict[str, tuple[Function, str | None]] = {
     "torch.linalg.vector_norm": (lambda x, w: x / torch.linalg.vector_norm(x, dim=-1)[..., None], L2),
     "the root of a sum": (lambda x, w: x / torch.sqrt((x * x).sum(-1, keepdim=True) + 1e-6), L2),
     "rsqrt of a sum": (lambda x, w: x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6), L2),
-    "several dimensions": (lambda x, w: F.rms_norm(x, (3, 16)), "it normalises several dimensions"),
+    "several dimensions": (lambda x, w: F.rms_norm(x, (3, 16)), "it normalizes several dimensions"),
 }  # fmt: skip
 
 

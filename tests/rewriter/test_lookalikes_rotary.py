@@ -155,14 +155,28 @@ ROTARIES = [
         (Q, *TABLES),
     ),
     Lookalike(
-        "the part that passes overlaps", partly(slice(0, 4), slice(2, None)), (Q, *HALF), ("rotary",), refused="parts"
+        "the part that passes overlaps",
+        partly(slice(0, 4), slice(2, None)),
+        (Q, *HALF),
+        ("rotary",),
+        refused="the rotated part",
     ),
-    Lookalike("a part is missing", partly(slice(0, 4), slice(6, None)), (Q, *HALF), ("rotary",), refused="parts"),
     Lookalike(
-        "the last entries are missing", partly(slice(0, 4), slice(4, 6)), (Q, *HALF), ("rotary",), refused="parts"
+        "a part is missing", partly(slice(0, 4), slice(6, None)), (Q, *HALF), ("rotary",), refused="the rotated part"
     ),
     Lookalike(
-        "the first entries are missing", partly(slice(2, 4), slice(4, 8)), (Q, *QUARTER), ("rotary",), refused="parts"
+        "the last entries are missing",
+        partly(slice(0, 4), slice(4, 6)),
+        (Q, *HALF),
+        ("rotary",),
+        refused="the rotated part",
+    ),
+    Lookalike(
+        "the first entries are missing",
+        partly(slice(2, 4), slice(4, 8)),
+        (Q, *QUARTER),
+        ("rotary",),
+        refused="the rotated part",
     ),
     Lookalike("the last entries turn", partly(slice(4, 8), slice(0, 4), first=False), (Q, *HALF), ("rotary",)),
     Lookalike("the turned part comes last", partly(slice(0, 4), slice(4, 8), first=False), (Q, *HALF), ("rotary",)),
