@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fastlora.checking.agreement import Agreement
     from fastlora.checking.check import check
     from fastlora.errors import FastLoRAError, RuleError, StrictError
-    from fastlora.frontend.session import default_rules
+    from fastlora.frontend.options import default_rules
     from fastlora.match.rule import fuse, group, rule
     from fastlora.reports.model import Coverage, Miss, Report, Site
 
@@ -55,7 +55,7 @@ _DEFINED_IN = {
     "StrictError": "errors",
     "check": "checking.check",
     "compile": "api",
-    "default_rules": "frontend.session",
+    "default_rules": "frontend.options",
     "disable": "api",
     "explain": "api",
     "fuse": "match.rule",

@@ -13,12 +13,14 @@ from fastlora.checking.check import FirstStep
 from fastlora.compat.dynamo import OptimizedModule, traced_seconds
 from fastlora.compat.modules import compiled_call, set_compiled_call
 from fastlora.errors import FastLoRAError
+from fastlora.frontend.collect import collect
 from fastlora.frontend.install import SLOTS, install
 from fastlora.frontend.model_gate import ModelGate
-from fastlora.frontend.session import Options, Session
+from fastlora.frontend.options import Options
+from fastlora.frontend.session import Session
 from fastlora.match.rule import AnyRule
 from fastlora.reports.model import Report
-from fastlora.runtime.memory_planner import parse
+from fastlora.runtime.memory_planner import parse_bytes
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -66,7 +68,7 @@ def compile(
             "model has parameters on the meta device: load its weights first, or use fastlora.explain to see what "
             "would be fused"
         )
-    session = Session(Options(lower, mode, strict, verify, defer_logits, parse(memory_budget)), rules)
+    session = Session(Options(lower, mode, strict, verify, defer_logits, parse_bytes(memory_budget)), rules)
     disable(model)
     install(model, session, FirstStep(model, session) if verify == "first-step" else None)
     weakref.finalize(model, _forget, weakref.ref(session)).atexit = False
@@ -109,7 +111,7 @@ def explain(model: nn.Module, rules: Sequence[AnyRule] | None = None, **batch: A
     finally:
         for module, slot in slots.items():
             set_compiled_call(module, slot)
-    return session.report()
+    return collect(session)
 
 
 def report(model: nn.Module | None = None) -> Report:
@@ -125,13 +127,13 @@ def report(model: nn.Module | None = None) -> Report:
     if model is None:
         from fastlora.frontend.dynamo_backend import default_session
 
-        collected = default_session().report()
+        collected = collect(default_session())
         collected.seconds.trace = traced_seconds()
         return collected
     _insist_on_module(model)
     for module in model.modules():
         if isinstance(slot := compiled_call(module), SLOTS):
-            return slot.session.report()
+            return collect(slot.session)
     raise FastLoRAError("model is not compiled by fastlora; call fastlora.compile(model) first")
 
 

@@ -30,26 +30,26 @@ class LateCopies:
         self.open: list[Copy] = []
         self.waits = 0
 
-    def serve(self, device: torch.device) -> bool:
+    def supports(self, device: torch.device) -> bool:
         return True
 
     def bytes_per_flop(self, device: torch.device) -> float:
         return self.ratio
 
-    def leave(self, memory: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        return self._start("leave", torch.full_like(memory, 77), memory)
+    def to_host(self, memory: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        return self._start("to_host", torch.full_like(memory, 77), memory)
 
-    def come(self, host: torch.Tensor, left: Any, device: torch.device) -> tuple[torch.Tensor, Any]:
-        return self._start("come", torch.full_like(host, 78), host, left)
+    def to_device(self, host: torch.Tensor, left: Any, device: torch.device) -> tuple[torch.Tensor, Any]:
+        return self._start("to_device", torch.full_like(host, 78), host, left)
 
-    def is_over(self, end: Copy) -> bool:
+    def is_done(self, end: Copy) -> bool:
         return end.over
 
     def wait(self, end: Copy) -> None:
         self.waits += not end.over
         end.end()
 
-    def release(self, end: Copy) -> None:
+    def hold_memory_until(self, end: Copy) -> None:
         self.wait(end)
 
     def end(self) -> None:

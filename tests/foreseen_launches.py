@@ -9,7 +9,7 @@ from collections import Counter
 from tiny_models import batch, build
 
 import fastlora
-from fastlora.frontend.session import Session
+from fastlora.frontend import compile_graph
 from fastlora.kernels.core import devices, implementations
 from fastlora.kernels.core.execution import run_on_meta
 from fastlora.kernels.triton.host import precompile
@@ -19,12 +19,12 @@ model = build("llama").bfloat16()
 head, expected, losses = model.get_output_embeddings(), [], []
 
 
-def foresee(_, traced):
-    expected.extend(calls(traced.gm))
-    losses.append(loss_call(traced.gm, head))
+def foresee(_, gm):
+    expected.extend(calls(gm))
+    losses.append(loss_call(gm, head))
 
 
-Session._compile_kernels = foresee
+compile_graph._compile_kernels = foresee
 fastlora.compile(model)
 model(**batch(16)).loss.backward()
 devices.take_for(devices.Gpu((9, 0), 132))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fastlora.runtime.cuda_graphs import RUNS_BEFORE, Replays
+from fastlora.runtime.cuda_graphs import RUNS_BEFORE, GraphReplayer
 from fastlora.runtime.graph_pool import Recorder
-from fastlora.runtime.replay_choice import Pace
+from fastlora.runtime.replay_choice import ReplayTimer
 
 
 class Rerun(Recorder):
@@ -41,14 +41,14 @@ class Rerun(Recorder):
 class Region:
     """Two layers with a parameter each, one of which is frozen; counts how often it runs other than in a replay."""
 
-    def __init__(self, pace: Pace | None = None) -> None:
+    def __init__(self, timer: ReplayTimer | None = None) -> None:
         torch.manual_seed(0)
         self.frozen = nn.Parameter(torch.randn(4, 4), requires_grad=False)
         self.trained, self.bias = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
         self.notes: list[str] = []
         self.runs = 0
         self.recorder = Rerun()
-        self.replays = Replays(self.run, self.recorder, self.notes.append, pace)
+        self.replays = GraphReplayer(self.run, self.recorder, self.notes.append, timer)
 
     def run(self, x: Tensor, frozen: Tensor, trained: Tensor, bias: Tensor, power: int) -> tuple[Any, ...]:
         self.runs += not self.recorder.replaying

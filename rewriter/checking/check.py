@@ -37,8 +37,10 @@ from fastlora.checking.trial import (
 from fastlora.checking.untouched import untouched
 from fastlora.compat.autograd import NO_BACKWARD, graph_task_id
 from fastlora.errors import FastLoRAError
+from fastlora.frontend.collect import collect
 from fastlora.frontend.install import install
-from fastlora.frontend.session import Options, Session
+from fastlora.frontend.options import Options
+from fastlora.frontend.session import Session
 from fastlora.match.rule import AnyRule
 
 _CALLS = 3
@@ -121,7 +123,7 @@ def agree(trial: Trial, slots: Slots, session: Session, tolerance: float | None 
         worst=found[:LISTED],
         missing=sorted(eager.gradients.keys() - compiled.gradients.keys()),
         extra=sorted(compiled.gradients.keys() - eager.gradients.keys()),
-        fused=sum(site.count for site in session.report().fused),
+        fused=sum(site.count for site in collect(session).fused),
         skipped=skipped,
         notes=[*trial.notes, *_remarks(trial, session, runs[0], found)],
     )

@@ -9,7 +9,9 @@ from typing import Any
 from torch import fx
 
 from fastlora.errors import FastLoRAError
-from fastlora.frontend.session import Options, Session
+from fastlora.frontend.compile_graph import compile_graph
+from fastlora.frontend.options import Options
+from fastlora.frontend.session import Session
 
 
 @cache
@@ -35,4 +37,4 @@ def fastlora_backend(
     if (options or {}).get("verify") == "first-step":
         raise FastLoRAError("verify='first-step' checks a model: use fastlora.compile(model, verify='first-step')")
     session.options = Options(mode=mode or "default", **(options or {}))
-    return session.compile_graph(gm, inputs)
+    return compile_graph(session, gm, inputs)

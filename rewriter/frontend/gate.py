@@ -18,6 +18,7 @@ from fastlora.compat.dynamo import shape_config as _shapes
 from fastlora.compat.modules import global_hooks_exist, uncompiled_call
 from fastlora.errors import FastLoRAError
 from fastlora.frontend.bypass import Watch, calling_module, has_hooks, transform
+from fastlora.frontend.compile_graph import backend_for
 from fastlora.frontend.peft_shims import traceable
 from fastlora.frontend.regions import Region, is_torch_class
 from fastlora.frontend.session import Session
@@ -74,7 +75,7 @@ class Gate:
         finally:
             if session.executions > ran + 1:  # it runs in pieces, of which the first has run when a later one is traced
                 session.oblivious = False
-        session.ran(self._region, type(self._module), session.executions - ran)
+        session.leave(self._region, type(self._module), session.executions - ran)
         return result
 
     def _traced(self, *args: Any, **kwargs: Any) -> Any:
@@ -83,18 +84,18 @@ class Gate:
         state = self._watch.state()
         run = self._compiled.get(state)
         if run is None:
-            run = self._compiled[state] = torch.compile(self._target, backend=session.backend(state))
+            run = self._compiled[state] = torch.compile(self._target, backend=backend_for(session, state))
         before = _dynamo.recompile_limit, _shapes.backed_size_oblivious, _dynamo.suppress_errors
         _dynamo.recompile_limit, _shapes.backed_size_oblivious = _GRAPHS_PER_BLOCK, session.oblivious
-        session.on_piece, session.refusal = _run_what_cannot_be_traced, None
+        session.before_graph, session.error = _run_what_cannot_be_traced, None
         try:
             with traceable(), _guarded_hooks() if state[0] else nullcontext():
                 result = run(*args, **kwargs)
         finally:
-            session.on_piece = None
+            session.before_graph = None
             _dynamo.recompile_limit, _shapes.backed_size_oblivious, _dynamo.suppress_errors = before
-        if session.refusal is not None:
-            raise session.refusal
+        if session.error is not None:
+            raise session.error
         return result
 
     def _bypass(self, module: nn.Module, kwargs: dict[str, Any]) -> str | None:

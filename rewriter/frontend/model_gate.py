@@ -66,8 +66,8 @@ class ModelGate(CacheGate):
     def _run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._first is not None and model is self._model and not self._first(args, kwargs):
             return super()._run(model, args, kwargs)  # it was wrong, and the slots are empty
-        if self.session.thrift is not None:
-            self.session.thrift.begin()
+        if self.session.budget is not None:
+            self.session.budget.begin_forward()
         if self._inner is not None and model is self._model:
             return self._inner(*args, **kwargs)
         return super()._run(model, args, kwargs)

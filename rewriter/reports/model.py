@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from fastlora.errors import FastLoRAError
+
 
 @dataclass
 class Coverage:
@@ -67,6 +69,7 @@ class Report:
         graphs: how many graphs were traced; `breaks`: why tracing stopped, where it did.
         notes: what else the user should know about how the model runs.
         code: each rewritten graph as readable Python, by the name of its region.
+        programs: the same graphs as Python files that run; see `program`.
     """
 
     coverage: dict[str, Coverage] = field(default_factory=dict)
@@ -77,6 +80,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     seconds: Seconds = field(default_factory=Seconds)
     code: dict[str, str] = field(default_factory=dict, repr=False)
+    programs: dict[str, str] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
         spent = self.seconds
@@ -99,8 +103,23 @@ class Report:
         return "\n".join(lines)
 
     def to_json(self) -> str:
-        """The report as a JSON object, with the field names of this class."""
-        return json.dumps(asdict(self), indent=2)
+        """Return the report as a JSON object with the field names of this class, without `programs`."""
+        return json.dumps({name: value for name, value in asdict(self).items() if name != "programs"}, indent=2)
+
+    def program(self, region: str | None = None) -> str:
+        """Return a rewritten graph as a Python file that runs it, forward and backward, on random inputs.
+
+        Args:
+            region: a name in `code`; None for the first.
+
+        Raises:
+            FastLoRAError: if there is no graph of that name.
+        """
+        name = next(iter(self.programs), None) if region is None else region
+        if name not in self.programs:
+            known = ", ".join(map(repr, self.programs)) or "none yet: run a training step first"
+            raise FastLoRAError(f"region must be the name of a compiled graph; got {region!r}. There are: {known}")
+        return self.programs[name]
 
     def to_html(self, path: str | Path) -> None:
         """Write the report as one self-contained HTML page."""

@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 
 import torch
 
-MOST_SHARE = 0.25
+MAX_SHARE = 0.25
 """Of a device's memory, in all recordings of a model."""
 
 
@@ -86,7 +86,7 @@ class CudaGraphs(Recorder):
     @property
     def full(self) -> bool:
         device = torch.cuda.current_device()
-        return self._taken[device] > MOST_SHARE * torch.cuda.get_device_properties(device).total_memory
+        return self._taken[device] > MAX_SHARE * torch.cuda.get_device_properties(device).total_memory
 
     def forget(self) -> None:
         super().forget()

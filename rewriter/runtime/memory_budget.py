@@ -1,8 +1,8 @@
-"""Running the regions of a model so that a forward keeps no more activations than a budget allows.
+"""Running the regions of a model so that a forward keeps no more activations on the device than a budget allows.
 
-What a call of a region keeps is seen when it runs with hooks on saved tensors. As layers share a graph, and steps are
-alike, it is known for all calls of a forward once the first has run, and `budget.choose` says what each is to do. Where
-that is nothing, a region runs as it would without a budget.
+What a call of a region saves is measured once, by hooks on saved tensors. As layers share a graph, and steps are alike,
+it is known for all calls of a forward once the first forward is over, and `memory_planner.plan` decides for each. Where
+nothing is to be offloaded or recomputed, a region runs as it would without a budget.
 """
 
 from __future__ import annotations
@@ -17,119 +17,124 @@ from torch import nn
 
 from fastlora.compat.autograd import NO_BACKWARD, graph_task_id, saved_tensors_hooks, saved_tensors_hooks_disabled
 from fastlora.compat.dispatch import is_wrapper_subclass
-from fastlora.kernels.core.recompute import sparing
-from fastlora.runtime.activation_offload import Mover
-from fastlora.runtime.memory_planner import KEEP, LEAST, Choice, Needs, choose, left
+from fastlora.kernels.core.recompute import recomputing
+from fastlora.runtime.activation_offload import ActivationOffloader
+from fastlora.runtime.memory_planner import KEEP, KEEP_LEAST, Activations, Decision, bytes_kept, plan
 
-PENDING = 128 << 20
-"""Bytes that may be on their way to the host in any case: less would have the computation wait for each copy."""
-MOST_KINDS = 4096
-"""Shapes of inputs for which it is known what is kept; lengths that never come back are not to fill the memory."""
-MOST_CALLS = 4096
-"""Calls of a forward, at most; more were made outside of the model's, which nobody announces."""
+MAX_PENDING = 128 << 20
+"""Bytes that may be on their way to the host in any case: with less, the computation would wait for each copy."""
+MAX_KEYS = 4096
+"""Shapes of inputs for which it is remembered what is saved: lengths that never repeat must not fill the memory."""
+MAX_CALLS = 4096
+"""Calls in a forward, at most. There are more only if regions are called outside of the model's forward."""
 
 
-class Thrift:
-    """Decides, call by call, what regions keep, what they move to the host and what they make again.
+class ActivationBudget:
+    """Decides for each call of a region what it saves on the device, offloads and recomputes.
 
     Args:
         budget: bytes of activations that one forward may keep on the device.
-        mover: what moves them.
-        note: is told what is left undone, and why.
+        offloader: offloads them.
+        note: called with a sentence for the report where the budget has no effect.
     """
 
-    def __init__(self, budget: int, mover: Mover, note: Callable[[str], None]) -> None:
-        self._budget, self._mover, self._note = budget, mover, note
-        self._needs: dict[Hashable, Needs] = {}
-        self._latest: dict[Hashable, Hashable] = {}
-        self._before: list[Hashable] = []
-        self._now: list[Hashable] = []
-        self._choices: list[Choice] = []
+    def __init__(self, budget: int, offloader: ActivationOffloader, note: Callable[[str], None]) -> None:
+        self._budget, self._offloader, self._note = budget, offloader, note
+        self._measured: dict[Hashable, Activations] = {}
+        self._latest_key: dict[Hashable, Hashable] = {}
+        self._graphs_before: list[Hashable] = []
+        self._graphs: list[Hashable] = []
+        self._decisions: list[Decision] = []
         self._kept = 0
 
-    def begin(self) -> None:
-        """Tells that a forward of the model starts."""
-        if self._now:
-            self._before, self._now, self._choices, self._kept = self._now, [], [], 0
+    def begin_forward(self) -> None:
+        """Note that a forward of the model starts."""
+        if self._graphs:
+            self._graphs_before, self._graphs, self._decisions, self._kept = self._graphs, [], [], 0
 
     def summary(self) -> str | None:
-        """What the calls of the last forward did, if that was anything."""
-        moves, spares = (sum(getattr(choice, name) for choice in self._choices) for name in ("moves", "spares"))
-        if not moves and not spares:
+        """Return what the calls of the last forward did to save memory, None if nothing."""
+        offload, recompute = (sum(getattr(d, name) for d in self._decisions) for name in ("offload", "recompute"))
+        if not offload and not recompute:
             return None
         return (
-            f"for the memory budget, of {len(self._choices)} calls of regions in a forward {moves} moved what they "
-            f"keep to the host, and {spares} are to make their widest activations again"
+            f"memory_budget: of {len(self._decisions)} calls of regions in a forward, {offload} offloaded their "
+            f"activations to the host, and {recompute} recompute their widest activations in the backward"
         )
 
     def run(
-        self, graph: Hashable, run: Callable[..., Any], args: Sequence[Any], steady: frozenset[int] = frozenset()
+        self, graph: Hashable, run: Callable[..., Any], args: Sequence[Any], held: frozenset[int] = frozenset()
     ) -> Any:
-        """Runs a graph on its arguments: activations, plain values, and parameters and what else modules hold, which
-        is in the positions `steady`."""
+        """Run a graph.
+
+        Args:
+            graph: identifies it.
+            run, args: what to call, with activations, plain values, parameters and what else modules hold.
+            held: the positions of what modules hold.
+        """
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
         given = [
             arg
             for i, arg in enumerate(args)
-            if isinstance(arg, torch.Tensor) and not isinstance(arg, nn.Parameter) and i not in steady
+            if isinstance(arg, torch.Tensor) and not isinstance(arg, nn.Parameter) and i not in held
         ]
         if saved_tensors_hooks_disabled() is not None or saved_tensors_hooks(True) is not None:
             self._note(
-                "memory_budget does nothing where saved tensors have hooks, as in gradient checkpointing, or may not"
+                "memory_budget has no effect where saved tensors have hooks, as in gradient checkpointing, or may not"
             )
             return run(*args)
-        leads_back = any(t.requires_grad for t in tensors)
-        if not given or not leads_back or graph_task_id() != NO_BACKWARD:  # which runs on the way back
+        is_recomputation = graph_task_id() != NO_BACKWARD
+        if not given or is_recomputation or not any(t.requires_grad for t in tensors):
             return run(*args)
-        kind = (graph, *(t.shape for t in given))
+        key = (graph, *(t.shape for t in given))
         largest = max(given, key=lambda t: t.nbytes)
-        choice = self._choose(graph, kind, largest.device)
-        self._kept += left(self._needs[kind], choice) if kind in self._needs else 0
+        decision = self._decide(graph, key, largest.device)
+        self._kept += bytes_kept(self._measured[key], decision) if key in self._measured else 0
         room = self._budget - self._kept
-        self._mover.settle(max(PENDING, room))
-        if choice == KEEP:
+        self._offloader.free_copied(max(MAX_PENDING, room))
+        if decision == KEEP:
             results = run(*args)
-            self._mover.return_before(results, room)
+            self._offloader.prefetch(results, room)
             return results
-        held = [t for t in tensors if isinstance(t, nn.Parameter) or not t.requires_grad]
+        leaves = [t for t in tensors if isinstance(t, nn.Parameter) or not t.requires_grad]
         saved: list[int] = []
         with ExitStack() as stack:
-            spared = stack.enter_context(sparing()) if choice.spares else None
-            stack.enter_context(self._mover.hooks(_addresses(held), saved.append, choice.moves, room))
+            recomputed = stack.enter_context(recomputing()) if decision.recompute else None
+            stack.enter_context(self._offloader.hooks(_addresses(leaves), saved.append, decision.offload, room))
             results = run(*args)
-        if len(self._needs) >= MOST_KINDS:
-            self._needs.clear()
-        if kind not in self._needs and spared is not None:
+        if len(self._measured) >= MAX_KEYS:
+            self._measured.clear()
+        if key not in self._measured and recomputed is not None:
             tokens = largest.numel() // largest.shape[-1] if largest.dim() else 1
-            flops = 2 * tokens * sum(_elements(t) for t in held if t.dim() == 2)
-            self._needs[kind] = Needs(sum(saved) + spared.bytes, spared.bytes, flops)
+            flops = 2 * tokens * sum(_elements(t) for t in leaves if t.dim() == 2)
+            self._measured[key] = Activations(sum(saved) + recomputed.bytes, recomputed.bytes, flops)
         return results
 
-    def _choose(self, graph: Hashable, kind: Hashable, device: torch.device) -> Choice:
-        if len(self._now) >= MOST_CALLS:
-            self.begin()
-        self._latest[graph] = kind
-        at = len(self._now)
-        self._now.append(graph)
-        choice = LEAST
-        if kind in self._needs and at < len(self._before):
-            calls = [*self._now, *self._before[at + 1 :]]
-            needs = (self._needs.get(self._latest[call], Needs(0)) for call in calls)
-            choice = _chosen(tuple(needs), self._budget, self._mover.bytes_per_flop(device))[at]
-        self._choices.append(choice)
-        return choice
+    def _decide(self, graph: Hashable, key: Hashable, device: torch.device) -> Decision:
+        if len(self._graphs) >= MAX_CALLS:
+            self.begin_forward()
+        self._latest_key[graph] = key
+        at = len(self._graphs)
+        self._graphs.append(graph)
+        decision = KEEP_LEAST  # until it is known what the calls of a forward save
+        if key in self._measured and at < len(self._graphs_before):
+            calls = [*self._graphs, *self._graphs_before[at + 1 :]]
+            expected = (self._measured.get(self._latest_key[call], Activations(0)) for call in calls)
+            decision = _plan(tuple(expected), self._budget, self._offloader.bytes_per_flop(device))[at]
+        self._decisions.append(decision)
+        return decision
 
 
 def _elements(weight: torch.Tensor) -> int:
-    """Those of a matrix; one that is kept in 4 bits comes as a column, two elements to a byte."""
+    """Return the elements of a matrix; one in 4 bits is stored as a column of bytes with two elements each."""
     return 2 * weight.nbytes if weight.shape[1] == 1 else weight.numel()
 
 
-_chosen = lru_cache(maxsize=64)(choose)
+_plan = lru_cache(maxsize=64)(plan)
 
 
 def _addresses(tensors: Iterable[torch.Tensor]) -> set[int]:
-    """Where tensors lie, or what wrapper subclasses are made of."""
+    """Return the addresses of tensors, and of what wrapper subclasses are made of."""
     found: set[int] = set()
     for t in tensors:
         if is_wrapper_subclass(t):

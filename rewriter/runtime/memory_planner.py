@@ -1,10 +1,10 @@
-"""How a step stays within a budget of activations: what each call of a region is to do about what it would keep.
+"""How a step stays within a budget of activations: which calls of regions offload them, and which recompute some.
 
-Of what a call keeps for its backward, two things can be had elsewhere. All of it can lie on the host in between, which
-costs nothing as long as the copies take less time than the forward does. And the widest activations can be made again
-in the backward (`kernels/core/recompute.py`), which always costs their products. So as much is moved as is free, then
-made again, and only then more is moved than is free. Where all make theirs again, the last calls keep them, as far as
-there is room or moving more is free: theirs are read first, when they would be there again anyway.
+What a call saves for its backward need not stay on the GPU. All of it can be offloaded to the host, which costs nothing
+as long as the copies take less time than the forward does. And the widest activations can be recomputed in the backward
+(`kernels/core/recompute.py`), which always costs their matrix products. So as much is offloaded as is free, then
+activations are recomputed, and only then more is offloaded. Where all calls recompute, the last ones keep their
+activations as far as there is room, or offloading more is free: theirs are read first in the backward.
 """
 
 from __future__ import annotations
@@ -20,92 +20,106 @@ _UNITS |= {"B": 1, **{f"{prefix}iB": 1024**i for i, prefix in enumerate("KMGT", 
 
 
 @dataclass(frozen=True)
-class Needs:
-    """Bytes that a call of a region keeps, those of them that can be made again, and its floating-point operations."""
+class Activations:
+    """What a call of a region saves for its backward.
 
-    kept: int
-    spared: int = 0
+    Attributes:
+        saved: bytes of all of it.
+        recomputable: bytes of what can be recomputed.
+        flops: floating-point operations of the forward.
+    """
+
+    saved: int
+    recomputable: int = 0
     flops: float = 0.0
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Whether a call moves what it keeps to the host, and whether it spares what can be made again."""
+class Decision:
+    """Whether a call offloads what it saves, and whether it recomputes what can be recomputed."""
 
-    moves: bool = False
-    spares: bool = False
-
-
-KEEP, LEAST = Choice(), Choice(moves=True, spares=True)
+    offload: bool = False
+    recompute: bool = False
 
 
-def left(needs: Needs, choice: Choice) -> int:
-    """The bytes that a call keeps on the device."""
-    return 0 if choice.moves else needs.kept - needs.spared * choice.spares
+KEEP, KEEP_LEAST = Decision(), Decision(offload=True, recompute=True)
 
 
-def parse(budget: str | int | None) -> int | None:
-    """Bytes of a budget such as `"8GiB"`, `"500 MB"` or a number of bytes.
+def bytes_kept(call: Activations, decision: Decision) -> int:
+    """Return the bytes that a call keeps on the device."""
+    return 0 if decision.offload else call.saved - call.recomputable * decision.recompute
+
+
+def parse_bytes(budget: str | int | None) -> int | None:
+    """Return the bytes of a budget such as `"8GiB"`, `"500 MB"` or a number of bytes.
 
     Raises:
-        FastLoRAError: if it is none.
+        FastLoRAError: if it is not one.
     """
     if budget is None or (isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0):
         return budget
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", budget) if isinstance(budget, str) else None
     if match is None or match[2] not in _UNITS:
         raise FastLoRAError(
-            f"memory_budget={budget!r}: give bytes of activations as a whole number of at least 0, or as text with a "
-            "unit, such as '8GiB' or '500MB'"
+            "memory_budget must be a number of bytes, at least 0, or text with a unit such as '8GiB' or '500MB'; got "
+            f"{budget!r}"
         )
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def choose(calls: Sequence[Needs], budget: int, bytes_per_flop: float) -> list[Choice]:
-    """What the calls of a forward do, in their order, so as to keep no more than `budget` bytes if that is possible.
+def plan(calls: Sequence[Activations], budget: int, bytes_per_flop: float) -> list[Decision]:
+    """Decide for each call of a forward, so that they keep no more than `budget` bytes if that is possible.
 
-    In the time of a floating-point operation `bytes_per_flop` can be moved. Those that move come first: they have the
-    longest time until their backward.
+    Args:
+        calls: the calls, in order.
+        budget: bytes that may stay on the device.
+        bytes_per_flop: bytes that can be copied to the host in the time of a floating-point operation. Earlier calls
+            offload first, as they have the longest time until their backward.
     """
-    free = movable = bytes_per_flop * sum(call.flops for call in calls)
-    over = sum(call.kept for call in calls) - budget
-    choices = [KEEP] * len(calls)
+    free = free_in_all = bytes_per_flop * sum(call.flops for call in calls)
+    over = sum(call.saved for call in calls) - budget
+    decisions = [KEEP] * len(calls)
     for i, call in enumerate(calls):
-        if over > 0 and free >= call.kept:
-            choices[i] = Choice(moves=True)
-            over, free = over - call.kept, free - call.kept
+        if over > 0 and free >= call.saved:
+            decisions[i] = Decision(offload=True)
+            over, free = over - call.saved, free - call.saved
     for i, call in enumerate(calls):
-        if over > 0 and choices[i] is KEEP and call.spared:
-            choices[i] = Choice(spares=True)
-            over -= call.spared
+        if over > 0 and decisions[i] is KEEP and call.recomputable:
+            decisions[i] = Decision(recompute=True)
+            over -= call.recomputable
     if over <= 0:
-        return choices
-    over = sum(call.kept - call.spared for call in calls) - budget
-    free = movable
-    choices = [Choice(spares=call.spared > 0) for call in calls]
+        return decisions
+    over = sum(call.saved - call.recomputable for call in calls) - budget
+    free = free_in_all
+    decisions = [Decision(recompute=call.recomputable > 0) for call in calls]
     for i, call in enumerate(calls):
         if over > 0:
-            choices[i] = LEAST
-            over, free = over - (call.kept - call.spared), free - (call.kept - call.spared)
-    _keep_last(calls, choices, -over, free)
-    return choices
+            decisions[i] = KEEP_LEAST
+            over, free = over - (call.saved - call.recomputable), free - (call.saved - call.recomputable)
+    _keep_last(calls, decisions, -over, free)
+    return decisions
 
 
-def _keep_last(calls: Sequence[Needs], choices: list[Choice], room: int, free: float) -> None:
-    """Has the last calls that would make something again keep it, as far as there is `room` for that, or will be if
-    others move what they keep, `free` bytes at most."""
+def _keep_last(calls: Sequence[Activations], decisions: list[Decision], room: int, free: float) -> None:
+    """Have the last calls that would recompute keep their activations instead.
+
+    Args:
+        calls, decisions: the calls and what was decided, which is changed.
+        room: bytes that are left of the budget.
+        free: bytes that earlier calls may still offload to make room.
+    """
     for last in reversed(range(len(calls))):
-        if choices[last] != Choice(spares=True):
+        if decisions[last] != Decision(recompute=True):
             continue
-        moving = []
+        offloading = []
         for i, call in enumerate(calls[:last]):
-            size = call.kept - call.spared
-            if room < calls[last].spared and not choices[i].moves and size <= free:
-                moving.append(i)
+            size = call.saved - call.recomputable
+            if room < calls[last].recomputable and not decisions[i].offload and size <= free:
+                offloading.append(i)
                 room, free = room + size, free - size
-        if room < calls[last].spared:
+        if room < calls[last].recomputable:
             return
-        room -= calls[last].spared
-        choices[last] = KEEP
-        for i in moving:
-            choices[i] = LEAST
+        room -= calls[last].recomputable
+        decisions[last] = KEEP
+        for i in offloading:
+            decisions[i] = KEEP_LEAST

@@ -1,5 +1,7 @@
-"""Whether replaying a region would save time: whether launching its kernels takes longer than running them, measured
-while it runs, and longer than the copies that a replay needs."""
+"""Whether replaying a region as CUDA graphs saves time, measured while the region runs.
+
+It does where launching the kernels takes longer than running them, and by more than the copies of a replay take.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +12,25 @@ from typing import Protocol
 
 import torch
 
-ENOUGH = 3
-"""Timed runs on inputs of the same shapes, by which the two can be told apart."""
-LAG = 1.2
-"""A GPU that waits for launches takes as long for a region as the host does; one that is behind takes longer than
-that, by this factor at least, as it is the region's kernels that take so long."""
+TIMED_RUNS = 3
+"""Runs on inputs of the same shapes that are timed before it is decided."""
+MAX_LAG = 1.2
+"""How much longer than the host a GPU may take that waits for launches. One that takes longer is busy with kernels."""
 
-COPIES = 4
-"""How often a replay copies as many bytes as the activations have: activations, results, and the gradients of both."""
-RATE = 1e11
-"""Bytes that are worth copying for a second less: a tenth of what a GPU copies, as what is copied is kept too."""
+COPIES_PER_REPLAY = 4
+"""How often a replay copies the bytes of the activations: activations, results, and the gradients of both."""
+BYTES_PER_SECOND = 1e11
+"""Bytes that are worth copying to save a second: a tenth of a GPU's bandwidth, as copies also take memory."""
 
 
 class Stopwatch(Protocol):
     """Times a run on the host and on the device."""
 
     def stop(self) -> None:
-        """Ends the run: everything has been launched."""
+        """End the run: everything has been launched."""
 
     def seconds(self) -> tuple[float, float] | None:
-        """How long the host and the device took, once the device is through."""
+        """Return the time on the host and on the device, None until the device is done."""
 
 
 class CudaStopwatch:
@@ -48,8 +49,8 @@ class CudaStopwatch:
         return (self._host, self._begin.elapsed_time(self._end) / 1e3) if self._end.query() else None
 
 
-class Pace:
-    """Timed runs, by the shapes of the inputs.
+class ReplayTimer:
+    """Times runs, and decides by the shapes of their inputs whether replaying pays.
 
     Args:
         start: starts a stopwatch.
@@ -58,29 +59,29 @@ class Pace:
     def __init__(self, start: Callable[[], Stopwatch]) -> None:
         self._start = start
         self._runs: dict[Hashable, list[Stopwatch]] = {}
-        self._verdicts: dict[Hashable, bool] = {}
+        self._decided: dict[Hashable, bool] = {}
 
     def time(self, shapes: Hashable, copied: int) -> Stopwatch | None:
-        """Starts timing a run, unless enough is known."""
-        if self.pays(shapes, copied) is not None:
+        """Start timing a run, unless it is decided already."""
+        if self.replay_pays(shapes, copied) is not None:
             return None
         stopwatch = self._start()
         self._runs.setdefault(shapes, []).append(stopwatch)
         return stopwatch
 
-    def pays(self, shapes: Hashable, copied: int) -> bool | None:
-        """Whether the device waits for the host, which replaying would spare it, for so long that it is worth copying
-        the `copied` bytes of activations; None as long as that is not known."""
-        if shapes not in self._verdicts:
+    def replay_pays(self, shapes: Hashable, copied: int) -> bool | None:
+        """Return whether the device waits for the host, for longer than a replay copies `copied` bytes of activations;
+        None until enough runs are timed."""
+        if shapes not in self._decided:
             found = [seconds for run in self._runs.get(shapes, []) if (seconds := run.seconds()) is not None]
-            if len(found) < ENOUGH:
+            if len(found) < TIMED_RUNS:
                 return None
-            waits = statistics.median(device / host for host, device in found) < LAG
-            spared = statistics.median(host for host, _ in found)
-            self._verdicts[shapes] = waits and spared > COPIES * copied / RATE
+            waits = statistics.median(device / host for host, device in found) < MAX_LAG
+            saved = statistics.median(host for host, _ in found)
+            self._decided[shapes] = waits and saved > COPIES_PER_REPLAY * copied / BYTES_PER_SECOND
             del self._runs[shapes]
-        return self._verdicts[shapes]
+        return self._decided[shapes]
 
     def forget(self) -> None:
         self._runs.clear()
-        self._verdicts.clear()
+        self._decided.clear()

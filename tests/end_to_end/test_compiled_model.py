@@ -228,10 +228,10 @@ def test_blocks_that_are_classes_of_pytorch_are_compiled():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"lower": "fast"}, "lower='fast'"),
-        ({"mode": "turbo"}, "mode='turbo'"),
+        ({"lower": "fast"}, "lower must be one of 'auto', 'eager', 'inductor'; got 'fast'"),
+        ({"mode": "turbo"}, "mode must be one of .*; got 'turbo'"),
         ({"mode": "max-autotune", "lower": "eager"}, "lower='inductor'"),
-        ({"memory_budget": "16 gigs"}, "memory_budget='16 gigs'.* such as '8GiB'"),
+        ({"memory_budget": "16 gigs"}, "memory_budget must be .* such as '8GiB' or '500MB'; got '16 gigs'"),
     ],
 )
 def test_bad_arguments_are_named_with_their_value(model, arguments, words):

@@ -22,11 +22,11 @@ LAYERS = 3
 @pytest.fixture
 def copies(monkeypatch: pytest.MonkeyPatch) -> LateCopies:
     """Tensors of any size move, on the CPU."""
-    lanes = LateCopies()
-    monkeypatch.setattr(activation_offload, "SMALL", 1)
-    monkeypatch.setattr(memory_budget, "PENDING", 0)
-    monkeypatch.setattr(session, "CudaLanes", lambda: lanes)
-    return lanes
+    streams = LateCopies()
+    monkeypatch.setattr(activation_offload, "MIN_BYTES", 1)
+    monkeypatch.setattr(memory_budget, "MAX_PENDING", 0)
+    monkeypatch.setattr(session, "CudaCopyStreams", lambda: streams)
+    return streams
 
 
 def assert_equal_steps(mine, plain) -> None:
@@ -61,7 +61,7 @@ def test_steps_have_equal_bits(copies, family, budget):
     for _ in range(3):
         assert_equal_steps(step(mine, given), step(plain, given))
     moved = [what for what, _ in copies.log]
-    assert ("leave" in moved and "come" in moved) or budget == "1GB"
+    assert ("to_host" in moved and "to_device" in moved) or budget == "1GB"
 
 
 def test_dropout_behind_and_accumulated_gradients_have_equal_bits(copies):
@@ -90,14 +90,14 @@ def test_layers_beyond_the_budget_move_first_and_make_again_where_copies_are_slo
     given = batch()
     model = fastlora.compile(build("llama"), memory_budget=0)
     step(model, given)
-    layer = model._compiled_call_impl.session.thrift
-    needs = max(layer._needs.values(), key=lambda each: each.kept)
+    layer = model._compiled_call_impl.session.budget
+    needs = max(layer._measured.values(), key=lambda each: each.saved)
     for ratio, words in (
-        (1e9, "1 moved what they keep to the host, and 0"),
-        (0.0, "0 moved what they keep to the host, and 1"),
+        (1e9, "1 offloaded their activations to the host, and 0"),
+        (0.0, "0 offloaded their activations to the host, and 1"),
     ):
         copies.ratio = ratio
-        model = fastlora.compile(build("llama"), memory_budget=LAYERS * needs.kept - needs.spared // 2)
+        model = fastlora.compile(build("llama"), memory_budget=LAYERS * needs.saved - needs.recomputable // 2)
         for _ in range(2):
             step(model, given)
         assert any(words in note for note in fastlora.report(model).notes), fastlora.report(model).notes
@@ -110,7 +110,7 @@ def test_scales_of_weights_are_not_taken_for_activations(copies):
     for model in (decoded(over_codes), over_codes):
         fastlora.compile(model, memory_budget=0)
         step(model, batch(length=2, rows=1))
-        needs = model._compiled_call_impl.session.thrift._needs
+        needs = model._compiled_call_impl.session.budget._measured
         found.append(sorted(each.flops for each in needs.values() if each.flops))
     assert found[0] == found[1]
 

@@ -46,7 +46,7 @@ def test_losses_are_eagers_while_regions_are_replayed(
     assert torch.allclose(torch.stack(found), torch.stack(expected), rtol=3e-2 if autocast else 1e-4)
     notes = fastlora.report(model).notes
     assert not [note for note in notes if "not replayed" in note], notes
-    assert _recordings(model) > 0
+    assert _captures(model) > 0
 
 
 def test_launches_that_a_gpu_waits_for_are_replayed_by_default() -> None:
@@ -54,12 +54,12 @@ def test_launches_that_a_gpu_waits_for_are_replayed_by_default() -> None:
     for mode, replays in (("default", True), ("no-cudagraphs", False)):
         model = fastlora.compile(build("llama").cuda(), mode=mode)
         train(model, [16])
-        assert (_recordings(model) > 0) == replays
+        assert (_captures(model) > 0) == replays
 
 
-def _recordings(model: nn.Module) -> int:
+def _captures(model: nn.Module) -> int:
     graphs = model._compiled_call_impl.session.graphs
-    return sum(graph.replays.recorded for graph in graphs if graph.replays is not None)
+    return sum(graph.replays.captured for graph in graphs if graph.replays is not None)
 
 
 def test_quantised_weights_are_read_where_they_lie() -> None:
@@ -71,9 +71,9 @@ def test_quantised_weights_are_read_where_they_lie() -> None:
     model = fastlora.compile(build_quantised("llama", Format(), "cuda"), mode="reduce-overhead")
     expected, found = (train(m, [16]) for m in (eager, model))
     assert torch.allclose(torch.stack(found), torch.stack(expected), rtol=1e-4)
-    assert _recordings(model) >= 2
+    assert _captures(model) >= 2
     for graph in model._compiled_call_impl.session.graphs:
-        recordings = graph.replays._recordings.values() if graph.replays is not None else ()
+        recordings = graph.replays._captures.values() if graph.replays is not None else ()
         for recording in filter(None, recordings):
             copied = [recording._static[i] for i in recording._activations]
             assert not any(t.dtype is torch.uint8 for t in copied)

@@ -14,7 +14,8 @@ from fastlora.checking.agreement import STEPS, Compared, Rounding, Steps, compar
 from fastlora.checking.check import agree
 from fastlora.checking.trial import Step
 from fastlora.errors import FastLoRAError
-from fastlora.frontend.session import Options, Session
+from fastlora.frontend.options import Options
+from fastlora.frontend.session import Session
 
 FLOAT32 = rounding([torch.float32], tensor_cores=False)
 TRUE = torch.tensor([3.0, 4.0], dtype=torch.float64)

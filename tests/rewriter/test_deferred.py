@@ -11,7 +11,8 @@ from torch import nn
 
 import fastlora
 from fastlora.frontend.head_gate import DeferringHead, why_not
-from fastlora.frontend.session import Options, Session
+from fastlora.frontend.options import Options
+from fastlora.frontend.session import Session
 from fastlora.logits.deferred_logits import DeferredGradient, DeferredLogits
 
 VOCABULARY, WIDTH = 40, 8

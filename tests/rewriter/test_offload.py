@@ -13,30 +13,30 @@ from copies import Copy, LateCopies
 from torch import Tensor
 
 from fastlora.runtime import activation_offload
-from fastlora.runtime.activation_offload import Mover
+from fastlora.runtime.activation_offload import ActivationOffloader
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activation_offload, "SMALL", 1)
+    monkeypatch.setattr(activation_offload, "MIN_BYTES", 1)
 
 
 class Moving:
-    """A mover with copies that end late, and a function of a few layers whose saved tensors move."""
+    """A offloader with copies that end late, and a function of a few layers whose saved tensors move."""
 
     def __init__(self) -> None:
-        self.lanes, self.notes, self.seen = LateCopies(), [], []
-        self.mover = Mover(self.lanes, self.notes.append)
+        self.streams, self.notes, self.seen = LateCopies(), [], []
+        self.offloader = ActivationOffloader(self.streams, self.notes.append)
 
     def __call__(self, x: Tensor, layers: int = 3) -> Tensor:
         for _ in range(layers):
-            with self.mover.hooks(set(), self.seen.append, moves=True):
+            with self.offloader.hooks(set(), self.seen.append, offload=True):
                 x = x.sin().exp()
         return x
 
     @property
     def comings(self) -> int:
-        return sum(what == "come" for what, _ in self.lanes.log)
+        return sum(what == "to_device" for what, _ in self.streams.log)
 
 
 def rows(n: int = 5) -> Tensor:
@@ -55,26 +55,26 @@ def test_gradients_have_the_same_bits(settled: bool) -> None:
     run, x = Moving(), rows()
     y = run(x)
     if settled:
-        run.mover.settle(0)
+        run.offloader.free_copied(0)
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected(x))
-    assert len(run.lanes.log) == 6 + settled * 6
+    assert len(run.streams.log) == 6 + settled * 6
     assert run.seen == [x.nbytes] * 6
 
 
 def test_memory_is_free_when_its_copy_is_through_and_not_before() -> None:
     run = Moving()
     y = run(rows())
-    originals = [weakref.ref(each.original) for each in run.mover._leaving]
+    originals = [weakref.ref(each.original) for each in run.offloader._copying]
     del y
     assert all(each() is not None for each in originals)
-    run.mover.settle()  # nothing is through
+    run.offloader.free_copied()  # nothing is through
     assert all(each() is not None for each in originals)
-    run.mover.settle(3 * 80)
+    run.offloader.free_copied(3 * 80)
     gc.collect()
     assert [each() is None for each in originals] == [True] * 3 + [False] * 3
-    assert run.lanes.waits == 3
-    run.lanes.end()
-    run.mover.settle()
+    assert run.streams.waits == 3
+    run.streams.end()
+    run.offloader.free_copied()
     gc.collect()
     assert all(each() is None for each in originals)
 
@@ -87,18 +87,18 @@ def test_what_is_still_here_does_not_come_back() -> None:
 
 
 def test_what_comes_before_is_on_its_way_when_something_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activation_offload, "AHEAD", 2 * 80)
+    monkeypatch.setattr(activation_offload, "PREFETCH_BYTES", 2 * 80)
     run, x = Moving(), rows()
     y = run(x)
-    run.mover.settle(0)
+    run.offloader.free_copied(0)
     waits, comings = [], []
 
     def watch(*_: object) -> None:
-        waits.append(run.lanes.waits)
+        waits.append(run.streams.waits)
         comings.append(run.comings)
-        run.lanes.end()
+        run.streams.end()
 
-    before = run.lanes.waits
+    before = run.streams.waits
     for node in _chain(y.grad_fn):
         node.register_hook(watch)
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected(x))
@@ -113,16 +113,16 @@ def _chain(node):  # type: ignore[no-untyped-def]
 
 
 def test_views_of_one_memory_move_once() -> None:
-    lanes = LateCopies()
-    mover, seen = Mover(lanes, lambda _: None), []
+    streams = LateCopies()
+    offloader, seen = ActivationOffloader(streams, lambda _: None), []
     x = rows(6)
-    with mover.hooks(set(), seen.append, moves=True):
+    with offloader.hooks(set(), seen.append, offload=True):
         both = x.exp()
         top, rest = both[:2], both[2:]
         y = top.square().sum() + (rest * rest.t()[:, :1].t()).sum()
-    mover.settle(0)
+    offloader.free_copied(0)
     found = torch.autograd.grad(y, x)[0]
-    assert lanes.log == [("leave", both.nbytes), ("come", both.nbytes)]
+    assert streams.log == [("to_host", both.nbytes), ("to_device", both.nbytes)]
     assert seen == [both.nbytes]
     again = x.exp()
     y = again[:2].square().sum() + (again[2:] * again[2:].t()[:, :1].t()).sum()
@@ -132,7 +132,7 @@ def test_views_of_one_memory_move_once() -> None:
 def test_a_second_backward_reads_the_host_again() -> None:
     run, x = Moving(), rows()
     y = run(x)
-    run.mover.settle(0)
+    run.offloader.free_copied(0)
     first = torch.autograd.grad(y.sum(), x, retain_graph=True)[0]
     second = torch.autograd.grad(y.sum(), x)[0]
     assert torch.equal(first, second)
@@ -140,13 +140,13 @@ def test_a_second_backward_reads_the_host_again() -> None:
 
 
 def test_parameters_and_what_others_hold_stay() -> None:
-    lanes = LateCopies()
-    mover, seen = Mover(lanes, lambda _: None), []
+    streams = LateCopies()
+    offloader, seen = ActivationOffloader(streams, lambda _: None), []
     weight, mask, x = torch.nn.Parameter(torch.randn(4, 4)), torch.randn(5, 4), rows()
-    with mover.hooks({mask.untyped_storage().data_ptr()}, seen.append, moves=True):
+    with offloader.hooks({mask.untyped_storage().data_ptr()}, seen.append, offload=True):
         y = (x * mask) @ weight
-    assert len(lanes.log) == 1  # x * mask
-    mover.settle(0)
+    assert len(streams.log) == 1  # x * mask
+    offloader.free_copied(0)
     found = torch.autograd.grad(y.sum(), [x, weight])
     truth = torch.autograd.grad(((x * mask) @ weight).sum(), [x, weight])
     assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
@@ -154,16 +154,16 @@ def test_parameters_and_what_others_hold_stay() -> None:
 
 def changed(settle_before: bool = False, settle_after: bool = False) -> tuple[Tensor, Tensor]:
     """An input, and what is made of its double, which is saved, moves, and is changed then."""
-    mover, x = Mover(LateCopies(), lambda _: None), rows()
-    with mover.hooks(set(), lambda _: None, moves=True):
+    offloader, x = ActivationOffloader(LateCopies(), lambda _: None), rows()
+    with offloader.hooks(set(), lambda _: None, offload=True):
         inner = x * 2
         y = inner.sin()
     if settle_before:
-        mover.settle(0)
+        offloader.free_copied(0)
     with torch.no_grad():
         inner.add_(1)
     if settle_after:
-        mover.settle(0)
+        offloader.free_copied(0)
     return x, y
 
 
@@ -185,33 +185,33 @@ def test_without_room_on_the_host_tensors_stay_and_it_is_noted(monkeypatch: pyte
     def refuse(memory: Tensor) -> None:
         raise RuntimeError("CUDA error: out of memory\nmore")
 
-    monkeypatch.setattr(run.lanes, "leave", refuse)
+    monkeypatch.setattr(run.streams, "to_host", refuse)
     assert torch.equal(torch.autograd.grad(run(x).sum(), x)[0], expected(x))
     assert run.notes == ["memory_budget: the host has no more memory for activations: CUDA error: out of memory"]
-    assert run.lanes.log == []
+    assert run.streams.log == []
 
 
 def test_memory_that_a_copy_still_writes_to_is_not_given_away() -> None:
     run = Moving()
     y = run(rows())
-    run.mover.settle(0)
+    run.offloader.free_copied(0)
     y = y * 1.0
-    run.mover.return_before([y], room=10**9)
+    run.offloader.prefetch([y], room=10**9)
     torch.autograd.grad(y.sum(), y)  # no layer's backward runs, but what they would read is on its way
     assert run.comings == 6
-    assert not any(copy.over for copy in run.lanes.open[6:])
+    assert not any(copy.over for copy in run.streams.open[6:])
     del y
     gc.collect()
-    assert all(copy.over for copy in run.lanes.open)
+    assert all(copy.over for copy in run.streams.open)
 
 
 def test_complex_numbers_stay_as_their_views_may_be_conjugates() -> None:
-    lanes = LateCopies()
-    mover = Mover(lanes, lambda _: None)
+    streams = LateCopies()
+    offloader = ActivationOffloader(streams, lambda _: None)
     x = torch.randn(4, dtype=torch.complex64, requires_grad=True)
-    with mover.hooks(set(), lambda _: None, moves=True):
+    with offloader.hooks(set(), lambda _: None, offload=True):
         y = (x.conj() * x * x).abs().sum()
-    assert lanes.log == []
+    assert streams.log == []
     assert torch.equal(torch.autograd.grad(y, x)[0], torch.autograd.grad((x.conj() * x * x).abs().sum(), x)[0])
 
 
@@ -221,9 +221,13 @@ def test_a_change_of_what_stays_is_no_silent_error_either(
     small: int, moves: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Autograd leaves that to whoever has hooks."""
-    monkeypatch.setattr(activation_offload, "SMALL", small)
-    mover, x, weight = Mover(LateCopies(), lambda _: None), rows(), torch.nn.Parameter(torch.randn(4, 4))
-    with mover.hooks({weight.untyped_storage().data_ptr()}, lambda _: None, moves):
+    monkeypatch.setattr(activation_offload, "MIN_BYTES", small)
+    offloader, x, weight = (
+        ActivationOffloader(LateCopies(), lambda _: None),
+        rows(),
+        torch.nn.Parameter(torch.randn(4, 4)),
+    )
+    with offloader.hooks({weight.untyped_storage().data_ptr()}, lambda _: None, moves):
         y = (x * 2) @ weight
     with torch.no_grad():
         weight.add_(1)
@@ -232,7 +236,7 @@ def test_a_change_of_what_stays_is_no_silent_error_either(
 
 
 def test_a_forward_without_a_backward_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activation_offload, "SMALL", 10**9)  # so that results that are saved stay
+    monkeypatch.setattr(activation_offload, "MIN_BYTES", 10**9)  # so that results that are saved stay
     run = Moving()
     y = run(rows())
     result = weakref.ref(y)
@@ -242,26 +246,26 @@ def test_a_forward_without_a_backward_leaves_nothing_behind(monkeypatch: pytest.
 
 
 def test_a_negative_view_comes_back_as_one() -> None:
-    mover = Mover(LateCopies(), lambda _: None)
+    offloader = ActivationOffloader(LateCopies(), lambda _: None)
     view, x = torch.randn(5, 4, dtype=torch.complex64).conj().imag, rows()
     assert view.is_neg()
-    with mover.hooks(set(), lambda _: None, moves=True):
+    with offloader.hooks(set(), lambda _: None, offload=True):
         y = (x * view).sum()
-    mover.settle(0)
+    offloader.free_copied(0)
     assert torch.equal(torch.autograd.grad(y, x)[0], view)
 
 
 def test_threads_may_settle_at_once() -> None:
     class Slow(LateCopies):
-        def is_over(self, end: Copy) -> bool:
+        def is_done(self, end: Copy) -> bool:
             time.sleep(0.001)
-            return super().is_over(end)
+            return super().is_done(end)
 
     run = Moving()
-    run.mover.lanes = run.lanes = Slow()
+    run.offloader.streams = run.streams = Slow()
     y = run(rows(), layers=10)
-    run.lanes.end()
+    run.streams.end()
     with ThreadPoolExecutor(4) as threads:
-        list(threads.map(lambda _: run.mover.settle(), range(8)))
-    assert not run.mover._leaving
+        list(threads.map(lambda _: run.offloader.free_copied(), range(8)))
+    assert not run.offloader._copying
     assert y.grad_fn is not None

@@ -11,8 +11,8 @@ from replayed_region import Region, assert_equal, gradients, rows
 from torch import nn
 
 import fastlora
-from fastlora.runtime.cuda_graphs import RUNS_BEFORE, Replays
-from fastlora.runtime.replay_choice import COPIES, ENOUGH, RATE, Pace
+from fastlora.runtime.cuda_graphs import RUNS_BEFORE, GraphReplayer
+from fastlora.runtime.replay_choice import BYTES_PER_SECOND, COPIES_PER_REPLAY, TIMED_RUNS, ReplayTimer
 
 
 @dataclass
@@ -42,11 +42,11 @@ WAITING, BUSY = (3.0, 3.1), (3.0, 5.0)
 
 
 def test_a_region_that_the_device_waits_for_is_recorded() -> None:
-    region = Region(Pace(paced(*[WAITING] * ENOUGH)))
-    run(region, 1 + ENOUGH)
-    assert not region.replays.recorded
+    region = Region(ReplayTimer(paced(*[WAITING] * TIMED_RUNS)))
+    run(region, 1 + TIMED_RUNS)
+    assert not region.replays.captured
     run(region, 1)
-    assert region.replays.recorded == 1
+    assert region.replays.captured == 1
     expected = gradients(region, region.run, rows(seed=1))
     region.runs = 0
     assert_equal(gradients(region, region.replays, rows(seed=1)), expected)
@@ -54,62 +54,62 @@ def test_a_region_that_the_device_waits_for_is_recorded() -> None:
 
 
 def test_a_region_that_keeps_the_device_busy_is_not_recorded_nor_timed_again() -> None:
-    region = Region(Pace(paced(*[BUSY] * ENOUGH)))
+    region = Region(ReplayTimer(paced(*[BUSY] * TIMED_RUNS)))
     run(region, 10)
-    assert region.replays.recorded == 0
+    assert region.replays.captured == 0
     assert region.notes == []
 
 
 @pytest.mark.parametrize(("share", "recorded"), [(0.9, 0), (1.1, 1)])
 def test_what_takes_no_longer_than_the_copies_of_a_replay_is_not_recorded(share: float, recorded: int) -> None:
-    seconds = share * COPIES * rows(5).nbytes / RATE
-    region = Region(Pace(paced(*[(seconds, seconds)] * ENOUGH)))
-    run(region, 2 + ENOUGH, n=5)
-    assert region.replays.recorded == recorded
+    seconds = share * COPIES_PER_REPLAY * rows(5).nbytes / BYTES_PER_SECOND
+    region = Region(ReplayTimer(paced(*[(seconds, seconds)] * TIMED_RUNS)))
+    run(region, 2 + TIMED_RUNS, n=5)
+    assert region.replays.captured == recorded
 
 
 def test_single_runs_do_not_decide() -> None:
-    region = Region(Pace(paced(WAITING, BUSY, BUSY)))
+    region = Region(ReplayTimer(paced(WAITING, BUSY, BUSY)))
     run(region, 5)
-    assert region.replays.recorded == 0
-    region = Region(Pace(paced(BUSY, WAITING, WAITING)))
+    assert region.replays.captured == 0
+    region = Region(ReplayTimer(paced(BUSY, WAITING, WAITING)))
     run(region, 5)
-    assert region.replays.recorded == 1
+    assert region.replays.captured == 1
 
 
 def test_runs_that_the_device_has_not_finished_do_not_count() -> None:
-    region = Region(Pace(paced(None, None, *[WAITING] * ENOUGH)))
-    run(region, 2 + ENOUGH)
-    assert not region.replays.recorded
+    region = Region(ReplayTimer(paced(None, None, *[WAITING] * TIMED_RUNS)))
+    run(region, 2 + TIMED_RUNS)
+    assert not region.replays.captured
     run(region, 2)
-    assert region.replays.recorded == 1
+    assert region.replays.captured == 1
 
 
 def test_layers_of_one_shape_share_what_is_known_and_shapes_do_not() -> None:
-    pace = Pace(paced(*[WAITING] * ENOUGH, *[BUSY] * ENOUGH))
-    first, second = Region(pace), Region(pace)
-    run(first, 1 + ENOUGH)
+    timer = ReplayTimer(paced(*[WAITING] * TIMED_RUNS, *[BUSY] * TIMED_RUNS))
+    first, second = Region(timer), Region(timer)
+    run(first, 1 + TIMED_RUNS)
     run(second, RUNS_BEFORE + 1)
-    assert second.replays.recorded == 1
-    run(first, 2 + ENOUGH, n=5)
-    assert first.replays.recorded == 0
+    assert second.replays.captured == 1
+    run(first, 2 + TIMED_RUNS, n=5)
+    assert first.replays.captured == 0
 
 
 def test_what_cannot_be_replayed_is_no_news_unless_replays_were_asked_for() -> None:
     notes: list[str] = []
-    replays = Replays(lambda x, w: (x @ w, w * 2), Region().recorder, notes.append, Pace(paced()))
+    replays = GraphReplayer(lambda x, w: (x @ w, w * 2), Region().recorder, notes.append, ReplayTimer(paced()))
     for _ in range(5):
         replays(rows(grad=False), nn.Parameter(torch.randn(4, 4)))
     assert notes == []
-    assert replays.recorded == 0
+    assert replays.captured == 0
 
 
 def test_inputs_that_are_too_large_to_copy_are_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastlora.runtime.cuda_graphs.MOST_COPIED", 3 * 4 * 4 - 1)
+    monkeypatch.setattr("fastlora.runtime.cuda_graphs.MAX_COPIED", 3 * 4 * 4 - 1)
     region = Region()
     run(region, 4)
-    assert region.replays.recorded == 0
-    assert "has to copy" in region.notes[0]
+    assert region.replays.captured == 0
+    assert "would copy" in region.notes[0]
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "no-cudagraphs"])

@@ -8,7 +8,7 @@ from replayed_region import Region, Rerun, assert_equal, gradients, rows
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastlora.runtime.cuda_graphs import RUNS_BEFORE, Replays
+from fastlora.runtime.cuda_graphs import RUNS_BEFORE, GraphReplayer
 
 
 def test_results_and_gradients_are_those_of_the_graph() -> None:
@@ -34,12 +34,12 @@ def test_a_kind_is_run_forward_and_backward_before_it_is_recorded() -> None:
     for _ in range(2 * RUNS_BEFORE):
         y, _, _ = region.replays(*region.arguments(rows()))
     for n in range(RUNS_BEFORE):
-        assert not region.replays.recorded
+        assert not region.replays.captured
         y, _, _ = region.replays(*region.arguments(rows()))
         y.sum().backward()
         assert region.runs == 2 * RUNS_BEFORE + n + 1
     region.replays(*region.arguments(rows()))
-    assert region.replays.recorded == 1
+    assert region.replays.captured == 1
 
 
 def test_parameters_that_are_changed_in_place_are_read_anew() -> None:
@@ -55,16 +55,16 @@ def test_parameters_that_are_changed_in_place_are_read_anew() -> None:
 
 def test_buffers_are_read_where_they_lie() -> None:
     held, w = torch.randn(4, 4), nn.Parameter(torch.randn(4, 4))
-    replays = Replays(lambda x, q, w: (torch.tanh(x @ q) @ w,), Rerun(), lambda _: None, steady=frozenset([1]))
+    replays = GraphReplayer(lambda x, q, w: (torch.tanh(x @ q) @ w,), Rerun(), lambda _: None, held=frozenset([1]))
     for _ in range(RUNS_BEFORE + 1):
         replays(rows(), held, w)[0].sum().backward()
-    assert replays.recorded == 1
+    assert replays.captured == 1
     x = rows(seed=1)
     for buffer in (held, held.mul_(2)):
         assert torch.equal(replays(x, buffer, w)[0], torch.tanh(x @ buffer) @ w)
     for other in (held.clone(), held.t()):  # elsewhere, or in the same place and otherwise
         assert torch.equal(replays(x, other, w)[0], torch.tanh(x @ other) @ w)
-    assert replays.recorded == 1
+    assert replays.captured == 1
 
 
 @pytest.mark.parametrize("other", ["length", "value", "frozen input", "moved parameter"])
@@ -195,7 +195,7 @@ def test_no_recording_begins_inside_a_backward() -> None:
         region.replays(*region.arguments(rows()))[0].sum().backward()
     x = rows()
     checkpoint(lambda x: region.replays(*region.arguments(x))[0], x, use_reentrant=True).sum().backward()
-    assert not region.replays._recordings
+    assert not region.replays._captures
 
 
 def test_parameters_hooks_see_each_gradient_once() -> None:
@@ -216,12 +216,12 @@ def test_the_backward_does_not_run_under_the_autocast_of_the_forward() -> None:
         with torch.autocast("cpu", enabled=False):
             return (x @ w,)
 
-    replays = Replays(run, Rerun(), lambda _: None)
+    replays = GraphReplayer(run, Rerun(), lambda _: None)
     w = nn.Parameter(torch.randn(4, 4))
     for _ in range(RUNS_BEFORE + 2):
         x = rows()
         with torch.autocast("cpu", torch.bfloat16):
             (y,) = replays(x, w)
         (found,) = torch.autograd.grad(y.sum(), x)
-    assert replays.recorded == 1
+    assert replays.captured == 1
     assert torch.equal(found, torch.ones(3, 4) @ w.t())

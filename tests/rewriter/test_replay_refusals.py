@@ -13,7 +13,7 @@ from replayed_region import Region, Rerun, assert_equal, gradients, rows
 from torch import Tensor, nn
 
 from fastlora.runtime import cuda_graphs as module
-from fastlora.runtime.cuda_graphs import RUNS_BEFORE, Replays
+from fastlora.runtime.cuda_graphs import RUNS_BEFORE, GraphReplayer
 from fastlora.runtime.graph_pool import CudaGraphs
 
 
@@ -34,21 +34,21 @@ from fastlora.runtime.graph_pool import CudaGraphs
 ])  # fmt: skip
 def test_graphs_that_cannot_be_replayed_say_so_once(run: Callable[..., Any]) -> None:
     notes: list[str] = []
-    replays = Replays(run, Rerun(), notes.append)
+    replays = GraphReplayer(run, Rerun(), notes.append)
     w = nn.Parameter(torch.randn(4, 4))
     for _ in range(5):
         replays(rows(grad=False), w)
     assert len(notes) == 1
-    assert list(replays._recordings.values()) == [None]
+    assert list(replays._captures.values()) == [None]
 
 
 def test_a_graph_of_frozen_parameters_alone_has_no_backward_to_replay_and_says_nothing() -> None:
     notes: list[str] = []
-    replays = Replays(lambda x, w: (x @ w,), Rerun(), notes.append)
+    replays = GraphReplayer(lambda x, w: (x @ w,), Rerun(), notes.append)
     for _ in range(5):
         replays(rows(grad=False), nn.Parameter(torch.randn(4, 4), requires_grad=False))
     assert notes == []
-    assert replays.recorded == 0
+    assert replays.captured == 0
 
 
 def test_a_graph_that_cannot_be_recorded_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +65,7 @@ def test_a_graph_that_cannot_be_recorded_runs_as_it_is(monkeypatch: pytest.Monke
 
 
 def test_parameters_that_move_with_every_call_are_not_counted_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MOST_KINDS", 5)
+    monkeypatch.setattr(module, "MAX_KEYS", 5)
     region = Region()
     for n in range(1, 10):
         region.replays(*region.arguments(rows(n)))
@@ -88,12 +88,12 @@ def test_a_parameter_that_changes_before_the_backward_is_refused(change: str) ->
 
 def test_a_graph_whose_buffers_change_before_its_backward_is_not_recorded() -> None:
     buffer, w = torch.ones(4), nn.Parameter(torch.randn(4, 4))
-    replays = Replays(lambda x, b, w: ((x + b) @ w,), Rerun(), lambda _: None, steady=frozenset([1]))
+    replays = GraphReplayer(lambda x, b, w: ((x + b) @ w,), Rerun(), lambda _: None, held=frozenset([1]))
     for _ in range(RUNS_BEFORE + 3):
         y = replays(rows(), buffer, w)[0]
         buffer.add_(1)
         y.sum().backward()
-    assert not replays.recorded
+    assert not replays.captured
 
 
 def test_tensors_that_wrap_others_are_left_alone() -> None:
@@ -103,26 +103,26 @@ def test_tensors_that_wrap_others_are_left_alone() -> None:
         return ((x @ w).to(torch.float32),)
 
     notes: list[str] = []
-    replays = Replays(run, Rerun(), notes.append)
+    replays = GraphReplayer(run, Rerun(), notes.append)
     w = nn.Parameter(TwoTensor(torch.randn(4, 4), torch.randn(4, 4)))
     for _ in range(RUNS_BEFORE + 2):
         replays(rows(), w)
     assert not replays._runs
-    assert not replays._recordings
+    assert not replays._captures
 
 
 def test_quantised_weights_in_buffers_are_not_copied_in_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LARGE", 15)
-    replays = Replays(lambda x, q: (x @ q.float(),), Rerun(), lambda _: None)
+    monkeypatch.setattr(module, "MAX_INTEGERS", 15)
+    replays = GraphReplayer(lambda x, q: (x @ q.float(),), Rerun(), lambda _: None)
     for _ in range(RUNS_BEFORE + 2):
         replays(rows(), torch.ones(4, 4, dtype=torch.int8))[0].sum().backward()
-    assert not replays.recorded
+    assert not replays.captured
 
 
 def test_forgotten_recordings_are_freed_after_their_backward() -> None:
     region = Region()
     region.warm(rows())
-    held = weakref.ref(next(iter(region.replays._recordings.values())))
+    held = weakref.ref(next(iter(region.replays._captures.values())))
     x = rows()
     y, _, _ = region.replays(*region.arguments(x))
     region.replays.forget()
@@ -155,18 +155,18 @@ def test_memory_that_recordings_may_take_is_limited() -> None:
     region = Region()
     region.recorder.full = True
     region.warm(rows())
-    assert region.replays.recorded == 0
+    assert region.replays.captured == 0
     assert "of the device's memory" in region.notes[0]
 
 
 def test_only_so_many_shapes_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MOST_RECORDINGS", 2)
+    monkeypatch.setattr(module, "MAX_CAPTURES", 2)
     region = Region()
     for n in (2, 3, 4, 5):
         region.warm(rows(n))
         x = rows(n)
         assert_equal(gradients(region, region.replays, x), gradients(region, region.run, x))
-    assert region.replays.recorded == 2
+    assert region.replays.captured == 2
     assert len(set(region.notes)) == 1
 
 

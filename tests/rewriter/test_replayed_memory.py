@@ -10,7 +10,8 @@ import torch
 from memory_tape import Taped
 from torch import Tensor, nn
 
-from fastlora.runtime.cuda_graphs import Replays, _Recording
+from fastlora.runtime.captured_region import CapturedRegion
+from fastlora.runtime.cuda_graphs import GraphReplayer
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """Its input, and its result from replayed layers and from layers that run as they are."""
@@ -21,7 +22,7 @@ class Layer:
 
     def __init__(self, recorder: Taped) -> None:
         self.parameters = [nn.Parameter(torch.randn(8, 8) / 2), nn.Parameter(torch.randn(8, 8) / 2)]
-        self.replays = Replays(self.run, recorder, note=lambda _: None)
+        self.replays = GraphReplayer(self.run, recorder, note=lambda _: None)
 
     def run(self, x: Tensor, a: Tensor, b: Tensor) -> tuple[Any, ...]:
         h = torch.tanh(x @ a)
@@ -75,13 +76,13 @@ class Training:
 @pytest.fixture(autouse=True)
 def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many forwards were replayed."""
-    count, call = [0], _Recording.__call__
+    count, call = [0], CapturedRegion.__call__
 
-    def counted(recording: _Recording, args: Any) -> Any:
+    def counted(recording: CapturedRegion, args: Any) -> Any:
         count[0] += 1
         return call(recording, args)
 
-    monkeypatch.setattr(_Recording, "__call__", counted)
+    monkeypatch.setattr(CapturedRegion, "__call__", counted)
     return count
 
 

@@ -19,7 +19,7 @@ def test_packages_add_rules_by_entry_point(monkeypatch):
     ]
     builtin = fastlora.default_rules()
     monkeypatch.setattr(
-        "fastlora.frontend.session.entry_points", lambda group: entries if group == "fastlora.patterns" else []
+        "fastlora.frontend.options.entry_points", lambda group: entries if group == "fastlora.patterns" else []
     )
     from fastlora.patterns import norms, rotary
 
