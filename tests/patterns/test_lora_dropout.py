@@ -291,5 +291,5 @@ def test_verification_finds_another_probability() -> None:
 
     outcome = analyse(dropped, X, *layer(24, 16), rules=[wrong], verify=True)
     assert not outcome.ops
-    assert "verify" in outcome.turned_down()
+    assert "verification failed" in outcome.turned_down()
     outcome.assert_identical()

@@ -3,6 +3,7 @@ here; elsewhere the dropout stays."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -320,7 +321,7 @@ def test_bert_trains_with_seeds(how: str) -> None:
         report = fastlora.report(model)
         assert not [miss for miss in report.missed if miss.reason.startswith("verification")]
         code = "\n".join(report.code.values())
-        assert code.count("torch.randint") == code.count("add_layer_norm(") > 0
+        assert code.count("torch.randint") == len(re.findall(r"= \S*add_layer_norm\w*\(", code)) > 0
     first, second = results
     assert relative(second.loss, first.loss) < 1e-6
     assert all(relative(second.gradients[name], g) < 5e-6 for name, g in first.gradients.items())
@@ -348,4 +349,4 @@ def test_verification_finds_another_probability() -> None:
     alone = [r for r in default_rules() if r.name == "layer_norm"]
     outcome = analyse(summed(layer, F.dropout), X, Y, W, rules=[*alone, wrong], verify=True)
     assert outcome.ops == ["layer_norm"]
-    assert "verify" in outcome.turned_down()
+    assert "verification failed" in outcome.turned_down()
