@@ -114,7 +114,7 @@ def test_a_bias_that_is_added_in_place_is_added_to_the_ops_result(out_first: boo
     assert_fused(analyse(function, X, *layer(out_first), ENDS, BIAS))
 
 
-def test_tokens_of_other_devices_experts_stay_what_transformers_makes_of_them() -> None:
+def test_tokens_of_experts_on_other_devices_keep_their_values() -> None:
     """They are last, in no group, and masked before and after; before, that is after the sum was made."""
     ends = torch.tensor([2, 5, 8], dtype=torch.int32)
 
@@ -129,7 +129,7 @@ def test_tokens_of_other_devices_experts_stay_what_transformers_makes_of_them() 
 
 
 @pytest.mark.parametrize("overload", [False, True], ids=["operator", "overload"])
-def test_rows_of_no_group_are_zero_where_the_product_has_them_so(overload: bool) -> None:
+def test_rows_without_a_group_are_zero_if_the_product_zeroes_them(overload: bool) -> None:
     """Nothing masks them here."""
     import transformers.integrations.moe  # noqa: F401  (which registers the operator)
 

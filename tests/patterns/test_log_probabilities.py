@@ -68,7 +68,7 @@ def test_sizes_may_be_dynamic() -> None:
     outcome.assert_close(2e-6)
 
 
-def test_labels_whose_number_may_differ_from_that_of_the_rows_are_not_fused() -> None:
+def test_dynamic_sizes_that_may_differ_are_not_fused() -> None:
     """`gather` takes fewer labels as well, so nothing ties the two sizes together."""
     x, labels = randn(4, 3, H), LABELS.repeat(2, 1)
     for tensor in (x, labels):
@@ -118,5 +118,5 @@ LOOKALIKES = [
 
 
 @pytest.mark.parametrize("lookalike", LOOKALIKES, ids=str)
-def test_what_only_looks_like_log_probabilities_of_labels_is_not_fused(lookalike: Lookalike) -> None:
+def test_lookalikes_of_log_probabilities_are_not_fused(lookalike: Lookalike) -> None:
     lookalike.check()

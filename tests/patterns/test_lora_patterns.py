@@ -107,7 +107,7 @@ def test_a_base_that_is_cast_to_a_wider_residual_stream_is_claimed(autocast: boo
     outcome.assert_close(2e-6)
 
 
-def test_a_base_whose_input_is_rounded_to_another_dtype_is_not_read_as_its_adapter() -> None:
+def test_a_base_that_rounds_its_input_differently_is_not_fused_with_the_adapter() -> None:
     outcome = analyse(rounded_before, X, *layer(24, 16))
     assert "lora_linear" not in outcome.ops
 
@@ -158,7 +158,7 @@ def on_addmm(x, weight, a, b, bias):
     return base + F.linear(F.linear(x, a), b) * 2.0
 
 
-def test_an_adapter_on_an_autograd_function_keeps_that_functions_gradient() -> None:
+def test_an_adapter_on_an_autograd_function_keeps_its_gradient() -> None:
     packed = torch.arange(384).remainder(17).sub(8).view(24, 16).to(torch.int8)
     outcome = analyse(on_a_function, X, packed, *layer(24, 16)[1:])
     assert outcome.ops == ["lora_add"]

@@ -209,7 +209,7 @@ def test_a_module_of_layer_norm_is_claimed_with_its_parameters() -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["of one size", "of any size"])
 @pytest.mark.parametrize("added", [False, True], ids=["alone", "with a residual"])
-def test_layer_norm_of_patches_that_a_convolution_left_transposed_is_claimed(added: bool, dynamic: bool) -> None:
+def test_layer_norm_of_a_transposed_convolution_output_is_fused(added: bool, dynamic: bool) -> None:
     """As in vision models, whose embeddings stay so through all residual additions; torch's own norm is contiguous."""
 
     def function(x: Tensor, y: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

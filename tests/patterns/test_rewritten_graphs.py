@@ -92,7 +92,7 @@ def test_a_whole_layer_is_claimed_and_equals_eager() -> None:
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_checkpointed_layers_are_rewritten_and_recomputed_with_eagers_masks(p: float) -> None:
+def test_checkpointed_layers_recompute_with_eagers_dropout_masks(p: float) -> None:
     def function(x: Tensor, *weights: Tensor) -> Tensor:
         for _ in range(2):
             x = checkpoint(lambda h, *ws: layer(h, *ws, p=p), x, *weights, use_reentrant=False)
@@ -170,7 +170,7 @@ def test_a_second_derivative_is_refused_not_wrong(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FUSED)
-def test_a_graph_can_be_differentiated_twice_over_if_it_is_retained(name: str) -> None:
+def test_a_retained_graph_gives_the_same_gradients_again(name: str) -> None:
     function, inputs = FUSED[name]
     gm, given = trace(function, inputs)
     rewrite(gm, default_rules())

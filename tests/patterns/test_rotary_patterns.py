@@ -164,7 +164,7 @@ def test_query_and_key_become_one_op(function: Function, dtype: torch.dtype) -> 
     assert_as_exact(outcome, attention, inputs)
 
 
-def test_query_and_key_become_one_op_where_a_part_of_each_head_turns() -> None:
+def test_partial_embeddings_of_query_and_key_are_grouped() -> None:
     def attention(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
         cos, sin = cos.unsqueeze(1)[..., :4], sin.unsqueeze(1)[..., :4]
         return [
@@ -179,7 +179,7 @@ def test_query_and_key_become_one_op_where_a_part_of_each_head_turns() -> None:
     outcome.assert_close()
 
 
-def test_each_layers_query_and_key_are_one_op_though_all_share_the_angles() -> None:
+def test_query_and_key_are_grouped_layer_by_layer() -> None:
     def layers(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         for _ in range(3):

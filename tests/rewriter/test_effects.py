@@ -131,9 +131,7 @@ class Viewed(Doubled):
 
 
 @pytest.mark.parametrize(("function", "shares"), [(Doubled, False), (Viewed, True)])
-def test_the_result_of_a_function_of_autograd_shares_the_memory_that_its_forward_says(
-    function: Any, shares: bool
-) -> None:
+def test_an_autograd_functions_result_aliases_what_its_forward_returns(function: Any, shares: bool) -> None:
     def region(x: Tensor) -> Tensor:
         y = x * 1.5
         made = function.apply(y)
@@ -286,7 +284,7 @@ def test_the_mode_around_the_graph_is_where_it_starts() -> None:
     assert (mode[0], other[0]) in ((True, True), (False, True))
 
 
-def test_transforms_of_torch_func_are_regions_that_are_neither_run_nor_rewritten() -> None:
+def test_torch_func_transforms_are_neither_probed_nor_rewritten() -> None:
     """Their begin and end change what runs afterwards, and an op inside sees one tensor where there are several."""
 
     def function(x: Tensor, w: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def _adapted(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
 # ---- ESCAPES
 
 
-def test_a_value_that_leaves_the_graph_is_not_swallowed() -> None:
+def test_an_intermediate_that_is_returned_refuses_the_match() -> None:
     def function(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         active = F.silu(gate)
         return active * up, active
@@ -39,7 +39,7 @@ def test_a_value_that_leaves_the_graph_is_not_swallowed() -> None:
     outcome.assert_identical()
 
 
-def test_a_value_that_an_identity_carries_out_is_not_swallowed() -> None:
+def test_an_intermediate_that_is_returned_by_an_identity_refuses_the_match() -> None:
     def function(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         active = F.silu(gate)
         return active * up, active.contiguous().float()
@@ -49,7 +49,7 @@ def test_a_value_that_an_identity_carries_out_is_not_swallowed() -> None:
     outcome.assert_identical()
 
 
-def test_a_cast_that_others_read_stays_for_them() -> None:
+def test_a_shared_cast_stays_for_its_other_users() -> None:
     """It is cheap, so it may be computed for them alone; the norm is replaced all the same."""
 
     def function(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +64,7 @@ def test_a_cast_that_others_read_stays_for_them() -> None:
 # ---- ORDER
 
 
-def test_an_op_is_not_placed_before_its_inputs() -> None:
+def test_an_output_used_before_an_input_exists_refuses_the_match() -> None:
     """The sum is used to make the weight of its own norm."""
 
     def function(x: Tensor, y: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def test_an_op_is_not_placed_before_its_inputs() -> None:
     outcome.assert_close()
 
 
-def test_the_first_use_of_any_output_decides_the_place() -> None:
+def test_an_op_is_inserted_before_the_first_use_of_any_output() -> None:
     """The residual sum is used before its norm is; both stay where their users find them."""
 
     def function(x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +90,7 @@ def test_the_first_use_of_any_output_decides_the_place() -> None:
     outcome.assert_close()
 
 
-def test_sizes_that_depend_on_data_are_no_obstacle() -> None:
+def test_graphs_with_data_dependent_sizes_are_rewritten() -> None:
     def function(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         positive = gate[gate[..., 0] > 0]
         shares = positive.cumsum(-1)
@@ -107,7 +107,7 @@ def test_sizes_that_depend_on_data_are_no_obstacle() -> None:
 
 
 @pytest.mark.parametrize("written", ["gate", "its alias"])
-def test_an_input_that_changes_after_its_first_read_stops_the_match(written: str) -> None:
+def test_a_write_after_the_first_read_refuses_the_match(written: str) -> None:
     def function(both: Tensor) -> Tensor:
         gate, up = (both * 1.5).chunk(2, -1)
         active = F.silu(gate)
@@ -119,7 +119,7 @@ def test_an_input_that_changes_after_its_first_read_stops_the_match(written: str
     outcome.assert_identical()
 
 
-def test_an_input_that_only_changed_before_its_first_read_does_not() -> None:
+def test_a_write_within_the_match_before_the_first_read_is_fine() -> None:
     """Although the match has begun by then."""
 
     def function(gate: Tensor, up: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def test_an_input_that_only_changed_before_its_first_read_does_not() -> None:
     outcome.assert_close()
 
 
-def test_an_input_that_changed_before_the_first_read_does_not() -> None:
+def test_a_write_before_the_match_is_fine() -> None:
     def function(gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate * 1.5, up * 1.5
         up.add_(1)
@@ -144,7 +144,7 @@ def test_an_input_that_changed_before_the_first_read_does_not() -> None:
     outcome.assert_close()
 
 
-def test_an_input_that_changes_before_its_first_read_but_after_the_replacement_stops_the_match() -> None:
+def test_a_write_between_the_op_and_a_members_first_read_refuses_the_match() -> None:
     """The first layer's result is used before the second one's weight has its value, so they cannot be a group."""
 
     def function(x: Tensor, *layers: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +159,7 @@ def test_an_input_that_changes_before_its_first_read_but_after_the_replacement_s
     outcome.assert_close()
 
 
-def test_an_augmented_residual_is_no_obstacle_to_its_norm() -> None:
+def test_a_norm_after_an_in_place_residual_addition_is_fused() -> None:
     """The write comes before the cast that reads it, in bfloat16 as in float32."""
 
     def function(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ def test_an_augmented_residual_is_no_obstacle_to_its_norm() -> None:
         outcome.assert_close(1e-6 if x is X else 2e-2)
 
 
-def test_a_result_that_is_written_later_stops_the_match() -> None:
+def test_a_later_write_to_the_result_refuses_the_match() -> None:
     def function(gate: Tensor, up: Tensor) -> Tensor:
         y = F.silu(gate) * up
         y.add_(1)
@@ -202,7 +202,7 @@ def test_a_write_inside_a_checkpoint_counts() -> None:
     outcome.assert_close()
 
 
-def test_a_random_value_is_not_swallowed() -> None:
+def test_a_dropout_inside_refuses_the_match() -> None:
     from fastlora.match.dsl import dropout
 
     toy = register_op(

@@ -99,7 +99,7 @@ WRONG_RESULTS = {
 
 
 @pytest.mark.parametrize("reason", WRONG_RESULTS)
-def test_an_op_with_other_results_than_the_matched_nodes_is_refused(reason: str) -> None:
+def test_an_op_with_other_metadata_is_refused(reason: str) -> None:
     toy = _toy("wrong_" + reason.replace(".", "_").replace(" ", "_"), WRONG_RESULTS[reason])
     outcome = analyse(lambda x: torch.tanh(x) * 2, X, rules=[_tanh_is(toy)])
     assert Code.METADATA in outcome.codes()

@@ -225,7 +225,7 @@ def test_an_mlp_whose_gate_broadcasts_is_not_fused_as_a_whole(narrow: str) -> No
     outcome.assert_close()
 
 
-def test_an_mlp_whose_hidden_product_leaves_is_not_fused_as_a_whole() -> None:
+def test_an_escaping_hidden_product_is_not_part_of_one_mlp() -> None:
     def function(x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
         hidden = F.silu(lora(x, *weights[:3])) * lora(x, *weights[3:6])
         return lora(hidden, *weights[6:]), hidden
@@ -236,7 +236,7 @@ def test_an_mlp_whose_hidden_product_leaves_is_not_fused_as_a_whole() -> None:
     outcome.assert_close(2e-6)
 
 
-def test_an_mlp_whose_gate_and_up_read_different_values_is_not_fused_as_a_whole() -> None:
+def test_gate_and_up_with_different_inputs_are_not_one_mlp() -> None:
     def function(x: Tensor, y: Tensor, *weights: Tensor) -> Tensor:
         return lora(F.silu(lora(x, *weights[:3])) * lora(y, *weights[3:6]), *weights[6:])
 
@@ -247,7 +247,7 @@ def test_an_mlp_whose_gate_and_up_read_different_values_is_not_fused_as_a_whole(
 
 
 @pytest.mark.parametrize("wide", [0, 3, 6], ids=["gate", "up", "down"])
-def test_an_mlp_whose_adapters_differ_in_dtype_is_not_fused_as_a_whole(wide: int) -> None:
+def test_adapters_of_different_dtypes_are_not_one_mlp(wide: int) -> None:
     layers = [*ADAPTED, *ADAPTED, randn(16, 24, grad=False), randn(4, 24), randn(16, 4)]
     for adapter in (wide + 1, wide + 2):
         layers[adapter] = layers[adapter].detach().double().requires_grad_()

@@ -202,7 +202,7 @@ def test_a_rule_that_cannot_be_right_is_an_error_at_its_definition(define: Calla
     assert start <= int(line) < start + len(lines)
 
 
-def test_growing_alternatives_of_different_operations_are_fine() -> None:
+def test_alternatives_of_different_operations_may_come_in_any_order() -> None:
     """Neither hides the other: no value is both a tanh and a sum."""
 
     @rule(ONE)

@@ -394,7 +394,7 @@ def test_a_mistake_is_named_with_its_remedy(define: Callable[[], None]) -> None:
     assert start <= int(line) < start + len(lines)
 
 
-def test_a_rule_that_decorates_no_function_is_placed_where_it_is_written() -> None:
+def test_an_error_of_a_decorated_object_names_the_line_of_the_decorator() -> None:
     with pytest.raises(fastlora.RuleError, match=re.escape("@rule decorates a function, not 3")) as error:
         rule(ops.glu)(3)  # type: ignore[arg-type]
     line = inspect.currentframe().f_lineno - 1  # type: ignore[union-attr]
