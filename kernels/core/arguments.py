@@ -30,10 +30,6 @@ class Derived(NamedTuple):
             return QuantizedWeight(self.source, values)
         return self.source.as_tuple(compute(self.source, values))[0]
 
-    def places(self) -> list[int]:
-        """Return where the source's tensors stand among what is given."""
-        return [leaf for leaf in self.source.leaves.flat(self.values) if isinstance(leaf, int)]
-
 
 Slot = int | list[Any] | Constant | Derived
 """A place among what is given, a list of slots, or how to have the value otherwise."""
@@ -64,13 +60,13 @@ class Arguments(NamedTuple):
         slots: where each argument stands.
         leaves: the place of each tensor leaf of the op, None where there is none.
         derived: the derived arguments, each with its slot.
-        count: how many tensors are given; numbers come after them.
+        tensors: how many tensors are given; numbers come after them.
     """
 
     slots: list[Slot]
     leaves: list[int | None]
     derived: list[tuple[DerivedArgument, Derived]]
-    count: int
+    tensors: int
 
 
 def bind(
@@ -92,7 +88,8 @@ def bind(
     """
     found = _Varying(varies)
     slots = found.slots(op.arguments, values)
-    leaves = [leaf if isinstance(leaf, int) else None for leaf in op.leaves.flat(slots)]
+    flat: Sequence[Any] = op.leaves.flat(slots)
+    leaves = [leaf if isinstance(leaf, int) else None for leaf in flat]
     made = []
     for each, of_source in derived:
         _insist(op, each)

@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
-from fastlora.kernels.core import compat, dispatch, implementations, recompute
+from fastlora.compat import calls
+from fastlora.compat import dispatch as compat_dispatch
+from fastlora.kernels.core import dispatch, implementations, recompute
 from fastlora.kernels.core.arguments import Arguments, bind, fill_all
 from fastlora.kernels.core.plan import Plan, PlannedCall
 from fastlora.kernels.core.quantized_weight import dequantized
@@ -26,7 +28,7 @@ from fastlora.kernels.core.semantic_op import DerivedArgument, SemanticOp
 MOST_PLANS = 256
 """Plans of one call site; lengths that never come back are not to fill the memory."""
 
-_apply = compat.apply_of(PlannedCall)
+_apply = calls.apply_of(PlannedCall)
 
 
 class Reuse:
@@ -62,15 +64,15 @@ class CallSite:
     def __init__(self, op: SemanticOp, arguments: Arguments) -> None:
         self.op, self.arguments = op, arguments
         self.__name__ = self.__qualname__ = op.name  # of a function, as graphs want their targets to be
-        self._tensors = arguments.count
+        self._tensors = arguments.tensors
         self._single, self._lists = len(op.result_names) == 1, any(a.is_list for a in op.outputs)
         self._plans: dict[Any, list[Plan]] = {}
         self._made = 0
 
     def __call__(self, *given: Any) -> Any:
-        if compat.active_modes() or compat.active_transform() is not None:
+        if compat_dispatch.dispatch_modes() or compat_dispatch.functorch_interpreter() is not None:
             return self._through_dispatcher(given)
-        if compat.profiler_is_enabled():
+        if calls.profiler_is_enabled():
             with torch.profiler.record_function(f"fastlora::{self.op.name}"):
                 return self._run(given)
         return self._run(given)

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from fastlora.kernels.core import compat
+from fastlora.compat import calls
+from fastlora.compat import dispatch as compat_dispatch
 
 
 def run(name: str, implementation: Callable[..., Any], anchor: torch.Tensor, arguments: dict[str, Any]) -> Any:
@@ -18,7 +19,7 @@ def run(name: str, implementation: Callable[..., Any], anchor: torch.Tensor, arg
 
     PyTorch's profiler sees it under its operator's name, which it would not where the dispatcher is bypassed.
     """
-    if compat.profiler_is_enabled():
+    if calls.profiler_is_enabled():
         with torch.profiler.record_function(f"fastlora::{name}"):
             return _run(implementation, anchor, arguments)
     return _run(implementation, anchor, arguments)
@@ -27,7 +28,7 @@ def run(name: str, implementation: Callable[..., Any], anchor: torch.Tensor, arg
 def _run(implementation: Callable[..., Any], anchor: torch.Tensor, arguments: dict[str, Any]) -> Any:
     """Below what tracks views as well: a result that was reshaped is nobody's view, so it may be written to."""
     device = anchor.device
-    with compat.below_views():
+    with calls.below_views():
         if anchor.is_cuda and several_gpus() and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return _without_autocast(device.type, implementation, arguments)
@@ -52,9 +53,9 @@ def can_bypass_dispatcher(tensors: Iterable[torch.Tensor | None]) -> bool:
 
     That is so for plain tensors in memory, without a mode (fake tensors, tracing, counting) or transform of torch.func.
     """
-    if mode_is_active() or compat.active_transform() is not None:
+    if mode_is_active() or compat_dispatch.functorch_interpreter() is not None:
         return False
-    plain, keys = _plain_keys(), compat.dispatch_keys
+    plain, keys = _plain_keys(), calls.dispatch_keys
     for t in tensors:  # noqa: SIM110  (a generator takes longer)
         if t is not None and keys(t).raw_repr() not in plain:
             return False
@@ -80,7 +81,7 @@ def ignoring_one_mode() -> Iterator[None]:
 
 def mode_is_active() -> bool:
     """Return whether a mode sees what the dispatcher is asked to do, and may do something else."""
-    return compat.active_modes() > _thread.ignored_modes
+    return compat_dispatch.dispatch_modes() > _thread.ignored_modes
 
 
 _constants: list[torch.Tensor] = []
@@ -102,7 +103,7 @@ def is_last_backward() -> bool:
 
     Without `retain_graph` nothing else reads it.
     """
-    return not compat.keeps_graph()
+    return not calls.keeps_graph()
 
 
 @cache
@@ -115,4 +116,4 @@ def several_gpus() -> bool:
 def _plain_keys() -> frozenset[int]:
     """The dispatch keys of plain tensors on the CPU and on GPUs."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return frozenset(compat.dispatch_keys(torch.empty(0, device=device)).raw_repr() for device in devices)
+    return frozenset(calls.dispatch_keys(torch.empty(0, device=device)).raw_repr() for device in devices)

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastlora.kernels.core import compat, dispatch
+from fastlora.compat import calls
+from fastlora.compat import dispatch as compat_dispatch
+from fastlora.kernels.core import dispatch
 from fastlora.kernels.core.gradients import SharedGradients
 from fastlora.kernels.core.semantic_op import SemanticOp
 
@@ -65,9 +67,9 @@ def run_backward(
 def compute(op: SemanticOp, values: Sequence[Any]) -> Any:
     """Run the forward without autograd, through the dispatcher only where that makes a difference."""
     if dispatch.can_bypass_dispatcher(op.leaves.flat(values)):
-        with compat.without_torch_function():  # 4-bit parameters take microseconds to ask for an attribute
+        with compat_dispatch.disable_function_overrides():  # 4-bit parameters take microseconds to ask for an attribute
             return run_forward(op, *values)
-    with compat.below_autograd():
+    with calls.below_autograd():
         return op.target(*values)
 
 
@@ -105,7 +107,7 @@ def differentiate(
     """Run the backward on its `values`, whose tensors are `saved`, through the dispatcher only where it has to be."""
     if dispatch.can_bypass_dispatcher((*grads, *saved)):
         may_overwrite = op.policy.grads_in_forward and dispatch.is_last_backward()
-        with compat.without_torch_function():
+        with compat_dispatch.disable_function_overrides():
             return run_backward(op, grads, asked, *values, may_overwrite=may_overwrite)
     found: list[torch.Tensor] = op.backward_target(grads, asked, *values)
     return found

@@ -20,7 +20,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import is_fake
+
+from fastlora.compat.calls import is_fake
+from fastlora.compat.dispatch import grouped_mm
 
 _AT_ONCE = (8, 0)
 """The compute capability from which on `torch._grouped_mm` runs."""
@@ -125,7 +127,7 @@ class Groups:
         return y
 
     def _all(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        return torch._grouped_mm(left, aligned(right), offs=self._offs.to(torch.int32)).contiguous()
+        return grouped_mm(left, aligned(right), offs=self._offs.to(torch.int32)).contiguous()
 
     def _rested(self, y: torch.Tensor) -> torch.Tensor:
         """`y` with zeros in the rows of no group. Group by group that costs nothing where there are none."""

@@ -18,8 +18,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch._prims_common import is_contiguous_or_false
 
+from fastlora.compat.calls import is_contiguous_or_false
 from fastlora.kernels.core.devices import runs_kernels
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fastlora.kernels.core import compat
+from fastlora.compat import calls
 from fastlora.kernels.core.execution import refuse_second_derivative, run_backward, run_forward
 from fastlora.kernels.core.semantic_op import SemanticOp
 
@@ -84,7 +84,7 @@ def _differentiable(op: SemanticOp, *values: Any) -> Any:
     if needed and torch.is_grad_enabled() and not op.is_constant:
         results = op.result_leaves.grouped(_Dispatched.apply(op, values, *tensors))
         return tuple(results) if len(op.result_names) > 1 else results[0]
-    with compat.below_autograd():
+    with calls.below_autograd():
         return op.target(*values)
 
 
@@ -95,7 +95,7 @@ class _Dispatched(torch.autograd.Function):
     def forward(ctx: Any, op: SemanticOp, values: tuple[Any, ...], *tensors: torch.Tensor | None) -> Any:
         needs = ctx.needs_input_grad[2:]
         own = values[: len(op.names)]
-        with compat.below_autograd():
+        with calls.below_autograd():
             results = op.as_tuple(op.target(*own, *([needs] if op.policy.grads_in_forward else [])))
         saved, constants = op.to_save(needs, own, results)
         ctx.op, ctx.constants, ctx.shared = op, constants, op.shared_gradients(own)

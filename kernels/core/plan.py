@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from fastlora.kernels.core import compat, dispatch, recompute
+from fastlora.compat import calls
+from fastlora.compat import dispatch as compat_dispatch
+from fastlora.kernels.core import dispatch, recompute
 from fastlora.kernels.core.arguments import NONE, Arguments, Constant, Derived, Slot, fill_all, put
 from fastlora.kernels.core.execution import refuse_second_derivative
 from fastlora.kernels.core.implementations import Implementation
@@ -72,7 +74,7 @@ class Plan:
         self, op: SemanticOp, arguments: Arguments, tensors: Tensors, numbers: Sequence[Any], traces: bool
     ) -> None:
         self.op, self.traces, self._arguments, self._numbers = op, traces, arguments, numbers
-        self.check = compat.layout_check(tensors)
+        self.check = calls.layout_check(tensors)
         self.needs = [place is not None and tensors[place].requires_grad for place in arguments.leaves]
         self.is_differentiable = torch.is_grad_enabled() and any(self.needs) and not op.is_constant
         self.outputs = 0
@@ -89,10 +91,13 @@ class Plan:
 
         It runs below what tracks views as well: a result that was reshaped is nobody's view, and may be written to.
         """
-        if self._switches and compat.current_device() != self._device:
+        if self._switches and calls.current_device() != self._device:
             with torch.cuda.device(self._device):
                 return self.run(function, tensors)
-        with compat.below_views(), compat.without_torch_function():  # 4-bit parameters have one, which takes long
+        with (
+            calls.below_views(),
+            compat_dispatch.disable_function_overrides(),
+        ):  # 4-bit parameters have one, which takes long
             if not torch.is_autocast_enabled(self._type):
                 return function(*tensors)
             torch.set_autocast_enabled(self._type, False)
@@ -168,27 +173,27 @@ class Plan:
         """Return the gradients of the tensors that the call was given."""
         present = grads if all(map(_is_tensor, grads)) else tuple(filter(_is_tensor, grads))
         if not present:
-            return (None,) * self._arguments.count
+            return (None,) * self._arguments.tensors
         tensors: Tensors = (*present, *saved)  # type: ignore[arg-type]
-        if compat.active_modes() or compat.active_transform() is not None:
+        if compat_dispatch.dispatch_modes() or compat_dispatch.functorch_interpreter() is not None:
             return PlannedBackward(self, grads, may_overwrite=False).through_dispatcher(tensors)
-        key = (present is grads or tuple(map(_is_tensor, grads)), compat.keeps_graph())
+        key = (present is grads or tuple(map(_is_tensor, grads)), calls.keeps_graph())
         planned = next((each for check, each in self._backwards.get(key, ()) if check(*tensors)), None)
         if planned is None:
             planned = PlannedBackward(self, grads, may_overwrite=not key[1])
             if not dispatch.can_bypass_dispatcher(tensors):
                 return planned.through_dispatcher(tensors)
-            check = compat.layout_check(tensors)
+            check = calls.layout_check(tensors)
             if check(*tensors) and len(known := self._backwards.setdefault(key, [])) < MOST_BACKWARDS:
                 known.append((check, planned))
-        if compat.profiler_is_enabled():
+        if calls.profiler_is_enabled():
             with torch.profiler.record_function(f"fastlora::{self.op.name}_backward"):
                 return self.run(planned.compute, tensors)  # type: ignore[no-any-return]
         return self.run(planned.compute, tensors)  # type: ignore[no-any-return]
 
     def by_place(self, gradients: Sequence[torch.Tensor | None]) -> MaybeTensors:
         """Return the gradients of the op's tensor leaves as those of the tensors that the call was given."""
-        found: list[torch.Tensor | None] = [None] * self._arguments.count
+        found: list[torch.Tensor | None] = [None] * self._arguments.tensors
         for place, gradient in zip(self._arguments.leaves, gradients, strict=True):
             if place is not None and gradient is not None:
                 before = found[place]

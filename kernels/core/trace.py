@@ -19,9 +19,10 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlora.kernels.core import compat, dispatch
+from fastlora.compat import calls
+from fastlora.compat.dispatch import TorchDispatchMode, schema_of
+from fastlora.kernels.core import dispatch
 
 ALIGNMENT = 16
 """Kernels are specialized to tensors that start at multiples of so many bytes."""
@@ -118,7 +119,7 @@ class _Recorder(TorchDispatchMode):
         if any(t.device != self._device for t in results):
             raise Unknown(f"{func} takes values to another device, where Python may look at them")
         is_known = any(self._name(t) is not None for t in results)
-        if is_known or func._schema.is_mutable:
+        if is_known or schema_of(func).is_mutable:
             self._note((), text, is_pure=False)
             return
         names = tuple(f"t{len(self.lines)}_{i}" for i in range(len(results)))
@@ -176,7 +177,7 @@ class _Recorder(TorchDispatchMode):
         if self._device.type == "cuda":
             body.append(f"stream = current_stream({self._device.index})")
         body += [*self._needed_lines(), f"return {returned}"]
-        scope = {**self.constants, "current_stream": compat.current_stream}
+        scope = {**self.constants, "current_stream": calls.current_stream}
         exec("\n    ".join([f"def replay({', '.join(names)}):", *body]), scope)
         return scope["replay"]  # type: ignore[no-any-return]
 

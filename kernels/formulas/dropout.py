@@ -29,8 +29,8 @@ import ctypes
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import is_fake
 
+from fastlora.compat.calls import is_fake
 from fastlora.kernels.core.cost import Cost, Work
 from fastlora.kernels.core.devices import computes, runs_kernels
 from fastlora.kernels.core.gradients import Gradients, Wanted

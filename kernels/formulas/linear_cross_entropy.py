@@ -50,8 +50,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import is_fake
 
+from fastlora.compat.calls import is_fake
 from fastlora.kernels.core.cost import Cost, Work
 from fastlora.kernels.core.gradients import Gradients, Wanted
 from fastlora.kernels.core.library import register_op

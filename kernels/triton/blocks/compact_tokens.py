@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
+from fastlora.compat.calls import assert_async
 from fastlora.kernels.triton.host import precompile
 from fastlora.kernels.triton.host.launch import cdiv, empty, power_of_two
 
@@ -67,7 +68,7 @@ def scatter_kernel(rows_ptr, order_ptr, count_ptr, out_ptr, H, BLOCK_H: tl.const
 def refuse_unless(usable: torch.Tensor) -> None:
     """Raises for labels out of range; on a GPU when it gets there, as PyTorch's own loss does."""
     if usable.device.type != "cpu":
-        torch._assert_async(usable, "linear_cross_entropy: a label is out of bounds")
+        assert_async(usable, "linear_cross_entropy: a label is out of bounds")
     elif not usable:
         raise IndexError("linear_cross_entropy: a label is out of bounds")
 

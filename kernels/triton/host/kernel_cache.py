@@ -12,11 +12,11 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
-from triton import knobs
 from triton.runtime.jit import KernelParam
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastlora.kernels.core import compat
+from fastlora.compat.calls import current_stream
+from fastlora.compat.launches import direct_launch, has_launch_hooks, launch
 from fastlora.kernels.core.trace import STREAM, WRITERS, Launch
 
 _INT32 = 1 << 31
@@ -45,12 +45,6 @@ def specialization_key(params: Sequence[KernelParam], args: Sequence[Any]) -> tu
     return tuple(found)
 
 
-def has_launch_hooks() -> bool:
-    """Return whether something listens to launches, such as Triton's profiler."""
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
-
-
 def descriptor(base: torch.Tensor, shape: list[int], strides: list[int], block: list[int]) -> TensorDescriptor:
     """Return a descriptor whose parts are known to be right; the constructor's checks take longer than a launch."""
     made = object.__new__(TensorDescriptor)
@@ -62,20 +56,16 @@ class Launcher:
     """Launches a compiled kernel on a device's current stream, called with all of its arguments in order."""
 
     def __init__(self, kernel: Any, grid: Sequence[int], device: int) -> None:
-        self._kernel, self._grid, self._device = kernel, (*grid, 1, 1)[:3], device
+        x, y, z = (*grid, 1, 1)[:3]
+        self._kernel, self._grid, self._device = kernel, (x, y, z), device
 
     def __call__(self, *args: Any) -> None:
-        kernel, stream = self._kernel, compat.current_stream(self._device)
-        kernel.run(*self._grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *args)
+        launch(self._kernel, self._grid, current_stream(self._device), *args)
 
     def again(self) -> Launch:
-        """Return how to launch it again: past the kernel's launcher in Python where that adds nothing to the call."""
-        kernel, launcher = self._kernel, self._kernel.run
-        if any(getattr(launcher, name, 1) for name in ("global_scratch_size", "profile_scratch_size")):
-            return Launch(self, (), has_launch_hooks)
-        options = (launcher.launch_cooperative_grid, launcher.launch_pdl)
-        before = (*self._grid, STREAM, kernel.function, *options, None, None, kernel.packed_metadata, None, None, None)
-        return Launch(launcher.launch, before, has_launch_hooks)
+        """Return how to launch it again, past the kernel's launcher in Python where that adds nothing to the call."""
+        function, before = direct_launch(self._kernel, self._grid, STREAM) or (self, ())
+        return Launch(function, before, has_launch_hooks)
 
 
 def _written(value: TensorDescriptor) -> tuple[Callable[..., Any], tuple[Any, ...]]:

@@ -21,8 +21,10 @@ import triton
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from fastlora.kernels.core import compat, trace
-from fastlora.kernels.triton.host.kernel_cache import Launcher, has_launch_hooks, specialization_key
+from fastlora.compat.calls import current_device
+from fastlora.compat.launches import has_launch_hooks
+from fastlora.kernels.core import trace
+from fastlora.kernels.triton.host.kernel_cache import Launcher, specialization_key
 from fastlora.kernels.triton.host.launch import IS_INTERPRETED
 
 MOST_THREADS = 16
@@ -60,7 +62,7 @@ class Kernel(JITFunction):
         if has_launch_hooks():
             trace.launched(None, args)
             return super().run(*args, grid=grid, warmup=warmup, **options)
-        device = compat.current_device()
+        device = current_device()
         key = (device, specialization_key(self.params, args), *options.items())
         known = self._known.get(key)
         if known is None:

@@ -37,7 +37,7 @@ def _calls_of_override() -> int:
     return _Sees.calls - before
 
 
-@probe("dispatch_modes", "disable_modes")
+@probe("dispatch_modes", "disable_modes", "TorchDispatchMode")
 def _modes_are_counted_and_can_be_left() -> None:
     before = dispatch.dispatch_modes()
     with _Nothing():

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 
 from fastlora.compat.probes.probe import Probe
 
-AREAS = ("autograd", "dispatch", "modules", "dynamo", "tracing")
-"""The modules of `fastlora.compat`; the probes of each are in a module of the same name."""
+AREAS = (
+    "autograd",
+    "calls",
+    "dispatch",
+    "dynamo",
+    "modules",
+    "tracing",
+    *(["launches"] if find_spec("triton") is not None else []),
+)
+"""The modules of `fastlora.compat`; the probes of each are in a module of the same name. `launches` needs Triton."""
 
 
 def probes(area: str) -> dict[str, Probe]:
