@@ -1,4 +1,4 @@
-"""Whether a match may be replaced. The compiler checks this for every rule, so that no rule author has to.
+"""Whether a match may be replaced, which is checked for every rule, so that no rule author has to.
 
     ESCAPES    no intermediate value is used outside the match; outputs may be
     ORDER      there is a place after all inputs and before every use of an output
@@ -96,9 +96,10 @@ class Legality:
         return min(self._view.order[reader] for reader in (*(reading or match.members), match.place()))
 
     def _is_given_away(self, match: Match, member: fx.Node, writer: fx.Node) -> bool:
-        """Whether a write changes only an output, after all nodes of the match, whose op never reads it again."""
-        after = all(self._view.order[node] < self._view.order[writer] for node in match.members)
-        return match.op.policy.outputs_mutable and member in match.outputs and after
+        """Whether a write changes only an output of the op, after all nodes of the match, and the op never reads it
+        again. The result of an expression may share memory with other values, so it does not count."""
+        own = match.rule.result is None and match.op.policy.outputs_mutable and member in match.outputs
+        return own and all(self._view.order[node] < self._view.order[writer] for node in match.members)
 
     def _mode(self, match: Match) -> Refusal | None:
         at = {self._modes[member] for member in match.members}

@@ -127,6 +127,7 @@ def test_what_a_rule_with_an_expression_finds_is_not_the_op_for_other_rules() ->
         (lambda y: y.detach(), "result= calls detach: only"),
         (lambda y: (y, y), "returns 1 values, but result= 2"),
         (lambda y: 3.0, "result= must return values that are computed from the op's outputs"),
+        (lambda y, gate: -gate, "result= must return values that are computed from the op's outputs"),
         (lambda y: y.swoosh, "result= calls getattr: only"),
         (lambda y: 1 if y else 0, "result= raises TraceError"),
         ("neg", "'neg' is not a function of outputs"),
