@@ -1,4 +1,4 @@
-"""The public functions: compile, disable, explain, report."""
+"""The public functions `compile`, `disable`, `explain` and `report`; `check` is in `fastlora.checking.check`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from fastlora.checking.check import FirstStep
-from fastlora.compat.dynamo import OptimizedModule, traced_seconds
+from fastlora.compat.dynamo import traced_seconds
 from fastlora.compat.modules import compiled_call, set_compiled_call
 from fastlora.errors import FastLoRAError
+from fastlora.frontend.arguments import require_keywords, require_module
 from fastlora.frontend.collect import collect
 from fastlora.frontend.install import SLOTS, install
 from fastlora.frontend.model_gate import ModelGate
@@ -36,36 +37,35 @@ def compile(
     verify: bool | str = False,
     defer_logits: bool = True,
 ) -> Model:
-    """Compiles a model in place for training, block by block, and returns it.
+    """Compile a model in place for training, block by block, and return it.
 
-    Class, state-dict keys, saving, merging, adapter switching and generation stay as they are. Nothing is traced until
-    the first step with gradients. Calling it again replaces the earlier compilation.
+    Class, state-dict keys, saving, merging, adapter switching and generation do not change. Nothing is traced until the
+    first step with gradients. Calling it again replaces the earlier compilation.
 
     Args:
         model: a PEFT model, a transformers model, or any `nn.Module`.
-        memory_budget: bytes of activations, e.g. `"8GiB"`, that the regions of one forward may keep on a GPU for their
-            backward; what is beyond lies on the host in between, or is made again. None for no limit, 0 for as little
-            as can be. Where gradient checkpointing is on there is nothing to keep, and it has no effect.
-        mode: `default`, which replays a region as CUDA graphs from the third or fourth step of a shape on where the GPU
-            was seen waiting for launches, as it does with small batches; each shape so replayed keeps memory.
-            `reduce-overhead` replays in any case, `no-cudagraphs` in none. `max-autotune` is Inductor's, and with
-            `lower="inductor"` all of them are.
-        lower: `eager` runs the rewritten graphs as they are, `inductor` compiles what no pattern covered, `auto`
-            chooses (`eager`, unless `mode` asks for Inductor).
-        rules: the rules to apply, in place of `fastlora.default_rules()`.
-        strict: raise `StrictError` if a candidate for fusion stays as it was.
-        verify: True replays each match in float64 against the fused op before it is used, and leaves it alone if they
+        memory_budget: bytes of activations, such as `"8GiB"`, that one forward may keep on a GPU for its backward;
+            what exceeds them is offloaded to the host or recomputed. None for no limit, 0 for as little as possible. It
+            has no effect on blocks with gradient checkpointing, which keep next to nothing.
+        mode: `default` replays a block as CUDA graphs, from the third or fourth step of a shape on, where the GPU was
+            seen waiting for launches, as with small batches; each shape takes memory. `reduce-overhead` replays in any
+            case, `no-cudagraphs` never. `max-autotune` is a mode of Inductor, and with `lower="inductor"` all are.
+        lower: `eager` runs the rewritten graphs as they are, `inductor` compiles what no rule covers, `auto` is `eager`
+            unless `mode` is one of Inductor's.
+        rules: the rules to apply instead of `fastlora.default_rules()`.
+        strict: raise `StrictError` if a candidate for fusion is not fused.
+        verify: True replays each match in float64 against the fused op before it is used, and does not use it if they
             differ. `"first-step"` checks the first training step as `fastlora.check` does, and goes back to eager with
             a warning if it is wrong.
-        defer_logits: let the output head defer its product, so that a loss on it never makes the logits.
+        defer_logits: let the output head defer its product, so that a loss on it never computes the logits.
 
     Raises:
-        FastLoRAError: if an argument has no meaning; the message says which and what to do.
+        FastLoRAError: if an argument is invalid; the message says which, and what to do.
     """
-    _insist_on_module(model)
+    require_module(model, "compile")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise FastLoRAError(
-            "model has parameters on the meta device: load its weights first, or use fastlora.explain to see what "
+            "model has parameters on the meta device: load its weights first, or call fastlora.explain to see what "
             "would be fused"
         )
     session = Session(Options(lower, mode, strict, verify, defer_logits, parse_bytes(memory_budget)), rules)
@@ -76,12 +76,12 @@ def compile(
 
 
 def disable(model: Model) -> Model:
-    """Undo `compile`: the model is what it was.
+    """Undo `compile`, and return the model.
 
     Raises:
-        FastLoRAError: if this is no `nn.Module`.
+        FastLoRAError: if it is not an `nn.Module`.
     """
-    _insist_on_module(model)
+    require_module(model, "disable")
     if isinstance(gate := compiled_call(model), ModelGate):
         gate.session.forget()
     for module in model.modules():
@@ -90,17 +90,22 @@ def disable(model: Model) -> Model:
     return model
 
 
-def explain(model: nn.Module, rules: Sequence[AnyRule] | None = None, **batch: Any) -> Report:
-    """Traces and matches one training step without running it, and reports what `compile` would do.
+def explain(model: nn.Module, *args: Any, rules: Sequence[AnyRule] | None = None, **batch: Any) -> Report:
+    """Trace and match one training step without running it, and report what `compile` would fuse.
 
-    The model stays as it is. The compiled regions are traced and stand in as zeros; only the glue between them runs.
+    The model does not change. What the compiled blocks would compute is replaced by zeros; only the code between them
+    runs.
 
     Args:
         model: as for `compile`.
         rules: as for `compile`.
-        **batch: what the model's forward takes, e.g. `input_ids` and `labels`.
+        **batch: the arguments of the model's forward, such as `input_ids` and `labels`.
+
+    Raises:
+        FastLoRAError: if an argument is invalid; the message says which, and what to do.
     """
-    _insist_on_module(model)
+    require_keywords(args, "explain")
+    require_module(model, "explain")
     session = Session(Options(dry=True), rules)
     slots = {module: compiled_call(module) for module in model.modules()}
     try:
@@ -118,7 +123,7 @@ def report(model: nn.Module | None = None) -> Report:
     """Return what has been fused so far in a compiled model.
 
     Args:
-        model: a model that `fastlora.compile` returned, one that holds it, or a part of it; None for what
+        model: a model that `fastlora.compile` returned, a model that contains it, or a part of it; None for what
             `torch.compile(backend="fastlora")` has compiled in this process.
 
     Raises:
@@ -130,27 +135,15 @@ def report(model: nn.Module | None = None) -> Report:
         collected = collect(default_session())
         collected.seconds.trace = traced_seconds()
         return collected
-    _insist_on_module(model)
+    require_module(model, "report")
     for module in model.modules():
         if isinstance(slot := compiled_call(module), SLOTS):
             return collect(slot.session)
     raise FastLoRAError("model is not compiled by fastlora; call fastlora.compile(model) first")
 
 
-def _insist_on_module(model: Any) -> None:
-    """Raise a sentence for what is no model that can be compiled."""
-    if not isinstance(model, nn.Module):
-        raise FastLoRAError(f"model is a {type(model).__name__}, not an nn.Module; pass the model itself")
-    if isinstance(model, OptimizedModule):
-        raise FastLoRAError("model comes from torch.compile: pass the model itself, fastlora.compile(model._orig_mod)")
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            which = f"the module {name!r} of model" if name else "model"
-            raise FastLoRAError(f"{which} is a TorchScript module, which cannot be traced; use what it was made of")
-
-
 def _forget(session: weakref.ref[Session]) -> None:
-    """TorchDynamo keeps what it compiled, and thereby a session, longer than the model."""
+    """Drop the CUDA graphs of a model that is gone: TorchDynamo keeps its session alive."""
     alive = session()
     if alive is not None:
         alive.forget()

@@ -1,9 +1,11 @@
 """The command line. PyTorch and transformers are imported inside the commands, so that `--help` is quick."""
 
+import inspect
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -62,7 +64,7 @@ def finetune(
     model: Model = None,
     data: Data = None,
     output: Annotated[
-        Path, typer.Option(metavar="DIR", help="Where the results go; those of an earlier run are replaced.")
+        Path, typer.Option(metavar="DIR", help="Folder for the results; those of an earlier run are replaced.")
     ] = DEFAULTS.output,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = DEFAULTS.steps,
     batch_size: BatchSize = DEFAULTS.batch_size,
@@ -80,7 +82,7 @@ def finetune(
     load_in_4bit: FourBits = False,
     compare: Annotated[bool, typer.Option(help="Train eagerly first, and compare the losses.")] = True,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Stop with an error if a candidate for fusion is left as it was.")
+        bool, typer.Option("--strict", help="Stop with an error if a candidate for fusion is not fused.")
     ] = False,
 ) -> None:
     """Fine-tune a model with LoRA through fastlora; without options, a small built-in one."""
@@ -109,25 +111,23 @@ def finetune(
     run(settings, Console())
 
 
-@app.command()
-def explain(
-    model: Model = None,
-    data: Data = None,
-    batch_size: BatchSize = DEFAULTS.batch_size,
-    max_length: MaxLength = DEFAULTS.max_length,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the report as JSON.")] = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the report as HTML.")] = None,
-) -> None:
-    """Show what fastlora would fuse in a model with LoRA adapters, and what not and why."""
-    _check_installed()
-    from fastlora.tools.explain import explain as run
+def _on_one_batch(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command that runs one batch of a model the options of `_batch_settings`, and pass it the settings."""
+    shared, own = (dict(inspect.signature(each).parameters) for each in (_batch_settings, command))
+    own.pop("settings")
 
-    settings = Settings(model=model, data=data, batch_size=batch_size, max_length=max_length)
-    run(settings, Console(), json=json, html=html)
+    def run(**given: Any) -> None:
+        _check_installed()
+        command(_batch_settings(**{name: given.pop(name) for name in shared}), **given)
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__annotations__ = {name: each.annotation for name, each in {**shared, **own}.items()}
+    run.__signature__ = inspect.Signature([*shared.values(), *own.values()])  # type: ignore[attr-defined]
+    return run
 
 
-@app.command()
-def check(
+def _batch_settings(
+    *,
     model: Model = None,
     data: Data = None,
     batch_size: BatchSize = DEFAULTS.batch_size,
@@ -136,14 +136,8 @@ def check(
     gradient_checkpointing: Checkpointing = False,
     bf16: Bfloat16 = False,
     load_in_4bit: FourBits = False,
-    defer_logits: Annotated[bool, typer.Option(help="Fuse the output head with the loss.")] = True,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the result as JSON.")] = None,
-) -> None:
-    """Check that a training step of a model with LoRA adapters has the loss and gradients of eager PyTorch."""
-    _check_installed()
-    from fastlora.tools.check import check as run
-
-    settings = Settings(
+) -> Settings:
+    return Settings(
         model=model,
         data=data,
         batch_size=batch_size,
@@ -153,8 +147,35 @@ def check(
         bf16=bf16,
         load_in_4bit=load_in_4bit,
     )
+
+
+@app.command()
+@_on_one_batch
+def explain(
+    settings: Settings,
+    *,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the report as JSON.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the report as HTML.")] = None,
+) -> None:
+    """Show what fastlora would fuse in a model with LoRA adapters, and why it would not fuse the rest."""
+    from fastlora.tools.explain import explain as run
+
+    run(settings, Console(), json=json, html=html)
+
+
+@app.command()
+@_on_one_batch
+def check(
+    settings: Settings,
+    *,
+    defer_logits: Annotated[bool, typer.Option(help="Fuse the output head with the loss.")] = True,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the result as JSON.")] = None,
+) -> None:
+    """Check that a training step of a model with LoRA adapters has the loss and gradients of eager PyTorch."""
+    from fastlora.tools.check import check as run
+
     if not run(settings, Console(), defer_logits=defer_logits, json=json):
-        raise RunError("compiled, the step is not the one that eager takes; the lines above say where")
+        raise RunError("the compiled step differs from the eager one; the lines above say where")
 
 
 @app.command()
@@ -162,7 +183,7 @@ def doctor(
     kernels: Annotated[bool, typer.Option("--kernels", help="Test the kernels on this machine's GPU.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show every test.")] = False,
 ) -> None:
-    """Show what fastlora finds on this machine, and check that its kernels are right here."""
+    """Show versions, devices and private APIs of PyTorch that changed; optionally, test the kernels."""
     from fastlora.tools.doctor import doctor as run
 
     run(Console(), kernels=kernels, verbose=verbose)
@@ -171,9 +192,10 @@ def doctor(
 @app.command()
 def zoo(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[TYPE]...", help="Which, or an auto class of them; default: all.")
+        list[str] | None,
+        typer.Argument(metavar="[TYPE]...", help="Model types, or an auto class; default: all."),
     ] = None,
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Where the results go, as one line of JSON each.")] = Path(
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the results, one line of JSON each.")] = Path(
         "fastlora-zoo"
     ),
     way: Annotated[
@@ -182,12 +204,12 @@ def zoo(
     ] = None,
     jobs: Annotated[int, typer.Option(help="Processes at a time.")] = 2,
     seconds: Annotated[float, typer.Option(help="Time after which a process is stopped.")] = 120,
-    resume: Annotated[bool, typer.Option(help="Keep what an earlier run has found there.")] = True,
-    page: Annotated[Path | None, typer.Option(metavar="FILE.md", help="Write a page of the results, too.")] = None,
+    resume: Annotated[bool, typer.Option(help="Keep the results of an earlier run.")] = True,
+    page: Annotated[Path | None, typer.Option(metavar="FILE.md", help="Also write a page of results.")] = None,
     golden: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="Write what must not change unseen, for the tests.")
+        Path | None, typer.Option(metavar="FILE.json", help="Also write the results that tests compare with.")
     ] = None,
-    list_: Annotated[bool, typer.Option("--list", help="List the types, and do nothing else.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List the model types and exit.")] = False,
 ) -> None:
     """Train a tiny model of every architecture in transformers, eager and compiled, and compare them."""
     from fastlora.tools.zoo.command import Visit, run
@@ -196,28 +218,26 @@ def zoo(
     if list_:
         print("\n".join(kinds()))
     elif not run(Visit(output, names or [], _split(way), jobs, seconds, resume, page, golden), Console()):
-        raise RunError("compiled, some architectures fail or are different; the lines above say which")
+        raise RunError("some architectures fail or differ once compiled; the lines above say which")
 
 
-bench = typer.Typer(help="Measure fastlora beside others; what is timed has passed a check against float64 first.")
+bench = typer.Typer(help="Compare fastlora with others; only what passes a check against float64 is timed.")
 app.add_typer(bench, name="bench")
 
 
 @bench.command()
 def kernels(
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Where the tables and the picture go.")] = Path(
-        "fastlora-bench"
-    ),
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for tables and plots.")] = Path("fastlora-bench"),
     models: Annotated[list[str] | None, typer.Option(help="Model whose sizes to take; may be repeated.")] = None,
     ops: Annotated[list[str] | None, typer.Option(help="Op to measure; may be repeated.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Tokens in a batch; may be repeated.")] = None,
     ranks: Annotated[list[int] | None, typer.Option(help="Rank of the adapters; may be repeated.")] = None,
-    contenders: Annotated[list[str] | None, typer.Option(help="Whom to compare with; may be repeated.")] = None,
+    contenders: Annotated[list[str] | None, typer.Option(help="What to compare with; may be repeated.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     timed: Annotated[bool, typer.Option("--time/--only-check", help="Whether to time what passes the check.")] = True,
     seconds: Annotated[float | None, typer.Option(help="Start no further case after this time.")] = None,
 ) -> None:
-    """Time every op's kernels on this GPU beside eager PyTorch, torch.compile, Liger and Unsloth."""
+    """Time each op on this GPU, and compare with eager PyTorch, torch.compile, Liger and Unsloth."""
     _check_installed()
     from fastlora.tools.bench.command import Sweep, run
 
@@ -233,12 +253,12 @@ def kernels(
         seconds=seconds,
     )
     if not run(sweep, Console()):
-        raise RunError("some ops are less exact than they may be, and were not timed")
+        raise RunError("some ops are less accurate than allowed, and were not timed")
 
 
 @bench.command()
 def step(
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Where tables, picture and logs go.")] = Path(
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for tables, plots and logs.")] = Path(
         "fastlora-bench-step"
     ),
     model: Annotated[str, typer.Option(help="Model whose sizes to take, with random weights.")] = "Llama-3.1-8B",
@@ -250,7 +270,7 @@ def step(
     contenders: Annotated[
         list[str] | None,
         typer.Option(
-            help="Who takes part, with commas between; may be repeated. fastlora@9GiB has that memory budget.",
+            help="What to compare, separated by commas; may be repeated. fastlora@9GiB has that memory budget.",
             show_default="all",
         ),
     ] = None,
@@ -262,7 +282,7 @@ def step(
         str | None, typer.Option(help="Quantise the base layers: nf4 or fp4.", show_default="16 bits")
     ] = None,
 ) -> None:
-    """Time a whole LoRA training step, and its memory, beside eager, torch.compile, Liger and Unsloth."""
+    """Time a whole LoRA training step and measure its memory; compare with eager, torch.compile, Liger and Unsloth."""
     _check_installed()
     from fastlora.tools.bench.step.command import Race, run
 
@@ -279,16 +299,16 @@ def step(
         quant=quant,
     )
     if not run(race, Console(width=None if sys.stdout.isatty() else FILE_WIDTH)):
-        raise RunError("fastlora is not among the ranked everywhere; the lines above say why")
+        raise RunError("fastlora is not ranked everywhere; the lines above say why")
 
 
 @bench.command()
 def page(
     results: Annotated[list[Path], typer.Argument(metavar="RESULTS.json...", help="What `bench kernels` wrote.")],
-    output: Annotated[Path, typer.Option(metavar="FILE.md", help="Where the page goes.")] = Path("benchmarks.md"),
-    notes: Annotated[Path | None, typer.Option(metavar="FILE.md", help="What to say below the targets.")] = None,
+    output: Annotated[Path, typer.Option(metavar="FILE.md", help="File for the page.")] = Path("benchmarks.md"),
+    notes: Annotated[Path | None, typer.Option(metavar="FILE.md", help="Text to put below the targets.")] = None,
 ) -> None:
-    """Write a page of results: every op against its target, where fastlora loses, all times, all errors."""
+    """Write a page of results: each op and its target, where fastlora is slower, all times, all errors."""
     _check_installed()
     from fastlora.tools.bench.page import write
 

@@ -1,4 +1,4 @@
-"""`fastlora doctor`: what fastlora finds on this machine, and whether its kernels are right here."""
+"""`fastlora doctor`: what fastlora finds on this machine, and whether its kernels are correct here."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastlora import kernels as kernels_package
+from fastlora.compat.probes.run import failures
 from fastlora.kernels.core.devices import runs_kernels
 from fastlora.tools.problems import RunError, UsageError
 
@@ -25,13 +26,14 @@ _TESTS = (_BESIDE / "kernel_tests", _BESIDE / "tests" / "kernels")
 
 
 def doctor(console: Console, kernels: bool, verbose: bool) -> None:
-    """Prints versions and devices; with `kernels`, runs the tests of the kernels on the GPU.
+    """Print versions, devices and private APIs of PyTorch that changed; with `kernels`, test the kernels on the GPU.
 
     Raises:
         RunError: if a test fails, or no GPU here runs kernels.
         UsageError: if the packages that tests need are missing.
     """
     console.print(_findings())
+    _check_private_apis(console)
     if not kernels:
         return
     if not any(runs_kernels(device) for device in _gpus()):
@@ -40,8 +42,20 @@ def doctor(console: Console, kernels: bool, verbose: bool) -> None:
     if missing:
         raise UsageError(f"{', '.join(missing)} not installed; run: pip install 'fastlora-fx[test]'")
     if run_tests(verbose) != 0:
-        raise RunError("doctor --kernels: a kernel is not right on this machine; please report the output above")
-    console.print("[green]all kernels are right on this machine")
+        raise RunError("doctor --kernels: a kernel is wrong on this machine; please report the output above")
+    console.print("[green]all kernels are correct on this machine")
+
+
+def _check_private_apis(console: Console) -> None:
+    """Say whether the private APIs of PyTorch that fastlora relies on are as it expects them."""
+    changed = failures()
+    for line in changed:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if changed:
+        raise RunError(
+            f"doctor: {len(changed)} private APIs of PyTorch {torch.__version__} changed; please report this"
+        )
+    console.print(f"All private APIs of PyTorch {torch.__version__} that fastlora relies on are as expected.")
 
 
 def _gpus() -> list[torch.device]:
@@ -70,13 +84,13 @@ def _version(package: str) -> str:
 
 
 def run_tests(verbose: bool) -> int:
-    """The tests that ship with the package, in a process of their own, from a folder that holds nothing else."""
+    """Run the tests that ship with the package, in a process and an empty folder of their own; return the exit code."""
     with tempfile.TemporaryDirectory() as folder:
         return subprocess.run(command(folder, verbose), cwd=folder, check=False).returncode
 
 
 def command(folder: str, verbose: bool) -> list[str]:
-    """What runs the tests, with settings that it writes into `folder`."""
+    """Return the command that runs the tests, with settings that are written to `folder`."""
     tests = next(path for path in _TESTS if path.is_dir())
     settings = Path(folder) / "pytest.ini"
     settings.write_text(f"[pytest]\npythonpath = {tests}\naddopts = --import-mode=importlib -p no:cacheprovider\n")

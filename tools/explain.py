@@ -1,15 +1,13 @@
-"""`fastlora explain`: what fastlora finds in a model, without training it."""
+"""`fastlora explain`: what fastlora would fuse in a model, without training it."""
 
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 import fastlora
-from fastlora.tools.encoding import collator
-from fastlora.tools.finetune import prepare
+from fastlora.tools.finetune import run_errors
+from fastlora.tools.one_batch import model_and_batch
 from fastlora.tools.output import check_file, writing
-from fastlora.tools.problems import RunError, one_line
 from fastlora.tools.quiet import quiet
 from fastlora.tools.settings import Settings
 
@@ -20,13 +18,9 @@ def explain(settings: Settings, console: Console, *, json: Path | None, html: Pa
         settings.check()
         for option, path in (("--json", json), ("--html", html)):
             check_file(option, path)
-        job = prepare(settings)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        batch = collator(job.tokenizer, job.encoded.longest)(job.encoded.rows[: settings.batch_size]).to(device)
-        try:
-            report = fastlora.explain(job.model.to(device), **batch)
-        except fastlora.FastLoRAError as problem:
-            raise RunError(f"fastlora stopped: {one_line(problem)}") from problem
+        model, batch = model_and_batch(settings)
+        with run_errors():
+            report = fastlora.explain(model, **batch)
         console.print(str(report), markup=False, highlight=False, soft_wrap=True)
         if json is not None:
             with writing(json):

@@ -1,6 +1,8 @@
 """`fastlora finetune`: eager and fastlora side by side on the same steps, and an adapter to keep."""
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,14 +52,21 @@ def finetune(settings: Settings, console: Console) -> None:
         job = prepare(settings)
         show.show_start(console, settings, job.encoded, *job.model.get_nb_trainable_parameters())
         with workplace(settings.output) as place:
-            try:
+            with run_errors():
                 eager, fused = _train_both(job, place.scratch, console)
-            except fastlora.FastLoRAError as problem:
-                raise RunError(f"fastlora stopped: {one_line(problem)}") from problem
-            except torch.OutOfMemoryError as problem:
-                raise RunError("out of GPU memory; lower --batch-size or --max-length, or try --bf16") from problem
             _finish(job, eager, fused, place.results, console)
         console.print(f"Saved     {settings.output}: {ADAPTER}, {CURVES}, {SUMMARY}", markup=False, highlight=False)
+
+
+@contextmanager
+def run_errors() -> Iterator[None]:
+    """Turn what fastlora refuses, and a lack of GPU memory, into a `RunError`."""
+    try:
+        yield
+    except fastlora.FastLoRAError as problem:
+        raise RunError(f"fastlora stopped: {one_line(problem)}") from problem
+    except torch.OutOfMemoryError as problem:
+        raise RunError("out of GPU memory; lower --batch-size or --max-length, or try --bf16") from problem
 
 
 def prepare(settings: Settings) -> Job:

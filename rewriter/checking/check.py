@@ -37,6 +37,7 @@ from fastlora.checking.trial import (
 from fastlora.checking.untouched import untouched
 from fastlora.compat.autograd import NO_BACKWARD, graph_task_id
 from fastlora.errors import FastLoRAError
+from fastlora.frontend.arguments import require_keywords
 from fastlora.frontend.collect import collect
 from fastlora.frontend.install import install
 from fastlora.frontend.options import Options
@@ -49,7 +50,7 @@ _CALLS = 3
 
 def check(
     model: nn.Module,
-    *,
+    *args: Any,
     defer_logits: bool = True,
     rules: Sequence[AnyRule] | None = None,
     tolerance: float | None = None,
@@ -77,9 +78,11 @@ def check(
         An `Agreement`, which is true if the compiled step is right. Print it to see what was compared.
 
     Raises:
-        FastLoRAError: if there is no loss, if no trained parameter gets a gradient, or if the model is no `nn.Module`,
-            is wrapped for data parallelism, is sharded, or has no weights yet.
+        FastLoRAError: if an argument is invalid, if there is no loss, if no trained parameter gets a gradient, or if
+            the model is wrapped for data parallelism, is sharded, or has no weights yet.
     """
+    require_keywords(args, "check")
+    _check_options(tolerance, loss_fn)
     trial = Trial(model, (), batch, loss_fn)
     session = Session(Options(mode="no-cudagraphs", defer_logits=defer_logits), rules)
     with untouched(model):
@@ -90,6 +93,17 @@ def check(
         return agree(trial, slots, session, tolerance)
     finally:
         session.forget()
+
+
+def _check_options(tolerance: object, loss_fn: object) -> None:
+    is_number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
+    if tolerance is not None and not (is_number and float(tolerance) > 0):  # type: ignore[arg-type]
+        raise FastLoRAError(f"tolerance must be a positive number, such as 1e-3, or None; got {tolerance!r}")
+    if loss_fn is not None and not callable(loss_fn):
+        raise FastLoRAError(
+            "loss_fn must be a function that returns the loss for an output of the model, or None to take output.loss; "
+            f"got {loss_fn!r}"
+        )
 
 
 def agree(trial: Trial, slots: Slots, session: Session, tolerance: float | None = None) -> Agreement:

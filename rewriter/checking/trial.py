@@ -21,9 +21,9 @@ from torch import nn
 
 from fastlora.checking.untouched import containers, holders, untouched
 from fastlora.compat.dispatch import tree_map
-from fastlora.compat.dynamo import OptimizedModule
 from fastlora.compat.modules import Dropout, compiled_call, run_experts_one_by_one, set_compiled_call
 from fastlora.errors import FastLoRAError
+from fastlora.frontend.arguments import require_module
 
 Slots = dict[nn.Module, Any]
 LossOf = Callable[[Any], torch.Tensor]
@@ -159,11 +159,8 @@ def bytes_in_float64(model: nn.Module, kind: str) -> int:
 
 
 def _refuse(model: nn.Module) -> None:
-    """Raise for what cannot be checked. Stand-ins would confuse the bookkeeping of wrappers and shards."""
-    if not isinstance(model, nn.Module):
-        raise FastLoRAError(f"model is a {type(model).__name__}, not an nn.Module")
-    if isinstance(model, OptimizedModule):
-        raise FastLoRAError("model comes from torch.compile: pass the model itself, fastlora.check(model._orig_mod)")
+    """Raise for what cannot be checked: replaced parameters would confuse the bookkeeping of wrappers and shards."""
+    require_module(model, "check")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise FastLoRAError(f"model is a {type(model).__name__}: check the model itself, model.module")
     for name, parameter in model.named_parameters():

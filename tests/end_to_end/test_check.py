@@ -249,7 +249,7 @@ def test_a_model_that_trains_nothing_is_refused(gated: Gated) -> None:
     [
         (nn.DataParallel, "model.module"),
         (lambda model: model.to("meta"), "load the weights"),
-        (lambda model: [model], "not an nn.Module"),
+        (lambda model: [model], "model must be an nn.Module; got a list"),
         (torch.compile, "_orig_mod"),
         (lambda model: _sharded(model), "before it is sharded"),
     ],
@@ -351,3 +351,18 @@ def test_a_model_trains_on_after_a_check(gated: Gated) -> None:
         model(x()).backward()
     for mine, its in zip(gated.parameters(), other.parameters(), strict=True):
         assert torch.equal(mine.grad, its.grad)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "words"),
+    [
+        (({"input_ids": 1},), {}, r"fastlora\.check\(model, \*\*batch\); got dict by position"),
+        ((), {"tolerance": "x"}, "tolerance must be a positive number, such as 1e-3, or None; got 'x'"),
+        ((), {"tolerance": -1.0}, r"tolerance must be a positive number.*; got -1\.0"),
+        ((), {"loss_fn": 5}, "loss_fn must be a function .*; got 5"),
+        ((), {"defer_logits": "no"}, "defer_logits must be True or False; got 'no'"),
+    ],
+)
+def test_an_invalid_argument_is_named_with_its_value(arguments, options, words):
+    with pytest.raises(fastlora.FastLoRAError, match=words):
+        fastlora.check(nn.Linear(2, 2), *arguments, **options)

@@ -336,12 +336,12 @@ def test_a_head_that_cannot_defer_is_reported_with_the_reason() -> None:
         (lambda: fastlora.compile(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))), "TorchScript"),
         (lambda: fastlora.compile(nn.Sequential(torch.jit.script(nn.Linear(2, 2)))), "the module '0' of model"),
         (lambda: fastlora.compile(nn.Linear(2, 2, device="meta")), "meta device"),
-        (lambda: fastlora.explain("model"), "model is a str"),  # type: ignore[arg-type]
-        (lambda: fastlora.compile("model"), "model is a str"),  # type: ignore[type-var]
-        (lambda: fastlora.disable(None), "model is a NoneType"),  # type: ignore[type-var]
-        (lambda: fastlora.report("x"), "model is a str"),  # type: ignore[arg-type]
-        (lambda: fastlora.compile(nn.Linear(2, 2), strict="no"), "strict='no' must be True or False"),  # type: ignore[arg-type]
-        (lambda: fastlora.compile(nn.Linear(2, 2), verify="yes"), "verify='yes'"),
+        (lambda: fastlora.explain("model"), "model must be an nn.Module; got a str"),  # type: ignore[arg-type]
+        (lambda: fastlora.compile("model"), "model must be an nn.Module; got a str"),  # type: ignore[type-var]
+        (lambda: fastlora.disable(None), "model must be an nn.Module; got a NoneType"),  # type: ignore[type-var]
+        (lambda: fastlora.report("x"), "model must be an nn.Module; got a str"),  # type: ignore[arg-type]
+        (lambda: fastlora.compile(nn.Linear(2, 2), strict="no"), "strict must be True or False; got 'no'"),  # type: ignore[arg-type]
+        (lambda: fastlora.compile(nn.Linear(2, 2), verify="yes"), "verify must be .* got 'yes'"),
         (lambda: fastlora.compile(nn.Linear(2, 2), rules="all"), "rules='all'"),  # type: ignore[arg-type]
         (lambda: fastlora.explain(build("llama"), batch()), r"explain\(model, \*\*batch\)"),  # type: ignore[arg-type]
     ],

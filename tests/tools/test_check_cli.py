@@ -63,7 +63,7 @@ def test_a_wrong_step_fails(
     output = capsys.readouterr()
     assert output.out.startswith("wrong: ")
     assert "gate_proj.lora_B.default.weight: error of eager" in output.out
-    assert output.err.startswith("error: compiled, the step is not")
+    assert output.err.startswith("error: the compiled step differs from the eager one")
 
 
 def test_a_refusal_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

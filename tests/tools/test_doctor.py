@@ -16,6 +16,18 @@ def test_doctor_names_versions_and_devices(capsys: pytest.CaptureFixture[str]) -
     assert "GPU" in printed or "cuda:0" in printed
 
 
+def test_doctor_says_whether_private_apis_changed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["doctor"]) == 0
+    assert "All private APIs of PyTorch" in capsys.readouterr().out
+    monkeypatch.setattr(doctor, "failures", lambda: ["fastlora.compat.autograd (x): gone"])
+    assert main(["doctor"]) == 1
+    printed = capsys.readouterr()
+    assert "fastlora.compat.autograd (x): gone" in printed.out
+    assert "1 private APIs of PyTorch" in printed.err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_kernels_cannot_be_tested_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--kernels"]) == 1

@@ -112,7 +112,7 @@ def test_who_is_wrong_or_fails_is_listed_and_not_ranked(
     assert dying["problem"] == "ended with exit code 3: last words"
     printed = capsys.readouterr()
     assert "dying failed: ended with exit code 3: last words" in printed.out
-    assert printed.err.startswith("error: fastlora is not among the ranked everywhere")
+    assert printed.err.startswith("error: fastlora is not ranked everywhere")
 
 
 def test_a_worker_is_stopped_in_time(tmp_path: Path) -> None:
