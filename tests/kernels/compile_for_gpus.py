@@ -1,12 +1,16 @@
-"""Compiles every kernel that the ops launch for a GPU that is not there: `compile_for_gpus.py CAPABILITY`, e.g. 90.
+"""Compiles every kernel that the ops launch for GPUs that are not there: `compile_for_gpus.py CAPABILITY...`, e.g. 90.
 
 The ops run on tensors without content while their launches are recorded instead of made, on a device that claims the
 capability; each different launch is then compiled as it would be there. Prints registers, local memory (what is spilled
 to it) and shared memory of each, and exits with 1 if a kernel does not compile, does not fit, or spills.
+
+Of several capabilities each kernel is compiled for one, by lot, and has to fit wherever it is launched: those of one
+generation are compiled alike but for the last step.
 """
 
 from __future__ import annotations
 
+import random
 import re
 import subprocess
 import sys
@@ -19,7 +23,7 @@ from unittest.mock import patch
 import torch
 import triton
 from dropout_cases import dropout_cases
-from op_checks import require_every_gradient
+from op_cases import require_every_gradient
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
@@ -124,24 +128,29 @@ def usage(cubin: bytes) -> tuple[int, int]:
     return found[0], found[1]
 
 
-def main(capability: int) -> int:
-    failed = 0
-    compilers = dict(compiled(made, capability) for made in launches(capability))
-    for name, compile_ in compilers.items():
+def main(*capabilities: int) -> int:
+    failed, kernels = 0, dict[str, dict[int, Any]]()
+    for capability in capabilities:
+        for made in launches(capability):
+            name, compile_ = compiled(made, capability)
+            kernels.setdefault(name, {})[capability] = compile_
+    for name, compilers in kernels.items():
+        capability = random.Random(name).choice(list(compilers))
         try:
-            kernel = compile_()
+            kernel = compilers[capability]()
             registers, local = usage(kernel.asm["cubin"])
             shared = kernel.metadata.shared
         except Exception as problem:
-            print(f"FAILED {name}: {type(problem).__name__}: {str(problem)[-500:]}")
+            print(f"FAILED sm_{capability} {name}: {type(problem).__name__}: {str(problem)[-500:]}")
             failed += 1
             continue
-        good = local == 0 and shared <= SHARED_MEMORY[capability] * 1024
+        good = local == 0 and shared <= min(SHARED_MEMORY[each] for each in compilers) * 1024
         failed += not good
-        print(f"{'ok    ' if good else 'FAILED'} {registers} registers, {local} B local, {shared} B shared: {name}")
-    print(f"sm_{capability}: {len(compilers)} kernels, {failed} failed")
-    return 1 if failed or not compilers else 0
+        used = f"sm_{capability}, {registers} registers, {local} B local, {shared} B shared"
+        print(f"{'ok    ' if good else 'FAILED'} {used}: {name}")
+    print(f"{', '.join(f'sm_{each}' for each in capabilities)}: {len(kernels)} kernels, {failed} failed")
+    return 1 if failed or not kernels else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(main(*map(int, sys.argv[1:])))

@@ -3,15 +3,23 @@
 import os
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
 
+import interpreter
 from lora_cases import Scheme, served
 
 from fastlora.kernels.core import implementations
+
+if not torch.cuda.is_available():
+    interpreter.hasten()
+
+hypothesis.settings.register_profile("ops", max_examples=25, deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("ops")
 
 PYTORCH_ONLY = {
     "pytorch_form": "the test is about the PyTorch form alone",

@@ -13,7 +13,7 @@ import sys
 
 import torch
 from dropout_cases import dropout_cases
-from op_checks import require_every_gradient
+from op_cases import require_every_gradient
 
 from fastlora.kernels.core import implementations
 from fastlora.tools.bench.accuracy import cotangents, flat, leaves

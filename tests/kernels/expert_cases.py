@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import strategies as st
-from op_checks import Arguments, complete, f64
+from op_cases import Arguments, complete, f64
 from op_precision import sizes, tensors
 
 from fastlora.kernels.ops import lora_grouped

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from hypothesis import strategies as st
-from op_checks import DEVICE, bf16, f16, f32, f64
+from op_cases import DEVICE, bf16, f16, f32, f64
 from op_precision import tensors
 
 from fastlora.kernels.core.implementations import restricted

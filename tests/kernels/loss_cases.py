@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_checks import Arguments, f32, f64
+from op_cases import Arguments, f32, f64
 
 from fastlora.kernels.formulas import linear_cross_entropy as module
 

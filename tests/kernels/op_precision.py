@@ -22,31 +22,16 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import hypothesis
 import sympy
 import torch
 from hypothesis import strategies as st
-from op_checks import (
-    DEVICE,
-    Arguments,
-    Result,
-    bf16,
-    cotangents,
-    evaluate,
-    f64,
-    leaves,
-    on_device,
-    replaced,
-)
+from op_cases import DEVICE, Arguments, Result, bf16, cotangents, evaluate, f64, leaves, on_device, replaced
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from fastlora.kernels.core.implementations import restricted
 from fastlora.kernels.core.semantic_op import SemanticOp
 from fastlora.tools.bench.accuracy import in_float64
-
-hypothesis.settings.register_profile("ops", max_examples=25, deadline=None, derandomize=True, database=None)
-hypothesis.settings.load_profile("ops")
 
 RATIO = 1.25
 _TRIES = 64

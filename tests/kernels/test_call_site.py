@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from op_checks import complete, cotangents, f32, flat, leaves, replaced, saved_for_backward
+from op_cases import complete, cotangents, f32, flat, leaves, replaced
+from op_spies import saved_for_backward
 from test_dora import CASES as DORA
 from test_glu import CASES as GLU
 from test_layer_norm import CASES as LAYER_NORMS

@@ -1,3 +1,5 @@
+"""4-bit weights are decoded to bitsandbytes' bits by every implementation."""
+
 from __future__ import annotations
 
 import subprocess
@@ -8,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from op_checks import DEVICE, Arguments, bf16, complete, f16, f32, guarded_memory, on_device
+from op_cases import DEVICE, Arguments, bf16, complete, f16, f32, on_device
 from op_precision import dtypes
+from op_spies import guarded_memory
 
 from fastlora.kernels.core.implementations import only, restricted
 from fastlora.kernels.formulas.dequantize import CODES
@@ -95,7 +98,7 @@ def test_an_unknown_format_is_refused() -> None:
         dequantize_4bit(**arguments(2, 32, False, quant_type="int4"))
 
 
-def test_what_is_kept_of_a_format_is_not_made_of_tensors_without_memory() -> None:
+def test_cached_code_tables_are_not_fake_tensors() -> None:
     """A process of its own, as the first call counts."""
     script = """
 import torch

@@ -1,3 +1,5 @@
+"""DoRA's ops: the contract, rounding errors against eager's, and PEFT's own bits as the reference."""
+
 from __future__ import annotations
 
 from contextlib import nullcontext
@@ -8,8 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lora_cases import SCHEMES, Scheme, layer, scheme_of, schemes
-from op_checks import CONTRACT, DEVICE, Arguments, Case, bf16, complete, evaluate, f32, f64, leaves, saved_for_backward
+from op_cases import DEVICE, Arguments, Case, bf16, complete, evaluate, f32, f64, leaves
+from op_contract import contract
 from op_precision import assert_as_precise, assert_precise_on_average, assert_propagates, sizes, tensors
+from op_spies import saved_for_backward
 from torch import nn
 
 from fastlora.kernels.core.execution import Call, run_on_meta
@@ -58,14 +62,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("check", CONTRACT)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@contract(CASES)
 def test_contract(case: Case, check: Any) -> None:
     check(case)
 
 
 @given(st.data())
-def test_errors_are_no_larger_than_eager_ones(data: st.DataObject) -> None:
+def test_errors_are_at_most_those_of_eager(data: st.DataObject) -> None:
     scheme = data.draw(schemes())
     n, k, rank, tokens = (data.draw(sizes) for _ in range(4))
     drawn = {

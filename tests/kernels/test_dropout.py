@@ -1,3 +1,5 @@
+"""Dropout from a seed: the same masks everywhere, drawn at the right rate, and added in one pass."""
+
 from __future__ import annotations
 
 import math
@@ -8,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from op_checks import CONTRACT, DEVICE, Arguments, Case, bf16, complete, evaluate, f16, f32, f64, native, on_device
+from op_cases import DEVICE, Arguments, Case, bf16, complete, evaluate, f16, f32, f64, native, on_device
+from op_contract import contract
 from op_precision import assert_as_precise, assert_precise_on_average, assert_propagates, dtypes, sizes, tensors
 
 from fastlora.kernels.core import implementations
@@ -49,14 +52,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("check", CONTRACT)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@contract(CASES)
 def test_contract(case: Case, check: Any) -> None:
     check(case)
 
 
 @given(st.data())
-def test_errors_are_no_larger_than_eager_ones(data: st.DataObject) -> None:
+def test_errors_are_at_most_those_of_eager(data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(sizes, min_size=1, max_size=3)))
     x, base, out = (data.draw(dtypes()) for _ in range(3))
     drawn = {

@@ -1,3 +1,5 @@
+"""Gated units: the contract, derivatives by sympy, rounding errors, and where kernels read and write."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -7,8 +9,8 @@ import sympy
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from launches import launches
-from op_checks import CONTRACT, DEVICE, Arguments, Case, bf16, cotangents, evaluate, f16, f32, f64, on_device
+from op_cases import DEVICE, Arguments, Case, bf16, cotangents, evaluate, f16, f32, f64, on_device
+from op_contract import contract
 from op_precision import (
     assert_as_precise,
     assert_derived,
@@ -20,6 +22,7 @@ from op_precision import (
     tensors,
     value,
 )
+from op_spies import launches
 
 from fastlora.kernels.core import implementations
 from fastlora.kernels.formulas.glu import activate, backward, derivative, forward
@@ -47,14 +50,13 @@ def arguments(dtype: torch.dtype, activation: str, *shape: int) -> Arguments:
 CASES = [Case(name, glu, arguments, name, 2, 3, 5) for name in FORMULAS]
 
 
-@pytest.mark.parametrize("check", CONTRACT)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@contract(CASES)
 def test_contract(case: Case, check: Any) -> None:
     check(case)
 
 
 @given(st.data())
-def test_errors_are_no_larger_than_eager_ones(data: st.DataObject) -> None:
+def test_errors_are_at_most_those_of_eager(data: st.DataObject) -> None:
     shape = data.draw(st.lists(sizes, min_size=1, max_size=3))
     gate_dtype, up_dtype = data.draw(st.sampled_from([(f32, f32), (bf16, bf16), (f16, f16), (bf16, f32), (f32, f16)]))
     drawn = {
@@ -143,7 +145,7 @@ def test_halves_of_a_fused_projection_are_not_copied() -> None:
 
 @pytest.mark.usefixtures("triton_form")
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True), (False, False)])
-def test_backward_makes_the_hidden_state_on_its_way_each_in_the_place_of_what_it_is_made_of(
+def test_backward_recomputes_the_hidden_state_in_place(
     wanted: tuple[bool, bool],
 ) -> None:
     from fastlora.kernels.triton.glu import run_backward

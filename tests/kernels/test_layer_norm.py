@@ -1,3 +1,5 @@
+"""LayerNorm and its sum with the residual stream: the contract, rounding errors, sympy's derivatives."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -7,7 +9,8 @@ import sympy
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from op_checks import CONTRACT, Arguments, Case, bf16, complete, evaluate, f16, f32, f64, leaves
+from op_cases import Arguments, Case, bf16, complete, evaluate, f16, f32, f64, leaves
+from op_contract import contract
 from op_precision import (
     assert_as_precise,
     assert_derived,
@@ -54,14 +57,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("check", CONTRACT)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@contract(CASES)
 def test_contract(case: Case, check: Any) -> None:
     check(case)
 
 
 @given(st.data())
-def test_errors_are_no_larger_than_eager_ones(data: st.DataObject) -> None:
+def test_errors_are_at_most_those_of_eager(data: st.DataObject) -> None:
     op, dtype = data.draw(st.sampled_from([layer_norm, add_layer_norm])), data.draw(dtypes())
     shape = data.draw(st.lists(sizes, min_size=1, max_size=3))
     drawn: Arguments = {"eps": 1e-3, "out_dtype": dtype}

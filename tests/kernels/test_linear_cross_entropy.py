@@ -10,7 +10,8 @@ import pytest
 import sympy
 import torch
 from loss_cases import OPTIONS, arguments, set_chunks
-from op_checks import CONTRACT, DEVICE, Arguments, Case, complete, evaluate, f32, f64, native, replaced
+from op_cases import DEVICE, Arguments, Case, complete, evaluate, f32, f64, native, replaced
+from op_contract import OF_VALUES, contract
 from op_precision import (
     assert_as_precise,
     assert_derived,
@@ -29,21 +30,25 @@ from fastlora.kernels.ops import linear_cross_entropy
 FORMS = ["pytorch", "triton"]
 
 CASES = [
-    *(Case(name, linear_cross_entropy, arguments, 7, 4, 5, bias=True, **options) for name, options in OPTIONS.items()),
-    Case("no bias", linear_cross_entropy, arguments, 7, 4, 5),
+    *(Case(name, linear_cross_entropy, arguments, 5, 4, 5, bias=True, **options) for name, options in OPTIONS.items()),
+    Case("no bias", linear_cross_entropy, arguments, 5, 4, 5),
 ]
 
 
 @pytest.fixture(params=[1000, 2], ids=["one chunk", "chunks"])
 def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two rows: seven tokens of which four are kept make two chunks, or four of which the last have none."""
+    """Of two rows: five tokens of which three are kept fill one chunk, half of another and nothing of the last."""
     set_chunks(monkeypatch, request.param)
 
 
-@pytest.mark.usefixtures("_chunks")
-@pytest.mark.parametrize("check", CONTRACT)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@contract(CASES)
 def test_contract(case: Case, check: Any) -> None:
+    check(case)
+
+
+@contract(CASES, OF_VALUES)
+def test_contract_in_chunks(case: Case, check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_chunks(monkeypatch, 2)
     check(case)
 
 
@@ -51,11 +56,11 @@ def test_contract(case: Case, check: Any) -> None:
 @pytest.mark.parametrize("ignored", ["none", "some", "all"])
 def test_every_combination_of_options(reduction: str, ignored: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Soft-cap, smoothing, z-loss and bias, alone and together, and labels that are ignored or not."""
-    set_chunks(monkeypatch, 3)
+    set_chunks(monkeypatch, 2)
     for softcap, smoothing, z_loss, bias in itertools.product((0.0, 2.0), (0.0, 0.2), (0.0, 0.05), (False, True)):
         options = {"softcap": softcap, "label_smoothing": smoothing, "z_loss": z_loss, "reduction": reduction}
         torch.manual_seed(0)
-        given_ = arguments(native(), 7, 4, 5, bias=bias, ignores=ignored == "some", **options)
+        given_ = arguments(native(), 5, 4, 5, bias=bias, ignores=ignored == "some", **options)
         if ignored == "all":
             given_["labels"].fill_(-100)
         given_ = complete(linear_cross_entropy, given_)
@@ -79,7 +84,7 @@ def test_infs_and_nans_propagate(options: Arguments) -> None:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_what_ignored_tokens_hold_does_not_matter(options: Arguments, bad: float) -> None:
     torch.manual_seed(0)
-    given_ = complete(linear_cross_entropy, arguments(f32, 7, 4, 5, bias=True, **options))
+    given_ = complete(linear_cross_entropy, arguments(f32, 5, 4, 5, bias=True, **options))
     ignored = given_["labels"] == given_["ignore_index"]
     spoiled = replaced(given_, {"x": given_["x"].masked_fill(ignored[:, None], bad)})
     result, expected = (evaluate(linear_cross_entropy, g).values() for g in (spoiled, given_))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from loss_cases import OPTIONS, arguments, set_chunks
-from op_checks import DEVICE, Arguments, bf16, complete, evaluate, f16, f32
+from op_cases import DEVICE, Arguments, bf16, complete, evaluate, f16, f32
 from op_precision import assert_as_precise, assert_precise_on_average, sizes, tensors
 
 from fastlora.kernels.core.implementations import restricted
@@ -34,7 +34,7 @@ def precisions() -> st.SearchStrategy[tuple[torch.dtype, torch.dtype, torch.dtyp
 
 
 @given(st.data())
-def test_errors_are_no_larger_than_eager_ones(data: st.DataObject) -> None:
+def test_errors_are_at_most_those_of_eager(data: st.DataObject) -> None:
     """Any loss, head and share of ignored labels, autocast or not, in chunks of any size."""
     tokens, hidden = data.draw(sizes), data.draw(sizes)
     vocabulary = data.draw(sizes.filter(lambda size: size > 1))  # one word has a constant loss
@@ -73,14 +73,17 @@ DTYPES = [(f32, f32), (bf16, bf16), (f16, f16), (f32, bf16), (f32, f16)]
 EVERYTHING: Arguments = {"softcap": 3.0, "scale": 0.7, "label_smoothing": 0.1, "z_loss": 0.1, "rank": 2}
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+OF_TOKENS = {name: options for name, options in OPTIONS.items() if name not in ("mean", "sum")}
+
+
+@pytest.mark.parametrize("options", OF_TOKENS.values(), ids=OF_TOKENS)
 @pytest.mark.parametrize(("dtype", "base"), DTYPES)
 def test_errors_on_average(
     dtype: torch.dtype, base: torch.dtype, options: Arguments, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    set_chunks(monkeypatch, 40)
-    given_ = arguments(dtype, 128, 24, 31, **options | {"reduction": "none"}, bias=True) | {"base_dtype": base}
+    set_chunks(monkeypatch, 20)
+    given_ = arguments(dtype, 96, 24, 31, **options | {"reduction": "none"}, bias=True) | {"base_dtype": base}
     assert_precise_on_average(linear_cross_entropy, complete(linear_cross_entropy, given_))
 
 
@@ -92,14 +95,14 @@ def test_errors_on_average_of_gradients_that_the_forward_makes(
 ) -> None:
     torch.manual_seed(0)
     set_chunks(monkeypatch, 20)
-    given_ = arguments(dtype, 128, 24, 31, reduction=reduction, bias=True, **options) | {"base_dtype": base}
+    given_ = arguments(dtype, 96, 24, 31, reduction=reduction, bias=True, **options) | {"base_dtype": base}
     assert_precise_on_average(linear_cross_entropy, complete(linear_cross_entropy, given_))
 
 
 @pytest.mark.parametrize("base", [bf16, f16])
 def test_errors_on_average_with_a_float32_adapter(base: torch.dtype) -> None:
     torch.manual_seed(0)
-    given_ = arguments(base, 128, 24, 31, rank=4)
+    given_ = arguments(base, 96, 24, 31, rank=4)
     given_ |= {n: given_[n].to(f32) + 1e-4 * torch.randn(given_[n].shape) for n in ("lora_a", "lora_b")}
     given_["lora_dtype"] = f32
     assert_precise_on_average(linear_cross_entropy, complete(linear_cross_entropy, given_))

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from loss_cases import OPTIONS, arguments, set_chunks
-from op_checks import DEVICE, Arguments, backward_calls, bf16, complete, evaluate, f16, f32, saved_for_backward
+from op_cases import DEVICE, Arguments, bf16, complete, evaluate, f16, f32
+from op_spies import backward_calls, saved_for_backward
 
 from fastlora.kernels.core.implementations import restricted
 from fastlora.kernels.formulas import linear_cross_entropy as module
@@ -204,7 +205,7 @@ def test_chunks_on_a_gpu_fill_it(
 ) -> None:
     from fastlora.kernels.triton import linear_cross_entropy as gpu
 
-    monkeypatch.setattr(gpu.split, "processors", lambda _: 132)
+    monkeypatch.setattr(gpu.split_k, "processors", lambda _: 132)
     held = vocabulary * hidden * 2 if trained else 0
     assert gpu.chunk_rows(T, vocabulary * 2, vocabulary, hidden, held, torch.device("cpu")) == rows
 

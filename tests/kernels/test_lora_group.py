@@ -1,3 +1,5 @@
+"""Adapted layers that share an input: the contract and rounding errors of the group."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -7,20 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lora_cases import SCHEMES, Scheme, layer, layers, scheme_of, schemes
-from op_checks import (
-    CONTRACT,
-    Arguments,
-    Case,
-    assert_same_but_for_rounding,
-    backward_calls,
-    complete,
-    evaluate,
-    f32,
-    f64,
-    leaves,
-    replaced,
-)
+from op_cases import Arguments, Case, complete, evaluate, f32, f64, leaves, replaced
+from op_contract import assert_same_but_for_rounding, contract
 from op_precision import assert_as_precise, assert_precise_on_average, assert_propagates, sizes, tensors
+from op_spies import backward_calls
 
 from fastlora.kernels.ops import lora_group, lora_linear
 from fastlora.tools.bench.accuracy import flat
@@ -64,14 +56,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("check", CONTRACT)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@contract(CASES)
 def test_contract(case: Case, check: Any) -> None:
     check(case)
 
 
 @given(st.data())
-def test_errors_are_no_larger_than_eager_ones(data: st.DataObject) -> None:
+def test_errors_are_at_most_those_of_eager(data: st.DataObject) -> None:
     scheme = data.draw(schemes())
     k, tokens = data.draw(sizes), data.draw(sizes)
     members = [

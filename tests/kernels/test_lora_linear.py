@@ -1,3 +1,5 @@
+"""Adapted linear layers: the contract, rounding errors in every mixture of dtypes, and what is saved."""
+
 from __future__ import annotations
 
 from contextlib import nullcontext
@@ -8,8 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lora_cases import SCHEMES, Scheme, layer, layers, scheme_of, schemes
-from op_checks import (
-    CONTRACT,
+from op_cases import (
     DEVICE,
     Arguments,
     Case,
@@ -23,9 +24,10 @@ from op_checks import (
     leaves,
     native,
     on_device,
-    saved_for_backward,
 )
+from op_contract import contract
 from op_precision import assert_as_precise, assert_precise_on_average, assert_propagates, sizes, tensors
+from op_spies import saved_for_backward
 
 from fastlora.kernels.core.semantic_op import SemanticOp
 from fastlora.kernels.formulas.lora_linear import sum_products
@@ -88,14 +90,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("check", CONTRACT)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@contract(CASES)
 def test_contract(case: Case, check: Any) -> None:
     check(case)
 
 
 @given(st.data())
-def test_errors_are_no_larger_than_eager_ones(data: st.DataObject) -> None:
+def test_errors_are_at_most_those_of_eager(data: st.DataObject) -> None:
     scheme = data.draw(schemes())
     n, k, rank = (data.draw(sizes) for _ in range(3))
     tokens = data.draw(st.lists(sizes, min_size=0, max_size=2))
@@ -138,7 +139,7 @@ def test_errors_of_the_adapter_alone_on_average(scheme: Scheme, p: float | None)
     assert_precise_on_average(lora_add, add_arguments(scheme, 96, 64, n=80, rank=8, p=p))
 
 
-def test_sums_of_products_are_rounded_no_more_than_their_dtype_asks() -> None:
+def test_sums_of_products_are_rounded_once_to_their_dtype() -> None:
     torch.manual_seed(0)
     a, b, c, d = (torch.randn(s).to(bf16) for s in ((16, 8), (8, 16), (16, 4), (4, 16)))
     under_autocast = sum_products([(a, b), (c, d)], f32)
@@ -259,7 +260,7 @@ def test_activations_are_saved_only_where_a_gradient_reads_them(
     assert sum(t.numel() == 35 for t in tensors_) == len(saved)
 
 
-def test_a_scaled_low_rank_activation_may_be_too_large_for_float16() -> None:
+def test_scaled_low_rank_activations_may_exceed_float16() -> None:
     """Where B is small enough for y to be none: xa is 32,000, and 4 of that more than float16 holds."""
     given_ = linear_arguments(SCHEMES["float16"], 1, 8, n=16, rank=3, biases=False) | {"scaling": 4.0}
     sizes_and_values = {"x": ((1, 8), 40.0), "lora_a": ((3, 8), 100.0), "lora_b": ((16, 3), 0.01)}

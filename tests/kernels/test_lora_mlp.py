@@ -1,3 +1,5 @@
+"""The adapted, gated MLP as one op: the contract, rounding errors, and what is kept of it."""
+
 from __future__ import annotations
 
 from contextlib import nullcontext
@@ -8,8 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lora_cases import SCHEMES, Scheme, layer, layers, scheme_of, schemes
-from op_checks import CONTRACT, Arguments, Case, complete, evaluate, f32, f64, leaves, saved_for_backward
+from op_cases import Arguments, Case, complete, evaluate, f32, f64, leaves
+from op_contract import contract
 from op_precision import assert_as_precise, assert_precise_on_average, assert_propagates, sizes, tensors
+from op_spies import saved_for_backward
 
 from fastlora.kernels.core.call_site import run
 from fastlora.kernels.core.recompute import recomputing
@@ -45,14 +49,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("check", CONTRACT)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@contract(CASES)
 def test_contract(case: Case, check: Any) -> None:
     check(case)
 
 
 @given(st.data())
-def test_errors_are_no_larger_than_eager_ones(data: st.DataObject) -> None:
+def test_errors_are_at_most_those_of_eager(data: st.DataObject) -> None:
     scheme = data.draw(schemes())
     tokens, width, inner, rank = (data.draw(sizes) for _ in range(4))
     drawn: Arguments = {
@@ -118,7 +121,7 @@ def test_sparing_keeps_neither_gate_nor_up_and_changes_no_bit(case: Case) -> Non
     torch.testing.assert_close(results, plain, rtol=0, atol=0)
 
 
-def test_without_a_gradient_of_their_adapters_gate_and_up_are_kept_as_x_is_not() -> None:
+def test_gate_and_up_are_saved_when_x_is_not() -> None:
     values = complete(lora_mlp, arguments(f32, 7, 4, inner=11, rank=3))
     values["down_lora_b"].requires_grad_()
     values["x"].requires_grad_()

@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from op_checks import DEVICE, bf16, f16, f32, guarded_memory
+from op_cases import DEVICE, bf16, f16, f32
 from op_precision import assert_rounded
+from op_spies import guarded_memory
 
 from fastlora.kernels.triton.blocks import low_rank, matmul, split_k
 
@@ -70,7 +71,7 @@ def test_a_limited_product_stops_at_a_count_on_the_device(data: st.DataObject) -
 
 
 @given(st.data())
-def test_a_product_in_slices_is_rounded_once_and_stops_at_a_count_on_the_device(data: st.DataObject) -> None:
+def test_split_k_rounds_once_and_stops_at_the_row_count(data: st.DataObject) -> None:
     randn, (T, N, K) = draw(data), (data.draw(rows), data.draw(widths), data.draw(st.sampled_from([8, 136, 1032])))
     count, slices = data.draw(st.integers(0, T)), data.draw(st.integers(2, 8))
     left, right, out = randn(T, K), randn(K, N), torch.full((T + 512, N), 7.0, dtype=HALF, device=DEVICE)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_checks import DEVICE
+from op_cases import DEVICE
 
 from fastlora.kernels.formulas import dropout as dropout_module
 from fastlora.kernels.ops import dequantize_4bit, dropout

@@ -1,3 +1,5 @@
+"""RMSNorm and its sum with the residual stream: the contract, rounding errors, sympy's derivatives."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -8,7 +10,8 @@ import sympy
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from op_checks import CONTRACT, Arguments, Case, bf16, complete, f16, f32, f64
+from op_cases import Arguments, Case, bf16, complete, f16, f32, f64
+from op_contract import contract
 from op_precision import (
     assert_as_precise,
     assert_derived,
@@ -72,14 +75,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("check", CONTRACT)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@contract(CASES)
 def test_contract(case: Case, check: Any) -> None:
     check(case)
 
 
 @given(st.data())
-def test_errors_are_no_larger_than_eager_ones(data: st.DataObject) -> None:
+def test_errors_are_at_most_those_of_eager(data: st.DataObject) -> None:
     op, dtype = data.draw(st.sampled_from([rms_norm, add_rms_norm])), data.draw(dtypes())
     shape = data.draw(st.lists(sizes, min_size=1, max_size=3))
     drawn = data.draw(st.sampled_from([attributes, gemma]))(dtype)

@@ -1,3 +1,5 @@
+"""Rotary embeddings, alone and of q and k together: the contract, every layout, and the launches."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -8,22 +10,8 @@ import sympy
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from launches import launches
-from op_checks import (
-    CONTRACT,
-    DEVICE,
-    Arguments,
-    Case,
-    backward_calls,
-    bf16,
-    evaluate,
-    f16,
-    f32,
-    f64,
-    leaves,
-    on_device,
-    saved_for_backward,
-)
+from op_cases import DEVICE, Arguments, Case, bf16, evaluate, f16, f32, f64, leaves, on_device
+from op_contract import contract
 from op_precision import (
     assert_as_precise,
     assert_derived,
@@ -37,6 +25,7 @@ from op_precision import (
     symbols,
     tensors,
 )
+from op_spies import backward_calls, launches, saved_for_backward
 
 from fastlora.kernels.core import implementations
 from fastlora.kernels.ops import rotary, rotary_group
@@ -79,14 +68,13 @@ GROUPS = [
 ]
 
 
-@pytest.mark.parametrize("check", CONTRACT)
-@pytest.mark.parametrize("case", [*CASES, *GROUPS], ids=str)
+@contract([*CASES, *GROUPS])
 def test_contract(case: Case, check: Any) -> None:
     check(case)
 
 
 @given(st.data())
-def test_errors_are_no_larger_than_eager_ones(data: st.DataObject) -> None:
+def test_errors_are_at_most_those_of_eager(data: st.DataObject) -> None:
     """Also with float32 cosines on half-precision heads, computing in either."""
     layout = data.draw(st.sampled_from(LAYOUTS))
     batch, heads, positions, pairs, rest = (data.draw(sizes) for _ in range(5))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lora_cases import layer, scheme_of
-from op_checks import Arguments, complete, f32, on_device
+from op_cases import Arguments, complete, f32, on_device
 
 from fastlora.kernels.core.call_site import call_site, run
 from fastlora.kernels.core.recompute import recomputing
@@ -131,7 +131,7 @@ def test_no_decoded_weight_is_kept(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_where_the_dispatcher_is_listened_to_weights_are_decoded_first(case: str) -> None:
+def test_dispatch_modes_see_decoded_weights(case: str) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     both = Both(CASES[case][0], CASES[case][1]())
@@ -141,6 +141,6 @@ def test_where_the_dispatcher_is_listened_to_weights_are_decoded_first(case: str
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
-def test_an_op_that_does_not_read_an_argument_so_is_refused_it() -> None:
+def test_an_op_refuses_quantized_arguments_it_cannot_read() -> None:
     with pytest.raises(ValueError, match="glu does not read 'gate' quantized"):
         call_site(glu, [None] * 4, [(DerivedArgument("gate", None, dequantize_4bit, quantized=True), [])])

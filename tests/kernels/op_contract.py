@@ -1,189 +1,35 @@
-"""What every semantic op promises, as checks that take an op and its arguments.
-
-`CONTRACT` lists the checks of the op contract (gradients, what is asked of the backward, no hidden writes, autocast,
-opcheck), which every op's test runs on its `Case`s. Rounding errors are `op_precision`'s business.
+"""What every semantic op promises, as checks that take a `Case`: gradients, what is asked of the backward, no hidden
+writes, autocast, opcheck. Every op's test runs them on its cases: `@contract(CASES)`. Rounding errors are
+`op_precision`'s business.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 import random
-import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
-from unittest.mock import patch
+from collections.abc import Callable, Collection, Hashable, Sequence
 
 import pytest
 import torch
-from torch.autograd.graph import saved_tensors_hooks
+from op_cases import (
+    DEVICE,
+    Arguments,
+    Case,
+    cotangents,
+    evaluate,
+    f32,
+    f64,
+    leaves,
+    native,
+    on_device,
+    replaced,
+)
+from op_spies import backward_calls, gradients_made, guarded_memory, saved_for_backward
 
 from fastlora.kernels.core import implementations
-from fastlora.kernels.core.implementations import Implementation, restricted
+from fastlora.kernels.core.implementations import restricted
 from fastlora.kernels.core.semantic_op import SemanticOp
 from fastlora.tools.bench.accuracy import flat, labelled
-from fastlora.tools.bench.cases import Arguments
-
-f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def on_device(value: Any) -> Any:
-    """A tensor, or a list of them, on the device under test, with its strides; anything else as it is."""
-    if isinstance(value, list):
-        return [on_device(v) for v in value]
-    if not isinstance(value, torch.Tensor) or value.device.type == DEVICE.type:
-        return value
-    extent = sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True)) + 1
-    memory = value.as_strided((extent if value.numel() else 0,), (1,)).to(DEVICE)
-    return memory.as_strided(value.shape, value.stride(), 0)
-
-
-def native() -> torch.dtype:
-    """The widest dtype that the form under test computes in."""
-    return f32 if restricted.to == "triton" else f64
-
-
-class Case:
-    """An op with a way to make arguments for it in some dtype: `build(dtype, *args, **kwargs)`."""
-
-    def __init__(self, name: str, op: SemanticOp, build: Callable[..., Arguments], *args: Any, **kwargs: Any) -> None:
-        self.name, self.op = name, op
-        self._build = lambda dtype: build(dtype, *args, **kwargs)
-
-    def arguments(self, dtype: torch.dtype | None = None) -> Arguments:
-        torch.manual_seed(0)
-        return complete(self.op, self._build(dtype or native()))
-
-    def __str__(self) -> str:
-        return self.name
-
-
-def complete(op: SemanticOp, arguments: Arguments) -> Arguments:
-    """The arguments with those spelled out that were left out, on the device under test."""
-    return {a.name: on_device(v) for a, v in zip(op.arguments, op.order(arguments), strict=False)}
-
-
-def leaves(arguments: Arguments) -> dict[str, torch.Tensor]:
-    """The floating-point tensors by name."""
-    return {n: t for n, t in labelled(arguments).items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
-
-
-def require_every_gradient(arguments: Arguments) -> None:
-    for t in leaves(arguments).values():
-        t.requires_grad_()
-
-
-def replaced(arguments: Arguments, new: dict[str, torch.Tensor]) -> Arguments:
-    """The arguments with other tensors for some of their leaves."""
-    result = {n: list(v) if isinstance(v, list) else v for n, v in arguments.items()}
-    for label, tensor in new.items():
-        name, _, index = label.removesuffix("]").partition("[")
-        if index:
-            result[name][int(index)] = tensor
-        else:
-            result[name] = tensor
-    return result
-
-
-# ---- running an op, or its reference
-
-
-@dataclass
-class Result:
-    outputs: list[torch.Tensor]
-    gradients: dict[str, torch.Tensor | None]
-
-    def gradient(self, name: str) -> torch.Tensor:
-        found = self.gradients[name]
-        assert found is not None, f"no gradient of {name}"
-        return found
-
-    def values(self) -> dict[str, torch.Tensor]:
-        """Outputs and gradients by name, for comparisons."""
-        outputs = {f"output {i}": t for i, t in enumerate(self.outputs)}
-        return outputs | {f"gradient of {n}": g for n, g in self.gradients.items() if g is not None}
-
-
-def cotangents(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Random incoming gradients, the same on every device and with all the digits of float64."""
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(t.shape, dtype=f64, generator=generator).to(t.dtype).to(t.device) for t in outputs]
-
-
-def evaluate(
-    function: Callable[..., Any],
-    arguments: Arguments,
-    wanted: Collection[str] | None = None,
-    grads: list[torch.Tensor] | None = None,
-) -> Result:
-    """Outputs, and the gradients of the wanted leaves (of all, unless told) for the given or random cotangents."""
-    arguments = {n: on_device(v) for n, v in arguments.items()}
-    fresh = {n: t.detach().requires_grad_(wanted is None or n in wanted) for n, t in leaves(arguments).items()}
-    outputs = flat(function(**replaced(arguments, fresh)))
-    grads = cotangents(outputs) if grads is None else grads
-    inputs = {n: t for n, t in fresh.items() if t.requires_grad}
-    gradients: dict[str, torch.Tensor | None] = dict.fromkeys(fresh)
-    reached = [(t, g) for t, g in zip(outputs, grads, strict=True) if t.requires_grad]
-    if inputs:
-        tensors, incoming = zip(*reached, strict=True)
-        found = torch.autograd.grad(tensors, tuple(inputs.values()), incoming, allow_unused=True)
-        gradients |= dict(zip(inputs, found, strict=True))
-    return Result([t.detach() for t in outputs], gradients)
-
-
-@contextmanager
-def backward_calls(op: SemanticOp) -> Iterator[list[tuple[Any, ...]]]:
-    """The arguments of each run of the op's backward."""
-    calls: list[tuple[Any, ...]] = []
-
-    def spy(target: Any) -> Any:
-        def run(*arguments: Any, **told: Any) -> Any:
-            calls.append(arguments)
-            return target(*arguments, **told)
-
-        return run
-
-    with patch.object(op, "backward_target", spy(op.backward_target)):
-        yield calls
-
-
-@contextmanager
-def gradients_made(op: SemanticOp) -> Iterator[list[set[str]]]:
-    """The names of the gradients that the op's backward function makes in each call, asked for or not."""
-    made: list[set[str]] = []
-    choose = op.implementations.backward
-
-    def spied(anchor: torch.Tensor, arguments: dict[str, Any]) -> Implementation:
-        form = choose(anchor, arguments)
-
-        def backward(**named: Any) -> dict[str, Any]:
-            gradients = form.backward(**named)
-            made.append({name for name, gradient in labelled(gradients).items() if gradient is not None})
-            return gradients
-
-        return replace(form, backward=backward)
-
-    with patch.object(op.implementations, "backward", spied):
-        yield made
-
-
-@contextmanager
-def saved_for_backward() -> Iterator[list[torch.Tensor]]:
-    """The tensors that autograd saves."""
-    saved: list[torch.Tensor] = []
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        saved.append(t)
-        return t
-
-    with saved_tensors_hooks(pack, lambda t: t):
-        yield saved
-
-
-# ---- the contract
 
 
 def assert_same_but_for_rounding(value: torch.Tensor, expected: torch.Tensor, name: str) -> None:
@@ -343,30 +189,6 @@ def check_memory(case: Case) -> None:
         assert torch.equal(value, result[name]), name
 
 
-@contextmanager
-def guarded_memory() -> Iterator[Callable[[], None]]:
-    """Fills what kernels allocate with nan, between two bands of nan; yields a check that the bands are untouched."""
-    band, bands = 1024, []
-
-    def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        size = math.prod(shape)
-        poison = math.nan if dtype.is_floating_point else torch.iinfo(dtype).max
-        memory = torch.full((size + 2 * band,), poison, dtype=dtype, device=device)
-        bands.append((memory, size, poison))
-        return memory[band : band + size].view(shape)
-
-    def check() -> None:
-        for memory, size, poison in bands:
-            around = torch.cat((memory[:band], memory[band + size :]))
-            assert (around.isnan() if math.isnan(poison) else around == poison).all()
-
-    with ExitStack() as stack:
-        for name, module in list(sys.modules.items()):
-            if name.startswith("fastlora.kernels.triton") and hasattr(module, "allocate"):
-                stack.enter_context(patch.object(module, "allocate", allocate))
-        yield check
-
-
 def check_what_is_given_may_be_written_to(case: Case) -> None:
     """Outputs that an op gives away share no memory with what it read, keeps or gives as well, and its gradients are
     the same after they were written to."""
@@ -388,7 +210,7 @@ def check_what_is_given_may_be_written_to(case: Case) -> None:
         assert_same_but_for_rounding(mine, its, name)
 
 
-CONTRACT = [
+CHECKS = (
     check_gradcheck,
     check_every_subset_of_gradients,
     check_nothing_is_written,
@@ -400,4 +222,19 @@ CONTRACT = [
     check_runs_are_equal,
     check_layouts,
     check_memory,
-]
+)
+OF_VALUES = tuple(check for check in CHECKS if check not in (check_double_backward_raises, check_opcheck))
+"""Those that depend on how results are computed, and not only on the kinds of arguments."""
+
+
+def contract(cases: Sequence[Case], checks: Sequence[Callable[[Case], None]] = CHECKS) -> pytest.MarkDecorator:
+    """Runs a test with every case and check: `(case, check)`. Opcheck is slow, and sees kinds of arguments alone, so it
+    runs once for each of these."""
+    kinds: set[Hashable] = set()
+    pairs = []
+    for case in cases:
+        new = (kind := case.kind()) not in kinds
+        kinds.add(kind)
+        pairs += [(case, check) for check in checks if check is not check_opcheck or new]
+    ids = [f"{case}-{check.__name__}" for case, check in pairs]
+    return pytest.mark.parametrize(("case", "check"), pairs, ids=ids)

@@ -14,7 +14,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastlora.kernels.triton.host.kernel_cache import heard, likeness
+from fastlora.kernels.triton.host.kernel_cache import has_launch_hooks, specialization_key
 
 
 def _kernel(first, second, third, CONSTANT: tl.constexpr, NAMED: tl.constexpr = 4):
@@ -47,7 +47,7 @@ def specialised(args: tuple[Any, ...]) -> list[Any]:
 
 @given(launches, launches)
 def test_launches_that_triton_tells_apart_are_told_apart(one: tuple[Any, ...], other: tuple[Any, ...]) -> None:
-    if likeness(FUNCTION.params, one) == likeness(FUNCTION.params, other):
+    if specialization_key(FUNCTION.params, one) == specialization_key(FUNCTION.params, other):
         assert specialised(one) == specialised(other)
 
 
@@ -56,13 +56,13 @@ def test_launches_that_triton_tells_apart_are_told_apart(one: tuple[Any, ...], o
     [(3, 5), (32, 48), (2.0, 7.0), (torch.zeros(8), torch.ones(16)), (torch.zeros(9)[1:], torch.ones(5)[1:])],
     ids=str,
 )
-def test_what_kernels_are_not_specialised_in_makes_no_difference(one: Any, other: Any) -> None:
-    assert likeness(FUNCTION.params, (one, 1, 1, 1)) == likeness(FUNCTION.params, (other, 1, 1, 1))
+def test_unspecialised_values_share_a_kernel(one: Any, other: Any) -> None:
+    assert specialization_key(FUNCTION.params, (one, 1, 1, 1)) == specialization_key(FUNCTION.params, (other, 1, 1, 1))
 
 
 def test_hooks_on_launches_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton import knobs
 
-    assert not heard()
+    assert not has_launch_hooks()
     monkeypatch.setattr(knobs.runtime.launch_enter_hook, "calls", [print])
-    assert heard()
+    assert has_launch_hooks()

@@ -1,3 +1,5 @@
+"""What every op declares: its schema, its arguments by name, its namespace, and who sees its calls."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -10,7 +10,7 @@ import torch
 from expert_cases import LAYOUTS, SMALL, arguments, layers
 from hypothesis import given
 from hypothesis import strategies as st
-from op_checks import bf16, complete, evaluate
+from op_cases import bf16, complete, evaluate
 from op_precision import assert_as_precise, assert_precise_on_average
 
 from fastlora.kernels.core import grouped_mm
@@ -38,7 +38,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 @given(st.data())
-def test_errors_of_all_products_at_once_are_no_larger_than_eager_ones(data: st.DataObject) -> None:
+def test_grouped_products_are_as_precise_as_eager(data: st.DataObject) -> None:
     with patch.object(grouped_mm, "makes_at_once", lambda like: like.dtype is bf16):
         assert_as_precise(lora_grouped, data.draw(layers(bf16)))
 

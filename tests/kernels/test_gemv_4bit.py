@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from launches import launches
 from lora_cases import layer, scheme_of
-from op_checks import DEVICE, bf16, complete, f16, f32, guarded_memory, on_device
+from op_cases import DEVICE, bf16, complete, f16, f32, on_device
 from op_precision import assert_rounded
+from op_spies import guarded_memory, launches
 
 from fastlora.kernels.core.call_site import call_site
 from fastlora.kernels.core.quantized_weight import QuantizedWeight
@@ -68,7 +68,7 @@ def test_the_product_is_rounded_once(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("dtype", [f16, bf16] if DEVICE.type == "cuda" else [f16])
 @pytest.mark.parametrize("nested", [False, True])
-def test_what_is_multiplied_by_are_the_bits_of_the_decoded_matrix(dtype: torch.dtype, nested: bool) -> None:
+def test_the_product_reads_the_bits_of_the_decoded_matrix(dtype: torch.dtype, nested: bool) -> None:
     weight = encoded(70, 192, nested, dtype)
     for first in (0, 64, 128):
         x = torch.eye(192, dtype=dtype, device=DEVICE)[first : first + 64]
@@ -87,7 +87,7 @@ def test_what_the_kernels_cannot_take_is_left_to_others(rows: int, cols: int, we
     assert not gemv_4bit.serves(given_, torch.zeros(rows, cols, dtype=given_.dtype, device=DEVICE), None, None)
 
 
-def test_few_rows_of_a_small_weight_are_multiplied_by_a_decoded_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_weights_are_decoded_before_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     weight = encoded(8, 64, False)
     x = torch.zeros(4, 64, dtype=HALF, device=DEVICE)

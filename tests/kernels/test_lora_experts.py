@@ -1,3 +1,5 @@
+"""Adapted experts over rows sorted by expert: the contract, rounding errors, rows of no expert."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -7,20 +9,10 @@ import torch
 from expert_cases import LAYOUTS, SMALL, arguments, layers
 from hypothesis import given
 from hypothesis import strategies as st
-from op_checks import (
-    CONTRACT,
-    DEVICE,
-    Case,
-    bf16,
-    complete,
-    evaluate,
-    f16,
-    f32,
-    leaves,
-    native,
-    saved_for_backward,
-)
+from op_cases import DEVICE, Case, bf16, complete, evaluate, f16, f32, leaves, native
+from op_contract import contract
 from op_precision import assert_as_precise, assert_precise_on_average, assert_propagates, dtypes
+from op_spies import saved_for_backward
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -37,14 +29,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("check", CONTRACT)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@contract(CASES)
 def test_contract(case: Case, check: Any) -> None:
     check(case)
 
 
 @given(st.data())
-def test_errors_are_no_larger_than_eager_ones(data: st.DataObject) -> None:
+def test_errors_are_at_most_those_of_eager(data: st.DataObject) -> None:
     assert_as_precise(lora_grouped, data.draw(layers(data.draw(dtypes()))))
 
 
