@@ -65,7 +65,7 @@ def test_two_compiled_models_do_not_share_a_report():
     assert fastlora.report(second).coverage["glu"].seen == 0
 
 
-def test_generating_between_steps_neither_recompiles_nor_changes_the_text(model):
+def test_generating_between_steps_does_not_recompile(model):
     prompt = batch()["input_ids"][:, :5]
     expected = model.generate(input_ids=prompt, max_new_tokens=6, do_sample=False)
     fastlora.compile(model)
@@ -87,7 +87,7 @@ def test_evaluation_returns_ordinary_logits_equal_to_eager_ones(model):
     assert torch.equal(logits, expected)
 
 
-def test_logits_of_a_training_step_are_those_of_eager_and_carry_gradients(model):
+def test_training_logits_equal_eager_and_carry_gradients(model):
     expected = model(**batch()).logits
     fastlora.compile(model)
     logits = model(**batch()).logits
@@ -169,14 +169,14 @@ def test_several_active_adapters_add_up(model):
     assert coverage.seen == coverage.fused == 42
 
 
-def test_a_kv_cache_asked_for_in_training_is_honoured_and_reported(model):
+def test_a_requested_kv_cache_is_honoured_and_reported(model):
     fastlora.compile(model)
     output = model(**batch(), use_cache=True)
     assert output.past_key_values is not None
     assert any("KV cache" in note for note in fastlora.report(model).notes)
 
 
-def test_a_model_whose_decoder_has_a_configuration_of_its_own_builds_no_kv_cache_in_training():
+def test_training_builds_no_kv_cache_in_a_nested_decoder():
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}

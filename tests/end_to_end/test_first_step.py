@@ -122,7 +122,7 @@ def test_a_wrong_step_is_taken_eagerly_and_so_are_all_others() -> None:
     assert all(torch.equal(one, other) for one, other in zip(mine, its, strict=True))
 
 
-def test_what_leads_to_the_arguments_is_left_for_the_step_itself() -> None:
+def test_a_check_does_not_use_up_the_graph_of_its_arguments() -> None:
     model, given = gated(), x().requires_grad_()
     first = compiled(model)
     model(given.exp(), labels=1.0).backward()  # of which a check must not use up the graph

@@ -162,7 +162,7 @@ def test_uses_of_logits_are_eagers(name: str, adapted: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["metric_first", "own_function", "hooks", "written_by_a_function"])
-def test_uses_of_logits_of_a_model_that_is_traced_whole_are_eagers(name: str) -> None:
+def test_logits_of_a_fully_traced_model_equal_eager(name: str) -> None:
     torch.compiler.reset()
     model = build("llama")
     expected = observe(model, USES[name])
@@ -234,9 +234,7 @@ def test_under_data_parallelism_own_losses_are_eagers(options: dict[str, bool], 
 @pytest.mark.parametrize("inside", [True, False], ids=["own loss", "loss outside"])
 @pytest.mark.parametrize("head_apart", [False, True])
 @pytest.mark.parametrize("reshard", [False, True])
-def test_under_sharding_the_heads_weight_may_be_freed_after_the_forward(
-    reshard: bool, head_apart: bool, inside: bool
-) -> None:
+def test_a_sharded_heads_weight_may_be_freed_after_forward(reshard: bool, head_apart: bool, inside: bool) -> None:
     def use(model: nn.Module, b: dict[str, torch.Tensor]) -> torch.Tensor:
         if inside:
             return model(**b).loss

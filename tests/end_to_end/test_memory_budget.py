@@ -64,7 +64,7 @@ def test_steps_have_equal_bits(copies, family, budget):
     assert ("to_host" in moved and "to_device" in moved) or budget == "1GB"
 
 
-def test_dropout_behind_and_accumulated_gradients_have_equal_bits(copies):
+def test_a_budget_changes_no_bit_of_dropout_or_accumulation(copies):
     found = []
     for budget in (None, 0):
         model = fastlora.compile(build("llama", dropout=0.3).train(), memory_budget=budget)
@@ -76,7 +76,7 @@ def test_dropout_behind_and_accumulated_gradients_have_equal_bits(copies):
         assert torch.equal(mine, plain)
 
 
-def test_with_room_for_everything_only_the_first_step_moves_something(copies):
+def test_a_large_budget_offloads_in_the_first_step_only(copies):
     model = fastlora.compile(build("llama"), memory_budget="1GB")
     step(model, batch())
     before = len(copies.log)
@@ -86,7 +86,7 @@ def test_with_room_for_everything_only_the_first_step_moves_something(copies):
     assert not any("memory budget" in note for note in fastlora.report(model).notes)
 
 
-def test_layers_beyond_the_budget_move_first_and_make_again_where_copies_are_slow(copies):
+def test_layers_over_budget_recompute_where_copies_are_slow(copies):
     given = batch()
     model = fastlora.compile(build("llama"), memory_budget=0)
     step(model, given)
@@ -121,7 +121,7 @@ def test_on_a_cpu_what_can_be_made_again_is_not_kept():
     assert any("0 moved" not in note for note in fastlora.report(model).notes)
 
 
-def test_under_gradient_checkpointing_it_has_no_effect_and_says_so(copies):
+def test_a_budget_under_gradient_checkpointing_is_reported_unused(copies):
     given = batch()
     model = build("llama")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

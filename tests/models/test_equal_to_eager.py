@@ -2,17 +2,19 @@
 
 import random
 from collections import Counter
+from functools import cache
 
 import pytest
 import torch
-from tiny_models import FAMILIES, LLAMA_LIKE, batch, build, double, relative, step
+from tiny_models import FAMILIES, LLAMA_LIKE, Step, batch, build, double, relative, step
 
 import fastlora
 
 FLOAT32 = 1e-6
 SLACK = 1.25
-SEEDS = 24
-LOSS_SEEDS = 96
+SEEDS = 16
+LOSS_SEEDS = 64
+SHAPES = 20
 
 
 def assert_equal_in_float32(model, found, eager, inputs) -> None:
@@ -56,7 +58,7 @@ def test_checkpointed_dropout_draws_the_same_masks_again(family):
     assert all(relative(found.gradients[name], eager.gradients[name]) < 5e-6 for name in eager.gradients)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox", "bert"])  # each has masks of its own kind
 def test_changing_lengths_compile_no_more_after_the_second(family):
     model = build(family)
     lengths = [batch(16), batch(24), batch(20), batch(13)]
@@ -72,24 +74,31 @@ def test_changing_lengths_compile_no_more_after_the_second(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fifty_shapes_compile_each_region_at_most_twice(family):
+def test_changing_shapes_compile_each_region_at_most_twice(family):
     """Beyond the sliding windows of 8, up to which there is no mask."""
     model, eager = fastlora.compile(build(family)), build(family)
-    shapes = random.Random(0).choices([(rows, length) for rows in range(1, 7) for length in range(9, 40)], k=50)
+    shapes = random.Random(0).choices([(rows, length) for rows in range(1, 7) for length in range(9, 40)], k=SHAPES)
+    shapes[SHAPES // 2] = (1, 17)
     compiled = {}
     for i, (rows, length) in enumerate(shapes):
         inputs = batch(length, rows)
         found = step(model, inputs)
-        if i % 10 == 1:
+        if i % 5 == 1:
             expected = step(eager, inputs)
             assert max(relative(found.gradients[n], expected.gradients[n]) for n in expected.gradients) < 5e-6
         graphs = model._compiled_call_impl.session.graphs
         compiled = Counter(graph.name for graph in graphs)
         assert max(compiled.values()) <= 2, (compiled, shapes[: i + 1])
-    assert min(rows for rows, _ in shapes[1:]) == 1
     fused = {name: each.fused for name, each in fastlora.report(model).coverage.items()}
-    step(fastlora.compile(model), batch())
-    assert fused == {name: each.fused for name, each in fastlora.report(model).coverage.items()}
+    assert fused == {name: each.fused for name, each in _report(family).coverage.items()}
+
+
+@cache
+def _report(family) -> fastlora.Report:
+    """What one step of a batch of one shape says."""
+    model = fastlora.compile(build(family))
+    step(model, batch())
+    return fastlora.report(model)
 
 
 @pytest.mark.parametrize("mode", ["bf16 base, fp32 adapters", "autocast, fp32 adapters"])
@@ -100,12 +109,10 @@ def test_bfloat16_is_no_further_from_fp64_than_eager(family, mode):
     model = build(family, torch.float32 if autocast else torch.bfloat16)
     exact = double(model)
     inputs = [batch(seed=seed) for seed in range(LOSS_SEEDS)]
-    true_losses, truth = [loss(exact, each) for each in inputs], [step(exact, each) for each in inputs[:SEEDS]]
-    eager_losses = [loss(model, each, autocast) for each in inputs]
-    eager = [step(model, each, autocast) for each in inputs[:SEEDS]]
+    truth, true_losses = steps_and_losses(exact, inputs)
+    eager, eager_losses = steps_and_losses(model, inputs, autocast)
     fastlora.compile(model)
-    found_losses = [loss(model, each, autocast) for each in inputs]
-    found = [step(model, each, autocast) for each in inputs[:SEEDS]]
+    found, found_losses = steps_and_losses(model, inputs, autocast)
     floor = torch.finfo(eager_losses[0].dtype).eps / 4
     assert rms(found_losses, true_losses) <= SLACK * rms(eager_losses, true_losses) + floor
     for name in truth[0].gradients:
@@ -113,10 +120,13 @@ def test_bfloat16_is_no_further_from_fp64_than_eager(family, mode):
         assert rms(mine, true) <= SLACK * rms(its, true), name
 
 
-def loss(model, inputs, autocast=None) -> torch.Tensor:
-    """The loss of a step, with gradients on and not taken."""
+def steps_and_losses(model, inputs, autocast=None) -> tuple[list[Step], list[torch.Tensor]]:
+    """The first steps, and the losses of all: of those after the first, gradients are on and not taken."""
+    steps = [step(model, each, autocast) for each in inputs[:SEEDS]]
+    losses = [each.loss for each in steps]
     with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-        return model(**inputs).loss.detach()
+        losses += [model(**each).loss.detach() for each in inputs[SEEDS:]]
+    return steps, losses
 
 
 def rms(found, truth) -> float:
@@ -126,19 +136,15 @@ def rms(found, truth) -> float:
 
 @pytest.mark.parametrize("family", LLAMA_LIKE)
 def test_every_site_of_a_llama_like_model_is_claimed(family):
-    model = fastlora.compile(build(family))
-    step(model, batch())
-    report = fastlora.report(model)
-    assert report.missed == []
+    assert _report(family).missed == []
     for name in ("lora", "norm", "rotary", "glu", "loss"):
-        coverage = report.coverage[name]
+        coverage = _report(family).coverage[name]
         assert coverage.seen == coverage.fused > 0, name
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "bert"])
 def test_adapters_norms_and_loss_of_the_others_are_claimed(family):
-    model = fastlora.compile(build(family))
-    step(model, batch())
-    report = fastlora.report(model)
-    assert report.missed == []
-    assert all(report.coverage[name].fused == report.coverage[name].seen > 0 for name in ("lora", "norm", "loss"))
+    assert _report(family).missed == []
+    for name in ("lora", "norm", "loss"):
+        coverage = _report(family).coverage[name]
+        assert coverage.seen == coverage.fused > 0, name

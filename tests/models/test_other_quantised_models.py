@@ -158,7 +158,7 @@ def assert_fused(model: Any, sites: int) -> None:
 
 
 @pytest.mark.parametrize("quantise", IN_FLOAT32.values(), ids=IN_FLOAT32)
-def test_losses_and_gradients_are_eagers(quantise: Quantise) -> None:
+def test_losses_and_gradients_equal_eager(quantise: Quantise) -> None:
     model = build(quantise, lora_dropout=0.2)
     eager = step(model, batch(padded=True))
     fastlora.compile(model)
@@ -205,7 +205,7 @@ def test_checkpointed_layers_train_as_eager_ones(reentrant: bool) -> None:
     assert_fused(model, 14)
 
 
-def test_gradients_that_an_owner_does_not_give_are_missing_in_eager_too() -> None:
+def test_layers_without_a_backward_have_none_in_eager_either() -> None:
     """torchao's products of quantised activations have no backward; what adapters and residuals give is left."""
     layer = INT8_DYNAMIC(nn.Linear(64, 64, bias=False).requires_grad_(False))
     assert not layer(torch.randn(3, 64, requires_grad=True)).requires_grad

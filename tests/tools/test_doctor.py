@@ -1,3 +1,5 @@
+"""`fastlora doctor` says what it finds, and runs the kernels' tests from wherever it is called."""
+
 from __future__ import annotations
 
 import subprocess

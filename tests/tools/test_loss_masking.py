@@ -54,14 +54,14 @@ def test_plain_text_is_learned_whole(tokenizer: Any) -> None:
     assert (text, learned) == ("<|begin|>abc<|end|>", ".abc<|end|>")
 
 
-def test_a_conversation_without_template_learns_each_assistant_turn(tokenizer: Any) -> None:
+def test_assistant_turns_have_labels_without_a_template_too(tokenizer: Any) -> None:
     text, learned = read_and_learned(Conversation(1, TURNS[1:]), tokenizer)
     assert text == "<|begin|>User: Hi\nAssistant: Yes?<|end|>\nUser: Bye\nAssistant: Bye.<|end|>"
     assert learned.replace(".", " ").split() == ["Yes?<|end|>", "Bye", "<|end|>"]
     assert learned.endswith("Bye.<|end|>")
 
 
-def test_a_chat_template_is_used_and_only_assistant_turns_are_learned(tokenizer: Any) -> None:
+def test_only_assistant_turns_of_a_chat_template_have_labels(tokenizer: Any) -> None:
     tokenizer.chat_template = CHATML
     text, learned = read_and_learned(Conversation(1, TURNS), tokenizer)
     assert text == "<system>Be brief.</><user>Hi</><assistant>Yes?</><user>Bye</><assistant>Bye.</>"
@@ -76,7 +76,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> No
         encode_one(Conversation(4, TURNS), tokenizer)
 
 
-def test_examples_are_cut_and_those_with_nothing_to_learn_are_dropped(tokenizer: Any) -> None:
+def test_examples_are_truncated_and_empty_ones_dropped(tokenizer: Any) -> None:
     encoded = encode([Instruction(1, "a", "bcd"), Instruction(2, "a long prompt", "b")], tokenizer, 5)
     assert (encoded.examples, encoded.cut, encoded.dropped) == (2, 2, 1)
     assert [tokenizer.decode(row["input_ids"]) for row in encoded.rows] == ["<|begin|>a\nbc"]

@@ -26,7 +26,7 @@ def write_run(output: Path, name: str, stop: type[BaseException] | None = None) 
             raise stop
 
 
-def test_results_appear_under_the_name_asked_for_and_nothing_else_is_left(tmp_path: Path) -> None:
+def test_only_the_output_folder_is_left_behind(tmp_path: Path) -> None:
     with workplace(tmp_path / "out") as place:
         place.scratch.mkdir()
         (place.scratch / "checkpoint").write_text("x")
@@ -84,9 +84,7 @@ def test_a_summary_of_something_else_is_no_earlier_run(tmp_path: Path, summary: 
         check_output(tmp_path)
 
 
-def test_a_file_the_current_folder_and_a_missing_parent_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unusable_output_folders_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="is a file"):
         check_output(tmp_path / "file")

@@ -37,7 +37,7 @@ TRACE = [
 ]
 
 
-def test_kernels_belong_to_the_outermost_range_that_says_what_it_is_for() -> None:
+def test_kernels_count_for_the_outermost_named_range() -> None:
     assert attributed(TRACE) == {
         "LoRA layers": {"sum_kernel": 60},
         "attention": {"fmha": 30},

@@ -24,7 +24,7 @@ TOWERS = {
 
 
 @pytest.mark.parametrize("kind", TOWERS, ids=str)
-def test_adapters_of_a_tower_are_trained_through_the_language_model(kind: Kind) -> None:
+def test_tower_adapters_train_through_the_language_model(kind: Kind) -> None:
     model = examine.build(kind)
     step = examine._step(model, batch(model, kind))
     tower = [name for name in step.gradients if re.match(TOWERS[kind], name)]
@@ -39,7 +39,7 @@ def test_what_is_seen_changes_the_loss() -> None:
     assert examine._step(model, inputs).loss != examine._step(model, other).loss
 
 
-def test_as_many_tokens_stand_for_a_picture_as_its_encoder_makes_and_none_is_predicted() -> None:
+def test_image_tokens_match_the_encoder_and_have_no_labels() -> None:
     model = examine.build(LLAVA)
     inputs, token = batch(model, LLAVA), model.config.image_token_id  # type: ignore[union-attr]
     many = model.config.vision_config.image_size**2 // model.config.vision_config.patch_size**2  # type: ignore[union-attr]

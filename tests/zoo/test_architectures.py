@@ -38,7 +38,7 @@ def test_every_known_type_is_equal() -> None:
     assert {row["verdict"] for row in GOLDEN.values()} == {EQUAL}
 
 
-def test_nearly_all_types_are_fused_entirely_but_for_units_that_no_rule_is_about() -> None:
+def test_nearly_all_types_are_fused_entirely() -> None:
     left = {name: sum(seen - fused for seen, fused in row["sites"].values()) for name, row in GOLDEN.items()}
     whole = [name for name, row in GOLDEN.items() if left[name] == row.get("uncovered", 0)]
     assert len(whole) >= 0.9 * len(GOLDEN)

@@ -65,7 +65,7 @@ HOOKS = (
 
 
 @pytest.mark.parametrize("register", HOOKS, ids=lambda register: register.__name__)
-def test_hooks_registered_after_the_first_step_run_until_they_are_removed(register: Change) -> None:
+def test_hooks_added_after_compilation_run_until_removed(register: Change) -> None:
     steps = []
     for compiled in (False, True):
         model = build("llama")
@@ -187,7 +187,7 @@ class Deep(nn.Module):
         return x.square().mean()
 
 
-def test_layers_past_the_limit_of_graphs_are_counted_as_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_past_the_recompile_limit_count_as_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastlora.frontend.gate._GRAPHS_PER_BLOCK", 3)
     model = fastlora.compile(Deep(6))
     model(torch.randn(2, 8)).backward()
@@ -274,7 +274,7 @@ def test_a_model_inside_a_wrapper_is_fused_as_by_itself() -> None:
         assert not [note for note in report.notes if "KV cache" in note]
 
 
-def test_a_forward_that_was_swapped_gets_no_keyword_that_it_does_not_know() -> None:
+def test_a_replaced_forward_gets_no_unknown_keyword() -> None:
     model: Any = fastlora.compile(build("llama"))
     expected = step(model, batch())
     forward = model.forward
@@ -298,7 +298,7 @@ def test_a_head_that_is_saved_has_its_loss_fused() -> None:
     assert fastlora.report(model).coverage["loss"].fused == 1
 
 
-def test_the_loss_of_a_head_of_another_kind_of_tensor_is_not_said_to_be_fused() -> None:
+def test_a_head_of_subclassed_weights_is_not_reported_as_fused() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
