@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora.graph.canonical_ops import spell
-from fastlora.kernels.core.semantic_op import op
+from fastlora.kernels.core.library import register_op
 from fastlora.match.dsl import Op
 from fastlora.match.rule import rule
 
@@ -113,7 +113,7 @@ def _backward(wanted: dict[str, bool], grads: list[Tensor], x: Tensor) -> dict[s
     return {"x": grads[0] * 2 * F.relu(x)}
 
 
-squared_relu = op(
+squared_relu = register_op(
     "squared_relu",
     family="activation",
     schema="(Tensor x) -> (Tensor y)",

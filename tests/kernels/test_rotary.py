@@ -33,6 +33,9 @@ from fastlora.kernels.ops import rotary, rotary_group
 FORMS = ["pytorch", "triton"]
 LAYOUTS = ["half", "flipped", "pairs", "interleaved"]
 
+few = st.sampled_from([1, 2, 3, 5])
+"""Each of these takes programs of its own, which Triton's interpreter runs one by one."""
+
 
 def arguments(dtype: torch.dtype, layout: str, rotary_dim: int, *shape: int) -> Arguments:
     """x (B, heads, S, D) of the shape, with cos and sin as arbitrary as x: no two entries of a pair share theirs."""
@@ -77,7 +80,8 @@ def test_contract(case: Case, check: Any) -> None:
 def test_errors_are_at_most_those_of_eager(data: st.DataObject) -> None:
     """Also with float32 cosines on half-precision heads, computing in either."""
     layout = data.draw(st.sampled_from(LAYOUTS))
-    batch, heads, positions, pairs, rest = (data.draw(sizes) for _ in range(5))
+    batch, heads, positions = (data.draw(few) for _ in range(3))
+    pairs, rest = (data.draw(sizes) for _ in range(2))
     rest *= data.draw(st.booleans())
     dtype, angle_dtype = data.draw(st.sampled_from([(f32, f32), (bf16, bf16), (f16, f16), (bf16, f32), (f16, f32)]))
     width = pairs if layout == "interleaved" else 2 * pairs
@@ -110,11 +114,12 @@ def test_half_precision_is_rounded_once(layout: str, dtype: torch.dtype) -> None
 @given(st.data())
 def test_errors_of_a_group_are_no_larger_than_eager_ones(data: st.DataObject) -> None:
     layout = data.draw(st.sampled_from(LAYOUTS))
-    batch, positions, pairs, rest = (data.draw(sizes) for _ in range(4))
+    batch, positions = (data.draw(few) for _ in range(2))
+    pairs, rest = (data.draw(sizes) for _ in range(2))
     rest *= data.draw(st.booleans())
     dtype, angle_dtype = data.draw(st.sampled_from([(f32, f32), (bf16, bf16), (f16, f16), (bf16, f32), (f16, f32)]))
     width = pairs if layout == "interleaved" else 2 * pairs
-    heads = data.draw(st.lists(sizes, min_size=1, max_size=3))
+    heads = data.draw(st.lists(few, min_size=1, max_size=3))
     drawn = {
         "x": [data.draw(tensors((batch, n, positions, 2 * pairs + rest), dtype)) for n in heads],
         "cos": data.draw(tensors((batch, 1, positions, width), angle_dtype, magnitude=1.0)),
