@@ -99,7 +99,10 @@ def launches() -> Iterator[list[str]]:
     """The names of the kernels launched, in order."""
     from triton.runtime.jit import KernelInterface
 
-    from fastlora.kernels.core.call_site import without
+    try:
+        from fastlora.kernels.core.shortcuts import without
+    except ImportError:
+        from fastlora.kernels.core.call_site import without
 
     launched: list[str] = []
     start = KernelInterface.__getitem__
