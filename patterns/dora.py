@@ -11,7 +11,19 @@ from typing import Any
 
 from fastlora.graph.fake_values import known_equal, same_shape
 from fastlora.kernels import ops
-from fastlora.match.dsl import Op, Opt, Param, Pattern, Scalar, cast, either, linear
+from fastlora.match.dsl import (
+    Opt,
+    Param,
+    Pattern,
+    Scalar,
+    cast,
+    detach,
+    either,
+    eye,
+    linalg_norm,
+    linear,
+    transposed,
+)
 from fastlora.match.rule import GroupRule, Match, Rule, dtype_of, rule
 from fastlora.patterns.lora import has_low_rank, low_rank
 
@@ -59,11 +71,11 @@ def _rows(dim: Any) -> bool:
     attrs={"lora_dtype": dtype_of("product"), "sum_dtype": dtype_of("total"), "out_dtype": dtype_of()},
 )
 def dora_norm(weight, lora_a: Param(2), lora_b: Param(2), scaling: Scalar = 1.0):
-    unit = Op("eye", n=lambda n: True, m=None, dtype=lambda dtype: True, device=lambda device: True)
+    unit = eye(lambda n: True, dtype=lambda dtype: True, device=lambda device: True)
     product = linear(linear(unit, lora_a), lora_b).named("product")
-    delta = Op("detach", input=cast(Op("transposed", input=product)))
+    delta = detach(cast(transposed(product)))
     total = (cast(weight) + either(scaled=delta * scaling, plain=delta)).named("total")
-    return Op("detach", input=cast(Op("linalg_norm", input=total, dim=_rows)))
+    return detach(cast(linalg_norm(total, dim=_rows)))
 
 
 for _adapter in (dora_linear, dora_add, dora_norm):

@@ -13,7 +13,7 @@ from fastlora.graph.fake_values import known_equal, known_less, meta, same_shape
 from fastlora.graph.view import View
 from fastlora.kernels import ops
 from fastlora.kernels.core.grouped_mm import makes_at_once
-from fastlora.match.dsl import Op, Param, Scalar, either
+from fastlora.match.dsl import Param, Scalar, baddbmm, either, grouped_mm, grouped_mm_or_zero, mT
 from fastlora.match.rule import GroupRule, Match, Rule, rule
 from fastlora.match.state import describe
 from fastlora.patterns.candidates import is_given
@@ -74,10 +74,10 @@ def _sums_products(view: View, value) -> bool:
     },
 )
 def lora_grouped(x, weight: Param(3), left, right, offs, scaling: Scalar = 1.0):
-    total = Op("baddbmm", input=weight, batch1=left, batch2=right, beta=1, alpha=scaling)
-    matrices = either(out_first=Op("mT", input=total), in_first=total).named("layout")
-    zero = Op("grouped_mm_or_zero", input=x, mat2=matrices, offs=offs)
-    return either(zero=zero, undefined=Op("grouped_mm", input=x, mat2=matrices, offs=offs)).named("product")
+    total = baddbmm(weight, left, right, alpha=scaling)
+    matrices = either(out_first=mT(total), in_first=total).named("layout")
+    zero = grouped_mm_or_zero(x, matrices, offs)
+    return either(zero=zero, undefined=grouped_mm(x, matrices, offs)).named("product")
 
 
 @lora_grouped.where

@@ -1,7 +1,7 @@
 """RMSNorm and LayerNorm, alone, after a residual addition, and after one whose branch is dropped out before it.
 
 Models differ in four ways, all arguments of the op: whether the weight is stored as its distance from one (`offset`),
-whether the normalised value is rounded before it meets the weight (`norm_dtype`), in which dtype the weight is read
+whether the normalized value is rounded before it meets the weight (`norm_dtype`), in which dtype the weight is read
 (`scale_dtype`), and what comes out (`out_dtype`).
 
 A dropout of either operand becomes a part of the op where LoRA's does, on a GPU: see `patterns/lora.py`.
@@ -44,7 +44,7 @@ def _scale(weight: Pattern) -> Pattern:
 
 
 def _last_dimension(match: Match) -> bool | str:
-    """A weight has one entry for each normalised element."""
+    """A weight has one entry for each normalized element."""
     if match.value("weight") is None:
         return True
     fits = known_equal(match.tensor("weight").shape[-1], match.tensor("x").shape[-1])

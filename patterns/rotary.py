@@ -120,11 +120,11 @@ def _pieces_meet(match):
 
 
 class _InOneLayer(GroupRule):
-    """Groups neighbours only: all layers of a graph read the same cos and sin, and each rotates its own q and k."""
+    """Groups neighbors only: all layers of a graph read the same cos and sin, and each rotates its own q and k."""
 
     def find(self, view: View, candidates: list[Match]) -> Iterator[Match]:
-        for neighbours in _neighbours(view, _outermost([m for m in candidates if m.op is self.member])):
-            yield from super().find(view, neighbours)
+        for neighbors in _neighbors(view, _outermost([m for m in candidates if m.op is self.member])):
+            yield from super().find(view, neighbors)
 
 
 def _outermost(matches: list[Match]) -> list[Match]:
@@ -132,7 +132,7 @@ def _outermost(matches: list[Match]) -> list[Match]:
     return [m for m in matches if not any(m.root in other.members for other in matches if other.root is not m.root)]
 
 
-def _neighbours(view: View, matches: list[Match]) -> Iterator[list[Match]]:
+def _neighbors(view: View, matches: list[Match]) -> Iterator[list[Match]]:
     """Runs of matches whose inputs all exist before any of their outputs is used."""
     run: list[Match] = []
     for match in sorted(matches, key=lambda m: view.order[m.root]):

@@ -174,7 +174,7 @@ def _joined(op: str, node: fx.Node, given: dict[str, Any]) -> Term | None:
 
 
 def log_softmax(terms: Terms, node: fx.Node, given: dict[str, Any]) -> Term | None:
-    """Read only what normalises the last dimension; the dtype is that of the result."""
+    """Read only what normalizes the last dimension; the dtype is that of the result."""
     return Term("log_softmax", {"input": given["input"]}) if _is_last(given["dim"], meta(given["input"])) else None
 
 

@@ -6,7 +6,7 @@
 Every operation that `fastlora.graph.canonical_ops` declares has a function of its name here (`silu(x)`, `linear(x, w)`,
 `layer_norm(x, shape, weight=w)`), and `Op(name, argument=...)` is the same written out; an argument that is not
 mentioned must have its default. `*` and `+` commute; `cast` and `widened` are optional; no-op casts, views, copies and
-inactive dropouts are seen through. The capitalised names annotate a rule's parameters and say what a captured value
+inactive dropouts are seen through. The capitalized names annotate a rule's parameters and say what a captured value
 must be.
 """
 

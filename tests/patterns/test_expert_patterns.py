@@ -286,7 +286,7 @@ LOOKALIKES = [
     Lookalike("the sum is read twice", read_twice, GIVEN, missed="value total is also used"),
     Lookalike("the sum leaves as well", leaving, GIVEN, missed="leaves the graph"),
     Lookalike("the sum leaves alone", alone, GIVEN, missed="leaves the graph before a product reads it"),
-    Lookalike("twice the weight", doubled, GIVEN, missed="expected the constant 1, found 2.0"),
+    Lookalike("twice the weight", doubled, GIVEN, missed="baddbmm has beta=2.0, which the pattern does not mention"),
     Lookalike("another reader", penalised, GIVEN, missed="reads the sum of weight and adapter"),
     Lookalike("no parameter", computed, GIVEN),
     Lookalike("a matrix for each token", for_each_token, GIVEN, missed="set_experts_implementation('grouped_mm')"),
