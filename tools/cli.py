@@ -265,7 +265,11 @@ def step(
     layers: Annotated[int | None, typer.Option(help="Layers.", show_default="the model's own number")] = None,
     batch: Annotated[
         list[str] | None,
-        typer.Option(metavar="ROWSxLENGTH", help="Sequences x tokens in each; may be repeated.", show_default="4x2048"),
+        typer.Option(
+            metavar="ROWSxLENGTH",
+            help="Sequences x tokens in each, or 4x128-1024 for changing lengths; may be repeated.",
+            show_default="4x2048",
+        ),
     ] = None,
     contenders: Annotated[
         list[str] | None,

@@ -11,15 +11,14 @@ registered operator.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from fastlora.compat import calls
 from fastlora.compat import dispatch as compat_dispatch
-from fastlora.kernels.core import dispatch, implementations, recompute
+from fastlora.kernels.core import dispatch, implementations, recompute, shortcuts
 from fastlora.kernels.core.arguments import Arguments, bind, fill_all
 from fastlora.kernels.core.plan import Plan, PlannedCall
 from fastlora.kernels.core.quantized_weight import dequantized
@@ -29,26 +28,6 @@ MOST_PLANS = 256
 """Plans of one call site; lengths that never come back are not to fill the memory."""
 
 _apply = calls.apply_of(PlannedCall)
-
-
-class Reuse:
-    """Whether plans, and traces of what they run, are reused: on but for tests and measurements."""
-
-    plans = True
-    traces = True
-
-
-@contextmanager
-def without(*kinds: str) -> Iterator[None]:
-    """Make plans, or record traces, anew in each call: `without("traces")`, `without("plans")`."""
-    before = {kind: getattr(Reuse, kind) for kind in kinds}
-    for kind in kinds:
-        setattr(Reuse, kind, False)
-    try:
-        yield
-    finally:
-        for kind, value in before.items():
-            setattr(Reuse, kind, value)
 
 
 class CallSite:
@@ -81,7 +60,7 @@ class CallSite:
         tensors, numbers = given[: self._tensors], given[self._tensors :]
         key = (
             tensors[0].shape, torch.is_grad_enabled(), recompute.current.not_saved is None,
-            implementations.restricted.to, Reuse.traces, repr(numbers) if numbers else "",
+            implementations.restricted.to, shortcuts.use.traces, repr(numbers) if numbers else "",
         )  # fmt: skip
         for plan in self._plans.get(key, ()):
             if plan.check(*tensors):
@@ -96,8 +75,8 @@ class CallSite:
         return results[0] if self._single else results
 
     def _plan(self, key: Any, tensors: tuple[torch.Tensor, ...], numbers: tuple[Any, ...]) -> Plan:
-        plan = Plan(self.op, self.arguments, tensors, numbers, Reuse.traces)
-        if Reuse.plans and plan.check(*tensors):  # which fails where one of them is there twice
+        plan = Plan(self.op, self.arguments, tensors, numbers, shortcuts.use.traces)
+        if shortcuts.use.plans and plan.check(*tensors):  # which fails where one of them is there twice
             if self._made == MOST_PLANS:
                 self._plans.clear()
                 self._made = 0

@@ -19,6 +19,7 @@ from fastlora.frontend.progress import progress
 from fastlora.frontend.session import CompiledGraph, Session
 from fastlora.graph.bodies import bodies
 from fastlora.graph.fake_values import meta, steady
+from fastlora.kernels.core import shortcuts
 from fastlora.kernels.core.devices import runs_kernels
 from fastlora.logits.graph_pass import deferrals
 from fastlora.lower.lowering import checkpoints, lower, pretend
@@ -123,7 +124,7 @@ def _lower(session: Session, graph: CompiledGraph, inputs: Sequence[Any]) -> Cal
 def _compile_kernels(session: Session, gm: fx.GraphModule) -> None:
     """Compile the kernels of a graph in parallel, with those of the loss where it is the first graph."""
     device = next((t.device for t in _examples(gm) if t.is_cuda), None)
-    if device is None or not runs_kernels(device):
+    if device is None or not runs_kernels(device) or not shortcuts.use.precompilation:
         return
     from fastlora.kernels.triton.precompile import compile_kernels  # Triton is installed where kernels run
 

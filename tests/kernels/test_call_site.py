@@ -23,7 +23,9 @@ from test_lora_mlp import CASES as MLPS
 from test_rms_norm import CASES as NORMS
 from test_rotary import CASES as ROTARY
 
-from fastlora.kernels.core.call_site import CallSite, Reuse, call_site, without
+from fastlora.kernels.core import shortcuts
+from fastlora.kernels.core.call_site import CallSite, call_site
+from fastlora.kernels.core.shortcuts import without
 from fastlora.kernels.core.recompute import recomputing
 from fastlora.kernels.ops import glu, lora_linear, rms_norm
 
@@ -163,8 +165,8 @@ def test_without_traces_or_plans_each_call_runs_the_implementation() -> None:
             for _ in range(3):
                 calls.by_site()
         assert runs == ["forward", "backward"] * 3
-    assert Reuse.traces
-    assert Reuse.plans
+    assert shortcuts.use.traces
+    assert shortcuts.use.plans
 
 
 CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

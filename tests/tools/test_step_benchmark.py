@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 import torch
 
+from fastlora.kernels.core import shortcuts
 from fastlora.tools.bench.step import results, weights
+from fastlora.tools.bench.step.batches import parse
 from fastlora.tools.bench.step.contenders import CONTENDERS, RATIO, Contender, named
-from fastlora.tools.bench.step.measurement import gradients, loss_of
+from fastlora.tools.bench.step.measurement import Trainer, gradients, loss_of, measure
 from fastlora.tools.bench.step.processes import work
 from fastlora.tools.bench.step.truth import TRUTH, write_truth
 from fastlora.tools.cli import main
@@ -57,7 +59,7 @@ def test_a_race_is_shown_and_recorded(tmp_path: Path) -> None:
 
 def _check_table(printed: str) -> None:
     assert "2x16 fastlora: ranked" in printed
-    assert "tiny, 2 layers, 2 x 16 tokens" in printed
+    assert "tiny, 2 layers, 2x16 tokens" in printed
     lines = [line.split("│")[1:-1] for line in printed.splitlines() if line.startswith("│")]
     assert {cells[1].strip() for cells in lines} == {"eager", "fastlora"}
     assert sorted(cells[0].strip() for cells in lines) == ["1", "2"]
@@ -178,6 +180,7 @@ def test_every_contender_can_be_prepared_by_something() -> None:
         "fastlora",
         "fastlora@0",
         "fastlora-graphs",
+        "fastlora-no-graphs",
         "fastlora-inductor",
         "fastlora-checkpointing",
         "fastlora-inductor-checkpointing",
@@ -215,7 +218,15 @@ def test_wrong_arguments_are_named(
 def test_the_picture_joins_those_that_none_beats(tmp_path: Path) -> None:
     def row(contender: str, seconds: float, gib: float, status: str = "ranked") -> dict[str, Any]:
         measured = {"seconds": seconds, "extra_bytes": gib * 2**30, "tokens_per_second": 8192 / seconds}
-        return {"contender": contender, "status": status, "rows": 4, "length": 2048, "limit_seconds": 0.2, **measured}
+        return {
+            "contender": contender,
+            "status": status,
+            "batch": "4x2048",
+            "rows": 4,
+            "length": 2048,
+            "limit_seconds": 0.2,
+            **measured,
+        }
 
     rows = [row("eager", 0.4, 40), row("fastlora", 0.25, 10), row("small", 0.3, 5), row("late", 0.5, 6)]
     assert [each["contender"] for each in results.frontier(rows)] == ["small", "fastlora"]
@@ -227,3 +238,36 @@ def test_the_picture_joins_those_that_none_beats(tmp_path: Path) -> None:
     assert results.ranked([unranked, *rows])[-1] is unranked
     assert rows[1]["rank"] == 1
     assert rows[1]["times_eager"] == pytest.approx(1.6)
+
+
+def test_a_contender_does_without_one_shortcut() -> None:
+    for name in shortcuts.NAMES:
+        assert named(f"fastlora-without-{name}").options == {"mode": "no-cudagraphs", "without": name}
+    with pytest.raises(ValueError, match=r"fastlora-without-\(plans\|traces\|kernels\|precompilation\)"):
+        named("fastlora-without-luck")
+
+
+def test_lengths_change_within_bounds_and_are_always_the_same() -> None:
+    batches = parse("4x8-32")
+    assert (str(batches), batches.is_constant) == ("4x8-32", False)
+    lengths = batches.lengths()
+    assert lengths == parse("4x8-32").lengths()
+    assert lengths[0] == max(lengths) == 32
+    assert min(lengths) >= 8
+    assert len(set(lengths)) > 4
+    assert parse("4x32").lengths() == [32]
+
+
+@pytest.mark.parametrize("text", ["4x1", "x8", "4x32-8", "4x8-", "0x8", "4x8x8"])
+def test_batches_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="4x128-1024 for changing lengths"):
+        parse(text)
+
+
+def test_batches_of_changing_lengths_are_trained_on_in_turn(saved: Path, tmp_path: Path) -> None:
+    model = weights.adapted(weights.load(saved, CPU), saved)
+    batches = [weights.batch(model.config.vocab_size, 2, length, CPU) for length in (8, 4, 6)]
+    trainer = Trainer(model, batches, CPU)
+    found = measure(trainer, steps=2, warmup=1, path=tmp_path / "gradients.safetensors")
+    assert len(found["all_seconds"]) == 6
+    assert found["tokens_per_second"] == pytest.approx(2 * 6 / found["seconds"])

@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from fastlora.compat.calls import current_device
 from fastlora.compat.launches import has_launch_hooks
-from fastlora.kernels.core import trace
+from fastlora.kernels.core import shortcuts, trace
 from fastlora.kernels.triton.host.kernel_cache import Launcher, specialization_key
 from fastlora.kernels.triton.host.launch import IS_INTERPRETED
 
@@ -59,7 +59,7 @@ class Kernel(JITFunction):
         if _thread.launches is not None:
             _thread.launches.append(RecordedLaunch(self, args, options))
             return None
-        if has_launch_hooks():
+        if has_launch_hooks() or not shortcuts.use.kernels:
             trace.launched(None, args)
             return super().run(*args, grid=grid, warmup=warmup, **options)
         device = current_device()

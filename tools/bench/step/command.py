@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.markup import escape
 
 from fastlora.tools.bench.step import results
 from fastlora.tools.bench.step.agreement import Truth, disagreement, errors, relative
+from fastlora.tools.bench.step.batches import Batches, parse
 from fastlora.tools.bench.step.contenders import CONTENDERS, Contender, named
 from fastlora.tools.bench.step.limit import limit
 from fastlora.tools.bench.step.models import MODELS
@@ -55,8 +55,8 @@ def run(race: Race, console: Console) -> bool:
     with tempfile.TemporaryDirectory(prefix="fastlora-step-", ignore_cleanup_errors=True) as scratch:
         track = Track(race, Path(scratch), console)
         track.prepare(batches)
-        for rows, length in batches:
-            track.measure(rows, length)
+        for each in batches:
+            track.measure(each)
     console.print(f"see {race.output}: {', '.join(track.written)}, {LOGS}", markup=False, highlight=False)
     return all(row["status"] == results.RANKED for row in track.rows if named(row["contender"]).mine)
 
@@ -87,36 +87,37 @@ class Track:
             "limits": self.limits,
         }
 
-    def prepare(self, batches: list[tuple[int, int]]) -> None:
+    def prepare(self, batches: list[Batches]) -> None:
         """Makes the weights, and measures the ceilings on CUDA."""
         made = self._work("save", "save", model=self.race.model, layers=self.layers, quant=self.race.quant)
         if "error" in made:
             raise RunError(f"{self.race.model} with {self.layers} layers could not be made: {made['error']}")
         if torch.cuda.is_available():
-            found = self._work("ceilings", "ceilings", model=self.race.model, batches=batches)
+            constant = [(each.rows, each.length) for each in batches if each.is_constant]
+            found = self._work("ceilings", "ceilings", model=self.race.model, batches=constant)
             self.ceilings = None if self._failed("ceilings", found) else found
 
-    def measure(self, rows: int, length: int) -> None:
-        """Everyone at one batch. What is known is written after each of them: a long race may be cut short."""
-        limited = self._limit(rows, length)
-        truth = self._truth(rows, length)
+    def measure(self, batches: Batches) -> None:
+        """Everyone at one kind of batch. What is known is written after each: a long race may be cut short."""
+        limited = self._limit(batches.rows, batches.length) if batches.is_constant else None
+        truth = self._truth(batches)
         before = self.rows
         found: list[results.Row] = []
         for name in self.race.contenders or CONTENDERS:
-            row = self._contend(named(name), rows, length, truth)
+            row = self._contend(named(name), batches, truth)
             row |= {"limit_seconds": limited, "share_of_limit": _ratio(limited, row.get("seconds"))}
             time = f"{row['seconds'] * 1e3:.2f} ms" if row.get("seconds") else "no time"
-            self.console.print(f"{rows}x{length} {name}: {row['status']}, {time}", markup=False, highlight=False)
+            self.console.print(f"{batches} {name}: {row['status']}, {time}", markup=False, highlight=False)
             found = results.ranked([*found, row])
             self.rows = before + found
             with writing(self.race.output):
                 self.written = results.write(self.race.output, self.conditions, self.rows)
         kept = f" in {self.race.quant}" if self.race.quant else ""
-        title = f"{self.race.model}{kept}, {self.layers} layers, {rows} x {length} tokens"
+        title = f"{self.race.model}{kept}, {self.layers} layers, {batches} tokens"
         self.console.print(results.table(found, title))
         for row in found:
             if "profile" in row:
-                self.console.print(results.profile_table(row, self._limits_of(rows, length)))
+                self.console.print(results.profile_table(row, self._limits_of(batches.rows, batches.length)))
         for line in results.problems(found):
             self.console.print(line, highlight=False, soft_wrap=True)
 
@@ -135,29 +136,29 @@ class Track:
         self.console.print(f"{rows}x{length} limit: {milliseconds:.2f} ms, attention by {backend}", highlight=False)
         return found["seconds"]
 
-    def _truth(self, rows: int, length: int) -> Truth | None:
-        found = self._work("truth", f"truth-{rows}x{length}", rows=rows, length=length)
+    def _truth(self, batches: Batches) -> Truth | None:
+        found = self._work("truth", f"truth-{batches}", rows=batches.rows, length=batches.length)
         if self._failed("float32 reference", found):
             return None
         path = self.scratch / TRUTH
         return Truth(path, found["loss"], errors(self.scratch / ROUNDED, path), found["eager_loss"])
 
-    def _contend(self, contender: Contender, rows: int, length: int, truth: Truth | None) -> results.Row:
+    def _contend(self, contender: Contender, batches: Batches, truth: Truth | None) -> results.Row:
         gradients = self.scratch / "gradients.safetensors"
         gradients.unlink(missing_ok=True)
         found = self._work(
             "contend",
-            f"{contender.name}-{rows}x{length}",
+            f"{contender.name}-{batches}",
             prepare=contender.prepare,
             options=contender.options,
-            rows=rows,
-            length=length,
+            rows=batches.rows,
+            lengths=batches.lengths(),
             steps=self.race.steps,
             warmup=self.race.warmup,
             gradients=str(gradients),
             profile=self.race.profile,
         )
-        row = {"contender": contender.name, "rows": rows, "length": length, "extra_bytes": None}
+        row = {"contender": contender.name, "batch": str(batches), **batches._asdict(), "extra_bytes": None}
         if "error" in found:
             return row | {"status": "failed", "problem": found["error"]}
         return row | found | judged(contender, gradients, found["loss"], truth)
@@ -197,8 +198,8 @@ def _ratio(value: float | None, other: float | None) -> float | None:
     return value / other if value is not None and other else None
 
 
-def _check(race: Race) -> list[tuple[int, int]]:
-    """The batches as numbers."""
+def _check(race: Race) -> list[Batches]:
+    """The batches of a race that makes sense."""
     if race.model not in MODELS:
         raise UsageError(f"--model {race.model}: unknown; choose from {', '.join(MODELS)}")
     for name in race.contenders:
@@ -219,8 +220,8 @@ def _check(race: Race) -> list[tuple[int, int]]:
     return [_batch(text) for text in race.batches]
 
 
-def _batch(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if match is None or int(match[2]) < 2:
-        raise UsageError(f"--batch {text}: must be sequences x tokens in each, at least 2 of them, such as 4x2048")
-    return int(match[1]), int(match[2])
+def _batch(text: str) -> Batches:
+    try:
+        return parse(text)
+    except ValueError as problem:
+        raise UsageError(f"--batch {text}: {problem}") from None

@@ -1,6 +1,7 @@
 """Who takes part. A contender is named here and prepared in its own process, by a function of `preparations`.
 
-`fastlora@9GiB` is fastlora with that memory budget.
+`fastlora@9GiB` is fastlora with that memory budget, and `fastlora-without-traces` fastlora without one of the shortcuts
+that make calls cheap for the host.
 """
 
 from __future__ import annotations
@@ -9,7 +10,11 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastlora.kernels.core import shortcuts
+
 MINE, EAGER = "fastlora", "eager"
+WITHOUT = f"{MINE}-without-"
+"""Without CUDA graphs as well, which would hide what the host does."""
 RATIO = 1.25
 """fastlora's error may be so many times eager's, as everywhere in this project."""
 OTHERS_RATIO = 4.0
@@ -45,6 +50,7 @@ CONTENDERS = {
         _mine(MINE),
         _mine("fastlora@0", memory_budget="0"),
         _mine("fastlora-graphs", mode="reduce-overhead"),
+        _mine("fastlora-no-graphs", mode="no-cudagraphs"),
         _mine("fastlora-inductor", lower="inductor"),
         Contender("compile-layers", _here("compiled_layers")),
         Contender("compile", _here("compiled_whole")),
@@ -70,4 +76,7 @@ def named(name: str) -> Contender:
     base, at, budget = name.partition("@")
     if base == MINE and at:
         return _mine(name, memory_budget=budget)
-    raise ValueError(f"unknown; choose from {', '.join(CONTENDERS)}, {MINE}@BUDGET")
+    if name.removeprefix(WITHOUT) in shortcuts.NAMES:
+        return _mine(name, mode="no-cudagraphs", without=name.removeprefix(WITHOUT))
+    others = f"{MINE}@BUDGET, {WITHOUT}({'|'.join(shortcuts.NAMES)})"
+    raise ValueError(f"unknown; choose from {', '.join(CONTENDERS)}, {others}")

@@ -1,9 +1,10 @@
 """Running and measuring training steps in a contender's process.
 
 A step is forward with the loss, backward, AdamW and zero_grad, under bfloat16 autocast. Steps are not waited for one by
-one, as in a training loop that does not look at its loss. The first one is timed from its call until the device has
-finished, its compilation included: a worker's compile caches are empty (`processes.py`). What a contender does before,
-from its imports to the model that is ready, is `prepare_seconds`.
+one, as in a training loop that does not look at its loss. With batches of changing lengths a step is the mean over all
+of them, each of which is then trained on as often as `steps` and `warmup` say. The first one is timed from its call
+until the device has finished, its compilation included: a worker's compile caches are empty (`processes.py`). What a
+contender does before, from its imports to the model that is ready, is `prepare_seconds`.
 
 Memory, on CUDA only: `peak_bytes` is the most that PyTorch's allocator had given out during the timed steps, and
 `extra_bytes` that less what any contender must hold: the bytes on the device of parameters, buffers, optimizer states
@@ -25,16 +26,18 @@ LEARNING_RATE = 1e-4
 
 
 class Trainer:
-    """A model, its optimizer and one batch."""
+    """A model, its optimizer, and the batches that it is trained on in turn, the first of which has most tokens."""
 
-    def __init__(self, model: Any, batch: dict[str, Any], device: torch.device) -> None:
-        self.model, self.batch, self.device = model.train(), batch, device
+    def __init__(self, model: Any, batches: list[dict[str, Any]], device: torch.device) -> None:
+        self.model, self.batches, self.device = model.train(), batches, device
+        self._next = 0
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=LEARNING_RATE, fused=True)
 
     def differentiate(self) -> torch.Tensor:
         """Forward and backward; returns the loss."""
-        loss = loss_of(self.model, self.batch, self.device)
+        loss = loss_of(self.model, self.batches[self._next], self.device)
+        self._next = (self._next + 1) % len(self.batches)
         loss.backward()
         return loss.detach()
 
@@ -49,7 +52,12 @@ class Trainer:
     def held_bytes(self) -> int:
         """What any contender must hold on the device between two steps."""
         states = [v for state in self.optimizer.state.values() for v in state.values()]
-        tensors = [*self.model.parameters(), *self.model.buffers(), *states, *self.batch.values()]
+        tensors = [
+            *self.model.parameters(),
+            *self.model.buffers(),
+            *states,
+            *(t for batch in self.batches for t in batch.values()),
+        ]
         on_device = [t for t in tensors if isinstance(t, torch.Tensor) and t.device.type == self.device.type]
         return sum({t.data_ptr(): t.nbytes for t in on_device}.values())
 
@@ -75,17 +83,19 @@ def save_gradients(found: dict[str, torch.Tensor], path: Path) -> float:
 def measure(trainer: Trainer, steps: int, warmup: int, path: Path) -> dict[str, Any]:
     """The first step by itself, its gradients into a file, steps to warm up, and the timed ones."""
     result = _first_step(trainer, path)
-    for _ in range(warmup):
+    several = len(trainer.batches)
+    for _ in range(warmup * several):
         trainer.step()
     _reset_peak(trainer.device)
-    seconds, wall = _timed(trainer, steps)
-    tokens = trainer.batch["input_ids"].numel()
+    seconds, wall = _timed(trainer, steps * several)
+    tokens = sum(batch["input_ids"].numel() for batch in trainer.batches) / several
+    typical = statistics.median(seconds) if several == 1 else wall / len(seconds)
     peak = _peak(trainer.device)
     return result | {
-        "seconds": statistics.median(seconds),
+        "seconds": typical,
         "all_seconds": seconds,
-        "wall_seconds": wall / steps,
-        "tokens_per_second": tokens / statistics.median(seconds),
+        "wall_seconds": wall / len(seconds),
+        "tokens_per_second": tokens / typical,
         "peak_bytes": peak,
         "extra_bytes": None if peak is None else peak - trainer.held_bytes(),
     }

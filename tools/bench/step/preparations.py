@@ -51,10 +51,13 @@ def compiled_whole(place: Place) -> Prepared:
     return Prepared(model)
 
 
-def with_fastlora(place: Place, checkpointing: bool = False, **options: Any) -> Prepared:
-    """fastlora, with options of `fastlora.compile`."""
+def with_fastlora(place: Place, checkpointing: bool = False, without: str | None = None, **options: Any) -> Prepared:
+    """fastlora, with options of `fastlora.compile`, or without one of its shortcuts."""
     import fastlora
+    from fastlora.kernels.core import shortcuts
 
+    if without is not None:
+        setattr(shortcuts.use, without, False)
     model = fastlora.compile(_adapted(place, checkpointing), **options)
 
     def describe() -> dict[str, Any]:

@@ -121,11 +121,11 @@ def write(folder: Path, conditions: Row, rows: list[Row]) -> list[str]:
 
 def plot(path: Path, conditions: Row, rows: list[Row]) -> None:
     """Tokens per second against memory, one panel per batch; a line joins those that no other beats in both."""
-    batches = list(dict.fromkeys((row["rows"], row["length"]) for row in rows))
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
     figure = Figure(figsize=(7 * len(batches), 5), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, batch in zip(figure.subplots(1, len(batches), squeeze=False).flat, batches, strict=True):
-        points = [row for row in rows if (row["rows"], row["length"]) == batch]
+        points = [row for row in rows if row["batch"] == batch]
         for row in points:
             color = "tab:blue" if row["contender"].split("-")[0] == MINE else "tab:gray"
             place = (row["extra_bytes"] / _GIB, row["tokens_per_second"])
@@ -134,9 +134,10 @@ def plot(path: Path, conditions: Row, rows: list[Row]) -> None:
         best = [(row["extra_bytes"] / _GIB, row["tokens_per_second"]) for row in frontier(points)]
         axes.plot(*zip(*best, strict=True), color="tab:blue", linewidth=1, alpha=0.5)
         if limit := points[0].get("limit_seconds"):
-            axes.axhline(batch[0] * batch[1] / limit, linestyle="--", color="black", linewidth=1, label="limit")
+            rate = points[0]["rows"] * points[0]["length"] / limit
+            axes.axhline(rate, linestyle="--", color="black", linewidth=1, label="limit")
             axes.legend()
-        axes.set(title=f"{batch[0]} x {batch[1]} tokens", xlabel="GiB above model and optimizer", ylabel="tokens/s")
+        axes.set(title=f"{batch} tokens", xlabel="GiB above model and optimizer", ylabel="tokens/s")
         axes.set(xlim=(0, None), ylim=(0, None))
         axes.grid(alpha=0.3)
     figure.suptitle(f"{conditions['model']}, {conditions['layers']} layers, LoRA, {conditions['device']}")

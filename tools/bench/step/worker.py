@@ -48,7 +48,7 @@ def contend(
     prepare: str,
     options: dict[str, Any],
     rows: int,
-    length: int,
+    lengths: list[int],
     steps: int,
     warmup: int,
     gradients: str,
@@ -62,10 +62,10 @@ def contend(
 
     module, _, function = prepare.partition(":")
     started = time.perf_counter()
-    prepared = getattr(import_module(module), function)(Place(folder, device, length), **options)
+    prepared = getattr(import_module(module), function)(Place(folder, device, max(lengths)), **options)
     seconds = time.perf_counter() - started
-    batch = weights.batch(prepared.model.config.vocab_size, rows, length, device)
-    trainer = Trainer(prepared.model, batch, device)
+    vocabulary = prepared.model.config.vocab_size
+    trainer = Trainer(prepared.model, [weights.batch(vocabulary, rows, each, device) for each in lengths], device)
     measured = measure(trainer, steps, warmup, Path(gradients))
     if profile and device.type == "cuda":
         measured["profile"] = time_by_work(trainer)
