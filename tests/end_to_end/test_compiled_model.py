@@ -11,7 +11,7 @@ from tiny_models import batch, build, relative, step
 from torch import nn
 
 import fastlora
-from fastlora.frontend import session
+from fastlora.frontend import compile_graph
 from fastlora.logits.deferred_logits import DeferredLogits
 
 
@@ -281,7 +281,7 @@ def test_a_later_piece_that_cannot_be_traced_runs_as_it_was(failure, monkeypatch
     x = torch.randn(3, 8)
     expected = model(x)
     wanted = torch.autograd.grad(expected.sum(), list(model.parameters()))
-    made = session.rewrite
+    made = compile_graph.rewrite
 
     def fails_at_the_second(gm, *args, **kwargs):
         calls.append(gm)
@@ -290,7 +290,7 @@ def test_a_later_piece_that_cannot_be_traced_runs_as_it_was(failure, monkeypatch
         return made(gm, *args, **kwargs)
 
     calls = []
-    monkeypatch.setattr(session, "rewrite", fails_at_the_second)
+    monkeypatch.setattr(compile_graph, "rewrite", fails_at_the_second)
     fastlora.compile(model)
     if failure is fastlora.FastLoRAError:
         with pytest.raises(fastlora.FastLoRAError, match="at the second piece"):
