@@ -37,16 +37,9 @@ import torch.nn.functional as F
 
 from fastlora.kernels.core.gradients import Gradients, Wanted
 from fastlora.kernels.core.library import register_op
+from fastlora.kernels.core.numerics import cast, rows, sum_products, sum_rows
 from fastlora.kernels.core.semantic_op import Policy
-from fastlora.kernels.formulas.lora_linear import (
-    base_backward,
-    carried,
-    cast,
-    low_rank_backward,
-    rows,
-    sum_products,
-    sum_rows,
-)
+from fastlora.kernels.formulas.lora_linear import base_backward, carried, low_rank_backward
 
 _SLICE = 1 << 22
 """Elements of W + s B A that exist at a time."""

@@ -55,9 +55,9 @@ from fastlora.compat.calls import is_fake
 from fastlora.kernels.core.cost import Cost, Work
 from fastlora.kernels.core.gradients import Gradients, Wanted
 from fastlora.kernels.core.library import register_op
+from fastlora.kernels.core.numerics import cast
 from fastlora.kernels.core.semantic_op import Policy
 from fastlora.kernels.formulas.lm_head import PARAMETERS, Head, Sums, made_dtype
-from fastlora.kernels.formulas.lora_linear import cast
 
 CHUNK_BYTES = 64 << 20
 REDUCTIONS = ("mean", "sum", "none")
@@ -179,7 +179,7 @@ def scaled_gradient(unit: torch.Tensor, g: torch.Tensor, kept: torch.Tensor) -> 
     return (unit * factor[:, None]).masked_fill_(~kept[:, None], 0)
 
 
-# ---- the PyTorch form
+# ---- the PyTorch implementation
 
 
 def chunk_rows(vocabulary: int, logit_bytes: int, budget: int) -> int:

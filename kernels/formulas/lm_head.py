@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from fastlora.kernels.formulas.lora_linear import Addend, cast, scaled_product, sum_products
+from fastlora.kernels.core.numerics import Addend, cast, scaled_product, sum_products
 
 PARAMETERS = ("weight", "bias", "lora_a", "lora_b")
 """The tensors of a head: W, b, A and B above, in the order of the op's schema."""

@@ -28,6 +28,7 @@ import torch
 from fastlora.kernels.core.cost import Cost, Work
 from fastlora.kernels.core.gradients import Gradients, Wanted
 from fastlora.kernels.core.library import register_op
+from fastlora.kernels.core.numerics import Addend, sum_products
 from fastlora.kernels.core.semantic_op import Policy
 from fastlora.kernels.formulas import lora_linear as single
 from fastlora.kernels.formulas.dropout import dropped_out
@@ -82,8 +83,8 @@ def backward(
     lists["xa"] = list(xa.split([a.shape[0] for a in lists["lora_a"]], dim=1))
     wants = _members({name: wanted[name] for name in single.PARAMETERS})
     gradients: dict[str, list[torch.Tensor | None]] = {name: [] for name in single.PARAMETERS}
-    addends: list[single.Addend] = []
-    masked: list[tuple[single.Addend, torch.Tensor, float]] = []
+    addends: list[Addend] = []
+    masked: list[tuple[Addend, torch.Tensor, float]] = []
     for dy, want, member in zip(grads[0], wants, _members(lists), strict=True):
         of_member: Gradients = {}
         seed, p = member.pop("seed"), member.pop("dropout")
@@ -99,7 +100,7 @@ def backward(
     if not wanted["x"]:
         return dict(gradients)
     tokens = next(dy.shape[:-1] for dy in grads[0] if dy is not None)
-    total = single.sum_products(addends, x_dtype)
+    total = sum_products(addends, x_dtype)
     for (left, right), seed, p in masked:
         total = dropped_out(left @ right, seed, p, x_dtype, total)
     return {**gradients, "x": total.reshape(*tokens, lists["weight"][0].shape[1])}

@@ -38,15 +38,13 @@ import torch.nn.functional as F
 from fastlora.kernels.core.cost import Cost, Work
 from fastlora.kernels.core.gradients import Gradients, Wanted
 from fastlora.kernels.core.library import register_op
+from fastlora.kernels.core.numerics import Addend, cast, rows, scaled_product, sum_products, sum_rows
 from fastlora.kernels.core.semantic_op import Policy
 from fastlora.kernels.formulas import dropout as masks
 from fastlora.kernels.formulas.dropout import dropped_out
 
 PARAMETERS = ("weight", "bias", "lora_a", "lora_b", "lora_bias")
 """The tensors of one adapted layer, W, b, A, B and c above, in the schemas' order."""
-
-Addend = tuple[torch.Tensor, torch.Tensor]
-"""A product that stays unevaluated until it is summed with others: (left, right) stands for left @ right."""
 
 
 def reference(
@@ -98,10 +96,6 @@ def _sum(base: torch.Tensor, low: torch.Tensor, dtype: torch.dtype) -> torch.Ten
     return (base.to(wide) + low).to(dtype)
 
 
-def cast(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    return None if t is None else t.to(dtype)
-
-
 def carried(scaling: float, dtype: torch.dtype) -> float:
     """The factor that xa is kept with, in the dtype of the adapter."""
     return 1.0 if dtype is torch.float16 and abs(scaling) > 1 else scaling
@@ -110,36 +104,6 @@ def carried(scaling: float, dtype: torch.dtype) -> float:
 def remainder(scaling: float, dtype: torch.dtype) -> float:
     """What that leaves of the scaling."""
     return scaling if carried(scaling, dtype) != scaling else 1.0
-
-
-def rows(t: torch.Tensor) -> torch.Tensor:
-    """All dimensions but the last as one: the tokens."""
-    return t.reshape(-1, t.shape[-1])
-
-
-def scaled_product(left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch.Tensor:
-    """scaling * (left @ right), rounded once."""
-    return torch.addmm(left.new_zeros(()), left, right, beta=0, alpha=scaling)
-
-
-def sum_rows(t: torch.Tensor) -> torch.Tensor:
-    """The sum over tokens, left in float32 or wider."""
-    return t.sum(0, dtype=torch.promote_types(t.dtype, torch.float32))
-
-
-def sum_products(addends: list[Addend], dtype: torch.dtype) -> torch.Tensor:
-    """The sum of the addends, in `dtype`. A partial sum has the widest dtype at hand, so none is rounded more than
-    autograd's, which is rounded to `dtype`; and a product of that width joins the sum without a rounding of its own.
-    """
-    (left, right), *others = addends
-    total = left @ right
-    wide = dtype
-    for operand, _ in addends:
-        wide = torch.promote_types(wide, operand.dtype)
-    for left, right in others:
-        total = total.to(wide)
-        total = torch.addmm(total, left, right) if left.dtype == wide else total + left @ right
-    return total.to(dtype)
 
 
 def add_forward(

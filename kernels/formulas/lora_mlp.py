@@ -30,6 +30,7 @@ import torch
 from fastlora.kernels.core.cost import Cost, Work
 from fastlora.kernels.core.gradients import Gradients, Wanted
 from fastlora.kernels.core.library import register_op
+from fastlora.kernels.core.numerics import Addend, sum_products
 from fastlora.kernels.core.semantic_op import Policy
 from fastlora.kernels.formulas import glu
 from fastlora.kernels.formulas import lora_linear as single
@@ -121,7 +122,7 @@ def backward(
     ranks = [len(saved[f"{p}_lora_a"]) for p in INNER]
     saved["gate_xa"], saved["up_xa"] = inner_xa.split(ranks, dim=1)
 
-    def through(projection: str, wants_z: bool, dy: torch.Tensor, z: torch.Tensor | None) -> list[single.Addend]:
+    def through(projection: str, wants_z: bool, dy: torch.Tensor, z: torch.Tensor | None) -> list[Addend]:
         layer = of(projection, saved, (*_TYPES, "xa"))
         found, dz = single.projection_backward(
             wants_of(projection, wanted), wants_z, dy, z, base_dtype=base_dtype, lora_dtype=lora_dtype, **layer
@@ -136,11 +137,11 @@ def backward(
     dhidden = through("down", any(wants.values()), grads[0], hidden)
     if not dhidden:
         return gradients
-    dh = single.sum_products(dhidden, hidden_dtype).reshape(gate.shape)
+    dh = sum_products(dhidden, hidden_dtype).reshape(gate.shape)
     inner = glu.backward(wants, [dh], gate, up, activation)
     addends = [a for p in INNER if wants[p] for a in through(p, wanted["x"], inner[p], x)]
     if wanted["x"]:
-        gradients["x"] = single.sum_products(addends, x_dtype).reshape(*gate.shape[:-1], saved["gate_weight"].shape[1])
+        gradients["x"] = sum_products(addends, x_dtype).reshape(*gate.shape[:-1], saved["gate_weight"].shape[1])
     return gradients
 
 

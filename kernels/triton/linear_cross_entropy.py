@@ -230,7 +230,7 @@ def _input_gradient(
         accumulate(out, dxa, head.lora_a)
 
 
-# ---- the Triton form
+# ---- the Triton implementation
 
 
 def _block(rows: int, V: int, device: torch.device) -> dict[str, int]:

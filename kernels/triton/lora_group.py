@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fastlora.kernels.core.gradients import Gradients, Wanted
+from fastlora.kernels.core.numerics import Addend, rows
 from fastlora.kernels.formulas import lora_group as op
 from fastlora.kernels.formulas import lora_linear as single
 from fastlora.kernels.formulas.dropout import check_argument
@@ -32,7 +33,7 @@ def down(x: torch.Tensor, lora_a: list[torch.Tensor], scaling: list[float]) -> t
 
 def members_backward(
     wants: list[Wanted], wants_x: bool, grads: list[torch.Tensor | None], x: torch.Tensor | None, members: Members
-) -> tuple[list[Gradients], single.Addend | None, list[single.Addend]]:
+) -> tuple[list[Gradients], Addend | None, list[Addend]]:
     """The gradients of each member's parameters, and what dx is the sum of: the thin product and the large ones.
 
     dy_i (T, N_i) and x (T, K) have the dtype of the computation. A member has `lora_a`, `lora_b`, `xa`, `weight`,
@@ -105,9 +106,7 @@ def _dropped_down(
     return torch.cat(parts, dim=1)
 
 
-def _masked_sum(
-    low: single.Addend | None, products: list[single.Addend], members: Members, dtype: torch.dtype
-) -> torch.Tensor:
+def _masked_sum(low: Addend | None, products: list[Addend], members: Members, dtype: torch.dtype) -> torch.Tensor:
     """dx in `dtype`, where some of the members behind `low`, which stand side by side in it, have dropout."""
     assert low is not None
     ranks = [len(member["lora_a"]) for member in members]
@@ -141,7 +140,7 @@ def forward(
     dropout: list[float | None],
     **lists: list[Any],
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    tokens = single.rows(x).to(base_dtype)
+    tokens = rows(x).to(base_dtype)
     if _drops_out(seed, dropout):
         xa = _dropped_down(x, tokens, lora_a, scaling, seed, dropout)
     else:
@@ -172,11 +171,11 @@ def backward(
     seed, dropout = lists.pop("seed"), lists.pop("dropout")
     members = [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
     wants = [{name: wanted[name][i] for name in single.PARAMETERS} for i in range(len(members))]
-    tokens = None if x is None else single.rows(x).to(base_dtype)
+    tokens = None if x is None else rows(x).to(base_dtype)
     for member, s, p in zip(members, seed, dropout, strict=True):
         if s is not None and x is not None:
             member["dropped"] = partial(layer.dropped_out, x, s, p, base_dtype)
-    dys = [None if dy is None else single.rows(dy).to(base_dtype) for dy in grads[0]]
+    dys = [None if dy is None else rows(dy).to(base_dtype) for dy in grads[0]]
     found, low, products = members_backward(wants, wanted["x"], dys, tokens, members)
     gradients: Gradients = {name: [of_member.get(name) for of_member in found] for name in single.PARAMETERS}
     if wanted["x"]:

@@ -18,13 +18,12 @@ import torch
 from fastlora.kernels.core.devices import FLOATS, HALVES, computes, supported
 from fastlora.kernels.core.gradients import Gradients, Wanted
 from fastlora.kernels.core.implementations import laid_out
+from fastlora.kernels.core.numerics import Addend, rows, sum_rows
 from fastlora.kernels.core.quantized_weight import QuantizedWeight
 from fastlora.kernels.formulas import dropout as masks
 from fastlora.kernels.formulas import lora_linear as op
 from fastlora.kernels.triton import dropout as mask
 from fastlora.kernels.triton.blocks import gemv_4bit, low_rank, matmul
-
-Addend = op.Addend
 
 
 def total(
@@ -127,7 +126,7 @@ def adapter_gradients(
     """The gradients of B and c, and dxa, as `parameter_gradients` has them."""
     gradients: Gradients = {}
     if lora_bias is not None and wanted["lora_bias"]:
-        gradients["lora_bias"] = (op.sum_rows(dy) * scaling).to(lora_bias.dtype)
+        gradients["lora_bias"] = (sum_rows(dy) * scaling).to(lora_bias.dtype)
     if wants_dxa or wanted["lora_b"]:
         wants, rest = (wants_dxa, wanted["lora_b"]), op.remainder(scaling, dy.dtype)
         dtype = lora_b.dtype if rest == 1 else torch.float32
@@ -138,7 +137,7 @@ def adapter_gradients(
 
 def dropped_out(x: torch.Tensor, seed: torch.Tensor | None, dropout: float | None, dtype: torch.dtype) -> torch.Tensor:
     """z (T, K) in `dtype`: x behind the dropout of `seed`, if there is one."""
-    tokens = op.rows(x)
+    tokens = rows(x)
     return tokens.to(dtype) if seed is None or dropout is None else mask.run(tokens, seed, dropout, dtype)
 
 
@@ -175,7 +174,7 @@ def forward(
     **layer: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     masks.check_argument(seed, dropout, x_dropped)
-    tokens = op.rows(x).to(base_dtype)
+    tokens = rows(x).to(base_dtype)
     given = x if x_dropped is None else x_dropped
     z = tokens if x_dropped is None and seed is None else dropped_out(given, seed, dropout, base_dtype)
     xa = low_rank.down(z, [lora_a], op.carried(scaling, base_dtype))
@@ -206,9 +205,9 @@ def backward(
     dropout: float | None = None,
     **_: Any,
 ) -> Gradients:
-    dy = op.rows(grads[0]).to(base_dtype)
+    dy = rows(grads[0]).to(base_dtype)
     direct = x_dropped_dtype is None and seed is None  # z is x
-    tokens = None if x is None or not (direct or wanted["weight"]) else op.rows(x).to(base_dtype)
+    tokens = None if x is None or not (direct or wanted["weight"]) else rows(x).to(base_dtype)
     wants_dz = wanted["x"] if x_dropped_dtype is None else wanted["x_dropped"]
     gradients, dxa = parameter_gradients(
         wanted, wanted["lora_a"] or wants_dz, dy, tokens, xa, weight, bias, lora_b, lora_bias, scaling
@@ -267,9 +266,9 @@ def add_forward(
     xa = low_rank.down(dropped_out(x, seed, dropout, lora_dtype), [lora_a], op.carried(scaling, lora_dtype))
     b, rest = lora_b.to(lora_dtype).t(), op.remainder(scaling, lora_dtype)
     if out_dtype is torch.float32 and lora_dtype in HALVES:
-        y = wide_sum(op.rows(base).float(), xa, b, rest)
+        y = wide_sum(rows(base).float(), xa, b, rest)
     else:
-        y = torch.addmm(op.rows(base), xa, b, alpha=rest)
+        y = torch.addmm(rows(base), xa, b, alpha=rest)
     if lora_bias is not None:
         y += lora_bias.to(lora_dtype) * scaling
     return laid_out(y.to(out_dtype).view(base.shape), base), xa
@@ -294,7 +293,7 @@ def add_backward(
     dropout: float | None = None,
     **_: Any,
 ) -> Gradients:
-    dy = op.rows(grads[0]).to(lora_dtype)
+    dy = rows(grads[0]).to(lora_dtype)
     gradients, dxa = adapter_gradients(wanted, wanted["lora_a"] or wanted["x"], dy, xa, lora_b, lora_bias, scaling)
     if wanted["lora_a"]:
         assert dxa is not None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fastlora.kernels.core.gradients import Gradients, Wanted
+from fastlora.kernels.core.numerics import rows
 from fastlora.kernels.formulas import lora_linear as single
 from fastlora.kernels.formulas import lora_mlp as op
 from fastlora.kernels.triton import glu, lora_group
@@ -57,14 +58,14 @@ def _inner(tokens: torch.Tensor, inner_xa: torch.Tensor, given: dict[str, Any]) 
 
 def restore(x: torch.Tensor, inner_xa: torch.Tensor, base_dtype: torch.dtype, **given: Any) -> tuple[torch.Tensor, ...]:
     """gate and up as the forward made them."""
-    made = _inner(single.rows(x).to(base_dtype), inner_xa, given)
+    made = _inner(rows(x).to(base_dtype), inner_xa, given)
     return tuple(t.view(*x.shape[:-1], t.shape[1]) for t in made)
 
 
 def forward(
     x: torch.Tensor, activation: str, base_dtype: torch.dtype, out_dtype: torch.dtype, **given: Any
 ) -> tuple[torch.Tensor, ...]:
-    tokens = single.rows(x).to(base_dtype)
+    tokens = rows(x).to(base_dtype)
     adapters, scaling = ([given[f"{p}_{name}"] for p in op.INNER] for name in ("lora_a", "scaling"))
     inner_xa = lora_group.down(tokens, adapters, scaling)
     gate, up = _inner(tokens, inner_xa, given)
@@ -134,7 +135,7 @@ def backward(
     may_overwrite: bool = False,
     **given: Any,
 ) -> Gradients:
-    dy, gate, up = (single.rows(t) for t in (grads[0].to(base_dtype), gate, up))
+    dy, gate, up = (rows(t) for t in (grads[0].to(base_dtype), gate, up))
     wants = {p: op.wants_of(p, wanted) for p in op.PROJECTIONS}
     inward = {p: wanted["x"] or any(wants[p].values()) for p in op.INNER}
     down = op.of("down", given)
@@ -144,7 +145,7 @@ def backward(
         return gradients
     parts = inner_xa.split([len(given[f"{p}_lora_a"]) for p in op.INNER], dim=1)
     members = [{**op.of(p, given), "xa": part} for p, part in zip(op.INNER, parts, strict=True)]
-    tokens = None if x is None else single.rows(x).to(base_dtype)
+    tokens = None if x is None else rows(x).to(base_dtype)
     both, low, products = lora_group.members_backward([wants[p] for p in op.INNER], wanted["x"], inner, tokens, members)
     for p, of_member in zip(op.INNER, both, strict=True):
         gradients |= op.gradients_of(p, of_member)

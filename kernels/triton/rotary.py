@@ -133,7 +133,7 @@ def turn_kernel(
         )  # fmt: skip
 
 
-# ---- the forms
+# ---- the implementations
 
 
 def _turned(
