@@ -13,7 +13,7 @@ from fastlora.compat.dispatch import tree_map_only
 from fastlora.compat.modules import frees_parameters_after_forward, parameters_of, uncompiled_call
 from fastlora.frontend.bypass import calling_module, has_hooks, mode, transform
 from fastlora.frontend.session import Session
-from fastlora.logits.autograd import defer, product_dtype
+from fastlora.logits.defer import defer, product_dtype
 from fastlora.logits.deferred_logits import DeferredLogits
 
 _FORWARD = nn.Linear.forward

@@ -1,4 +1,4 @@
-"""What makes deferred logits and what is made of them: the autograd functions around a head and its loss."""
+"""The autograd functions of deferred logits: the head's product, rows of it, and the cross-entropy."""
 
 from __future__ import annotations
 
@@ -11,25 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
-from fastlora.errors import FastLoRAError
 from fastlora.kernels.core.dispatch import is_last_backward
 from fastlora.kernels.core.execution import refuse_second_derivative, run_apart
 from fastlora.kernels.formulas.linear_cross_entropy import scaled_gradient, unit_gradient
 from fastlora.kernels.ops import linear_cross_entropy, lora_linear
+from fastlora.logits.cell import Cell
 from fastlora.logits.deferred_logits import DeferredGradient, DeferredLogits, Tally
 from fastlora.logits.deferred_ops import Parts, Stage, Step
-from fastlora.logits.deferred_tensor import Cell, plain
-from fastlora.logits.recipe import Adapter, Recipe, Snapshot
+from fastlora.logits.deferred_tensor import plain
+from fastlora.logits.recipe import Recipe, Snapshot
 
-_TENSOR: Any = torch.Tensor
-_PARAMETERS = ("x", "weight", "bias", "lora_a", "lora_b")
+PARAMETERS = ("x", "weight", "bias", "lora_a", "lora_b")
+"""The tensors of a head's product, as the ops call them."""
 
 
 class Product(torch.autograd.Function):
-    """The head's product, deferred."""
+    """The deferred product of a head."""
 
     @staticmethod
     def forward(ctx: Any, recipe: Recipe, tally: Tally, *tensors: torch.Tensor | None) -> DeferredLogits:
@@ -63,22 +61,22 @@ class Product(torch.autograd.Function):
             parts = _product_gradients(_value(gradient), saved, needs, ctx.own_dtypes)
         elif parts is None:
             parts = _adapted_gradients(_value(gradient), saved, needs, ctx.dtypes, *ctx.adapter)
-        return None, None, *(parts.get(name) if need else None for name, need in zip(_PARAMETERS, needs, strict=True))
+        return None, None, *(parts.get(name) if need else None for name, need in zip(PARAMETERS, needs, strict=True))
 
 
 def _read_by_backward(tensors: Sequence[Any], needs: Sequence[bool]) -> list[Any]:
-    """What the backward of a linear layer reads of hidden states and weight."""
+    """Return what the backward of a linear layer reads: hidden states and weight, as far as they are needed."""
     return [tensors[0] if needs[1] else None, tensors[1] if needs[0] else None]
 
 
 def _value(gradient: torch.Tensor) -> torch.Tensor:
-    """A gradient as the operations of a backward are to read it: with its history, if they are to be differentiated."""
+    """Return a gradient as a backward reads it: with its history if the backward is differentiated itself."""
     value: torch.Tensor = gradient if torch.is_grad_enabled() else plain(gradient)
     return value
 
 
 def _product_gradients(g: torch.Tensor, saved: Sequence[Any], needs: Sequence[bool], dtypes: Sequence[Any]) -> Parts:
-    """The gradients of a linear layer, as autograd has them; differentiable."""
+    """Return the gradients of a linear layer as autograd computes them; differentiable."""
     hidden, weight = saved
     parts: Parts = {}
     rows = g.reshape(-1, g.shape[-1])
@@ -99,26 +97,26 @@ def _adapted_gradients(
     scaling: float,
     lora_dtype: torch.dtype,
 ) -> Parts:
-    """The gradients of a linear layer with an adapter."""
+    """Return the gradients of a linear layer with an adapter."""
     refuse_second_derivative(lora_linear.name)
     values = lora_linear.order({
-        **dict(zip(_PARAMETERS, saved, strict=True)), "scaling": scaling, "lora_dtype": lora_dtype,
+        **dict(zip(PARAMETERS, saved, strict=True)), "scaling": scaling, "lora_dtype": lora_dtype,
         "base_dtype": dtypes[0], "out_dtype": dtypes[1],
     })  # fmt: skip
-    wanted, names = dict(zip(_PARAMETERS, needs, strict=True)), lora_linear.leaves.names
+    wanted, names = dict(zip(PARAMETERS, needs, strict=True)), lora_linear.leaves.names
     _, kept, backward = run_apart(lora_linear, values, [wanted.get(name, False) for name in names])
     found = backward(kept, [g.contiguous()])
     return {name: t for name, t in zip(names, found, strict=True) if t is not None}
 
 
 class CrossEntropy(torch.autograd.Function):
-    """The cross-entropy of deferred logits (T, V), without these."""
+    """The cross-entropy of deferred logits (T, V), which does not compute them."""
 
     @staticmethod
     def forward(ctx: Any, logits: DeferredLogits, labels: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
         recipe, names, tally = logits.recipe, linear_cross_entropy.leaves.names, logits.tally
         dtype = recipe.dtype
-        if torch.is_autocast_enabled(logits.device.type):  # which takes losses in float32
+        if torch.is_autocast_enabled(logits.device.type):  # under which losses are computed in float32
             dtype = torch.promote_types(dtype, torch.float32)
         ctx.meta, ctx.stage, ctx.options, ctx.dry = logits.meta, logits.stage, options, tally.dry
         ctx.source = recipe, logits.snapshot, weakref.ref(logits.cell)
@@ -157,7 +155,7 @@ def _named(found: Sequence[torch.Tensor | None]) -> Parts:
 
 def _zeros(recipe: Recipe) -> Parts:
     low = (None, None) if recipe.adapter is None else recipe.adapter[:2]
-    tensors = zip(_PARAMETERS, (recipe.hidden, recipe.weight, recipe.bias, *low), strict=True)
+    tensors = zip(PARAMETERS, (recipe.hidden, recipe.weight, recipe.bias, *low), strict=True)
     return {name: torch.zeros_like(t) for name, t in tensors if t is not None and name in recipe.trained}
 
 
@@ -170,8 +168,7 @@ def _logits_gradient(
     meta: torch.Tensor,
     options: dict[str, Any],
 ) -> torch.Tensor:
-    """The gradient of the loss for the logits, of the logits if they were known in the backward, or else of their
-    recipe."""
+    """Return the gradient of the loss for the logits, from their values if these are computed, or from the recipe."""
     if known is not None and not known.memory.is_shared:
         logits = known.get()
     else:
@@ -182,7 +179,7 @@ def _logits_gradient(
 
 
 class Rows(torch.autograd.Function):
-    """Rows of deferred logits by an index that has tensors, which are given beside it for their versions."""
+    """Rows of deferred logits. Tensors in the index are arguments as well, so that autograd checks their versions."""
 
     @staticmethod
     def forward(ctx: Any, logits: DeferredLogits, index: tuple[Any, ...], *tensors: torch.Tensor) -> DeferredLogits:
@@ -219,121 +216,8 @@ class Rows(torch.autograd.Function):
         return DeferredGradient.of(cell, meta, parts, ctx.parent, gradient.device, gradient.taken), *unused
 
 
-# -- functions with a deferred form ------------------------------------------------------------------------------------
-
-
-def _is_deferred(t: Any) -> bool:
-    return isinstance(t, DeferredLogits) and not t.cell.memory.is_shared and not torch.is_inference_mode_enabled()
-
-
-def _cross_entropy(
-    input: Any, target: Any, weight: Any = None, size_average: Any = None, ignore_index: int = -100,
-    reduce: Any = None, reduction: str = "mean", label_smoothing: float = 0.0,
-) -> Any:  # fmt: skip
-    plainly = weight is None and size_average is None and reduce is None and reduction in ("mean", "sum", "none")
-    if not plainly or not _is_deferred(input) or input.dim() != 2 or type(target) is not torch.Tensor:
-        return NotImplemented
-    if (problem := input.snapshot.problem(look=input.tally.has_gone_back(input.snapshot.moment))) is not None:
-        if input.cell.is_computed:  # what is left is the value
-            return NotImplemented
-        raise FastLoRAError(problem)
-    if target.dtype not in (torch.int64, torch.uint8) or target.device != input.device:
-        return NotImplemented
-    if target.shape != input.shape[:1] or not input.numel() or not 0.0 <= label_smoothing <= 1.0:
-        return NotImplemented
-    options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
-    return CrossEntropy.apply(input, target.to(torch.int64), options)
-
-
-def _rows(input: Any, index: Any) -> Any:
-    if not _is_deferred(input):
-        return NotImplemented
-    parts = index if isinstance(index, tuple) else (index,)
-    if not any(isinstance(part, torch.Tensor) for part in parts):
-        return NotImplemented
-    rows = _without_last(parts, input.dim())
-    return (
-        NotImplemented if rows is None else Rows.apply(input, rows, *(t for t in rows if isinstance(t, torch.Tensor)))
-    )
-
-
-def _without_last(parts: tuple[Any, ...], dims: int) -> tuple[Any, ...] | None:
-    """An index that leaves the last dimension alone, without what says so; None for another."""
-    taken = 0
-    for i, part in enumerate(parts):
-        if part is Ellipsis:
-            rest = parts[i + 1 :]
-            return parts[:i] if rest in ((), (slice(None),)) and taken < dims else None
-        if isinstance(part, torch.Tensor):
-            plainly = type(part) is torch.Tensor and part.dtype in (torch.bool, torch.int64)
-            if not plainly or not part.dim():  # a number, which makes a view
-                return None
-            taken += part.dim() if part.dtype is torch.bool else 1
-        elif isinstance(part, (int, slice)) and not isinstance(part, bool):
-            taken += 1
-        else:
-            return None
-        if taken == dims and part == slice(None) and i == len(parts) - 1:
-            return parts[:-1]
-    return parts if taken < dims else None
-
-
-DeferredLogits._overrides = {
-    F.cross_entropy: _cross_entropy,
-    _TENSOR.__getitem__: _rows,
-}
-
-
-# -- making them -------------------------------------------------------------------------------------------------------
-
-
-def defer(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    base_dtype: torch.dtype,
-    dtype: torch.dtype,
-    tally: Tally,
-    adapter: Adapter | None = None,
-) -> DeferredLogits:
-    """Return the deferred `linear(hidden, weight, bias)`, computed in `base_dtype`, with an adapter if there is one."""
-    low_rank = (None, None) if adapter is None else adapter[:2]
-    tensors = (hidden, weight, bias, *low_rank)
-    cut: list[Any] = [None if t is None else t.detach() for t in tensors]
-    low = None if adapter is None else adapter._replace(lora_a=cut[3], lora_b=cut[4])
-    trained = frozenset(n for n, t in zip(_PARAMETERS, tensors, strict=True) if t is not None and t.requires_grad)
-    recipe = Recipe(cut[0], cut[1], cut[2], base_dtype, dtype, low, trained)
-    made: DeferredLogits = Product.apply(recipe, tally, *tensors)
-    return made
-
-
-def product_dtype(hidden: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.dtype | None:
-    """Return the dtype of `F.linear(hidden, weight, bias)`, None if that cannot be deferred: it has no gradient, or
-    would raise, or one of its tensors is no plain one."""
-    if not can_defer(hidden, weight, bias):
-        return None
-    tensors = [t for t in (hidden, weight, bias) if t is not None]
-    fits = hidden.dim() > 0 and hidden.shape[-1] == weight.shape[-1] and len({t.device for t in tensors}) == 1
-    dtypes = {_cast(t) for t in tensors} if fits else set()
-    return dtypes.pop() if len(dtypes) == 1 else None
-
-
-def can_defer(*tensors: torch.Tensor | None) -> bool:
-    """Whether a head's product of these tensors has a gradient, and all of them are plain ones."""
-    found = [t for t in tensors if t is not None]
-    plainly = all(type(t) in (torch.Tensor, nn.Parameter) and not t.is_meta and not t.is_inference() for t in found)
-    return plainly and torch.is_grad_enabled() and any(t.requires_grad for t in found)
-
-
-def _cast(t: torch.Tensor) -> torch.dtype:
-    """The dtype that a linear layer reads a tensor in: autocast leaves float64 as it is."""
-    device = t.device.type
-    cast = torch.is_autocast_enabled(device) and t.is_floating_point() and t.dtype is not torch.float64
-    return torch.get_autocast_dtype(device) if cast else t.dtype
-
-
 def _reader() -> str:
-    """The innermost line outside of PyTorch and fastlora: who read the logits."""
+    """Return the innermost line outside of PyTorch and fastlora, which read the logits."""
     here = str(Path(__file__).parent)
     for frame in reversed(traceback.extract_stack()):
         if not frame.filename.startswith(here) and "/torch/" not in frame.filename:

@@ -21,8 +21,9 @@ import torch
 
 from fastlora.compat.autograd import storage_id
 from fastlora.logits import deferred_ops
+from fastlora.logits.cell import Cell
 from fastlora.logits.deferred_ops import Parts, Stage, Step, aten
-from fastlora.logits.deferred_tensor import Cell, Deferred, is_view, plain
+from fastlora.logits.deferred_tensor import Deferred, is_view, plain
 from fastlora.logits.recipe import Recipe, Snapshot
 
 _COPY_OPTIONS = {"dtype", "layout", "device", "pin_memory", "non_blocking", "memory_format"}

@@ -19,7 +19,7 @@ from fastlora.graph.fake_values import known_less, meta
 from fastlora.graph.readers import CASTS
 from fastlora.graph.view import View
 from fastlora.kernels.ops import lora_linear
-from fastlora.logits.autograd import can_defer, defer, product_dtype
+from fastlora.logits.defer import can_defer, defer, product_dtype
 from fastlora.logits.deferred_logits import Tally
 from fastlora.logits.recipe import Adapter
 from fastlora.rewrite.refusal import Code, Refusal

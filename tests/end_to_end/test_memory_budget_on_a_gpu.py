@@ -34,7 +34,7 @@ def losses_and_gradients(budget: str | int | None, dtype: torch.dtype, steps: in
 def test_training_has_equal_bits(budget: str | int, ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activation_offload, "MIN_BYTES", 1)
     monkeypatch.setattr(activation_offload, "PREFETCH_BYTES", ahead)
-    monkeypatch.setattr(memory_budget, "PENDING", 0)
+    monkeypatch.setattr(memory_budget, "MAX_PENDING", 0)
     for dtype in (torch.float32, torch.bfloat16):
         plain, mine = losses_and_gradients(None, dtype), losses_and_gradients(budget, dtype)
         assert len(plain) == len(mine)
