@@ -94,10 +94,7 @@ class Plan:
         if self._switches and calls.current_device() != self._device:
             with torch.cuda.device(self._device):
                 return self.run(function, tensors)
-        with (
-            calls.below_views(),
-            compat_dispatch.disable_function_overrides(),
-        ):  # 4-bit parameters have one, which takes long
+        with calls.below_views(), compat_dispatch.disable_function_overrides():  # those of 4-bit parameters take long
             if not torch.is_autocast_enabled(self._type):
                 return function(*tensors)
             torch.set_autocast_enabled(self._type, False)
