@@ -16,7 +16,7 @@ class RuleError(FastLoRAError):
 
 
 class StrictError(FastLoRAError):
-    """`strict=True` and a site that is a candidate for fusion stayed as it was."""
+    """`strict=True`, and a candidate for fusion is not fused."""
 
 
 def suggestion(name: object, valid: Iterable[str]) -> str:

@@ -209,7 +209,7 @@ def _rounding(trial: Trial, tolerance: float | None) -> Rounding:
 
 
 def _exact(trial: Trial, eager: Step) -> tuple[Step | None, list[str]]:
-    """Take the step in float64; return it, or None and the reason."""
+    """Take the step in float64; return it, or None and the reason why there is none."""
     reason = _no_room(trial.model)
     if reason is None:
         try:
@@ -250,13 +250,13 @@ def _free_on_gpu() -> int | None:
 
 
 def _remarks(trial: Trial, session: Session, steps: Steps, found: list[Compared]) -> list[str]:
-    """Return what makes the comparison weaker than it looks."""
+    """Return what limits the comparison."""
     trained = {name for name, p in trial.model.named_parameters() if p.requires_grad}
     idle = sorted(trained - steps.eager.gradients.keys() - steps.compiled.gradients.keys())
     faint = sorted(each.name for each in found if each.bound >= 1)
     remarks = []
     if not session.graphs:
-        remarks.append("nothing was compiled, so both steps are eager's")
+        remarks.append("nothing was compiled, so both steps ran eagerly")
     if not steps.eager.loss.isfinite():
         remarks.append("the loss is not finite in eager PyTorch; only what is finite was compared")
     if idle:

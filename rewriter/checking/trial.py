@@ -1,4 +1,4 @@
-"""Take one training step again and again, and keep nothing of it but the loss and the gradients.
+"""Repeat one training step, and keep nothing of it but the loss and the gradients.
 
 Copies stand in for trained parameters and for buffers while the step runs. The user's tensors are never written to and
 get no gradient, no hook of an optimizer or of a distributed reducer fires, and a step in float64 needs no copy of the

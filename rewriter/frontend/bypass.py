@@ -1,4 +1,4 @@
-"""When a call has to pass a compiled module by, or to be traced with care: replicas, transforms, hooks."""
+"""What keeps a call from running compiled, or needs graphs of its own: replicas, transforms, modes and hooks."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def calling_module(original: nn.Module) -> nn.Module:
     """Return the module whose `__call__` has called the caller of this function: `original`, or a replica of it.
 
     `nn.DataParallel` makes replicas by copying a module's `__dict__`, compiled-call slot included; what sits in the
-    slot has to run the replica's own modules. PyTorch calls it without the module, so that is read off the frame of
-    `nn.Module.__call__`.
+    slot has to run the replica's own modules. PyTorch calls it without the module, which is therefore read from the
+    frame of `nn.Module.__call__`.
     """
     module = module_of_call(2)
     return original if module is None else module
 
 
 def transform() -> str | None:
-    """Return the kind of transform that is active, for which fused ops have no rule; None if there is none."""
+    """Return which transform is active that fused ops do not support; None if there is none."""
     if functorch_interpreter() is not None:
         return "a transform of torch.func is active"
     if forward_mode_is_active():
@@ -34,7 +34,7 @@ def transform() -> str | None:
 
 
 def mode() -> bool:
-    """Whether a mode would see a head's product, and may do something else. A default device is none."""
+    """Whether a mode is active that may change what operations do; a default device does not."""
     return bool(dispatch_modes()) or function_modes_change_results()
 
 
@@ -44,8 +44,8 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 class Watch:
-    """Tells what TorchDynamo does not look for in a region once it has traced it: hooks, also of modules that were put
-    in, and forwards of classes that were replaced. That takes little time where nothing has changed."""
+    """Watches what TorchDynamo does not guard in a region: hooks, also of modules that replaced others, and forwards of
+    classes that were replaced. A look takes little time if nothing has changed."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module, self._looked_at = module, -1
@@ -67,7 +67,7 @@ class Watch:
 
 
 def _inside(module: nn.Module) -> Iterator[nn.Module]:
-    """A module and all in it; faster than `modules`, as it may give one twice."""
+    """Yield a module and its submodules; faster than `modules()`, as it may yield one twice."""
     waiting = [module]
     while waiting:
         module = waiting.pop()

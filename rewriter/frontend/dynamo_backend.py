@@ -16,25 +16,25 @@ from fastlora.frontend.session import Session
 
 @cache
 def default_session() -> Session:
-    """The session that collects what the backend of this process compiles, for `fastlora.report()`."""
+    """Return the session that collects what the backend compiles in this process, for `fastlora.report()`."""
     return Session(Options())
 
 
 def fastlora_backend(
     gm: fx.GraphModule, inputs: Sequence[Any], *, options: dict[str, Any] | None = None, mode: str | None = None
 ) -> Callable[..., Any]:
-    """A TorchDynamo backend.
+    """Compile a graph: the TorchDynamo backend `fastlora`.
 
     Args:
-        gm, inputs: what TorchDynamo gives.
+        gm, inputs: the graph, and example inputs.
         options: `lower`, `strict`, `verify` and `defer_logits`, as for `fastlora.compile`.
-        mode: Inductor's mode.
+        mode: as for `fastlora.compile`.
     """
     session = default_session()
     known = {"lower", "strict", "verify", "defer_logits"}
     if unknown := (options or {}).keys() - known:
-        raise FastLoRAError(f"options {sorted(unknown)} are none of {sorted(known)}")
+        raise FastLoRAError(f"options must be among {sorted(known)}; got {sorted(unknown)}")
     if (options or {}).get("verify") == "first-step":
-        raise FastLoRAError("verify='first-step' checks a model: use fastlora.compile(model, verify='first-step')")
+        raise FastLoRAError("verify='first-step' needs the model: use fastlora.compile(model, verify='first-step')")
     session.options = Options(mode=mode or "default", **(options or {}))
     return compile_graph(session, gm, inputs)

@@ -1,4 +1,4 @@
-"""Gates: what sits in a region's compiled-call slot and decides, call by call, whether the compiled path may run.
+"""The gate in a region's compiled-call slot, which decides for each call whether the region runs compiled.
 
 The slot is the one that `nn.Module.compile` uses. It is no part of the state dict, and pickling and copying drop it.
 """
@@ -25,15 +25,14 @@ from fastlora.frontend.session import Session
 
 _CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 _GRAPHS_PER_BLOCK = 64
-"""One block may need a graph for each of its kinds (sliding or full attention, say), gradient modes and shape classes;
-TorchDynamo's default of 8 would make the ninth fall back to eager, and with it all layers that share the code. One of
-changing sizes serves batches of one as well ("oblivious"), which would take a graph of their own by default."""
+"""The recompile limit. Layers share code, which may need a graph for each kind of layer (sliding or full attention),
+gradient mode and class of shapes; with TorchDynamo's default of 8, all layers would run uncompiled after the eighth."""
 
 
 class Gate:
-    """Runs a region compiled while gradients are on and there is no KV cache, and as it was otherwise.
+    """Runs a region compiled while gradients are on and there is no KV cache, and uncompiled otherwise.
 
-    Generation and evaluation thereby neither recompile nor use up the recompile limit that training needs.
+    So generation and evaluation neither recompile nor use up the recompile limit that training needs.
     """
 
     def __init__(self, region: Region, session: Session) -> None:
@@ -56,13 +55,13 @@ class Gate:
         try:
             return self._run(*args, **kwargs)
         except BackendCompilerFailed as failure:
-            if isinstance(failure.inner_exception, FastLoRAError):  # ours, with a message for the user
+            if isinstance(failure.inner_exception, FastLoRAError):  # the message is for the user
                 raise failure.inner_exception from None
             raise
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        """A size of one that is there to be broadcast may be taken for one that changes, and then it fits nothing: if
-        nothing has run yet, the region is traced again."""
+        """Run the region compiled. A size of one that is broadcast cannot be traced as a size that changes: if that
+        fails before anything has run, trace the region again with sizes of one apart."""
         session = self.session
         ran = session.executions
         try:
@@ -73,7 +72,7 @@ class Gate:
             session.oblivious = False
             result = self._traced(*args, **kwargs)
         finally:
-            if session.executions > ran + 1:  # it runs in pieces, of which the first has run when a later one is traced
+            if session.executions > ran + 1:  # after a graph break, the first piece has run when the next is traced
                 session.oblivious = False
         session.leave(self._region, type(self._module), session.executions - ran)
         return result
@@ -87,7 +86,7 @@ class Gate:
             run = self._compiled[state] = torch.compile(self._target, backend=backend_for(session, state))
         before = _dynamo.recompile_limit, _shapes.backed_size_oblivious, _dynamo.suppress_errors
         _dynamo.recompile_limit, _shapes.backed_size_oblivious = _GRAPHS_PER_BLOCK, session.oblivious
-        session.before_graph, session.error = _run_what_cannot_be_traced, None
+        session.before_graph, session.error = _suppress_errors, None
         try:
             with traceable(), _guarded_hooks() if state[0] else nullcontext():
                 result = run(*args, **kwargs)
@@ -99,13 +98,11 @@ class Gate:
         return result
 
     def _bypass(self, module: nn.Module, kwargs: dict[str, Any]) -> str | None:
-        """Why not to run compiled; empty where that is as it should be, None to run compiled."""
+        """Return why to run uncompiled; empty if there is nothing to report, None to run compiled."""
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return ""
         if module is not self._module:
-            return "a replica of the model, as nn.DataParallel makes them, runs its own modules; use " + (
-                "DistributedDataParallel to train compiled on several GPUs"
-            )
+            return "a replica of nn.DataParallel runs uncompiled; use DistributedDataParallel to train on several GPUs"
         if (reason := transform()) is not None:
             return reason
         if global_hooks_exist():
@@ -113,14 +110,14 @@ class Gate:
         if any(kwargs.get(name) is not None for name in _CACHES):
             return "a KV cache was passed; use_cache=False avoids that in training"
         if self._is_torch_class and has_hooks(module):
-            return f"{type(self._module).__name__} is a class of PyTorch's own and has hooks"
+            return f"{type(self._module).__name__} is a class of torch.nn and has hooks"
         return None
 
 
 @contextmanager
 def _guarded_hooks() -> Iterator[None]:
-    """Hooks that come or go after a module was traced are ignored unless they are guarded, which takes as long as all
-    other guards: that is done only in graphs of their own, for regions that have some."""
+    """Have TorchDynamo guard hooks, which it otherwise ignores if they are registered or removed after tracing. These
+    guards take as long as all others, so only regions with hooks have them, in graphs of their own."""
     before, _dynamo.skip_nnmodule_hook_guards = _dynamo.skip_nnmodule_hook_guards, False
     try:
         yield
@@ -128,7 +125,7 @@ def _guarded_hooks() -> Iterator[None]:
         _dynamo.skip_nnmodule_hook_guards = before
 
 
-def _run_what_cannot_be_traced() -> None:
-    """Once a piece of a region has run, the region cannot be run again: if TorchDynamo fails at a later piece, it is to
-    run that one as it is."""
+def _suppress_errors() -> None:
+    """Have TorchDynamo run what it cannot trace uncompiled: once a part of a region has run, the region cannot be
+    traced again from the start."""
     _dynamo.suppress_errors = True

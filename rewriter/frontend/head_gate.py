@@ -1,4 +1,4 @@
-"""The output head's compiled-call slot: what decides, call by call, whether the head's product is deferred."""
+"""The gate in the output head's compiled-call slot, which decides for each call whether the logits are deferred."""
 
 from __future__ import annotations
 
@@ -20,10 +20,15 @@ _FORWARD = nn.Linear.forward
 
 
 class DeferringHead:
-    """Sits in the head's compiled-call slot: defers the product while gradients are on, else calls the module."""
+    """Defers the product of an output head while gradients are on, and calls the head otherwise.
+
+    Args:
+        head: the head.
+        session: its session.
+        around: the modules that contain it, innermost first.
+    """
 
     def __init__(self, head: nn.Linear, session: Session, around: Sequence[nn.Module] = ()) -> None:
-        """Args: the head, its session, and the modules that hold it, innermost first."""
         self._head, self.session, self._around = head, session, (head, *around)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -63,7 +68,7 @@ def is_plain_linear(module: nn.Module | None) -> bool:
 
 
 def is_vocabulary(head: nn.Module) -> bool:
-    """Whether a head makes more logits than it has inputs, as for the words of a vocabulary."""
+    """Whether a head has more outputs than inputs, as a vocabulary has."""
     shape: tuple[int, ...] = getattr(getattr(head, "weight", None), "shape", ())
     return len(shape) == 2 and shape[0] > shape[1]
 
@@ -77,12 +82,14 @@ def why_not(head: nn.Module | None) -> str | None:
         kind = "Linear" if type(head) is nn.Linear else f"{type(head).__module__}.{type(head).__name__}"
         return f"the output head is a {kind}{replaced}, not a plain nn.Linear"
     if head.out_features <= head.in_features:
-        return f"the output head makes {head.out_features} logits of {head.in_features} hidden values, and no more"
+        return (
+            f"the output head has {head.out_features} outputs for {head.in_features} inputs: it is not a vocabulary's"
+        )
     return "the model is on the meta device" if head.weight.is_meta else None
 
 
 def compute_before_reshard(modules: Sequence[nn.Module]) -> None:
-    """Have logits that leave the module which shards the head computed before that frees the head's weight.
+    """Compute logits that leave the module which shards the head before it frees the head's weight.
 
     Args:
         modules: the head and what holds it, innermost first.

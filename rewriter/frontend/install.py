@@ -1,4 +1,4 @@
-"""Puts gates on a model: on its repeated blocks, on its output head and on the model itself."""
+"""Putting gates on a model: on its repeated blocks, on its output head and on the model itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastlora.frontend.regions import find_regions
 from fastlora.frontend.session import Session
 
 SLOTS = (CacheGate, Gate, DeferringHead)
-"""What `install` puts into slots."""
+"""The gates that `install` puts into compiled-call slots."""
 
 
 def install(model: nn.Module, session: Session, first_step: FirstStep | None = None) -> None:
@@ -22,8 +22,8 @@ def install(model: nn.Module, session: Session, first_step: FirstStep | None = N
     Args:
         model: the model.
         session: what compiles its graphs.
-        first_step: called with the arguments of each call of the model; returns False once the model is not to run
-            compiled any more.
+        first_step: called with the arguments of each call of the model; returns False if the model must not run
+            compiled.
 
     Raises:
         StrictError: if the session is strict and the loss of the output head cannot be fused.
@@ -37,7 +37,7 @@ def install(model: nn.Module, session: Session, first_step: FirstStep | None = N
         session.head_problem = problem if session.options.defer_logits else "defer_logits=False"
         traced = any(head in region.module.modules() for region in regions)
         if session.options.strict and session.head_problem is not None and not traced:
-            raise StrictError(f"strict=True, and the loss of {name or 'the head'} stays as it is: {problem}")
+            raise StrictError(f"strict=True, and the loss of {name or 'the head'} is not fused: {problem}")
     for region in regions:
         gate = Gate(region, session)
         if region.module is model:
@@ -58,7 +58,7 @@ def install(model: nn.Module, session: Session, first_step: FirstStep | None = N
 
 
 def _install_cache_gates(module: nn.Module, session: Session) -> None:
-    """Put gates on the models inside of a wrapper that would build KV caches."""
+    """Put gates on models inside of a wrapper that would build KV caches."""
     if compiled_call(module) is None and builds_cache(module):
         set_compiled_call(module, CacheGate(module, session))
     elif not isinstance(compiled_call(module), SLOTS):
@@ -67,8 +67,8 @@ def _install_cache_gates(module: nn.Module, session: Session) -> None:
 
 
 def _output_head(model: nn.Module) -> tuple[str, nn.Module | None]:
-    """The layer that makes the logits: what transformers calls the output embeddings of the model or of one inside of
-    it, else the last linear layer outside of the compiled regions."""
+    """Return the layer that computes the logits: what transformers calls the output embeddings, of the model or of one
+    inside of it, else the last linear layer outside of the compiled regions."""
     names = {module: name for name, module in model.named_modules()}
     for module in model.modules():
         get = getattr(module, "get_output_embeddings", None)

@@ -1,4 +1,4 @@
-"""What sits on a whole model, and on a model inside of it: a training step needs no KV cache, so none is built."""
+"""The gates on a model and on models inside of it: a training step needs no KV cache, so none is built."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from fastlora.frontend.gate import Gate
 from fastlora.frontend.session import Session
 
 FirstStep = Callable[[tuple[Any, ...], dict[str, Any]], bool]
-"""Is asked before each call whether the model is to run compiled."""
+"""Called before each call of the model; returns whether to run it compiled."""
 
 
 class CacheGate:
-    """Sits on a model that would build a KV cache: in training it builds none unless it is asked for.
+    """Has a model that would build a KV cache build none in training, unless one is asked for.
 
-    Nor where that would change what is computed: positions without a mask tell the sequences of a packed row apart, but
-    in transformers only if there is no cache; and a prefix that PEFT has learned comes in one, which some models ignore
-    unless they are to use it.
+    Calls that would compute something else are left alone: transformers tells packed sequences apart by positions
+    without a mask only if there is no cache, and a prefix that PEFT has learned is passed as a cache.
     """
 
     def __init__(self, model: nn.Module, session: Session) -> None:
@@ -47,7 +46,7 @@ class CacheGate:
         return {**kwargs, "use_cache": False}
 
     def _builds_cache(self, model: nn.Module) -> bool:
-        """`builds_cache`, asked again if somebody has replaced a forward."""
+        """Return `builds_cache`, which is asked again if a forward was replaced."""
         forwards = vars(model).get("forward"), vars(_base(model)).get("forward")
         if self._known is None or self._known[0] is not forwards[0] or self._known[1] is not forwards[1]:
             self._known = (*forwards, builds_cache(model))
@@ -55,7 +54,7 @@ class CacheGate:
 
 
 class ModelGate(CacheGate):
-    """Sits on the model that was compiled."""
+    """The gate on the model that was compiled."""
 
     def __init__(
         self, model: nn.Module, session: Session, inner: Gate | None, first_step: FirstStep | None = None
@@ -65,7 +64,7 @@ class ModelGate(CacheGate):
 
     def _run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._first is not None and model is self._model and not self._first(args, kwargs):
-            return super()._run(model, args, kwargs)  # it was wrong, and the slots are empty
+            return super()._run(model, args, kwargs)  # the first step was wrong, and the slots are empty
         if self.session.budget is not None:
             self.session.budget.begin_forward()
         if self._inner is not None and model is self._model:
@@ -87,13 +86,13 @@ def builds_cache(model: nn.Module) -> bool:
 
 
 def _base(model: nn.Module) -> Any:
-    """The model that PEFT has wrapped, or the model itself."""
+    """Return the model that PEFT has wrapped, or the model itself."""
     get: Any = getattr(model, "get_base_model", None)
     return get() if get is not None else model
 
 
 def _has_own_forward(model: Any) -> bool:
-    """Whether `forward` is the class's, or wraps it and says so; what it was replaced by may take other arguments."""
+    """Whether `forward` is that of the class or wraps it: a replacement may take other arguments."""
     forward = vars(model).get("forward")
     if forward is None:
         return True
@@ -102,6 +101,6 @@ def _has_own_forward(model: Any) -> bool:
 
 
 def _has_prompts(model: nn.Module) -> bool:
-    """Whether PEFT puts something learned before the tokens."""
+    """Whether PEFT puts learned prompts before the tokens."""
     configs = getattr(model, "peft_config", None) or {}
     return any(config.is_prompt_learning for config in configs.values())

@@ -1,16 +1,16 @@
-"""Functions of others that TorchDynamo cannot trace, and what it traces in their place while a region runs compiled.
+"""Functions of PEFT that TorchDynamo cannot trace, and what it traces in their place while a region runs compiled.
 
-Some that PEFT has would cut a region in pieces. Before it hands out a layer's weight, for DoRA, it asks from which
-package the weight's class comes, and TorchDynamo has no answer to that for a plain parameter. A weight that lies the
-other way round it wraps as a parameter of its own, which nobody else ever sees. In every step of DoRA's it empties a
-cache that is empty, which a checkpoint takes for a change outside of it. And an adapter on a parameter, such as
-the weights of all experts, is a parametrisation that it registers for the call, which gives the layer another class. A
-stand-in gives for plain tensors and parameters what the function itself gives, for DoRA also for 4-bit weights of
-bitsandbytes, and hands anything else to that function.
+Each would break the graph of a region:
+- For DoRA, PEFT asks from which package the class of a layer's weight comes, which TorchDynamo cannot answer.
+- A transposed weight is wrapped as a new parameter.
+- Each step of DoRA clears a cache that is empty already, which a checkpoint takes for a side effect.
+- An adapter on a parameter, such as the weights of all experts, registers a parametrization for the call, which changes
+  the class of the layer.
 
-Nothing is replaced: who calls the function gets the function. TorchDynamo alone looks for the attribute that
-`torch.compile` sets on what it returns, to say what to trace in its place; it is on the function only while some region
-runs compiled. A function that does not give what is known of it, as another release's might not, is left alone.
+A shim returns what the function returns for plain tensors and parameters, and for DoRA also for 4-bit weights of
+bitsandbytes; it calls the function for anything else. Nothing is replaced: the function has the attribute that tells
+TorchDynamo what to trace in its place, only while a region runs compiled. A function that does not return what is
+expected, in another release say, has no shim.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _known: dict[tuple[str, str, Any, bool], Known] = {}
 
 @contextmanager
 def traceable() -> Iterator[None]:
-    """While it is entered, by any thread, TorchDynamo traces stand-ins for what it could not trace."""
+    """Have TorchDynamo trace the shims inside of the block, in all threads."""
     global _inside
     with _lock:
         _inside += 1
@@ -57,22 +57,22 @@ def traceable() -> Iterator[None]:
 
 
 def _mark() -> None:
-    quantises = "bitsandbytes" in sys.modules  # which may be imported later, and then there is more to know
-    for entry in _STAND_INS:
+    quantises = "bitsandbytes" in sys.modules  # which may be imported later, and then 4-bit weights count
+    for entry in _SHIMS:
         found = _known.get((*entry, quantises))
         if found is None:
             found = _find(*entry)
             if found is None:
                 continue
             _known[(*entry, quantises)] = found
-        function, stand_in = found
-        if stand_in is not None and not hasattr(function, INLINE_ATTRIBUTE):
-            setattr(function, INLINE_ATTRIBUTE, stand_in)
+        function, shim = found
+        if shim is not None and not hasattr(function, INLINE_ATTRIBUTE):
+            setattr(function, INLINE_ATTRIBUTE, shim)
             _marked.append(function)
 
 
 def _find(module: str, path: str, make: Callable[[FunctionType], Any]) -> Known | None:
-    """The function, and its stand-in unless it is another than is known; None where there is none so far."""
+    """Return the function and its shim, if it behaves as expected; None if its module is not imported."""
     function: Any = sys.modules.get(module)
     for name in path.split("."):
         function = getattr(function, name, None)
@@ -80,12 +80,12 @@ def _find(module: str, path: str, make: Callable[[FunctionType], Any]) -> Known 
         return None
     try:
         return function, make(function)
-    except Exception:  # it takes something else
+    except Exception:  # it takes other arguments
         return function, None
 
 
 def _unmarked(function: FunctionType) -> Callable[..., Any]:
-    """The same function without the attribute, or tracing it would trace the stand-in."""
+    """Return the same function without the attribute: tracing the function would trace the shim."""
     parts = function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
     same = FunctionType(*parts)
     same.__kwdefaults__ = function.__kwdefaults__
@@ -93,14 +93,14 @@ def _unmarked(function: FunctionType) -> Callable[..., Any]:
 
 
 def _weight_of(function: FunctionType) -> Callable[..., Any] | None:
-    """From a layer to its weight, which is the same object where it is not quantised, and decoded where it is."""
+    """Return a layer's weight: the same object if it is not quantized, dequantized if it is."""
     plain = torch.zeros(1), nn.Parameter(torch.zeros(1))
     if any(function(SimpleNamespace(weight=weight)) is not weight for weight in plain):
         return None
     original, (kept, decode) = _unmarked(function), _four_bits(function)
 
     def is_packed(state: Any) -> bool:
-        """In another order, that of bitsandbytes' kernel for evaluation on a CPU; or there is no state yet."""
+        """Whether a weight is packed for bitsandbytes' CPU kernel, or not quantized yet."""
         return state is None or getattr(state, "packing_format_for_cpu", False)
 
     def weight_of(module: Any) -> Any:
@@ -115,8 +115,7 @@ def _weight_of(function: FunctionType) -> Callable[..., Any] | None:
 
 
 def _four_bits(function: FunctionType) -> tuple[Any, Callable[..., Any]]:
-    """The class of bitsandbytes' 4-bit weights, and what decodes them, if the function gives that; on a CPU it makes
-    another parameter of the weight as well, and gives the layer that."""
+    """Return the class of bitsandbytes' 4-bit weights and what dequantizes them, if the function does the same."""
     bnb: Any = sys.modules.get("bitsandbytes")
     if bnb is None:
         return None, function
@@ -124,13 +123,13 @@ def _four_bits(function: FunctionType) -> tuple[Any, Callable[..., Any]]:
         weight = bnb.nn.Params4bit(torch.ones(1, 64, dtype=torch.float32, device="cpu"), requires_grad=False).to("cpu")
         decoded = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
         known = torch.equal(function(SimpleNamespace(weight=weight)), decoded)
-    except Exception:  # as releases do that have nothing for CPUs
+    except Exception:  # in releases without CPU kernels
         known = False
     return (bnb.nn.Params4bit if known else None), bnb.functional.dequantize_4bit
 
 
 def _transposed_if(function: FunctionType) -> Callable[..., Any] | None:
-    """From a weight to the weight or its transpose; a parameter's is a parameter of its own, so nothing leads back."""
+    """Return a weight or its transpose. That of a parameter is a new parameter, without a gradient for the first."""
     weight = nn.Parameter(torch.zeros(2, 1))
     turned = function(weight, True)
     if function(weight, False) is not weight or turned.grad_fn is not None or turned.data_ptr() != weight.data_ptr():
@@ -148,8 +147,7 @@ def _transposed_if(function: FunctionType) -> Callable[..., Any] | None:
 
 
 def _emptied(function: FunctionType) -> Callable[..., Any] | None:
-    """The emptying of DoRA's cache, which has nothing in it in training: inside a checkpoint nothing of a layer's may
-    be written to."""
+    """Clear DoRA's cache, which is empty in training, without writing to the layer: a checkpoint may not."""
     layer = SimpleNamespace(_dora_cache={"key": 1})
     if function(layer) is not None or vars(layer) != {"_dora_cache": {}}:
         return None
@@ -163,7 +161,7 @@ def _emptied(function: FunctionType) -> Callable[..., Any] | None:
 
 
 def _on_a_parameter(function: FunctionType) -> Callable[..., Any] | None:
-    """The forward of a layer, of whose parameters one carries an adapter: the layer runs on that parameter's sum."""
+    """Run a layer with an adapter on one of its parameters, on the sum of that parameter and the adapter."""
     original = _unmarked(function)
 
     def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -194,7 +192,7 @@ def _on_a_parameter(function: FunctionType) -> Callable[..., Any] | None:
 
 
 class _Experts(nn.Module):
-    """Two layers for each of some experts."""
+    """Experts with two layers each."""
 
     def __init__(self, experts: int) -> None:
         super().__init__()
@@ -205,8 +203,8 @@ class _Experts(nn.Module):
 
 
 def _run_on_experts(experts: int, peft: dict[str, Any], forward: Callable[..., Any]) -> list[torch.Tensor]:
-    """Results and gradients, with one adapter on both parameters of a layer, and with another one on its last."""
-    torch.default_generator.manual_seed(0)  # that of the CPU alone
+    """Return results and gradients with one adapter on both parameters of a layer, and with two on the last."""
+    torch.default_generator.manual_seed(0)  # the CPU's generator alone
     config = peft["LoraConfig"](r=1, lora_alpha=2, init_lora_weights=False)
     options = {"config": config, "r": 1, "lora_alpha": 2}
     inner = peft["ParamWrapper"](_Experts(experts), "default", parameter_name="up", **options)
@@ -223,10 +221,10 @@ def _run_on_experts(experts: int, peft: dict[str, Any], forward: Callable[..., A
     return found
 
 
-_STAND_INS = (
+_SHIMS = (
     ("peft.utils.integrations", "dequantize_module_weight", _weight_of),
     ("peft.utils.other", "transpose", _transposed_if),
     ("peft.tuners.lora.dora", "DoraLinearLayer._cache_clear", _emptied),
     ("peft.tuners.lora.layer", "ParamWrapper.forward", _on_a_parameter),
 )
-"""Where the functions are, and what makes the stand-in of each, or None."""
+"""Where the functions are, and what returns the shim of each, or None."""

@@ -11,7 +11,7 @@ _ERASE = "\r\033[2K"
 
 @contextmanager
 def progress(text: str) -> Iterator[None]:
-    """Shows a line on standard error as long as it takes, then removes it; nothing where that is no terminal."""
+    """Show a line on standard error until the block ends, if that is a terminal."""
     shown = sys.stderr is not None and sys.stderr.isatty()
     if shown:
         print(f"{_ERASE}fastlora: {text} ...", end="", file=sys.stderr, flush=True)

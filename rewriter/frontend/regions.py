@@ -1,4 +1,4 @@
-"""Which parts of a model are compiled on their own: each repeated block once, then what is left over around them."""
+"""Which parts of a model are compiled separately: each repeated block, and what is around the blocks."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Region:
 
 
 def find_regions(model: nn.Module, head: nn.Module | None = None) -> list[Region]:
-    """The blocks of a model, and the modules outside of them that may hold something to fuse.
+    """Return the blocks of a model, and the modules outside of them that may hold something to fuse.
 
-    A block is an entry of a `ModuleList` or `Sequential` that holds several modules of its class, e.g. a decoder layer.
-    A model without blocks is one region. `head` is to stay outside of every region, so that it can defer its product.
+    A block is an entry of a `ModuleList` or `Sequential` with several modules of its class, such as a decoder layer. A
+    model without blocks is one region. `head` is outside of every region, so that it can defer its product.
     """
     found = list(_regions(model, "", {head} if head is not None else set()))
     return found if any(_is_repeated(region.module, model) for region in found) else [Region("", model)]
@@ -61,7 +61,7 @@ def _is_repeated(module: nn.Module, model: nn.Module) -> bool:
 
 
 def _is_worthwhile(module: nn.Module) -> bool:
-    """Whether a module outside of the blocks can hold a pattern: an embedding or a layer of PyTorch's own cannot."""
+    """Whether a module outside of the blocks can match a rule: an embedding or a single layer of torch.nn cannot."""
     known = is_torch_class(module) or isinstance(module, nn.Embedding)
     return not known and any(True for _ in module.parameters())
 

@@ -22,12 +22,12 @@ Runnable = Callable[..., Any]
 
 
 def lower(gm: fx.GraphModule, inputs: Sequence[Any], how: str, mode: str) -> Runnable:
-    """Makes a rewritten graph runnable.
+    """Return what runs a rewritten graph.
 
     Args:
         gm, inputs: the graph and the example inputs that TorchDynamo gave with it.
         how: `eager` runs the graph as it is; `inductor` compiles what no pattern covered.
-        mode: Inductor's mode, e.g. `max-autotune`; without meaning for `eager`.
+        mode: a mode of Inductor, such as `max-autotune`; `eager` ignores it.
     """
     if how == "inductor":
         return compile_with_inductor(gm, inputs, None if mode in ("default", "no-cudagraphs") else mode)
@@ -68,22 +68,21 @@ def _varies(value: Any) -> bool:
 
 
 def checkpoints(gm: fx.GraphModule) -> bool:
-    """Whether a graph that was not lowered yet checkpoints some of it."""
+    """Whether a graph, not yet lowered, has checkpointed regions."""
     target = torch.ops.higher_order.tag_activation_checkpoint
     return any(node.target is target for body in bodies(gm) for node in body.graph.nodes)
 
 
 def checkpoint_as_eager_does(gm: fx.GraphModule) -> None:
-    """Has checkpointed regions of a graph that runs eagerly be what `checkpoint` makes of them outside of graphs.
+    """Have checkpointed regions of a graph that runs eagerly call `checkpoint`, as they do outside of graphs.
 
-    Run eagerly, `tag_activation_checkpoint` calls `checkpoint(..., preserve_rng_state=False)`, which leaves it to
-    AOTAutograd to draw the same random numbers when a region is recomputed: a dropout would have another mask, and the
-    gradients would be wrong without any error. It also forgets whether reentry was asked for, and hands over what
-    modules hold along with activations.
+    Run eagerly, `tag_activation_checkpoint` calls `checkpoint(..., preserve_rng_state=False)` and relies on AOTAutograd
+    to draw the same random numbers when a region is recomputed: a dropout would have another mask, and the gradients
+    would be wrong without an error. It also ignores `use_reentrant`, and passes what modules hold as activations.
     """
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
     held = {inputs[i] for i in steady(gm)}
-    for body in list(bodies(gm)):  # all of them first, since they are found by the targets that change here
+    for body in list(bodies(gm)):  # found first, as they are found by the targets that change here
         for node in body.graph.nodes:
             if node.target is torch.ops.higher_order.tag_activation_checkpoint:
                 node.target = run_checkpointed
@@ -95,18 +94,18 @@ def checkpoint_as_eager_does(gm: fx.GraphModule) -> None:
 
 
 def run_checkpointed(body: fx.GraphModule, *args: Any, held: Sequence[int] = (), reentrant: bool = False) -> Any:
-    """A checkpointed region of a graph that runs eagerly.
+    """Run a checkpointed region of a graph that runs eagerly.
 
     Args:
         body, args: the region, and all that it reads.
         held: positions of what modules hold, which may change before the region is recomputed, as batch statistics do
-            in its own forward. Of activations `checkpoint` sees to it that they do not.
-        reentrant: whether a checkpoint with reentry was asked for. That gives gradients to nothing, not even to
-            parameters, where no activation has one; otherwise it is as one without.
+            in its own forward. `checkpoint` raises if activations change.
+        reentrant: whether `use_reentrant=True` was asked for. Then nothing has a gradient, parameters included, unless
+            an activation has one; otherwise there is no difference.
     """
     kept = frozenset(held)
     activations = [arg for i, arg in enumerate(args) if i not in kept]
-    if not any(isinstance(arg, torch.Tensor) for arg in activations):  # by which the random states to keep are found
+    if not any(isinstance(arg, torch.Tensor) for arg in activations):  # which tell whose random states to keep
         kept, activations = frozenset(), list(args)
     if reentrant and not any(_leads_back(arg) for arg in activations):
         with torch.no_grad():
@@ -122,12 +121,12 @@ def run_checkpointed(body: fx.GraphModule, *args: Any, held: Sequence[int] = (),
 
 
 def _leads_back(arg: Any) -> bool:
-    """Whether an argument is an activation that has a gradient."""
+    """Whether an argument is an activation that requires a gradient."""
     return isinstance(arg, torch.Tensor) and arg.requires_grad and not isinstance(arg, nn.Parameter)
 
 
 def pretend(gm: fx.GraphModule) -> Runnable:
-    """A stand-in that computes nothing: zeros of the right shapes, so that tracing can go on past the graph."""
+    """Return a function that returns zeros of the right shapes, so that what comes after a graph can be traced."""
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     outputs = next(iter(reversed(gm.graph.nodes))).args[0]
 

@@ -1,4 +1,4 @@
-"""What a graph is going to launch, told to the kernels' compiler before it runs."""
+"""What a graph will launch, so that its kernels can be compiled before it runs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Values that are recomputed in the backward instead of being saved: outputs of norms that one op alone reads.
 
 A norm saves what it normalized for its own backward; an op that reads the result, such as the layers behind it, would
-save that as well. One more pass over what is there anyway takes microseconds, and saves an activation for each norm.
+save that as well. Recomputing it takes microseconds, and saves an activation for each norm.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def recomputable_arguments(graph: fx.Graph) -> Iterator[DerivedNode]:
 
 
 def _source(value: fx.Node) -> tuple[SemanticOp, tuple[Any, ...]] | None:
-    """What makes a node's value again, if it is the first output of an op that can be recomputed."""
+    """Return what recomputes a node's value, if that is the first output of an op that can be recomputed."""
     if value.target is not operator.getitem or value.args[1] != 0:
         return None
     producer: Any = value.args[0]

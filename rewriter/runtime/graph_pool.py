@@ -1,4 +1,4 @@
-"""Recording what functions do on a GPU into CUDA graphs, and what has to be known of the memory that graphs share."""
+"""Capturing functions as CUDA graphs, and which of these may be replayed, given the memory that they share."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any, Protocol, cast
 import torch
 
 MAX_SHARE = 0.25
-"""Of a device's memory, in all recordings of a model."""
+"""The part of a device's memory that the CUDA graphs of a model may take."""
 
 
 class Recorded(Protocol):
-    """A recorded forward: its place in the order of recording, and whether its backward is still to come."""
+    """A captured forward: its place in the order of capture, and whether its backward may still come."""
 
     number: int
 
@@ -25,7 +25,7 @@ class Recorded(Protocol):
 
 
 class Recorder(ABC):
-    """Records functions so that they can be done again in the same memory, and knows what that overwrites."""
+    """Captures functions, so that they can be replayed in the same memory, and knows what a replay overwrites."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count()
@@ -33,43 +33,43 @@ class Recorder(ABC):
 
     @abstractmethod
     def record(self, function: Callable[[], Any], transient: bool) -> tuple[Any, Callable[[], None]]:
-        """Runs a function once; returns its result, which stays in its place, and what does the same again there.
+        """Run a function once; return its result, whose memory is kept, and a function that replays it there.
 
-        A `transient` result is copied as soon as it is there; any other is kept, with what the function saved for its
-        backward, until nobody wants it.
+        A `transient` result is copied right after each replay; any other must last, with what the function saved for
+        its backward, until the backward has run.
         """
 
     @abstractmethod
     def place(self) -> torch.device | None:
-        """The device that can be recorded now."""
+        """Return the device on which functions can be captured now."""
 
     @property
     @abstractmethod
     def full(self) -> bool:
-        """Whether recordings have taken as much memory as they may."""
+        """Whether captures have taken as much memory as they may."""
 
     def number(self) -> int:
         return next(self._numbers)
 
     def forget(self) -> None:
-        """Lets go of all memory that no forward's backward wants any more."""
+        """Free all memory that no backward will read."""
         self._begun.clear()
 
     def begin(self, recording: Recorded) -> None:
-        """Tells that a forward was replayed whose backward may come."""
+        """Note that a forward was replayed whose backward may come."""
         self._begun[recording.number] = recording
 
     def is_free(self, recording: Recorded) -> bool:
-        """Whether replaying its forward now overwrites nothing that is wanted.
+        """Whether replaying its forward now overwrites nothing that a backward will read.
 
-        What a forward has freed by its end, those that were recorded after it may keep their results in.
+        Memory that a forward has freed by its end may hold the results of those that were captured after it.
         """
         self._begun = {number: other for number, other in self._begun.items() if other.busy}
         return all(number < recording.number for number in self._begun)
 
 
 class CudaGraphs(Recorder):
-    """Records on GPUs, into CUDA graphs.
+    """Captures on GPUs, as CUDA graphs.
 
     The graphs of a device have their memory from two pools, forwards from one, so that what they save is never what a
     backward overwrites. Graphs that share a pool have to be replayed one after the other, hence on one stream.
@@ -132,7 +132,7 @@ class CudaGraphs(Recorder):
 
 @contextmanager
 def _uncached_casts() -> Iterator[None]:
-    """Without autocast's cache, as a parameter that was cast before would stay in a recording as it was then."""
+    """Disable autocast's cache: a parameter that was cast before the capture would keep that value in all replays."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

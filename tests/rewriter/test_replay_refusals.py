@@ -1,4 +1,4 @@
-"""What is not recorded, what is not replayed, and when recordings end."""
+"""What is not captured, what is not replayed, and when captures are dropped."""
 
 from __future__ import annotations
 

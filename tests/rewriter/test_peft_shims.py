@@ -1,4 +1,4 @@
-"""TorchDynamo traces stand-ins for functions that it cannot trace, while a region runs compiled and never else."""
+"""TorchDynamo traces shims for functions of PEFT that it cannot trace, only while a region runs compiled."""
 
 from __future__ import annotations
 
@@ -253,15 +253,15 @@ def kept(weight: Any, fan_in_fan_out: bool) -> Any:
 def test_a_function_that_does_something_else_is_left_alone(
     function: FunctionType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = peft_shims._STAND_INS
+    known = peft_shims._SHIMS
     made = [(function.__module__, function.__name__, make) for _, _, make in known]
     monkeypatch.setitem(sys.modules, function.__module__, SimpleNamespace(**{function.__name__: function}))
-    monkeypatch.setattr(peft_shims, "_STAND_INS", tuple(made))
+    monkeypatch.setattr(peft_shims, "_SHIMS", tuple(made))
     with traceable():
         assert not hasattr(function, MARK)
 
 
 def test_libraries_that_are_not_there_are_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peft_shims, "_STAND_INS", (("no_such_library.utils", "weight_of", peft_shims._weight_of),))
+    monkeypatch.setattr(peft_shims, "_SHIMS", (("no_such_library.utils", "weight_of", peft_shims._weight_of),))
     with traceable():
         assert not any(marked())

@@ -1,4 +1,4 @@
-"""Regions are recorded by default where the device was seen waiting for the host, and nowhere else."""
+"""By default a region is captured as CUDA graphs only where the device was seen waiting for the host."""
 
 from __future__ import annotations
 
