@@ -30,7 +30,7 @@ from fastlora.kernels.core.devices import FLOATS, processors, supported
 from fastlora.kernels.core.implementations import laid_out
 from fastlora.kernels.formulas import linear_cross_entropy as op
 from fastlora.kernels.formulas.lm_head import PARAMETERS, Head, Sums, accumulate
-from fastlora.kernels.triton.blocks import matmul, split_k
+from fastlora.kernels.triton.blocks import matmul, matmul_tiles, split_k
 from fastlora.kernels.triton.blocks.compact_tokens import Kept
 from fastlora.kernels.triton.host import precompile
 from fastlora.kernels.triton.host.launch import TL_DTYPES, cdiv, empty, power_of_two
@@ -246,7 +246,7 @@ def chunk_rows(T: int, row_bytes: int, vocabulary: int, width: int, held: int, d
     most = max(min(few, CHUNK_ROWS), many)
     if most >= T or most < FEW_ROWS:
         return min(T, most)
-    return _fullest(T, most, vocabulary, width, device) if matmul.measured(device) else most // 256 * 256
+    return _fullest(T, most, vocabulary, width, device) if matmul_tiles.measured(device) else most // 256 * 256
 
 
 @lru_cache(maxsize=1024)

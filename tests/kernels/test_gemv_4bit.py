@@ -17,7 +17,7 @@ from fastlora.kernels.core.call_site import call_site
 from fastlora.kernels.core.quantized_weight import QuantizedWeight
 from fastlora.kernels.core.semantic_op import DerivedArgument
 from fastlora.kernels.ops import dequantize_4bit, lora_linear
-from fastlora.kernels.triton.blocks import gemv_4bit, matmul
+from fastlora.kernels.triton.blocks import gemv_4bit, matmul_tiles
 
 FORMS = ["triton"]
 HALF = bf16 if DEVICE.type == "cuda" else f16
@@ -25,7 +25,7 @@ HALF = bf16 if DEVICE.type == "cuda" else f16
 
 @pytest.fixture(autouse=True)
 def every_size_takes_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not matmul.measured(DEVICE):
+    if not matmul_tiles.measured(DEVICE):
         pytest.skip("the kernels were not measured on this GPU")
     monkeypatch.setattr(gemv_4bit, "LARGE", 0)
 

@@ -24,7 +24,6 @@ from op_precision import (
 )
 
 from fastlora.kernels.core.implementations import restricted
-from fastlora.kernels.formulas import linear_cross_entropy as module
 from fastlora.kernels.ops import linear_cross_entropy
 
 FORMS = ["pytorch", "triton"]
@@ -151,10 +150,10 @@ def test_loss_and_gradient_of_the_logits_are_sympys(softcap: float, smoothing: f
     e = sympy.Rational(smoothing)
     loss = -(1 - e) * log_p[label] - e * sum(log_p) / 4 + sympy.Rational(z_loss) * lse**2
     point = random_point(logits, [g])
-    options = module.Loss(scale, softcap, -100, smoothing, z_loss)
-    capped, t = module.cap(at(point, logits)[None], options)
+    options = token_loss.Loss(scale, softcap, -100, smoothing, z_loss)
+    capped, t = token_loss.cap(at(point, logits)[None], options)
     labels = torch.tensor([label])
-    code, peak, log_sum = module.token_loss(capped, labels, options)
+    code, peak, log_sum = token_loss.token_loss(capped, labels, options)
     assert_derived(code, torch.tensor([value(loss, point)], dtype=f64))
-    derived = module.logits_gradient(capped, t, peak, log_sum, labels, at(point, [g]), options)
+    derived = token_loss.logits_gradient(capped, t, peak, log_sum, labels, at(point, [g]), options)
     assert_derived(derived[0], gradient(g * loss, logits, point))

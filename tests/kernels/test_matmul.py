@@ -13,7 +13,7 @@ from op_cases import DEVICE, bf16, f16, f32
 from op_precision import assert_rounded
 from op_spies import guarded_memory
 
-from fastlora.kernels.triton.blocks import low_rank, matmul, split_k
+from fastlora.kernels.triton.blocks import low_rank, matmul, matmul_tiles, split_k
 
 FORMS = ["triton"]
 HALF = bf16 if DEVICE.type == "cuda" else f16
@@ -26,7 +26,7 @@ ranks = st.sampled_from([8, 16, 24, 64, 104])
 
 @pytest.fixture(autouse=True)
 def every_size_takes_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not matmul.measured(DEVICE):
+    if not matmul_tiles.measured(DEVICE):
         pytest.skip("no tiles were measured for this GPU")
     monkeypatch.setattr(low_rank, "LARGE", 0)
 

@@ -24,15 +24,14 @@ they can and are faster than cuBLAS with each further product added onto the out
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastlora.kernels.core.devices import HALVES, Gpu, capability, gpu, processors
+from fastlora.kernels.core.devices import HALVES, gpu, processors
+from fastlora.kernels.triton.blocks.matmul_tiles import is_faster, measured, tile_of
 from fastlora.kernels.triton.host import precompile
 from fastlora.kernels.triton.host.kernel_cache import descriptor
 from fastlora.kernels.triton.host.launch import IS_INTERPRETED, allocate, cdiv
@@ -43,47 +42,7 @@ Addend = tuple[torch.Tensor, torch.Tensor]
 MOST_ADDENDS = 4
 
 
-class Tile(NamedTuple):
-    """One shape of tile: its edges, the kernel's options, and what one wave of such tiles costs relative to others."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
-    wave: float
-
-
-TILES = {
-    # wave: microseconds for one tile per processor and 4096 summed elements, H200, bfloat16
-    (9, 0): (
-        Tile(128, 256, 64, warps=8, stages=4, wave=49.0),
-        Tile(128, 128, 64, warps=4, stages=5, wave=25.0),
-        Tile(64, 128, 128, warps=4, stages=4, wave=17.0),
-        Tile(64, 64, 128, warps=4, stages=6, wave=13.0),
-    ),
-}
-"""Measured tiles by compute capability; where there are none, cuBLAS is the better choice."""
-
-
-class Library(NamedTuple):
-    """What cuBLAS was measured to do in a microsecond: its products' operations and bytes, the bytes of a product that
-    is added onto its output; and the microseconds that any call takes."""
-
-    operations: float
-    bytes: float
-    added_bytes: float
-    call: float
-
-
-LIBRARY = {(9, 0): Library(operations=690e6, bytes=3.2e6, added_bytes=4.2e6, call=2.0)}
-
-WIDE_OUT = Tile(128, 128, 64, warps=4, stages=4, wave=1.0)
-"""For an output of 32 bits: smaller, because the output's tile passes through shared memory."""
-
 GROUP_M = 16
-FEWEST_ROWS = 64
-"""Below, tiles are mostly padding, and cuBLAS splits the summed dimension."""
 
 
 @triton.jit
@@ -224,7 +183,7 @@ def limited_depth(
     """out = left[:, :count] @ right[:count], or out += that, rounded to out's dtype before and after the addition, for
     a `count` on the device; left (M, T) is the transpose of a contiguous (T, M), and right (T, N) is contiguous. What
     lies beyond `count` may be anything, nan included."""
-    tile = _tile(out)
+    tile = tile_of(out)
     tails = [_tail(t, count, tile.k) for t in (left.t(), right)]
     return _launch(out, [(left, right), (tails[0].t(), tails[1])], count=count, limit="depth", add=add)
 
@@ -248,16 +207,7 @@ def serves(addends: Sequence[Addend], bias: torch.Tensor | None = None, out: tor
     if left.device.type == "cpu":
         return True
     K = sum(a.shape[1] for a, _ in addends)
-    return _is_faster(left.shape[0], right.shape[1], K, len(addends) - 1, gpu(left.device))
-
-
-@lru_cache(maxsize=1024)
-def _is_faster(M: int, N: int, K: int, added: int, gpu: Gpu) -> bool | str:
-    if M < FEWEST_ROWS:
-        return f"fewer than {FEWEST_ROWS} rows"
-    if _expected(M, N, K, gpu) > _library_microseconds(M, N, K, added, gpu.capability):
-        return "cuBLAS is faster: the tiles leave the last wave too empty"
-    return True
+    return is_faster(left.shape[0], right.shape[1], K, len(addends) - 1, gpu(left.device))
 
 
 def readable(
@@ -305,40 +255,6 @@ def _transposed(t: torch.Tensor) -> bool:
     return t.stride(1) != 1
 
 
-def measured(device: torch.device) -> bool:
-    """Whether these kernels were tuned and timed for such a device."""
-    return capability(device) in TILES
-
-
-def _expected(M: int, N: int, K: int, gpu: Gpu) -> float:
-    """The microseconds that (M, K) @ (K, N) should take here, by the measured waves of tiles."""
-    return _microseconds(_best(M, N, gpu.processors, gpu.capability), M, N, K, gpu.processors)
-
-
-def _microseconds(tile: Tile, M: int, N: int, K: int, programs: int) -> float:
-    return cdiv(cdiv(M, tile.m) * cdiv(N, tile.n), programs) * tile.wave * K / 4096 + 2
-
-
-def _library_microseconds(M: int, N: int, K: int, added: int, gpu: tuple[int, int]) -> float:
-    """cuBLAS's time for a product and `added` further ones, each of which reads and writes the output again."""
-    rates = LIBRARY[gpu]
-    product = max(2 * M * N * K / rates.operations, 2 * (M * K + N * K + M * N) / rates.bytes)
-    return product + rates.call + added * (4 * M * N / rates.added_bytes + rates.call)
-
-
-@lru_cache(maxsize=1024)
-def _best(M: int, N: int, programs: int, gpu: tuple[int, int]) -> Tile:
-    """The tile that fills the GPU in the cheapest waves."""
-    return min(TILES[gpu], key=lambda tile: _microseconds(tile, M, N, 4096, programs))
-
-
-def _tile(out: torch.Tensor) -> Tile:
-    if out.element_size() > 2:
-        return WIDE_OUT
-    M, N = out.shape
-    return _best(M, N, processors(out.device), capability(out.device))
-
-
 def _launch(
     out: torch.Tensor,
     addends: Sequence[Addend],
@@ -350,7 +266,7 @@ def _launch(
     M, N = out.shape
     if M == 0:
         return out
-    tile = _tile(out)
+    tile = tile_of(out)
     left_t, right_t = _transposed(addends[0][0]), _transposed(addends[0][1])
     operands: list[TensorDescriptor | None] = []
     depths: list[int] = []

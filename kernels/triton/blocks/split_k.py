@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.core.devices import capability, processors
-from fastlora.kernels.triton.blocks import matmul
+from fastlora.kernels.triton.blocks import matmul, matmul_tiles
 from fastlora.kernels.triton.host import precompile
 from fastlora.kernels.triton.host.launch import allocate, cdiv
 
@@ -85,7 +85,7 @@ def add_slices_kernel(
 
 @lru_cache(maxsize=1024)
 def _plan(M: int, N: int, K: int, programs: int, gpu: tuple[int, int]) -> tuple[int, float]:
-    tile = matmul.TILES[gpu][0]
+    tile = matmul_tiles.TILES[gpu][0]
     tiles = cdiv(M, tile.m) * cdiv(N, tile.n)
 
     def microseconds(slices: int) -> float:
@@ -107,7 +107,7 @@ def limited_rows(
     (M, N), K = out.shape, left.shape[1]
     if M == 0:
         return out
-    tile, programs = matmul.TILES[capability(out.device)][0], processors(out.device)
+    tile, programs = matmul_tiles.TILES[capability(out.device)][0], processors(out.device)
     height, right_t = cdiv(M, tile.m) * tile.m, right.stride(1) != 1
     parts = allocate((slices * height, cdiv(N, 4) * 4), torch.float32, out.device)
     slice_kernel[(min(programs, cdiv(M, tile.m) * cdiv(N, tile.n) * slices),)](
