@@ -14,7 +14,7 @@ import torch
 
 from fastlora.kernels.core.dispatch import is_last_backward
 from fastlora.kernels.core.execution import refuse_second_derivative, run_apart
-from fastlora.kernels.formulas.linear_cross_entropy import scaled_gradient, unit_gradient
+from fastlora.kernels.formulas.token_loss import scaled_gradient, unit_gradient
 from fastlora.kernels.ops import linear_cross_entropy, lora_linear
 from fastlora.logits.cell import Cell
 from fastlora.logits.deferred_logits import DeferredGradient, DeferredLogits, Tally
