@@ -25,8 +25,8 @@ from test_rotary import CASES as ROTARY
 
 from fastlora.kernels.core import shortcuts
 from fastlora.kernels.core.call_site import CallSite, call_site
-from fastlora.kernels.core.shortcuts import without
 from fastlora.kernels.core.recompute import recomputing
+from fastlora.kernels.core.shortcuts import without
 from fastlora.kernels.ops import glu, lora_linear, rms_norm
 
 FORMS = ["pytorch", "triton"]

@@ -24,6 +24,7 @@ from op_precision import (
 )
 
 from fastlora.kernels.core.implementations import restricted
+from fastlora.kernels.formulas import token_loss
 from fastlora.kernels.ops import linear_cross_entropy
 
 FORMS = ["pytorch", "triton"]
