@@ -52,7 +52,7 @@ def test_rounded_gradients_are_as_precise_as_eager(autocast: torch.dtype | None)
     assert loss_of(model) == (1, 1)
 
 
-def test_it_is_foretold() -> None:
+def test_explain_counts_the_adapted_heads_loss() -> None:
     assert fastlora.explain(build(), **batch()).coverage["loss"].fused == 1
 
 

@@ -87,7 +87,7 @@ def test_a_model_with_adapters_is_right(family: str, dtype: torch.dtype, dropout
     assert not found.notes
 
 
-def test_so_is_one_under_autocast() -> None:
+def test_a_model_under_autocast_is_right() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = fastlora.check(build("llama"), **batch())
     assert found, str(found)
@@ -106,7 +106,7 @@ def test_autocast_is_off_in_float64() -> None:
     assert loss.float64 == pytest.approx(float(model(x()).detach()), rel=1e-6)
 
 
-def test_so_is_a_model_of_ones_own(gated: Gated) -> None:
+def test_an_unknown_model_is_right(gated: Gated) -> None:
     found = fastlora.check(gated, x=x())
     assert found, str(found)
     assert found.compared == 8
@@ -183,7 +183,7 @@ def test_a_wrong_rule_is_found(gated: Gated) -> None:
     assert "fastlora.disable(model)" in str(found)
 
 
-def test_so_it_is_without_float64(gated: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_rule_is_found_without_float64(gated: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "_free_on_host", lambda: 0)
     found = fastlora.check(gated, rules=[wrongly_silu], x=x())
     assert not found
@@ -326,7 +326,7 @@ def test_nothing_is_left_behind(gated: Gated, compiled: bool, fails: bool) -> No
     assert (gated.calls, gated.seen, hooked, given.grad) == (0, [], [], None)
 
 
-def test_nor_by_one_that_fails_while_it_is_compiled(gated: Gated) -> None:
+def test_a_failing_compilation_leaves_nothing_behind(gated: Gated) -> None:
     @rule(ops.glu, anchor="sigmoid", attrs={"activation": _failing, "out_dtype": dtype_of()})
     def failing(gate, up):
         return (gate * sigmoid(1.702 * gate)) * up

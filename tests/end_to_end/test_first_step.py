@@ -88,7 +88,7 @@ def test_a_right_step_changes_nothing(autocast: bool) -> None:
     assert notes == reports[1].notes
 
 
-def test_nor_does_one_with_batch_statistics() -> None:
+def test_checking_changes_no_batch_statistics() -> None:
     models = [gated(), gated()]
     first = compiled(models[0])
     fastlora.compile(models[1])

@@ -99,10 +99,7 @@ def launches() -> Iterator[list[str]]:
     """The names of the kernels launched, in order."""
     from triton.runtime.jit import KernelInterface
 
-    try:
-        from fastlora.kernels.core.shortcuts import without
-    except ImportError:
-        from fastlora.kernels.core.call_site import without
+    from fastlora.kernels.core.shortcuts import without
 
     launched: list[str] = []
     start = KernelInterface.__getitem__

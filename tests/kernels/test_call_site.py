@@ -81,7 +81,7 @@ def test_calls_have_the_bits_of_the_operator(case: Any) -> None:
 
 @pytest.mark.pytorch_form
 @pytest.mark.parametrize("case", DORA, ids=str)
-def test_so_have_calls_of_ops_without_kernels(case: Any) -> None:
+def test_calls_of_ops_without_kernels_have_the_bits_of_the_operator(case: Any) -> None:
     test_calls_have_the_bits_of_the_operator(case)
 
 

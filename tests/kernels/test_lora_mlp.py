@@ -105,7 +105,7 @@ def test_only_the_last_backward_writes_over_what_was_saved() -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_sparing_keeps_neither_gate_nor_up_and_changes_no_bit(case: Case) -> None:
+def test_recomputing_saves_neither_gate_nor_up_and_changes_no_bit(case: Case) -> None:
     found = []
     for context in (nullcontext(), recomputing()):
         values = case.arguments(f32)

@@ -39,7 +39,7 @@ def test_a_right_step_is_said_to_be_and_written(
     assert written["loss"]["float64"] == pytest.approx(written["loss"]["compiled"], rel=1e-5)
 
 
-def test_so_is_one_in_four_bits(own_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_right_step_in_four_bits_is_said_to_be(own_model: str, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("bitsandbytes")
     assert main(["check", "--model", own_model, *SMALL, "--load-in-4bit", "--no-defer-logits"]) == 0
     printed = capsys.readouterr().out

@@ -18,7 +18,7 @@ def examples() -> list[Instruction]:
     return [example for example in found if isinstance(example, Instruction)]
 
 
-def test_there_are_enough_instructions_and_nothing_else(examples: list[Instruction]) -> None:
+def test_the_data_set_has_enough_instructions_and_nothing_else(examples: list[Instruction]) -> None:
     assert len(examples) >= 240
     assert len(examples) == len(read_examples(builtin_data()))
 

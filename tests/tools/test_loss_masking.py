@@ -82,7 +82,7 @@ def test_examples_are_truncated_and_empty_ones_dropped(tokenizer: Any) -> None:
     assert [tokenizer.decode(row["input_ids"]) for row in encoded.rows] == ["<|begin|>a\nbc"]
 
 
-def test_it_is_an_error_if_no_example_has_anything_to_learn(tokenizer: Any) -> None:
+def test_examples_without_any_label_are_an_error(tokenizer: Any) -> None:
     with pytest.raises(UsageError, match="--max-length 3: no example has a token to learn"):
         encode([Instruction(1, "a long prompt", "b")], tokenizer, 3)
 

@@ -27,7 +27,7 @@ def _sample() -> list[str]:
 
 
 @pytest.mark.parametrize("name", _sample())
-def test_it_trains_as_eager_does_and_fuses_as_much_as_before(name: str) -> None:
+def test_an_architecture_trains_as_eager_and_fuses_as_recorded(name: str) -> None:
     found = examine(kinds()[name])
     assert found["verdict"] == EQUAL, found["problem"]
     assert golden(found) == GOLDEN[name], f"left: {found['missed']}"
