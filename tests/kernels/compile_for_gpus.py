@@ -42,6 +42,9 @@ SHARED_MEMORY = {70: 96, 75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
 
 PROCESSORS = 132
 
+CACHE_HINT = "READ"
+"""A parameter that says how loads use the cache, which changes neither registers nor memory of a kernel."""
+
 
 def launches(capability: int) -> list[precompile.RecordedLaunch]:
     """What the ops launch at the places of a large and a small model, in training, for one token and for many."""
@@ -112,7 +115,9 @@ def compiled(made: precompile.RecordedLaunch, capability: int) -> tuple[str, Any
     kwargs = {**kwargs, "debug": False, "instrumentation_mode": ""}
     bound, specialization, options = binder(*args, **kwargs)
     options, signature, constants, attributes = function._pack_args(backend, kwargs, bound, specialization, options)
-    return f"{function.fn.__name__} {signature} {constants} {options.num_warps}", lambda: triton.compile(
+    names = [param.name for param in function.params]
+    shown = {names[index]: value for (index, *_), value in constants.items() if names[index] != CACHE_HINT}
+    return f"{function.fn.__name__} {signature} {shown} {options.num_warps}", lambda: triton.compile(
         ASTSource(function, signature, constants, attributes), target=target, options=options.__dict__
     )
 
