@@ -13,9 +13,11 @@ from loss_cases import OPTIONS, arguments, set_chunks
 from op_cases import DEVICE, Arguments, bf16, complete, evaluate, f16, f32
 from op_spies import backward_calls, saved_for_backward
 
+from fastlora.kernels.core.call_site import call_site
 from fastlora.kernels.core.implementations import restricted
 from fastlora.kernels.formulas import linear_cross_entropy as module
 from fastlora.kernels.ops import linear_cross_entropy
+from fastlora.tools.bench.accuracy import flat
 
 FORMS = ["pytorch", "triton"]
 
@@ -155,11 +157,12 @@ def test_a_second_backward_writes_to_nothing_that_was_saved() -> None:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("incoming", [1.0, 0.3])
 def test_the_last_backward_makes_gradients_of_what_was_saved(reduction: str, incoming: float) -> None:
-    """In its memory: beside a head's gradient there is no room for a second one."""
+    """In its memory, where compiled graphs call the op: beside a head's gradient there is no room for a second one."""
     given_ = complete(linear_cross_entropy, arguments(f32, 7, 4, 5, reduction=reduction))
     inputs = [given_[name].requires_grad_() for name in ("x", "weight")]
+    site, tensors = call_site(linear_cross_entropy, linear_cross_entropy.order(given_)[: len(given_)])
     with saved_for_backward() as saved:
-        loss = linear_cross_entropy(**given_)
+        (loss,) = flat(site(*tensors))
     g = torch.full_like(loss, incoming)
     kept = torch.autograd.grad(loss, inputs, g, retain_graph=True)
     made = {t.data_ptr() for t in saved if t.numel()}
