@@ -26,14 +26,14 @@ FORMS = ["pytorch"]
 def at_once(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Every product is made by `torch._grouped_mm`; its arguments."""
     calls: list[tuple[Any, ...]] = []
-    original = torch._grouped_mm
+    original = grouped_mm.grouped_mm
 
     def spied(left: torch.Tensor, right: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
         calls.append((left, right))
         return original(left, right, offs=offs)
 
     monkeypatch.setattr(grouped_mm, "makes_at_once", lambda like: True)
-    monkeypatch.setattr(torch, "_grouped_mm", spied)
+    monkeypatch.setattr(grouped_mm, "grouped_mm", spied)
     return calls
 
 
