@@ -23,7 +23,7 @@ _HEAD = """\
 Measured on {date} on a CPU with {versions} by
 
 ```bash
-fastlora zoo --page coverage.md
+fastlora zoo --page docs/results/coverage.md
 ```
 
 Every causal language model that this transformers knows, every model that sees or hears and answers in words, and some
@@ -33,7 +33,7 @@ takes one step in evaluation mode, eager and compiled; pictures and sounds are n
 every gradient differ by rounding: by no more than 1e-5, or are no further from a float64 step than 1.25 times eager is,
 in the median over eight batches if not in the first.
 
-| of | in all | so many |
+| | of | |
 | --- | --- | --- |
 {counts}
 
@@ -154,7 +154,7 @@ _WAYS_HEAD = """\
 Measured on {date} on a CPU with {versions} by
 
 ```bash
-fastlora zoo {names}--way all --page ways.md
+fastlora zoo {names}--way all --page docs/results/ways.md
 ```
 
 Tiny models as in [coverage.md](coverage.md), each trained in every way. "Equal" is as there; where eager itself rounds
