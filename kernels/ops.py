@@ -6,7 +6,7 @@ from fastlora.kernels.formulas.dropout import dropout
 from fastlora.kernels.formulas.glu import glu
 from fastlora.kernels.formulas.layer_norm import add_layer_norm, layer_norm
 from fastlora.kernels.formulas.linear_cross_entropy import linear_cross_entropy
-from fastlora.kernels.formulas.lora_experts import lora_grouped
+from fastlora.kernels.formulas.lora_experts import lora_experts
 from fastlora.kernels.formulas.lora_group import lora_group
 from fastlora.kernels.formulas.lora_linear import lora_add, lora_linear
 from fastlora.kernels.formulas.lora_mlp import lora_mlp
@@ -25,8 +25,8 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "lora_add",
+    "lora_experts",
     "lora_group",
-    "lora_grouped",
     "lora_linear",
     "lora_mlp",
     "rms_norm",

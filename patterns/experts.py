@@ -65,7 +65,7 @@ def _sums_products(view: View, value) -> bool:
 
 
 @rule(
-    ops.lora_grouped,
+    ops.lora_experts,
     anchor=adapted_experts,
     benefit=2,
     attrs={
@@ -73,39 +73,39 @@ def _sums_products(view: View, value) -> bool:
         "zero_rest": lambda match: match.tag("product") == "zero",
     },
 )
-def lora_grouped(x, weight: Param(3), left, right, offs, scaling: Scalar = 1.0):
+def lora_experts(x, weight: Param(3), left, right, offs, scaling: Scalar = 1.0):
     total = baddbmm(weight, left, right, alpha=scaling)
     matrices = either(out_first=mT(total), in_first=total).named("layout")
     zero = grouped_mm_or_zero(x, matrices, offs)
     return either(zero=zero, undefined=grouped_mm(x, matrices, offs)).named("product")
 
 
-@lora_grouped.where
+@lora_experts.where
 def _without_waiting(match: Match):
     """Without a grouped kernel each forward and backward would wait for the GPU, which CUDA graphs do not allow."""
     x = match.tensor("x")
     return x.device.type == "cpu" or makes_at_once(x) or f"on a {x.device.type} device grouped products are of bfloat16"
 
 
-@lora_grouped.where
+@lora_experts.where
 def _has_low_rank(match: Match):
     return _low(match.tensor("left"), match.tensor("right")) or "the inner dimension is not the smallest"
 
 
-@lora_grouped.where
+@lora_experts.where
 def _nothing_is_broadcast(match: Match):
     weight, a, b = (match.tensor(name) for name in ("weight", "left", "right"))
     product = (a.shape[0], a.shape[1], b.shape[2])
     return all(map(known_equal, weight.shape, product)) or "the weight is broadcast"
 
 
-@lora_grouped.where
+@lora_experts.where
 def _one_dtype(match: Match):
     dtypes = {match.dtype(name) for name in ("x", "weight", "left", "right")}
     return len(dtypes) == 1 or f"its operands differ in dtype: {', '.join(sorted(map(str, dtypes)))}"
 
 
-@lora_grouped.otherwise
+@lora_experts.otherwise
 def _where_the_sum_goes(view: View, total: fx.Node) -> str | None:
     """Of a sum that not one grouped product alone reads."""
     term = view.term(total)
@@ -137,4 +137,4 @@ def _takes_by_index(node: fx.Node) -> bool:
     return getattr(node.target, "__name__", node.target) in ("getitem", "index_select", "unbind", "select")
 
 
-RULES: list[Rule | GroupRule] = [lora_grouped]
+RULES: list[Rule | GroupRule] = [lora_experts]

@@ -140,8 +140,8 @@ def backward(
     return gradients
 
 
-lora_grouped = register_op(
-    "lora_grouped",
+lora_experts = register_op(
+    "lora_experts",
     family="lora",
     schema=(
         "(Tensor x, Tensor weight, Tensor left, Tensor right, Tensor offs, float scaling, bool out_first, "

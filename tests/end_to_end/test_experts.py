@@ -27,7 +27,7 @@ def test_gradients_equal_eager_and_every_site_is_fused(family: str) -> None:
     assert len(expected.gradients) == 2 * SITES
     assert lora_of(model) == (SITES, SITES, [])
     report = fastlora.report(model)
-    assert sum(site.count for site in report.fused if site.op == "lora_grouped") == SITES
+    assert sum(site.count for site in report.fused if site.op == "lora_experts") == SITES
     assert report.breaks == []
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from op_cases import Arguments, complete, f64
 from op_precision import sizes, tensors
 
-from fastlora.kernels.ops import lora_grouped
+from fastlora.kernels.ops import lora_experts
 
 ENDS = [3, 3, 7]
 """The second of three experts has no tokens."""
@@ -59,4 +59,4 @@ def layers(draw: st.DrawFn, dtype: torch.dtype) -> Arguments:
     left, right = (b, a) if out_first else (a, b)
     drawn = {"x": draw(tensors((sum(counts) + rest, k), dtype)), "weight": weight, "left": left, "right": right}
     options = {"scaling": draw(st.sampled_from([1.0, 0.5, 2.83, 16.0])), "out_first": out_first}
-    return complete(lora_grouped, {**drawn, "offs": ends, **options, "zero_rest": True})
+    return complete(lora_experts, {**drawn, "offs": ends, **options, "zero_rest": True})

@@ -1,4 +1,4 @@
-"""Products of a few rows with 4-bit weights that are decoded where they are multiplied by."""
+"""Products of a few rows with 4-bit weights that are dequantized where they are multiplied by."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def every_size_takes_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemv_4bit, "LARGE", 0)
 
 
-def encoded(
+def quantized(
     rows: int, cols: int, nested: bool, dtype: torch.dtype = HALF, blocksize: int = 64, **others: Any
 ) -> QuantizedWeight:
     blocks = -(-rows * cols // blocksize)
@@ -53,7 +53,7 @@ def test_the_product_is_rounded_once(data: st.DataObject) -> None:
     N, K = data.draw(st.sampled_from([1, 40, 64, 130])), data.draw(st.sampled_from([8, 64, 200, 520, 1064]))
     dtype = data.draw(st.sampled_from([HALF, f32]))
     quant_type = data.draw(st.sampled_from(["nf4", "fp4"]))
-    weight = encoded(N, K, data.draw(st.booleans()), blocksize=blocksize, quant_type=quant_type)
+    weight = quantized(N, K, data.draw(st.booleans()), blocksize=blocksize, quant_type=quant_type)
     x, bias = torch.randn(T, K, dtype=HALF, device=DEVICE), torch.randn(N, device=DEVICE)
     low = (torch.randn(T, R), torch.randn(N, R).t()) if R else None
     low = None if low is None else (low[0].to(DEVICE, HALF), low[1].to(DEVICE, HALF))
@@ -69,7 +69,7 @@ def test_the_product_is_rounded_once(data: st.DataObject) -> None:
 @pytest.mark.parametrize("dtype", [f16, bf16] if DEVICE.type == "cuda" else [f16])
 @pytest.mark.parametrize("nested", [False, True])
 def test_the_product_reads_the_bits_of_the_decoded_matrix(dtype: torch.dtype, nested: bool) -> None:
-    weight = encoded(70, 192, nested, dtype)
+    weight = quantized(70, 192, nested, dtype)
     for first in (0, 64, 128):
         x = torch.eye(192, dtype=dtype, device=DEVICE)[first : first + 64]
         columns = weight.to(dtype)[:, first : first + 64]
@@ -83,13 +83,13 @@ def test_the_product_reads_the_bits_of_the_decoded_matrix(dtype: torch.dtype, ne
     ids=["more rows", "rows that end within a word", "a wider dtype"],
 )
 def test_what_the_kernels_cannot_take_is_left_to_others(rows: int, cols: int, weight: dict[str, Any]) -> None:
-    given_ = encoded(8, cols, False, **weight)
+    given_ = quantized(8, cols, False, **weight)
     assert not gemv_4bit.serves(given_, torch.zeros(rows, cols, dtype=given_.dtype, device=DEVICE), None, None)
 
 
 def test_small_weights_are_decoded_before_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    weight = encoded(8, 64, False)
+    weight = quantized(8, 64, False)
     x = torch.zeros(4, 64, dtype=HALF, device=DEVICE)
     assert not gemv_4bit.serves(weight, x, None, None)
     assert gemv_4bit.serves(weight, x[:1], None, None)
@@ -101,7 +101,7 @@ def test_an_adapted_layer_of_few_tokens_decodes_no_matrix(tokens: int, launched:
     scheme = scheme_of(HALF)
     x = on_device(torch.randn(1, tokens, 64, dtype=HALF))
     given_ = complete(lora_linear, {"x": x, **layer(scheme, 96, 64, 4, True), **scheme.attributes()})
-    weight = encoded(96, 64, True)
+    weight = quantized(96, 64, True)
     names = lora_linear.names
     weight_of = DerivedArgument("weight", None, dequantize_4bit, quantized=True)
     values = [None if name == "weight" else on_device(given_[name]) for name in names]

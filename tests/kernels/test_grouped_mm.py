@@ -17,7 +17,7 @@ from fastlora.kernels.core import grouped_mm
 from fastlora.kernels.core.call_site import run
 from fastlora.kernels.core.execution import Call, run_on_meta
 from fastlora.kernels.core.grouped_mm import Groups, aligned, even_ends
-from fastlora.kernels.ops import lora_grouped
+from fastlora.kernels.ops import lora_experts
 
 FORMS = ["pytorch"]
 
@@ -40,7 +40,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 @given(st.data())
 def test_grouped_products_are_as_precise_as_eager(data: st.DataObject) -> None:
     with patch.object(grouped_mm, "makes_at_once", lambda like: like.dtype is bf16):
-        assert_as_precise(lora_grouped, data.draw(layers(bf16)))
+        assert_as_precise(lora_experts, data.draw(layers(bf16)))
 
 
 SHAPES = [(16, 8, 8), (8, 24, 4), (16, 16, 3), (10, 6, 1)]
@@ -53,11 +53,11 @@ def test_all_at_once_is_the_same(
     at_once: list[Any], monkeypatch: pytest.MonkeyPatch, n: int, k: int, rank: int, rest: int, out_first: bool
 ) -> None:
     """For any shape, though rows have to begin at multiples of 16 bytes."""
-    given_ = complete(lora_grouped, arguments(bf16, n=n, k=k, rank=rank, rest=rest, out_first=out_first))
-    result = evaluate(lora_grouped, given_)
+    given_ = complete(lora_experts, arguments(bf16, n=n, k=k, rank=rank, rest=rest, out_first=out_first))
+    result = evaluate(lora_experts, given_)
     assert len(at_once) == 3 + 6
     monkeypatch.setattr(grouped_mm, "makes_at_once", lambda like: False)
-    expected = evaluate(lora_grouped, given_)
+    expected = evaluate(lora_experts, given_)
     for name, value in expected.values().items():
         mine = result.values()[name]
         assert (mine.shape, mine.dtype, mine.stride()) == (value.shape, value.dtype, value.stride()), name
@@ -69,24 +69,24 @@ def test_all_at_once_is_the_same(
 def test_errors_of_all_at_once_on_average(at_once: list[Any], out_first: bool) -> None:
     torch.manual_seed(0)
     given_ = arguments(bf16, n=80, k=64, rank=8, ends=[40, 40, 96], out_first=out_first)
-    assert_precise_on_average(lora_grouped, complete(lora_grouped, given_))
+    assert_precise_on_average(lora_experts, complete(lora_experts, given_))
 
 
 def test_offsets_of_64_bits_are_taken(at_once: list[Any]) -> None:
-    given_ = complete(lora_grouped, arguments(bf16, n=16, k=8, rank=8))
+    given_ = complete(lora_experts, arguments(bf16, n=16, k=8, rank=8))
     expected, found = (
-        evaluate(lora_grouped, given_ | {"offs": given_["offs"].to(t)}) for t in (torch.int32, torch.int64)
+        evaluate(lora_experts, given_ | {"offs": given_["offs"].to(t)}) for t in (torch.int32, torch.int64)
     )
     assert all(torch.equal(found.values()[name], value) for name, value in expected.values().items())
 
 
 def test_factors_as_peft_lays_them_out_are_taken(at_once: list[Any]) -> None:
     """B's elements of one expert are as far apart as there are experts."""
-    given_ = complete(lora_grouped, arguments(bf16, n=16, k=8, rank=8))
+    given_ = complete(lora_experts, arguments(bf16, n=16, k=8, rank=8))
     b = given_["left"]
     apart = b.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     assert apart.stride(-1) == 3
-    expected, found = (evaluate(lora_grouped, given_ | {"left": t}) for t in (b, apart))
+    expected, found = (evaluate(lora_experts, given_ | {"left": t}) for t in (b, apart))
     assert all(torch.equal(found.values()[name], value) for name, value in expected.values().items())
 
 
@@ -114,15 +114,15 @@ def test_only_what_lies_otherwise_is_copied(t: torch.Tensor, copied: bool) -> No
 @pytest.mark.parametrize("all_at_once", [True, False])
 def test_the_output_may_be_written_to(all_at_once: bool) -> None:
     """As a graph does that adds a bias in place: no gradient depends on it, nor any argument."""
-    given_ = complete(lora_grouped, arguments(bf16, n=16, k=8, rank=8))
+    given_ = complete(lora_experts, arguments(bf16, n=16, k=8, rank=8))
 
     def written(**values: Any) -> torch.Tensor:
-        y = run(lora_grouped, *lora_grouped.order(values))[0]
+        y = run(lora_experts, *lora_experts.order(values))[0]
         y.mul_(0)
-        return y + lora_grouped(**values)
+        return y + lora_experts(**values)
 
     with patch.object(grouped_mm, "makes_at_once", lambda like: all_at_once):
-        found, expected = (evaluate(run, given_) for run in (written, lora_grouped))
+        found, expected = (evaluate(run, given_) for run in (written, lora_experts))
     for name, value in expected.values().items():
         assert torch.equal(found.values()[name], value), name
 
@@ -130,8 +130,8 @@ def test_the_output_may_be_written_to(all_at_once: bool) -> None:
 def test_shapes_are_known_without_values() -> None:
     """Where tensors have no memory nothing waits for offsets."""
     given_ = arguments(bf16, **SMALL)
-    values = [v.to("meta") if isinstance(v, torch.Tensor) else v for v in lora_grouped.order(given_)]
-    run_on_meta(Call(lora_grouped, values, [True, False, True, True, False]))
+    values = [v.to("meta") if isinstance(v, torch.Tensor) else v for v in lora_experts.order(given_)]
+    run_on_meta(Call(lora_experts, values, [True, False, True, True, False]))
     groups = Groups(values[4], values[0], zero_rest=True)
     assert groups.outer(values[0], values[0]).shape == (3, 5, 5)
 

@@ -16,16 +16,16 @@ from op_spies import saved_for_backward
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastlora.kernels.ops import lora_grouped
+from fastlora.kernels.ops import lora_experts
 
 FORMS = ["pytorch"]
 
 CASES = [
-    Case("lora_grouped", lora_grouped, arguments, **SMALL),
-    Case("lora_grouped, in first", lora_grouped, arguments, **SMALL, out_first=False),
-    Case("lora_grouped, rows in no group", lora_grouped, arguments, **SMALL, rest=2),
-    Case("lora_grouped, one token", lora_grouped, arguments, n=3, k=2, rank=1, ends=[0, 1]),
-    Case("lora_grouped, one expert", lora_grouped, arguments, **SMALL, ends=[6], offs_dtype=torch.int64),
+    Case("lora_experts", lora_experts, arguments, **SMALL),
+    Case("lora_experts, in first", lora_experts, arguments, **SMALL, out_first=False),
+    Case("lora_experts, rows in no group", lora_experts, arguments, **SMALL, rest=2),
+    Case("lora_experts, one token", lora_experts, arguments, n=3, k=2, rank=1, ends=[0, 1]),
+    Case("lora_experts, one expert", lora_experts, arguments, **SMALL, ends=[6], offs_dtype=torch.int64),
 ]
 
 
@@ -36,7 +36,7 @@ def test_contract(case: Case, check: Any) -> None:
 
 @given(st.data())
 def test_errors_are_at_most_those_of_eager(data: st.DataObject) -> None:
-    assert_as_precise(lora_grouped, data.draw(layers(data.draw(dtypes()))))
+    assert_as_precise(lora_experts, data.draw(layers(data.draw(dtypes()))))
 
 
 @LAYOUTS
@@ -44,27 +44,27 @@ def test_errors_are_at_most_those_of_eager(data: st.DataObject) -> None:
 def test_errors_on_average(dtype: torch.dtype, out_first: bool) -> None:
     torch.manual_seed(0)
     given_ = arguments(dtype, n=80, k=64, rank=8, ends=[40, 40, 96], out_first=out_first)
-    assert_precise_on_average(lora_grouped, complete(lora_grouped, given_))
+    assert_precise_on_average(lora_experts, complete(lora_experts, given_))
 
 
 @LAYOUTS
 def test_infs_and_nans_propagate(out_first: bool) -> None:
     """From an expert with tokens; of one without, eager multiplies an infinite factor by zero."""
     given_ = arguments(f32, n=4, k=5, rank=2, ends=[3, 5, 7], out_first=out_first)
-    assert_propagates(lora_grouped, complete(lora_grouped, given_))
+    assert_propagates(lora_experts, complete(lora_experts, given_))
 
 
 @LAYOUTS
 def test_experts_without_tokens_have_gradients_of_zeros(out_first: bool) -> None:
-    result = evaluate(lora_grouped, complete(lora_grouped, arguments(native(), **SMALL, out_first=out_first)))
+    result = evaluate(lora_experts, complete(lora_experts, arguments(native(), **SMALL, out_first=out_first)))
     for name in ("weight", "left", "right"):
         used = [each.any().item() for each in result.gradient(name)]
         assert used == [True, False, True], name
 
 
 def test_no_token_at_all() -> None:
-    given_ = complete(lora_grouped, arguments(f32, **SMALL, ends=[0, 0, 0]))
-    result = evaluate(lora_grouped, given_)
+    given_ = complete(lora_experts, arguments(f32, **SMALL, ends=[0, 0, 0]))
+    result = evaluate(lora_experts, given_)
     assert result.outputs[0].shape == (0, 4)
     assert all(not result.gradient(name).any() for name in ("x", "weight", "left", "right"))
 
@@ -73,12 +73,12 @@ def test_no_token_at_all() -> None:
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_rows_of_no_group_are_neither_read_nor_left_undefined(poison: float, out_first: bool) -> None:
     """Whatever is in them, in x and in the gradient that comes in, results are those without them, and zeros."""
-    given_ = complete(lora_grouped, arguments(native(), **SMALL, rest=2, out_first=out_first))
+    given_ = complete(lora_experts, arguments(native(), **SMALL, rest=2, out_first=out_first))
     given_["x"][7:] = poison
     incoming = torch.randn(9, 4, dtype=native(), device=DEVICE)
     incoming[7:] = poison
-    with_rest = evaluate(lora_grouped, given_, grads=[incoming])
-    without = evaluate(lora_grouped, given_ | {"x": given_["x"][:7]}, grads=[incoming[:7]])
+    with_rest = evaluate(lora_experts, given_, grads=[incoming])
+    without = evaluate(lora_experts, given_ | {"x": given_["x"][:7]}, grads=[incoming[:7]])
     assert torch.equal(with_rest.outputs[0], torch.cat([without.outputs[0], torch.zeros_like(incoming[7:])]))
     dx = with_rest.gradient("x")
     assert torch.equal(dx[:7], without.gradient("x"))
@@ -101,12 +101,12 @@ def test_rows_of_no_group_are_neither_read_nor_left_undefined(poison: float, out
 def test_activations_are_saved_only_where_a_gradient_reads_them(
     wanted: set[str], saved: set[str], out_first: bool
 ) -> None:
-    given_ = complete(lora_grouped, arguments(f32, n=9, k=5, rank=2, out_first=out_first))
+    given_ = complete(lora_experts, arguments(f32, n=9, k=5, rank=2, out_first=out_first))
     held = {"left": "B" if out_first else "A", "right": "A" if out_first else "B"}
     for name, t in leaves(given_).items():
         t.requires_grad_(held.get(name, name) in wanted)
     with saved_for_backward() as kept:
-        lora_grouped(**given_)
+        lora_experts(**given_)
     large = {35: "x", 14: "xa"}
     assert {large[t.numel()] for t in kept if t.numel() in large} == saved
 
@@ -128,10 +128,10 @@ class Sizes(TorchDispatchMode):
 @LAYOUTS
 def test_nothing_of_a_frozen_weights_size_is_made(out_first: bool) -> None:
     """Neither its sum with the adapters nor a gradient, forward and backward."""
-    given_ = complete(lora_grouped, arguments(f32, n=30, k=40, rank=2, out_first=out_first))
+    given_ = complete(lora_experts, arguments(f32, n=30, k=40, rank=2, out_first=out_first))
     size, wanted = given_["weight"].numel(), {"x", "left", "right"}
     largest = []
-    for run in (lora_grouped.reference, lora_grouped):
+    for run in (lora_experts.reference, lora_experts):
         with Sizes() as sizes_:
             evaluate(run, given_, wanted)
         largest.append(max(sizes_.made))
@@ -141,10 +141,10 @@ def test_nothing_of_a_frozen_weights_size_is_made(out_first: bool) -> None:
 
 @pytest.mark.parametrize("ends", [[3, 2, 7], [-1, 3, 7], [3, 5, 8]], ids=str)
 def test_offsets_that_are_no_ends_of_groups_are_refused(ends: list[int]) -> None:
-    given_ = complete(lora_grouped, arguments(f32, **SMALL)) | {
+    given_ = complete(lora_experts, arguments(f32, **SMALL)) | {
         "offs": torch.tensor(ends, dtype=torch.int32, device=DEVICE)
     }
-    for run in (lora_grouped, lora_grouped.reference):
+    for run in (lora_experts, lora_experts.reference):
         with pytest.raises(ValueError, match="are not the ends of groups of 7 rows"):
             run(**given_)
 
@@ -160,9 +160,9 @@ def test_offsets_that_are_no_ends_of_groups_are_refused(ends: list[int]) -> None
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(name: str, change: Any, message: str) -> None:
-    given_ = complete(lora_grouped, arguments(f32, **SMALL))
+    given_ = complete(lora_experts, arguments(f32, **SMALL))
     with pytest.raises(ValueError, match=message):
-        lora_grouped(**given_ | {name: change(given_[name])})
+        lora_experts(**given_ | {name: change(given_[name])})
 
 
 # ---- the reference is what users run
@@ -199,7 +199,7 @@ def test_the_reference_is_pefts_and_transformers(dtype: torch.dtype, out_first: 
 
     left, right, scaling = wrapper.get_delta_factors("default")
     options = {"scaling": scaling, "out_first": out_first, "zero_rest": False}
-    mine = lora_grouped.reference(x=x, weight=wrapper.get_param(), left=left, right=right, offs=ends, **options)
+    mine = lora_experts.reference(x=x, weight=wrapper.get_param(), left=left, right=right, offs=ends, **options)
     assert torch.equal(mine, output)
     for found, its in zip(torch.autograd.grad(mine, own, incoming), expected, strict=True):
         assert (found - its).norm() <= 4 * torch.finfo(f32).eps * its.norm()

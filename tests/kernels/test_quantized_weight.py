@@ -1,4 +1,4 @@
-"""Ops that read frozen weights encoded compute the bits that they compute with the decoded ones, and keep none."""
+"""Ops that read frozen weights quantized compute the bits that they compute with the dequantized ones, and keep none."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ CASES = {"linear": (lora_linear, linear), "group": (lora_group, group), "mlp": (
 
 
 class Both:
-    """An op on decoded weights, and on the encoded ones that they are of."""
+    """An op on dequantized weights, and on the quantized ones that they are of."""
 
     def __init__(self, op: SemanticOp, arguments: Arguments) -> None:
         torch.manual_seed(0)
         self.op, given = op, complete(op, arguments)
         self.derived: list[tuple[DerivedArgument, list[Any]]] = []
-        self.plain, self.encoded = dict(given), dict(given)
+        self.plain, self.quantized = dict(given), dict(given)
         for name in op.policy.reads_quantized:
             many = isinstance(given[name], list)
             for member, weight in enumerate(given[name] if many else [given[name]]):
@@ -76,16 +76,16 @@ class Both:
                     t.requires_grad_()
 
     def _put(self, name: str, member: int | None, weight: torch.Tensor) -> None:
-        for given, value in ((self.plain, weight), (self.encoded, None)):
+        for given, value in ((self.plain, weight), (self.quantized, None)):
             given[name] = value if member is None else [*given[name][:member], value, *given[name][member + 1 :]]
 
     def weights(self) -> list[torch.Tensor]:
         return [w for name in self.op.policy.reads_quantized for w in _list(self.plain[name])]
 
-    def results(self, encoded: bool) -> list[torch.Tensor]:
+    def results(self, quantized: bool) -> list[torch.Tensor]:
         """Outputs, then the gradients of all that has one."""
-        if encoded:
-            site, given = call_site(self.op, self.op.order(self.encoded), self.derived)
+        if quantized:
+            site, given = call_site(self.op, self.op.order(self.quantized), self.derived)
             results = site(*given)
         else:
             results = run(self.op, *self.op.order(self.plain))
@@ -104,12 +104,12 @@ def _list(value: Any) -> list[Any]:
 @pytest.mark.parametrize("case", CASES)
 def test_results_have_equal_bits(case: str, spares: bool) -> None:
     both = Both(CASES[case][0], CASES[case][1]())
-    expected = both.results(encoded=False)
+    expected = both.results(quantized=False)
     if spares:
         with recomputing():
-            found = both.results(encoded=True)
+            found = both.results(quantized=True)
     else:
-        found = both.results(encoded=True)
+        found = both.results(quantized=True)
     assert len(found) == len(expected)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
@@ -124,7 +124,7 @@ def test_no_decoded_weight_is_kept(case: str) -> None:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        both.results(encoded=True)
+        both.results(quantized=True)
     shapes = {w.shape for w in both.weights()}
     assert not any(t.shape in shapes for t in kept if t.is_floating_point())
     assert sum(t.dtype is torch.uint8 for t in kept) >= len(both.weights())
@@ -135,9 +135,9 @@ def test_dispatch_modes_see_decoded_weights(case: str) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     both = Both(CASES[case][0], CASES[case][1]())
-    expected = both.results(encoded=False)
+    expected = both.results(quantized=False)
     with FlopCounterMode(display=False):
-        found = both.results(encoded=True)
+        found = both.results(quantized=True)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 

@@ -58,7 +58,7 @@ def experts(x: Tensor, w: Tensor, a: Tensor, b: Tensor, ends: Tensor, **how: Any
 
 
 def assert_fused(outcome: Outcome, tolerance: float = 2e-6) -> None:
-    assert outcome.ops == ["lora_grouped"], outcome.turned_down()
+    assert outcome.ops == ["lora_experts"], outcome.turned_down()
     assert not outcome.misses
     assert not {"baddbmm", "_grouped_mm", "grouped_mm_fallback"} & set(outcome.targets())
     outcome.assert_tidy()
@@ -156,7 +156,7 @@ def test_two_parameters_of_one_layer_are_two_ops() -> None:
     down[0] = down[0].detach().contiguous()
     down = [down[0], randn(EXPERTS * 2, N, seed=3, scale=0.3), randn(K, 2 * EXPERTS, seed=4, scale=0.3)]
     outcome = analyse(function, X, ENDS, *up, *down)
-    assert outcome.ops == ["lora_grouped"] * 2
+    assert outcome.ops == ["lora_experts"] * 2
     assert not outcome.misses
     outcome.assert_close(2e-6)
 

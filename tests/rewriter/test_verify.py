@@ -227,9 +227,9 @@ RIGHT: dict[str, tuple[list[str], Callable[..., Any], tuple[Any, ...]]] = {
     "lora_add": (["lora_add"], lambda x, w, a, b: lora(x, w, a, b).relu() + lora(x, w * 2, a, b), (X, *LAYER)),
     "lora_group": (["lora_group"], lambda x, *w: (lora(x, *w[:3]), lora(x, *w[3:])), (X, *LAYER, *OTHER)),
     "lora_mlp": (["lora_mlp"], _mlp, (X, *LAYER, *OTHER, *DOWN)),
-    "lora_grouped": (["lora_grouped"], _experts, (X[0], *EXPERTS, torch.tensor([1, 3], dtype=torch.int32))),
-    "lora_grouped in bfloat16": (
-        ["lora_grouped"],
+    "lora_experts": (["lora_experts"], _experts, (X[0], *EXPERTS, torch.tensor([1, 3], dtype=torch.int32))),
+    "lora_experts in bfloat16": (
+        ["lora_experts"],
         _experts,
         (BF16[0], *(t.to(bf16) for t in EXPERTS), torch.tensor([1, 3], dtype=torch.int32)),
     ),

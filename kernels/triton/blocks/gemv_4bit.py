@@ -1,9 +1,9 @@
-"""The product of a few rows with a 4-bit weight, which is decoded in registers where it is multiplied by.
+"""The product of a few rows with a 4-bit weight, which is dequantized in registers where it is multiplied by.
 
-    y (T, N) = x (T, K) W^T (+ xa (T, R) B^T) (+ b)        W (N, K) encoded, as `kernels/formulas/dequantize.py` has it
+    y (T, N) = x (T, K) W^T (+ xa (T, R) B^T) (+ b)        W (N, K) quantized, as `kernels/formulas/dequantize.py` has it
 
-So few rows take as long as reading the weight does.  Quantized it is half a byte an element, where a decoded matrix
-would be written and read again, two bytes each.  The factors are the values of the decoded matrix, bit for bit.
+So few rows take as long as reading the weight does.  Quantized it is half a byte an element, where a dequantized matrix
+would be written and read again, two bytes each.  The factors are the values of the dequantized matrix, bit for bit.
 
 One row, as when a model generates, needs no tensor cores: a thread multiplies the eight halves of a word as it decodes
 them.  For more rows programs decode a tile of W into shared memory and multiply there; where blocks of columns do not
@@ -29,7 +29,7 @@ from fastlora.kernels.triton.host.launch import allocate, cdiv
 
 MOST_ROWS = 64
 LARGE = 1 << 25
-"""Elements of a weight from which on more than one row are faster so than with a decoded weight."""
+"""Elements of a weight from which on more than one row are faster so than with a dequantized weight."""
 WIDEST_RANK = 64
 
 PER = 8
@@ -132,7 +132,7 @@ Low = tuple[torch.Tensor, torch.Tensor]
 
 
 def serves(weight: Any, x: torch.Tensor, low: Low | None, bias: torch.Tensor | None) -> TypeGuard[QuantizedWeight]:
-    """Whether W (N, K) is still encoded, and the kernels take it and x (T, K) and are faster than a decoded weight."""
+    """Whether W (N, K) is still quantized, and the kernels take it and x (T, K) and are faster than a dequantized weight."""
     T, K = x.shape
     if T > MOST_ROWS or type(weight) is not QuantizedWeight or weight.source is not op.dequantize_4bit:
         return False
