@@ -1,4 +1,4 @@
-"""Ops that read frozen weights quantized compute the bits that they compute with the dequantized ones, and keep none."""
+"""Ops that read frozen weights quantized compute the bits that they compute with dequantized ones."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The product of a few rows with a 4-bit weight, which is dequantized in registers where it is multiplied by.
 
-    y (T, N) = x (T, K) W^T (+ xa (T, R) B^T) (+ b)        W (N, K) quantized, as `kernels/formulas/dequantize.py` has it
+    y (T, N) = x (T, K) W^T (+ xa (T, R) B^T) (+ b)        W (N, K) as `kernels/formulas/dequantize.py` has it
 
 So few rows take as long as reading the weight does.  Quantized it is half a byte an element, where a dequantized matrix
 would be written and read again, two bytes each.  The factors are the values of the dequantized matrix, bit for bit.
@@ -132,7 +132,7 @@ Low = tuple[torch.Tensor, torch.Tensor]
 
 
 def serves(weight: Any, x: torch.Tensor, low: Low | None, bias: torch.Tensor | None) -> TypeGuard[QuantizedWeight]:
-    """Whether W (N, K) is still quantized, and the kernels take it and x (T, K) and are faster than a dequantized weight."""
+    """Return whether W (N, K) is quantized, and the kernels take it and x (T, K) and beat a dequantized weight."""
     T, K = x.shape
     if T > MOST_ROWS or type(weight) is not QuantizedWeight or weight.source is not op.dequantize_4bit:
         return False
