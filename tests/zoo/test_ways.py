@@ -1,6 +1,7 @@
 """Whatever PEFT is set to and whatever a loop does around a step, compiled gradients are eager's.
 
-Each way to train with two models here; `fastlora zoo --way all` takes any, and `docs/results/ways.md` has what it found.
+Each way to train with two models here; `fastlora zoo --way all` takes any, and `docs/results/ways.md` has what it
+found.
 """
 
 from __future__ import annotations
