@@ -310,7 +310,7 @@ def step(
 def page(
     results: Annotated[list[Path], typer.Argument(metavar="RESULTS.json...", help="What `bench kernels` wrote.")],
     output: Annotated[Path, typer.Option(metavar="FILE.md", help="File for the page.")] = Path("benchmarks.md"),
-    notes: Annotated[Path | None, typer.Option(metavar="FILE.md", help="Text to put below the targets.")] = None,
+    notes: Annotated[Path | None, typer.Option(metavar="FILE.md", help="Text to put before the tables.")] = None,
 ) -> None:
     """Write a page of results: each op and its target, where fastlora is slower, all times, all errors."""
     _check_installed()

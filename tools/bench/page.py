@@ -29,7 +29,7 @@ def write(paths: list[Path], output: Path, notes: Path | None = None) -> None:
     """Writes the page of one run, or of several on one machine and of one version, of different cases. Those that only
     checked may be in other dtypes.
 
-    `notes` is a Markdown file that is put below the targets.
+    `notes` is a Markdown file with the conclusions, which are put in front of the tables.
 
     Raises:
         UsageError: for a file that is no such result, or runs that do not belong together.
@@ -62,7 +62,7 @@ def page(results: Row, notes: str = "") -> str:
             "copy_bandwidth": conditions["copy_bandwidth"] / 1e12,
         }
     )
-    sections = [head, _targets(rows), notes, _losses(rows), _times(rows), _errors(results["accuracy"])]
+    sections = [head, notes, _targets(rows), _losses(rows), _times(rows), _errors(results["accuracy"])]
     return "\n".join(section for section in sections if section)
 
 
