@@ -8,6 +8,10 @@ import dataclasses
 import io
 import re
 import runpy
+import shutil
+import subprocess
+import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -159,3 +163,23 @@ def texts() -> set[str]:
                 if isinstance(node, ast.Constant) and isinstance(node.value, str):
                     found.add(node.value)
     return found
+
+
+def test_the_source_distribution_holds_what_its_tests_read(tmp_path: Path) -> None:
+    folders = ("rewriter", "kernels", "patterns", "tools", "tests", "docs")
+    for folder in folders:
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in (
+        *ROOT.glob("*.md"),
+        *ROOT.glob("*.txt"),
+        *(ROOT / n for n in ("pyproject.toml", "MANIFEST.in", "LICENSE")),
+    ):
+        shutil.copy(file, tmp_path)
+    expected = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    build = "from setuptools import build_meta; print(build_meta.build_sdist('dist'))"
+    done = subprocess.run([sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (archive,) = (tmp_path / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as held:
+        found = {name.partition("/")[2] for name in held.getnames()}
+    assert not expected - found
