@@ -9,7 +9,7 @@ import torch
 
 from fastlora.compat import calls
 from fastlora.compat import dispatch as compat_dispatch
-from fastlora.kernels.core import dispatch
+from fastlora.kernels.core import dispatch, trace
 from fastlora.kernels.core.gradients import SharedGradients
 from fastlora.kernels.core.semantic_op import SemanticOp
 
@@ -29,6 +29,7 @@ def run_forward(op: SemanticOp, *values: Any, fake: bool = False) -> Any:
         named["wanted"] = op.wanted(values[-1] or [False] * len(tensors))
     anchor = next(t for t in tensors if t is not None)
     implementation = op.implementations.pytorch if fake else op.implementations.forward(anchor, named)
+    trace.insist_on(implementation.traceable)
     results = dispatch.run(op.name, implementation.forward, anchor, named)
     return results if len(results) > 1 else results[0]
 
@@ -59,6 +60,7 @@ def run_backward(
     anchor = next(g for g in grads if g is not None)
     implementation = op.implementations.pytorch if fake else op.implementations.backward(anchor, named)
     assert implementation.backward is not None
+    trace.insist_on(implementation.traceable)
     gradients = dispatch.run(f"{op.name}_backward", implementation.backward, anchor, named)
     flat = op.leaves.of_gradients(gradients, wanted)
     return [g for g, need in zip(flat, needs, strict=True) if need]

@@ -11,6 +11,7 @@ import torch
 
 from fastlora.compat import calls
 from fastlora.compat import dispatch as compat_dispatch
+from fastlora.compat.autograd import saved_tensors_hooks
 from fastlora.kernels.core import dispatch, recompute
 from fastlora.kernels.core.arguments import NONE, Arguments, Constant, Derived, Slot, fill_all, put
 from fastlora.kernels.core.execution import refuse_second_derivative
@@ -108,9 +109,9 @@ class Plan:
         results: Tensors = self.run(self._forward, tensors)
         if not self.outputs:
             op = self.op
-            self.outputs = len(op.output_leaves.flat(op.result_leaves.grouped(results)))
             if self.is_differentiable:
                 self._choose_saved(tensors, results)
+            self.outputs = len(op.output_leaves.flat(op.result_leaves.grouped(results)))  # last: others may wait for it
         if self._bytes_not_saved and recompute.current.not_saved is not None:
             recompute.current.not_saved.bytes += self._bytes_not_saved
         return results
@@ -119,7 +120,7 @@ class Plan:
         op = self.op
         named = dict(zip(op.names, fill_all(self._arguments.slots, (*tensors, *self._numbers)), strict=True))
         if op.policy.grads_in_forward:
-            named["wanted"] = op.wanted(self.needs)
+            named["wanted"] = op.wanted(self.needs if self.is_differentiable else [False] * len(self.needs))
         implementation = op.implementations.forward(tensors[0], named)
         results: Any = op.result_leaves.flat(implementation.forward(**named))
         return tuple(results), implementation
@@ -127,28 +128,37 @@ class Plan:
     # -- what is saved -------------------------------------------------------------------------------------------------
 
     def _choose_saved(self, tensors: Tensors, results: Tensors) -> None:
-        """Find out which tensors to save, and where they stand among the arguments of the backward."""
-        op = self.op
+        """Find out which tensors to save, and where they stand among the arguments of the backward.
+
+        That goes by names and not by tensors: an implementation that does not always make the same calls may return
+        one of its arguments in one call and a new tensor in another.
+        """
+        op, count = self.op, len(tensors)
         values = fill_all(self._arguments.slots, (*tensors, *self._numbers))
+        grouped = op.result_leaves.grouped(results)
         self.shared = op.shared_gradients(values)
-        saved, constants = op.to_save(self.needs, values, op.result_leaves.grouped(results))
-        names = [a.name for a in op.saved]
+        saved, constants = op.to_save(self.needs, values, grouped)
+        dropped = op.not_saved(self.needs, dict(zip((*op.names, *op.result_names), (*values, *grouped), strict=True)))
         if recompute.current.not_saved is not None and recompute.can_recompute(op, saved):
             self.recomputes = True
-            for name in op.policy.recomputable:
-                self._bytes_not_saved += saved[names.index(name)].nbytes
-                saved[names.index(name)] = None
-        derived = []
-        for each, source in self._arguments.derived:
-            at = names.index(each.argument)
-            if (saved[at] if each.member is None else saved[at][each.member]) is not None:
-                put(saved, at, each.member, None)
-                derived.append((at, each.member, source))
-        pool = [id(t) for t in (*tensors, *results)]
+            dropped |= set(op.policy.recomputable)
+            self._bytes_not_saved = sum(
+                t.nbytes for a, t in zip(op.saved, saved, strict=True) if a.name in op.policy.recomputable
+            )
+        places = dict(zip(op.names, self._arguments.slots, strict=True))
+        places |= dict(zip(op.result_names, op.result_leaves.grouped(range(count, count + len(results))), strict=True))
         kept: list[int] = []
-        slots = [_slot(value, pool, kept) for value in saved]
-        for at, member, source in derived:
-            put(slots, at, member, self._moved(source, kept))
+        slots: list[Slot] = []
+        for argument, value in zip(op.saved, saved, strict=True):
+            slot = NONE if argument.name in dropped else places[argument.name]
+            if argument.is_list and argument.name in dropped:
+                slot = [NONE] * len(value)
+            for each, source in self._arguments.derived:
+                if each.argument == argument.name and argument.name not in dropped and not each.quantized:
+                    held = [slot]
+                    put(held, 0, each.member, source)
+                    (slot,) = held
+            slots.append(self._moved(slot, kept))
         self.slots = [*slots, *map(Constant, constants)]
         self.select = _picker(kept)
 
@@ -166,18 +176,25 @@ class Plan:
 
     # -- backward ------------------------------------------------------------------------------------------------------
 
-    def backward(self, saved: Tensors, grads: MaybeTensors) -> MaybeTensors:
-        """Return the gradients of the tensors that the call was given."""
+    def backward(self, saved: Tensors, grads: MaybeTensors, others_read: bool) -> MaybeTensors:
+        """Return the gradients of the tensors that the call was given.
+
+        Args:
+            saved: what was saved.
+            grads: the incoming gradients.
+            others_read: whether others may read what was saved, as hooks that packed it may.
+        """
         present = grads if all(map(_is_tensor, grads)) else tuple(filter(_is_tensor, grads))
         if not present:
             return (None,) * self._arguments.tensors
         tensors: Tensors = (*present, *saved)  # type: ignore[arg-type]
         if compat_dispatch.dispatch_modes() or compat_dispatch.functorch_interpreter() is not None:
             return PlannedBackward(self, grads, may_overwrite=False).through_dispatcher(tensors)
-        key = (present is grads or tuple(map(_is_tensor, grads)), calls.keeps_graph())
+        others_read = calls.keeps_graph() or (others_read and not self.recomputes)
+        key = (present is grads or tuple(map(_is_tensor, grads)), others_read)
         planned = next((each for check, each in self._backwards.get(key, ()) if check(*tensors)), None)
         if planned is None:
-            planned = PlannedBackward(self, grads, may_overwrite=not key[1])
+            planned = PlannedBackward(self, grads, may_overwrite=not others_read)
             if not dispatch.can_bypass_dispatcher(tensors):
                 return planned.through_dispatcher(tensors)
             check = calls.layout_check(tensors)
@@ -259,7 +276,7 @@ class PlannedCall(torch.autograd.Function):
     def forward(ctx: Any, plan: Plan, *tensors: torch.Tensor) -> Any:
         results = plan.forward(tensors)
         assert plan.select is not None
-        ctx.plan = plan
+        ctx.plan, ctx.others_read = plan, saved_tensors_hooks(True) is not None
         ctx.save_for_backward(*plan.select((*tensors, *results)))
         ctx.set_materialize_grads(False)
         return results[: plan.outputs]
@@ -269,16 +286,7 @@ class PlannedCall(torch.autograd.Function):
         plan: Plan = ctx.plan
         if torch.is_grad_enabled():
             refuse_second_derivative(plan.op.name)
-        return (None, *plan.backward(ctx.saved_tensors, grads))
-
-
-def _slot(value: Any, pool: list[int], kept: list[int]) -> Slot:
-    """Where a saved value will stand among what is saved; its place in the pool joins `kept`."""
-    if value is None:
-        return NONE
-    if isinstance(value, list):
-        return [_slot(each, pool, kept) for each in value]
-    return _place(pool.index(id(value)), kept)
+        return (None, *plan.backward(ctx.saved_tensors, grads, ctx.others_read))
 
 
 def _place(at: int, kept: list[int]) -> int:

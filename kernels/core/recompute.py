@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fastlora.kernels.core import trace
 from fastlora.kernels.core.semantic_op import SemanticOp
 
 
@@ -52,6 +53,7 @@ def restore(op: SemanticOp, named: dict[str, Any], anchor: torch.Tensor) -> dict
     """Return the residuals that were not saved, from what was, by name."""
     arguments = {name: named[name] for name in op.names}
     implementation = op.implementations.forward(anchor, arguments)
+    trace.insist_on(implementation.traceable)
     if implementation.restore is not None:
         return dict(zip(op.policy.recomputable, implementation.restore(**named), strict=True))
     results = dict(zip(op.result_names, implementation.forward(**arguments), strict=True))

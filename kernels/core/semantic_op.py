@@ -205,10 +205,14 @@ class SemanticOp:
         if not self.saved_if:
             return saved, constants
         named = dict(zip((*self.names, *self.result_names), everything, strict=True))
-        wanted = self.wanted(needs)
-        dropped = {name for name, hold in self.saved_if.items() if not hold(wanted, named)}
+        dropped = self.not_saved(needs, named)
         saved = [_nothing(t) if a.name in dropped else t for a, t in zip(self.saved, saved, strict=True)]
         return saved, [*(_dtype(named[name]) for name in self.saved_if), *constants]
+
+    def not_saved(self, needs: Sequence[bool], named: dict[str, Any]) -> set[str]:
+        """Return what no wanted gradient reads, of all that `saves` names, given arguments and results by name."""
+        wanted = self.wanted(needs)
+        return {name for name, hold in self.saved_if.items() if not hold(wanted, named)}
 
     def recompute_source(self) -> tuple[SemanticOp, list[str]] | None:
         """Return the op that makes this one's first output again, and what its arguments are called here, in order."""

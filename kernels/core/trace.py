@@ -99,6 +99,10 @@ class _Recorder(TorchDispatchMode):
             before = [self.text(value) if value is not STREAM else "stream" for value in launch.before]
             self._note((), f"{self._constant(launch.function)}({', '.join([*before, *map(self.text, args)])})", False)
 
+    def give_up(self) -> None:
+        """Go on, without a replay in the end."""
+        self._knows_all = False
+
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """Go on where something cannot be written; there is no replay in the end."""
@@ -226,6 +230,12 @@ _thread = _Thread()
 def is_recording() -> bool:
     """Return whether a recording is under way in this thread."""
     return _thread.recorder is not None
+
+
+def insist_on(traceable: bool) -> None:
+    """Keep a recording, if one is under way in this thread, from being replayed unless what runs now is traceable."""
+    if _thread.recorder is not None and not traceable:
+        _thread.recorder.give_up()
 
 
 def launched(launch: Launch | None, args: tuple[Any, ...]) -> None:

@@ -125,6 +125,7 @@ dequantize_4bit = register_op(
     outputs=1,
     reference=reference,
     forward=forward,
+    traceable=True,
     saves=(),
     choices={"quant_type": tuple(CODES)},
     cost=Cost(forward=Work(flops="2*N*K", bytes="N*K*b + N*K/2 + N*K/S"), backward=Work(flops="0", bytes="0")),

@@ -119,4 +119,4 @@ def forward(packed: torch.Tensor, rows: int, cols: int, dtype: torch.dtype, **fo
     return (out,)
 
 
-op.dequantize_4bit.implementation("triton", forward=forward, serves=serves)
+op.dequantize_4bit.implementation("triton", forward=forward, serves=serves, traceable=True)

@@ -329,7 +329,9 @@ def multiplied(
     """Return t times g, one number or one for each row, rounded once, and laid out as t.
 
     With `may_overwrite` the result is in t's memory. Rows that are not kept become 0."""
-    t = t if t.stride() == torch.empty_like(t, device="meta").stride() else t.contiguous()
+    by_row = rows is not None or g.dim() > 0
+    dense = t.is_contiguous() if by_row else t.stride() == torch.empty_like(t, device="meta").stride()
+    t = t if dense else t.contiguous()
     in_place = may_overwrite and t.dtype == dtype
     y = t if in_place else empty(t.numel(), like=t, dtype=dtype).as_strided(t.shape, t.stride())
     multiply_kernel[(cdiv(t.numel(), 4096),)](

@@ -130,7 +130,8 @@ def _compile_kernels(session: Session, gm: fx.GraphModule) -> None:
 
     try:
         found = list(calls(gm))
-        if session.head_layer is not None and (loss := loss_call(gm, session.head_layer)) is not None:
+        head = None if session.head_layer is None else session.head_layer()
+        if head is not None and (loss := loss_call(gm, head)) is not None:
             session.head_layer = None
             found.append(loss)
         compile_kernels(found, device)

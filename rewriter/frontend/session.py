@@ -6,6 +6,7 @@ A session compiles nothing itself (`compile_graph` does) and knows nothing of ho
 from __future__ import annotations
 
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ class Session:
         self.notes: list[str] = []
         self.seconds = Seconds()
         self.head: str | None = None
-        self.head_layer: nn.Linear | None = None
+        self.head_layer: weakref.ref[nn.Linear] | None = None
         self.head_problem: str | None = None
         self.region = ""
         self.module_class: type | None = None

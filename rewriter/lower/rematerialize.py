@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
+from fastlora.graph.fake_values import meta
 from fastlora.kernels.core.library import REGISTERED
 from fastlora.kernels.core.semantic_op import DerivedArgument, SemanticOp
 
@@ -39,6 +40,12 @@ def recomputable_arguments(graph: fx.Graph) -> Iterator[DerivedNode]:
                     break
 
 
+def _saves(op: SemanticOp, node: fx.Node) -> bool:
+    """Whether a call of an op saves anything: where nothing that it reads has a gradient, it does not."""
+    leaves: Any = op.leaves.flat(node.args)
+    return any(t is not None and t.requires_grad for t in map(meta, leaves))
+
+
 def _source(value: fx.Node) -> tuple[SemanticOp, tuple[Any, ...]] | None:
     """Return what recomputes a node's value, if that is the first output of an op that can be recomputed."""
     if value.target is not operator.getitem or value.args[1] != 0:
@@ -46,7 +53,7 @@ def _source(value: fx.Node) -> tuple[SemanticOp, tuple[Any, ...]] | None:
     producer: Any = value.args[0]
     op = REGISTERED.get(producer.target)
     found = op.recompute_source() if op is not None else None
-    if op is None or found is None:
+    if op is None or found is None or not _saves(op, producer):
         return None
     known = dict(zip(op.names, producer.args, strict=True))
     known |= {op.result_names[user.args[1]]: user for user in producer.users if user.target is operator.getitem}

@@ -27,7 +27,7 @@ class Result:
     """An expression over an op's outputs and some of its arguments.
 
     Attributes:
-        function: the expression, which also runs on tensors.
+        function: the expression.
         arguments: the names of the op's arguments that it reads.
         recorded: its calls, as a graph with the outputs and arguments as placeholders.
         count: how many values it returns.
@@ -38,6 +38,7 @@ class Result:
         names = list(inspect.signature(function).parameters)
         self._outputs = len(op.outputs)
         self.arguments = tuple(names[self._outputs :])
+        self._optional = [a.name for a in op.arguments if a.is_optional and a.name in self.arguments]
         self.recorded = fx.Graph()
         values = self._returned(*(fx.Proxy(self.recorded.placeholder(name)) for name in names))
         self.count = len(values)
@@ -48,8 +49,17 @@ class Result:
         return returned if isinstance(returned, tuple) else (returned,)
 
     def __call__(self, outputs: Sequence[torch.Tensor], argument: Callable[[str], Any]) -> list[torch.Tensor]:
-        """Run the expression on tensors; `argument` gives the value of an op's argument by its name."""
-        return list(self._returned(*outputs, *map(argument, self.arguments)))
+        """Run what was recorded on tensors; `argument` gives the value of an op's argument by its name."""
+        values = dict(zip(self.recorded.nodes, [*outputs, *map(argument, self.arguments)], strict=False))
+        for node in self.recorded.nodes:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            if node.op == "output":
+                return list(args[0])
+            if node.op == "call_method":
+                values[node] = getattr(args[0], node.target)(*args[1:], **kwargs)
+            elif node.op == "call_function":
+                values[node] = node.target(*args, **kwargs)
+        raise AssertionError("a recorded expression has an output")
 
     def insert(self, graph: fx.Graph, outputs: Sequence[fx.Node], argument: Callable[[str], Any]) -> list[fx.Node]:
         """Insert the expression into a graph, at its insertion point, with recorded values on all nodes."""
@@ -66,6 +76,8 @@ class Result:
 
     def faults(self) -> Iterator[str]:
         """What is wrong with the calls that were recorded."""
+        for name in self._optional:
+            yield f"result= reads {name!r}, which may be None: give that case a rule of its own"
         computed: set[Any] = set()
         for position, node in enumerate(self.recorded.nodes):
             if position < self._outputs or not computed.isdisjoint(node.all_input_nodes):
@@ -79,7 +91,8 @@ class Result:
 
 def _is_plain(node: fx.Node) -> bool:
     if node.op == "call_method" and node.target in CASTS | RESHAPES:
-        return True
+        dtypes = [value for value in (*node.args, *node.kwargs.values()) if isinstance(value, torch.dtype)]
+        return all(dtype.is_floating_point for dtype in dtypes)  # integers have no gradient
     spelling = spelling_of(node)
     if spelling is None or spelling.bind(node) is None:
         return False

@@ -1,8 +1,10 @@
 """Everything else a user does with a model goes on as before once it is compiled."""
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -301,3 +303,13 @@ def test_a_later_piece_that_cannot_be_traced_runs_as_it_was(failure, monkeypatch
     assert torch.equal(found, expected)
     assert all(map(torch.equal, torch.autograd.grad(found.sum(), list(model.parameters())), wanted))
     assert torch._dynamo.config.suppress_errors is False
+
+
+def test_a_compiled_model_is_freed_with_its_last_reference():
+    """TorchDynamo keeps compiled code, and with it what compiled it, for longer."""
+    model = fastlora.compile(build("llama"))
+    model(**batch()).loss.backward()
+    alive = [weakref.ref(model), *(weakref.ref(p) for p in model.parameters())]
+    del model
+    gc.collect()
+    assert not any(ref() is not None for ref in alive)

@@ -106,3 +106,10 @@ def test_an_argument_that_is_not_kept_cannot_be_made_again() -> None:
 
     with pytest.raises(ValueError, match="does not save 'weights'"):
         call_site(glu, [None] * 4, [(DerivedArgument("weights", None, rms_norm), [])])
+
+
+def test_a_norm_that_saves_nothing_is_not_made_again() -> None:
+    """Where neither its input nor its weight has a gradient, keeping the input would save no memory."""
+    frozen = [t.detach() if isinstance(t, Tensor) else t for t in (X, W)]
+    gm, _ = rewritten(alone, (*frozen, *LAYER))
+    assert not list(recomputable_arguments(gm.graph))

@@ -145,3 +145,29 @@ def test_an_op_whose_outputs_are_lists_takes_no_expression() -> None:
         @rule(ops.rotary_group, result=lambda y: -y)
         def grouped(x):
             return tanh(x)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        lambda y: y if isinstance(y, torch.Tensor) else y.double(),
+        lambda y: y if isinstance(y, torch.Tensor) else y[:1],
+    ],
+    ids=["dtype", "shape"],
+)
+def test_what_is_checked_is_what_was_recorded(result: Callable[..., Any]) -> None:
+    """A function that does something else when it is recorded deceives nobody."""
+    outcome = analyse(lambda x, y: -(F.silu(x) * y), X, Y, rules=[negated(result)])
+    assert not outcome.chosen
+    assert [refusal.code for _, refusal in outcome.refused] == [Code.METADATA]
+
+
+def test_an_expression_has_no_optional_argument_and_no_integers() -> None:
+    with pytest.raises(fastlora.RuleError, match="result= reads 'bias', which may be None"):
+
+        @rule(ops.lora_linear, result=lambda y, bias: y * bias)
+        def shifted(x, weight):
+            return linear(x, weight)
+
+    with pytest.raises(fastlora.RuleError, match="only negation, arithmetic, slices, casts and reshapes"):
+        negated(lambda y: y.to(torch.int64).to(torch.float32))
