@@ -154,7 +154,7 @@ def test_weights_that_a_module_holds_twice_are_checked() -> None:
     found = fastlora.check(Recurrent(), x=x())
     assert found, str(found)
     assert found.compared == 6
-    assert found.notes == ["nothing was compiled, so both steps are eager's"]
+    assert found.notes == ["nothing was compiled, so both steps ran eagerly"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
