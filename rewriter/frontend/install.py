@@ -49,7 +49,7 @@ def install(model: nn.Module, session: Session, first_step: FirstStep | None = N
     if head is not None and inner is None:
         session.head = name
         if defers:
-            session.head_layer = weakref.ref(head)  # TorchDynamo may keep a session longer than its model
+            session.head_layer = weakref.ref(head)  # type: ignore[arg-type]
             path = name.split(".")
             around = [model.get_submodule(".".join(path[:n])) for n in reversed(range(len(path)))]
             set_compiled_call(head, DeferringHead(head, session, around))  # type: ignore[arg-type]

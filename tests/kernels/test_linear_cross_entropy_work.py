@@ -161,8 +161,8 @@ def test_the_last_backward_makes_gradients_of_what_was_saved(reduction: str, inc
     given_ = complete(linear_cross_entropy, arguments(f32, 7, 4, 5, reduction=reduction))
     inputs = [given_[name].requires_grad_() for name in ("x", "weight")]
     site, tensors = call_site(linear_cross_entropy, linear_cross_entropy.order(given_)[: len(given_)])
-    with saved_for_backward() as saved:
-        (loss,) = flat(site(*tensors))
+    (loss,) = flat(site(*tensors))
+    saved = loss.grad_fn.saved_tensors  # type: ignore[union-attr]
     g = torch.full_like(loss, incoming)
     kept = torch.autograd.grad(loss, inputs, g, retain_graph=True)
     made = {t.data_ptr() for t in saved if t.numel()}
@@ -180,7 +180,8 @@ def test_no_second_gradient_of_the_head_is_held() -> None:
         pytest.skip("the PyTorch form multiplies into new memory")
     given_ = complete(linear_cross_entropy, arguments(bf16, 64, 1024, 20000, ignores=False))
     weight = given_["weight"].requires_grad_()
-    loss = linear_cross_entropy(**given_)
+    site, tensors = call_site(linear_cross_entropy, linear_cross_entropy.order(given_)[: len(given_)])
+    (loss,) = flat(site(*tensors))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     loss.backward()
