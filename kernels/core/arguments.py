@@ -96,7 +96,8 @@ def bind(
         slot = Derived(each.source, found.slots(each.source.arguments, of_source), each.quantized)
         made.append((each, slot))
         if each.quantized:
-            put(slots, op.names.index(each.argument), each.member, slot)
+            at = op.names.index(each.argument)
+            slots[at] = with_member(slots[at], each.member, slot)
     given = [*found.tensors, *reversed(found.numbers)]  # numbers are in places counted from the end
     return Arguments(slots, leaves, made, len(found.tensors)), given
 
@@ -124,12 +125,9 @@ class _Varying:
         return place if is_tensor else -1 - place
 
 
-def put(values: list[Any], at: int, member: int | None, value: Any) -> None:
-    """Put `value` in place of the entry `at` of `values`, or of one of the list there."""
-    if member is None:
-        values[at] = value
-    else:
-        values[at] = [*values[at][:member], value, *values[at][member + 1 :]]
+def with_member(value: Any, member: int | None, new: Any) -> Any:
+    """Return `new` in place of `value`, or the list `value` with `new` in place of one of its members."""
+    return new if member is None else [*value[:member], new, *value[member + 1 :]]
 
 
 def _insist(op: SemanticOp, derived: DerivedArgument) -> None:

@@ -51,10 +51,7 @@ class CallSite:
     def __call__(self, *given: Any) -> Any:
         if compat_dispatch.dispatch_modes() or compat_dispatch.functorch_interpreter() is not None:
             return self._through_dispatcher(given)
-        if calls.profiler_is_enabled():
-            with torch.profiler.record_function(f"fastlora::{self.op.name}"):
-                return self._run(given)
-        return self._run(given)
+        return dispatch.profiled(self.op.name, self._run, given)
 
     def _run(self, given: tuple[Any, ...]) -> Any:
         tensors, numbers = given[: self._tensors], given[self._tensors :]
@@ -110,9 +107,3 @@ def call_site(
     """
     arguments, given = bind(op, values, derived, varies)
     return CallSite(op, arguments), given
-
-
-def run(op: SemanticOp, *values: Any) -> Any:
-    """Call an op as a graph does, with all its arguments in the schema's order; return its outputs."""
-    site, given = call_site(op, values)
-    return site(*given)

@@ -14,38 +14,30 @@ from fastlora.compat import calls
 from fastlora.compat import dispatch as compat_dispatch
 
 
-def run(name: str, implementation: Callable[..., Any], anchor: torch.Tensor, arguments: dict[str, Any]) -> Any:
-    """Run an implementation unseen by autograd, on the tensors' GPU, and without autocast, as ops state their dtypes.
+def profiled(name: str, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    """Call a function; PyTorch's profiler sees it as the operator that it stands for, past the dispatcher as well."""
+    if not calls.profiler_is_enabled():
+        return function(*args, **named)
+    with torch.profiler.record_function(f"fastlora::{name}"):
+        return function(*args, **named)
 
-    PyTorch's profiler sees it under its operator's name, which it would not where the dispatcher is bypassed.
+
+def isolated(device: torch.device, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    """Call a function on a device, unseen by autograd, and without autocast, as ops state their dtypes.
+
+    It runs below what notes views as well: a result that was reshaped is no view of anything, and may be written to.
     """
-    if calls.profiler_is_enabled():
-        with torch.profiler.record_function(f"fastlora::{name}"):
-            return _run(implementation, anchor, arguments)
-    return _run(implementation, anchor, arguments)
-
-
-def _run(implementation: Callable[..., Any], anchor: torch.Tensor, arguments: dict[str, Any]) -> Any:
-    """Below what tracks views as well: a result that was reshaped is nobody's view, so it may be written to."""
-    device = anchor.device
+    if device.type == "cuda" and several_gpus() and device.index != calls.current_device():
+        with torch.cuda.device(device):
+            return isolated(device, function, *args, **named)
     with calls.below_views():
-        if anchor.is_cuda and several_gpus() and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                return _without_autocast(device.type, implementation, arguments)
-        return (
-            implementation(**arguments) if anchor.is_meta else _without_autocast(device.type, implementation, arguments)
-        )
-
-
-def _without_autocast(device: str, implementation: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    """As within `torch.autocast(device, enabled=False)`, which takes as long as the launch of some kernels."""
-    if not torch.is_autocast_enabled(device):
-        return implementation(**arguments)
-    torch.set_autocast_enabled(device, False)
-    try:
-        return implementation(**arguments)
-    finally:
-        torch.set_autocast_enabled(device, True)
+        if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+            return function(*args, **named)
+        torch.set_autocast_enabled(device.type, False)  # `torch.autocast` takes as long as the launch of some kernels
+        try:
+            return function(*args, **named)
+        finally:
+            torch.set_autocast_enabled(device.type, True)
 
 
 def can_bypass_dispatcher(tensors: Iterable[torch.Tensor | None]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ def run_forward(op: SemanticOp, *values: Any, fake: bool = False) -> Any:
     anchor = next(t for t in tensors if t is not None)
     implementation = op.implementations.pytorch if fake else op.implementations.forward(anchor, named)
     trace.insist_on(implementation.traceable)
-    results = dispatch.run(op.name, implementation.forward, anchor, named)
+    results = dispatch.profiled(op.name, dispatch.isolated, anchor.device, implementation.forward, **named)
     return results if len(results) > 1 else results[0]
 
 
@@ -61,7 +61,8 @@ def run_backward(
     implementation = op.implementations.pytorch if fake else op.implementations.backward(anchor, named)
     assert implementation.backward is not None
     trace.insist_on(implementation.traceable)
-    gradients = dispatch.run(f"{op.name}_backward", implementation.backward, anchor, named)
+    run = implementation.backward
+    gradients = dispatch.profiled(f"{op.name}_backward", dispatch.isolated, anchor.device, run, **named)
     flat = op.leaves.of_gradients(gradients, wanted)
     return [g for g, need in zip(flat, needs, strict=True) if need]
 
@@ -75,28 +76,11 @@ def compute(op: SemanticOp, values: Sequence[Any]) -> Any:
         return op.target(*values)
 
 
-class Backward(NamedTuple):
-    """The backward of one call of an op, for an autograd function of somebody else's."""
-
-    op: SemanticOp
-    needs: Sequence[bool]
-    constants: list[Any]
-    shared: SharedGradients
-    lengths: list[int | None]
-
-    def __call__(
-        self, saved: Sequence[torch.Tensor | None], grads: list[torch.Tensor | None]
-    ) -> list[torch.Tensor | None]:
-        """Return a gradient for each tensor leaf, None where none is needed; `saved` is what `run_apart` returned."""
-        op = self.op
-        needs = op.reachable(self.needs, grads)
-        asked = self.shared.to_compute(needs)
-        computed: list[torch.Tensor] = []
-        if any(asked):
-            flat = iter(saved)
-            values = [next(flat) if n is None else [next(flat) for _ in range(n)] for n in self.lengths]
-            computed = differentiate(op, grads, asked, saved, (*values, *self.constants))
-        return self.shared.hand_out(computed, asked, needs, grads[0])
+Differentiate = Callable[
+    [SemanticOp, list["torch.Tensor | None"], list[bool], Sequence["torch.Tensor | None"], list[Any]],
+    Sequence[torch.Tensor],
+]
+"""Runs a backward: takes the op, incoming gradients, which to compute, what was saved, and the backward's values."""
 
 
 def differentiate(
@@ -104,15 +88,58 @@ def differentiate(
     grads: list[torch.Tensor | None],
     asked: list[bool],
     saved: Sequence[torch.Tensor | None],
-    values: Sequence[Any],
-) -> list[torch.Tensor]:
+    values: list[Any],
+) -> Sequence[torch.Tensor]:
     """Run the backward on its `values`, whose tensors are `saved`, through the dispatcher only where it has to be."""
     if dispatch.can_bypass_dispatcher((*grads, *saved)):
         may_overwrite = op.policy.grads_in_forward and dispatch.is_last_backward()
         with compat_dispatch.disable_function_overrides():
             return run_backward(op, grads, asked, *values, may_overwrite=may_overwrite)
+    return differentiate_by_operator(op, grads, asked, saved, values)
+
+
+def differentiate_by_operator(
+    op: SemanticOp,
+    grads: list[torch.Tensor | None],
+    asked: list[bool],
+    saved: Sequence[torch.Tensor | None],
+    values: list[Any],
+) -> Sequence[torch.Tensor]:
+    """Run the backward through the dispatcher."""
     found: list[torch.Tensor] = op.backward_target(grads, asked, *values)
     return found
+
+
+class Backward(NamedTuple):
+    """The backward of one call of an op: which gradients are needed, and what it takes besides saved tensors."""
+
+    op: SemanticOp
+    needs: Sequence[bool]
+    constants: list[Any]
+    shared: SharedGradients
+
+    def __call__(
+        self,
+        saved: Sequence[torch.Tensor | None],
+        grads: list[torch.Tensor | None],
+        run: Differentiate = differentiate,
+    ) -> list[torch.Tensor | None]:
+        """Return a gradient for each tensor leaf, None where none is needed; `saved` is what `after_forward` gave."""
+        op = self.op
+        needs = op.reachable(self.needs, grads)
+        asked = self.shared.to_compute(needs)
+        computed: Sequence[torch.Tensor] = ()
+        if any(asked):
+            computed = run(op, grads, asked, saved, [*op.saved_leaves.grouped(saved), *self.constants])
+        return self.shared.hand_out(computed, asked, needs, grads[0])
+
+
+def after_forward(
+    op: SemanticOp, needs: Sequence[bool], values: Sequence[Any], results: Sequence[Any]
+) -> tuple[list[torch.Tensor | None], Backward]:
+    """Return the tensors to save after a forward, a flat list, and the backward that takes them."""
+    saved, constants = op.to_save(needs, values, results)
+    return op.saved_leaves.flat(saved), Backward(op, needs, constants, op.shared_gradients(values))
 
 
 def run_apart(
@@ -127,10 +154,7 @@ def run_apart(
     """
     own = values[: len(op.names)]
     results = op.as_tuple(compute(op, [*own, list(needs)] if op.policy.grads_in_forward else own))
-    saved, constants = op.to_save(needs, own, results)
-    lengths = [len(value) if isinstance(value, list) else None for value in saved]
-    backward = Backward(op, needs, constants, op.shared_gradients(own), lengths)
-    return op.output_leaves.flat(results), op.saved_leaves.flat(saved), backward
+    return op.output_leaves.flat(results), *after_forward(op, needs, own, results)
 
 
 def refuse_second_derivative(name: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,13 @@ from typing import Any
 import torch
 
 from fastlora.compat import calls
-from fastlora.kernels.core.execution import refuse_second_derivative, run_backward, run_forward
+from fastlora.kernels.core.execution import (
+    after_forward,
+    differentiate_by_operator,
+    refuse_second_derivative,
+    run_backward,
+    run_forward,
+)
 from fastlora.kernels.core.semantic_op import SemanticOp
 
 KERNELS = Path(__file__).parents[1]
@@ -78,7 +84,7 @@ _cached_digest = cache(digest)
 
 
 def _differentiable(op: SemanticOp, *values: Any) -> Any:
-    """The op's kernel for autograd's dispatch key; residuals are handed out with the outputs."""
+    """The op's kernel for autograd's dispatch key; residuals are returned with the outputs."""
     tensors = op.leaves.flat(values)
     needed = any(t is not None and t.requires_grad for t in tensors)
     if needed and torch.is_grad_enabled() and not op.is_constant:
@@ -97,10 +103,8 @@ class _Dispatched(torch.autograd.Function):
         own = values[: len(op.names)]
         with calls.below_autograd():
             results = op.as_tuple(op.target(*own, *([needs] if op.policy.grads_in_forward else [])))
-        saved, constants = op.to_save(needs, own, results)
-        ctx.op, ctx.constants, ctx.shared = op, constants, op.shared_gradients(own)
-        ctx.lengths = [len(value) if isinstance(value, list) else None for value in saved]
-        ctx.save_for_backward(*op.saved_leaves.flat(saved))
+        saved, ctx.differentiate = after_forward(op, needs, own, results)
+        ctx.save_for_backward(*saved)
         outputs, residuals = op.output_leaves.flat(results), op.residual_leaves.flat(results[len(op.outputs) :])
         ctx.outputs = len(outputs)
         ctx.set_materialize_grads(False)
@@ -109,16 +113,8 @@ class _Dispatched(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        refuse_second_derivative(ctx.op.name)
-        op: SemanticOp = ctx.op
+        refuse_second_derivative(ctx.differentiate.op.name)
         incoming = list(grads[: ctx.outputs])
         if all(g is None for g in incoming):
             return (None,) * len(ctx.needs_input_grad)
-        needs = op.reachable(ctx.needs_input_grad[2:], incoming)
-        asked = ctx.shared.to_compute(needs)
-        computed: Sequence[torch.Tensor] = ()
-        if any(asked):
-            flat = iter(ctx.saved_tensors)
-            saved = [next(flat) if n is None else [next(flat) for _ in range(n)] for n in ctx.lengths]
-            computed = op.backward_target(incoming, asked, *saved, *ctx.constants)
-        return (None, None, *ctx.shared.hand_out(computed, asked, needs, incoming[0]))
+        return (None, None, *ctx.differentiate(ctx.saved_tensors, incoming, differentiate_by_operator))

@@ -13,7 +13,7 @@ from fastlora.compat import calls
 from fastlora.compat import dispatch as compat_dispatch
 from fastlora.compat.autograd import saved_tensors_hooks
 from fastlora.kernels.core import dispatch, recompute
-from fastlora.kernels.core.arguments import NONE, Arguments, Constant, Derived, Slot, fill_all, put
+from fastlora.kernels.core.arguments import NONE, Arguments, Constant, Derived, Slot, fill_all, with_member
 from fastlora.kernels.core.execution import refuse_second_derivative
 from fastlora.kernels.core.implementations import Implementation
 from fastlora.kernels.core.quantized_weight import dequantized
@@ -79,8 +79,7 @@ class Plan:
         self.needs = [place is not None and tensors[place].requires_grad for place in arguments.leaves]
         self.is_differentiable = torch.is_grad_enabled() and any(self.needs) and not op.is_constant
         self.outputs = 0
-        self._device, self._type = tensors[0].device.index, tensors[0].device.type
-        self._switches = self._type == "cuda" and dispatch.several_gpus()
+        self._device = tensors[0].device
         self._forward = Traced(self._run_forward, traces)
         self._backwards: dict[Any, list[tuple[Callable[..., bool], PlannedBackward]]] = {}
         self._bytes_not_saved, self.recomputes = 0, False
@@ -88,21 +87,9 @@ class Plan:
         self.select: Callable[[Tensors], Tensors] | None = None
 
     def run(self, function: Callable[..., Any], tensors: Tensors) -> Any:
-        """Call a function on the tensors' GPU, unseen by autograd, and without autocast, as ops state their dtypes.
-
-        It runs below what tracks views as well: a result that was reshaped is nobody's view, and may be written to.
-        """
-        if self._switches and calls.current_device() != self._device:
-            with torch.cuda.device(self._device):
-                return self.run(function, tensors)
-        with calls.below_views(), compat_dispatch.disable_function_overrides():  # those of 4-bit parameters take long
-            if not torch.is_autocast_enabled(self._type):
-                return function(*tensors)
-            torch.set_autocast_enabled(self._type, False)
-            try:
-                return function(*tensors)
-            finally:
-                torch.set_autocast_enabled(self._type, True)
+        """Call a function on tensors as ops are run."""
+        with compat_dispatch.disable_function_overrides():  # those of 4-bit parameters take long
+            return dispatch.isolated(self._device, function, *tensors)
 
     def forward(self, tensors: Tensors) -> Tensors:
         """Return outputs and residuals as one flat tuple."""
@@ -133,33 +120,22 @@ class Plan:
         That goes by names and not by tensors: an implementation that does not always make the same calls may return
         one of its arguments in one call and a new tensor in another.
         """
-        op, count = self.op, len(tensors)
+        op = self.op
         values = fill_all(self._arguments.slots, (*tensors, *self._numbers))
-        grouped = op.result_leaves.grouped(results)
         self.shared = op.shared_gradients(values)
-        saved, constants = op.to_save(self.needs, values, grouped)
-        dropped = op.not_saved(self.needs, dict(zip((*op.names, *op.result_names), (*values, *grouped), strict=True)))
-        if recompute.current.not_saved is not None and recompute.can_recompute(op, saved):
-            self.recomputes = True
-            dropped |= set(op.policy.recomputable)
-            self._bytes_not_saved = sum(
-                t.nbytes for a, t in zip(op.saved, saved, strict=True) if a.name in op.policy.recomputable
-            )
-        places = dict(zip(op.names, self._arguments.slots, strict=True))
-        places |= dict(zip(op.result_names, op.result_leaves.grouped(range(count, count + len(results))), strict=True))
+        named = op.named(values, op.result_leaves.grouped(results))
+        dropped = op.not_saved(self.needs, named)
+        recomputable = () if recompute.current.not_saved is None else op.policy.recomputable
+        if recomputable and not dropped:  # all that they are made of is saved
+            self.recomputes, dropped = True, set(recomputable)
+            self._bytes_not_saved = sum(named[name].nbytes for name in recomputable)
+        own = range(len(tensors), len(tensors) + len(results))
+        places = op.named(self._arguments.slots, op.result_leaves.grouped(own))
+        for each, source in self._arguments.derived:
+            places[each.argument] = with_member(places[each.argument], each.member, source)
         kept: list[int] = []
-        slots: list[Slot] = []
-        for argument, value in zip(op.saved, saved, strict=True):
-            slot = NONE if argument.name in dropped else places[argument.name]
-            if argument.is_list and argument.name in dropped:
-                slot = [NONE] * len(value)
-            for each, source in self._arguments.derived:
-                if each.argument == argument.name and argument.name not in dropped and not each.quantized:
-                    held = [slot]
-                    put(held, 0, each.member, source)
-                    (slot,) = held
-            slots.append(self._moved(slot, kept))
-        self.slots = [*slots, *map(Constant, constants)]
+        slots = [_emptied(places[a.name]) if a.name in dropped else self._moved(places[a.name], kept) for a in op.saved]
+        self.slots = [*slots, *map(Constant, op.constants_of(named))]
         self.select = _picker(kept)
 
     def _moved(self, slot: Slot, kept: list[int]) -> Slot:
@@ -200,10 +176,8 @@ class Plan:
             check = calls.layout_check(tensors)
             if check(*tensors) and len(known := self._backwards.setdefault(key, [])) < MOST_BACKWARDS:
                 known.append((check, planned))
-        if calls.profiler_is_enabled():
-            with torch.profiler.record_function(f"fastlora::{self.op.name}_backward"):
-                return self.run(planned.compute, tensors)  # type: ignore[no-any-return]
-        return self.run(planned.compute, tensors)  # type: ignore[no-any-return]
+        found: MaybeTensors = dispatch.profiled(f"{self.op.name}_backward", self.run, planned.compute, tensors)
+        return found
 
     def by_place(self, gradients: Sequence[torch.Tensor | None]) -> MaybeTensors:
         """Return the gradients of the op's tensor leaves as those of the tensors that the call was given."""
@@ -287,6 +261,11 @@ class PlannedCall(torch.autograd.Function):
         if torch.is_grad_enabled():
             refuse_second_derivative(plan.op.name)
         return (None, *plan.backward(ctx.saved_tensors, grads, ctx.others_read))
+
+
+def _emptied(slot: Slot) -> Slot:
+    """A slot for nothing, or for as many as there are in a list."""
+    return [NONE] * len(slot) if isinstance(slot, list) else NONE
 
 
 def _place(at: int, kept: list[int]) -> int:

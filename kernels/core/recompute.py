@@ -43,12 +43,6 @@ def recomputing() -> Iterator[NotSaved]:
         current.not_saved = before
 
 
-def can_recompute(op: SemanticOp, saved: list[Any]) -> bool:
-    """Return whether the residuals that an op calls recomputable can be made of the rest of what it saves."""
-    names = [a.name for a in op.saved]
-    return bool(op.policy.recomputable) and not any(saved[names.index(name)] is None for name in op.saved_if)
-
-
 def restore(op: SemanticOp, named: dict[str, Any], anchor: torch.Tensor) -> dict[str, Any]:
     """Return the residuals that were not saved, from what was, by name."""
     arguments = {name: named[name] for name in op.names}

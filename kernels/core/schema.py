@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -58,20 +58,6 @@ class Leaves:
         if not self._lists:
             return [values[i] for i in self._at]
         return [leaf for i, many in zip(self._at, self._are_lists, strict=True) for leaf in _leaves(values[i], many)]
-
-    def emptied(self, values: Sequence[Any]) -> tuple[Any, ...]:
-        """All declared `values`, with None in place of each leaf."""
-        rest = list(values)
-        for i, many in zip(self._at, self._are_lists, strict=True):
-            rest[i] = [None] * len(values[i]) if many else None
-        return tuple(rest)
-
-    def filled(self, emptied: Sequence[Any], leaves: Iterator[Any]) -> list[Any]:
-        """The values again, with as many of `leaves` as there are places for."""
-        values = list(emptied)
-        for i, many in zip(self._at, self._are_lists, strict=True):
-            values[i] = [next(leaves) for _ in values[i]] if many else next(leaves)
-        return values
 
     def grouped(self, flat: Sequence[Any]) -> list[Any]:
         """One entry per tensor argument again: all lists of one op have one length, as they run over one group."""

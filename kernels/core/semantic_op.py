@@ -10,7 +10,7 @@ An op is declared once, in `kernels/formulas`, or by anybody with `fastlora.kern
 
 `forward` and `backward` are its PyTorch implementation, which runs anywhere and in any dtype. Others are added with
 
-    @rms_norm.implementation("triton", serves=..., serves_backward=...)
+    rms_norm.implementation("triton", forward=..., backward=..., serves=..., serves_backward=...)
 """
 
 from __future__ import annotations
@@ -133,8 +133,6 @@ class SemanticOp:
         self._known = set(self.names)
         self._required = {a.name for a in self.arguments if not a.is_optional}
         self._lists = [i for i, a in enumerate(self.arguments) if a.is_list]
-        self._saved_at = [(*self.names, *self.result_names).index(a.name) for a in self.saved]
-        self._constants_at = [self.names.index(a.name) for a in self.constants]
 
     def __repr__(self) -> str:
         return f"<op {self.name}>"
@@ -200,14 +198,18 @@ class SemanticOp:
         self, needs: Sequence[bool], values: Sequence[Any], results: Sequence[Any]
     ) -> tuple[list[Any], list[Any]]:
         """Return what the backward takes: tensors, None where no wanted gradient reads one, and all else."""
-        everything = (*values[: len(self.names)], *results)
-        saved, constants = [everything[i] for i in self._saved_at], [values[i] for i in self._constants_at]
-        if not self.saved_if:
-            return saved, constants
-        named = dict(zip((*self.names, *self.result_names), everything, strict=True))
+        named = self.named(values, results)
         dropped = self.not_saved(needs, named)
-        saved = [_nothing(t) if a.name in dropped else t for a, t in zip(self.saved, saved, strict=True)]
-        return saved, [*(_dtype(named[name]) for name in self.saved_if), *constants]
+        saved = [_nothing(named[a.name]) if a.name in dropped else named[a.name] for a in self.saved]
+        return saved, self.constants_of(named)
+
+    def named(self, values: Sequence[Any], results: Sequence[Any]) -> dict[str, Any]:
+        """Return arguments and results by name."""
+        return dict(zip((*self.names, *self.result_names), (*values[: len(self.names)], *results), strict=True))
+
+    def constants_of(self, named: dict[str, Any]) -> list[Any]:
+        """Return what the backward takes besides tensors, of arguments and results by name."""
+        return [*(_dtype(named[name]) for name in self.saved_if), *(named[a.name] for a in self.constants)]
 
     def not_saved(self, needs: Sequence[bool], named: dict[str, Any]) -> set[str]:
         """Return what no wanted gradient reads, of all that `saves` names, given arguments and results by name."""

@@ -85,7 +85,11 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        _thread.recorder = None  # what the operator does within is its own business
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            _thread.recorder = self
         with self._writing():
             self._operator(func, args, kwargs, result)
         return result

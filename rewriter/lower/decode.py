@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx
 
+from fastlora.kernels.core.arguments import with_member
 from fastlora.kernels.core.library import REGISTERED
 from fastlora.kernels.core.semantic_op import DerivedArgument
 from fastlora.kernels.ops import dequantize_4bit
@@ -24,9 +25,5 @@ def quantized_arguments(graph: fx.Graph) -> Iterator[DerivedNode]:
             members: Any = enumerate(given) if isinstance(given, (list, tuple)) else [(None, given)]
             for member, value in list(members):
                 if isinstance(value, fx.Node) and value.target is dequantize_4bit.target:
-                    node.update_arg(at, _without(node.args[at], member))
+                    node.update_arg(at, with_member(node.args[at], member, None))
                     yield DerivedNode(node, DerivedArgument(name, member, dequantize_4bit, quantized=True), value.args)
-
-
-def _without(value: Any, member: int | None) -> Any:
-    return None if member is None else [None if i == member else each for i, each in enumerate(value)]

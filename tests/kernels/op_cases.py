@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastlora.kernels.core.call_site import call_site
 from fastlora.kernels.core.implementations import restricted
 from fastlora.kernels.core.semantic_op import SemanticOp
 from fastlora.tools.bench.accuracy import flat, labelled
@@ -65,6 +66,12 @@ def _kind(value: Any) -> Hashable:
 def complete(op: SemanticOp, arguments: Arguments) -> Arguments:
     """The arguments with those spelled out that were left out, on the device under test."""
     return {a.name: on_device(v) for a, v in zip(op.arguments, op.order(arguments), strict=False)}
+
+
+def call_directly(op: SemanticOp, arguments: Arguments) -> Any:
+    """Call an op as a graph that runs eagerly does, through a call site; return its outputs."""
+    site, given = call_site(op, op.order(arguments)[: len(op.names)])
+    return site(*given)
 
 
 def leaves(arguments: Arguments) -> dict[str, torch.Tensor]:

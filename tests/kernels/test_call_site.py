@@ -23,11 +23,9 @@ from test_lora_mlp import CASES as MLPS
 from test_rms_norm import CASES as NORMS
 from test_rotary import CASES as ROTARY
 
-from fastlora.kernels import register_op
 from fastlora.kernels.core import shortcuts
 from fastlora.kernels.core.call_site import CallSite, call_site
 from fastlora.kernels.core.recompute import recomputing
-from fastlora.kernels.core.semantic_op import DerivedArgument, Policy
 from fastlora.kernels.core.shortcuts import without
 from fastlora.kernels.ops import glu, lora_linear, rms_norm
 
@@ -298,71 +296,6 @@ def test_tensors_are_checked_by_autograd_for_writes() -> None:
             calls.inputs["lora_a"].add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
-
-
-def norm_by_value(name: str, **options: Any) -> Any:
-    """An op whose PyTorch implementation reads values, x / max|x|."""
-
-    def forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        largest = max(x.abs().flatten().tolist())
-        return x * (1 / largest), x.new_full((1,), largest)
-
-    return register_op(
-        name,
-        family="norm",
-        schema="(Tensor x) -> (Tensor y, Tensor largest)",
-        outputs=1,
-        reference=lambda x: x / x.abs().max(),
-        forward=forward,
-        backward=lambda wanted, grads, x, largest: {"x": grads[0] / largest},
-        saves=("x", "largest"),
-        **options,
-    )
-
-
-@pytest.mark.pytorch_form
-def test_a_replay_holds_no_value_of_an_argument_that_is_made_again() -> None:
-    norm = norm_by_value("norm_by_value", policy=Policy(recompute_from=(None, {})))
-    calls, derived = small_layer(), DerivedArgument("x", None, norm)
-    names = calls.op.names
-    x, y = torch.randn(2, 3, requires_grad=True), calls.given["x"]
-    site, given = call_site(calls.op, [calls.given[n] for n in names], [(derived, [x])])
-    assert given[-1] is x
-    for scale in (1.0, 2.0, 3.0, 4.0):
-        source = (torch.randn(y.shape) * scale).requires_grad_()
-        normed = norm(x=source)
-        outputs = site(*(normed if t is y else source if t is x else t for t in given))
-        inputs = [t for n, t in calls.inputs.items() if n != "x"]
-        expected = calls.op(**calls.given | {"x": normed})
-        assert_equal(
-            list(torch.autograd.grad(flat(outputs)[0].sum(), inputs, retain_graph=True)),
-            list(torch.autograd.grad(flat(expected)[0].sum(), inputs, retain_graph=True)),
-        )
-
-
-@pytest.mark.pytorch_form
-def test_what_is_saved_goes_by_name() -> None:
-    """An implementation may return its argument in one call, and a new tensor in another."""
-
-    def forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        h = x if bool((x >= 0).all()) else x.clamp(min=0)
-        return h * h, h
-
-    op = register_op(
-        "clamped_square",
-        family="glu",
-        schema="(Tensor x) -> (Tensor y, Tensor h)",
-        outputs=1,
-        reference=lambda x: x.clamp(min=0) ** 2,
-        forward=forward,
-        backward=lambda wanted, grads, h: {"x": 2 * h * grads[0]},
-        saves=("h",),
-    )
-    site, _ = call_site(op, [torch.empty(4)])
-    for values in ([1.0, 2.0, 3.0, 4.0], [1.0, -2.0, 3.0, -4.0]):
-        x = torch.tensor(values, requires_grad=True)
-        found, expected = (torch.autograd.grad(y.sum(), x)[0] for y in (site(x)[0], op(x=x)))
-        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("case", [MLPS[0], LOSSES[0]], ids=str)

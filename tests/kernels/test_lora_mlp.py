@@ -10,12 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lora_cases import SCHEMES, Scheme, layer, layers, scheme_of, schemes
-from op_cases import Arguments, Case, complete, evaluate, f32, f64, leaves
+from op_cases import Arguments, Case, call_directly, complete, evaluate, f32, f64, leaves
 from op_contract import contract
 from op_precision import assert_as_precise, assert_precise_on_average, assert_propagates, sizes, tensors
 from op_spies import saved_for_backward
 
-from fastlora.kernels.core.call_site import run
 from fastlora.kernels.core.recompute import recomputing
 from fastlora.kernels.ops import lora_mlp
 
@@ -94,7 +93,7 @@ def test_only_the_last_backward_writes_over_what_was_saved() -> None:
     given_ = complete(lora_mlp, arguments(f32, 7, 4, inner=11, rank=3))
     wanted = [t.requires_grad_() for t in given_.values() if isinstance(t, torch.Tensor)]
     with saved_for_backward() as saved:
-        y, *others = run(lora_mlp, *lora_mlp.order(given_))
+        y, *others = call_directly(lora_mlp, given_)
     assert others == []  # nobody else has what may be written over
     kept = [t.clone() for t in saved]
     first = torch.autograd.grad(y.sum(), wanted, retain_graph=True)
@@ -113,7 +112,7 @@ def test_recomputing_saves_neither_gate_nor_up_and_changes_no_bit(case: Case) ->
         for t in wanted:
             t.requires_grad_()
         with saved_for_backward() as saved, context:
-            y = run(lora_mlp, *lora_mlp.order(values))[0]
+            y = call_directly(lora_mlp, values)[0]
         wide = [t for t in saved if t.shape == (*y.shape[:-1], values["up_weight"].shape[0])]
         found.append((wide, y, *(torch.autograd.grad(y.sin().sum(), wanted, retain_graph=True) for _ in range(2))))
     (kept, *plain), (spared, *results) = found
@@ -126,6 +125,6 @@ def test_gate_and_up_are_saved_when_x_is_not() -> None:
     values["down_lora_b"].requires_grad_()
     values["x"].requires_grad_()
     with saved_for_backward() as saved, recomputing():
-        y = run(lora_mlp, *lora_mlp.order(values))[0]
+        y = call_directly(lora_mlp, values)[0]
     assert sum(t.shape == (7, 11) for t in saved) == 2
     y.sum().backward()

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from lora_cases import layer, scheme_of
-from op_cases import Arguments, complete, f32, on_device
+from op_cases import Arguments, call_directly, complete, f32, on_device
 
-from fastlora.kernels.core.call_site import call_site, run
+from fastlora.kernels.core.call_site import call_site
 from fastlora.kernels.core.recompute import recomputing
 from fastlora.kernels.core.semantic_op import DerivedArgument, SemanticOp
 from fastlora.kernels.ops import dequantize_4bit, glu, lora_group, lora_linear, lora_mlp
@@ -88,7 +88,7 @@ class Both:
             site, given = call_site(self.op, self.op.order(self.quantized), self.derived)
             results = site(*given)
         else:
-            results = run(self.op, *self.op.order(self.plain))
+            results = call_directly(self.op, self.plain)
         outputs = _list(results[0])
         leaves = [t for v in self.plain.values() for t in _list(v) if isinstance(t, torch.Tensor) and t.requires_grad]
         generator = torch.Generator().manual_seed(1)
