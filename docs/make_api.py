@@ -59,8 +59,8 @@ def page() -> str:
     lines += described("fastlora.match.rule.dtype_of", dtype_of)
     lines += described("fastlora.match.rule.tag_of", tag_of)
     lines += described("fastlora.match.rule.Match", Match, "value", "tensor", "dtype", "tag", "slice_of")
-    lines += described("fastlora.graph.canonical_ops.spell", spell)
-    lines += ["### `fastlora.match.dsl`", "", *prose(dsl.__doc__), "", "| name | |", "| --- | --- |"]
+    lines += described("fastlora.spelling.spell", spell)
+    lines += ["### `fastlora.pattern`", "", *prose(dsl.__doc__), "", "| name | |", "| --- | --- |"]
     lines += [f"| `{name}` | {summary(getattr(dsl, name))} |" for name in PATTERNS]
     lines += [f"| `pattern.named(name)` | {summary(Pattern.named)} |", ""]
     lines += ["## Ops", "", "See [writing-ops.md](writing-ops.md).", ""]

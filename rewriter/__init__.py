@@ -10,7 +10,9 @@ Importing this package imports nothing else. Each public name is loaded at its f
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -63,6 +65,17 @@ _DEFINED_IN = {
     "report": "api",
     "rule": "match.rule",
 }
+
+
+class _Package(ModuleType):
+    """Keeps an import of `fastlora.rule`, the module, from hiding `fastlora.rule`, the function."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _DEFINED_IN or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 if not TYPE_CHECKING:  # a type checker would take every misspelled name for an `Any`
 

@@ -134,7 +134,7 @@ def _probe(node: fx.Node) -> Probe:
     inputs = node.all_input_nodes
     if isinstance(node.target, HigherOrderOperator):
         return _probe_higher_order(node, inputs)
-    if is_of_functorch(node) or node.target in _REGIONS:  # to run one by itself would leave what nobody ends
+    if is_of_functorch(node) or node.target in _REGIONS:  # by itself it would begin what nothing ends
         return [], list(range(len(inputs)))
     examples = [source.meta.get("example_value") for source in inputs]
     signature = tuple(str((e.dtype, e.dim())) if isinstance(e, torch.Tensor) else str(type(e)) for e in examples)

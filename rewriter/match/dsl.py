@@ -32,7 +32,7 @@ from fastlora.match.state import Predicate, State, Trace, describe
 
 
 def __getattr__(name: str) -> Callable[..., Op]:
-    """Return the function that builds patterns of a canonical operation, for `from fastlora.match.dsl import silu`."""
+    """Return the function that builds patterns of a canonical operation, for `from fastlora.pattern import silu`."""
     if name in operations():
         return _builder(name)
     raise AttributeError(f"no canonical operation is called {name!r}: {suggestion(name, operations())}")

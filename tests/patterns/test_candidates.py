@@ -1,5 +1,5 @@
-"""Which gated units are counted: each once, whoever spells it, with the reason why it stays; and nothing that looks
-alike. What a report and strict=True then say."""
+"""Which gated units are counted: each once, in every spelling, with the reason why it is not fused; and no
+look-alikes. What a report and strict=True then say."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Which adapters and norms are counted: each once, whoever spells it, with the reason why it stays; and nothing that
-looks alike."""
+"""Which adapters and norms are counted: each once, in every spelling, with the reason why it is not fused; and no
+look-alikes."""
 
 from __future__ import annotations
 

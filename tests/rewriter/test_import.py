@@ -63,9 +63,14 @@ def test_a_public_name_is_what_its_module_defines(name):
     assert name in dir(fastlora)
 
 
-def test_no_submodule_has_the_name_of_a_public_function():
-    """Importing one would replace the function."""
-    assert not {module.name for module in pkgutil.iter_modules(fastlora.__path__)} & set(fastlora.__all__)
+@pytest.mark.parametrize("first", ["", "fastlora.rule\n"], ids=["the module first", "the function first"])
+def test_no_submodule_replaces_a_public_name(first):
+    """Python binds a submodule to its package, where `fastlora.rule` is the function that users call."""
+    modules = [module.name for module in pkgutil.iter_modules(fastlora.__path__)]
+    assert set(modules) & set(fastlora.__all__) == {"rule"}
+    imports = "\n".join(f"import fastlora.{module}" for module in modules)
+    check = "assert not any(type(getattr(fastlora, n)).__name__ == 'module' for n in fastlora.__all__)"
+    subprocess.run([sys.executable, "-c", f"import fastlora\n{first}{imports}\n{check}"], check=True)
 
 
 def test_a_misspelled_name_is_an_attribute_error():

@@ -1,4 +1,4 @@
-"""Products of 4-bit weights are read as linear layers while rules look, and run as they were traced if nobody does."""
+"""Products of 4-bit weights are read as linear layers while rules look, and run as traced if none takes them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize("kept", [Format(), Format(nested=False), Format(storage=torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_products_that_nobody_claims_are_put_back(kept: Format, requires_grad: bool, bias: bool) -> None:
+def test_products_that_no_rule_takes_are_put_back(kept: Format, requires_grad: bool, bias: bool) -> None:
     gm, inputs = traced(Layer(kept, bias), requires_grad)
     before = [(node.op, str(node.target)) for node in gm.graph.nodes]
     expected = results(gm.forward, inputs)

@@ -28,7 +28,7 @@ def _operators_run_below_autograd() -> None:
     with calls.below_autograd():
         expect(not (x * 2).requires_grad, "a result below autograd has no history")
     with torch.no_grad(), calls.below_views():
-        expect(not x.view(1, 2)._is_view(), "a result below views is nobody's view")
+        expect(not x.view(1, 2)._is_view(), "a result below views is no view")
 
 
 @probe("keeps_graph")
