@@ -158,6 +158,16 @@ def test_a_call_is_recorded_the_second_time_and_replayed_from_then_on() -> None:
     assert runs == ["forward", "backward"] * 2
 
 
+@pytest.mark.pytorch_form
+def test_an_operator_within_an_implementation_is_replayed_as_a_whole() -> None:
+    """As the dropout before an adapter is, whatever its own implementation does."""
+    calls = next(calls for case in LAYERS if (calls := Calls(case)).given["seed"] is not None)
+    with counted(calls.op) as runs:
+        for _ in range(4):
+            calls.by_site()
+    assert runs == ["forward", "backward"] * 2
+
+
 def test_without_traces_or_plans_each_call_runs_the_implementation() -> None:
     for kind in ("traces", "plans"):
         calls = small_layer()
