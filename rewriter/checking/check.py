@@ -185,7 +185,7 @@ class FirstStep:
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Agreement:
         counts = SimpleNamespace(bypassed=self._session.bypassed)
-        trial = Trial(self._model, args, kwargs, others=(self._session.tally, counts))
+        trial = Trial(self._model, args, kwargs, others=(self._session.deferral_stats, counts))
         return agree(trial, slots_of(self._model), self._session)
 
 

@@ -43,7 +43,7 @@ def has_hooks(module: nn.Module) -> bool:
     return any(hooks_of(module)) or global_hooks_exist()
 
 
-class Watch:
+class UnguardedState:
     """Watches what TorchDynamo does not guard in a region: hooks, also of modules that replaced others, and forwards of
     classes that were replaced. A look takes little time if nothing has changed."""
 

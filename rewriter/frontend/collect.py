@@ -60,21 +60,21 @@ def _add_loss(report: Report, session: Session) -> None:
     if session.head is None:
         return
     coverage = report.coverage.setdefault("loss", Coverage())
-    if not session.tally.deferred:
+    if not session.deferral_stats.deferred:
         if session.head_problem is not None and not coverage.seen and session.executions:
             coverage.seen += 1
             report.missed.append(missed_loss(session, session.head_problem))
         return
     coverage.seen += 1
-    if session.tally.fused:
+    if session.deferral_stats.fused:
         coverage.fused += 1
         report.fused.append(Site("linear_cross_entropy", "deferred logits", session.head, 2, 0))
-    elif session.tally.materialized:
-        lines = ", ".join(session.tally.materialized)
+    elif session.deferral_stats.materialized:
+        lines = ", ".join(session.deferral_stats.materialized)
         report.missed.append(missed_loss(session, f"the logits themselves were used by {lines}"))
     else:
         report.missed.append(missed_loss(session, "no cross-entropy of the logits was computed"))
-    for line, count in session.tally.materialized.items():
+    for line, count in session.deferral_stats.materialized.items():
         report.notes.append(f"logits were materialized {count} times, by {line}")
 
 

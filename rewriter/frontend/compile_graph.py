@@ -21,7 +21,7 @@ from fastlora.graph.bodies import bodies
 from fastlora.graph.fake_values import meta, steady
 from fastlora.kernels.core import shortcuts
 from fastlora.kernels.core.devices import runs_kernels
-from fastlora.logits.graph_pass import deferrals
+from fastlora.logits.graph_pass import deferral_passes
 from fastlora.lower.lowering import checkpoints, lower, pretend
 from fastlora.lower.precompile import calls, loss_call
 from fastlora.reports.from_rewrite import misses
@@ -64,7 +64,7 @@ def _rewrite(session: Session, gm: fx.GraphModule) -> CompiledGraph:
     runs_eagerly = options.lowering == "eager"
     defers = runs_eagerly and options.defer_logits
     is_head = defers and session.region == session.head
-    passes = (*PASSES, *deferrals(session.tally, is_head)) if defers else PASSES
+    passes = (*PASSES, *deferral_passes(session.deferral_stats, is_head)) if defers else PASSES
     rewrites = rewrite(gm, session.rules, options.verify is True, decodes=runs_eagerly, passes=passes)
     graph = CompiledGraph(
         gm,

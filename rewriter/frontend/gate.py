@@ -17,7 +17,7 @@ from fastlora.compat.dynamo import config as _dynamo
 from fastlora.compat.dynamo import shape_config as _shapes
 from fastlora.compat.modules import global_hooks_exist, uncompiled_call
 from fastlora.errors import FastLoRAError
-from fastlora.frontend.bypass import Watch, calling_module, has_hooks, transform
+from fastlora.frontend.bypass import UnguardedState, calling_module, has_hooks, transform
 from fastlora.frontend.compile_graph import backend_for
 from fastlora.frontend.peft_shims import traceable
 from fastlora.frontend.regions import Region, is_torch_class
@@ -40,7 +40,7 @@ class Gate:
         self._region, self.session, self._module = region.name, session, module
         self._is_torch_class = is_torch_class(module)
         self._target: Any = module.forward if self._is_torch_class else uncompiled_call(module)
-        self._watch = Watch(module)
+        self._watch = UnguardedState(module)
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

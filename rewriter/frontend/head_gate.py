@@ -13,13 +13,13 @@ from fastlora.compat.dispatch import tree_map_only
 from fastlora.compat.modules import frees_parameters_after_forward, parameters_of, uncompiled_call
 from fastlora.frontend.bypass import calling_module, has_hooks, mode, transform
 from fastlora.frontend.session import Session
-from fastlora.logits.defer import defer, product_dtype
+from fastlora.logits.defer import defer, linear_dtype
 from fastlora.logits.deferred_logits import DeferredLogits
 
 _FORWARD = nn.Linear.forward
 
 
-class DeferringHead:
+class HeadGate:
     """Defers the product of an output head while gradients are on, and calls the head otherwise.
 
     Args:
@@ -39,11 +39,11 @@ class DeferringHead:
         parameters = parameters_of(head)
         weight: Any = parameters["weight"]
         bias = parameters["bias"]
-        dtype = product_dtype(args[0], weight, bias)
+        dtype = linear_dtype(args[0], weight, bias)
         if dtype is None:
             return uncompiled_call(head)(*args, **kwargs)
         compute_before_reshard(self._around)
-        return defer(args[0], weight, bias, dtype, dtype, self.session.tally)
+        return defer(args[0], weight, bias, dtype, dtype, self.session.deferral_stats)
 
     def _defers(self) -> bool:
         head = self._head
@@ -104,6 +104,6 @@ def compute_before_reshard(modules: Sequence[nn.Module]) -> None:
 
     def compute(module: nn.Module, args: Any, output: Any) -> None:
         handle.remove()
-        tree_map_only(DeferredLogits, lambda logits: logits.cell.get(), output)
+        tree_map_only(DeferredLogits, lambda logits: logits.lazy.get(), output)
 
     handle = sharded.register_forward_hook(compute, prepend=True)

@@ -9,12 +9,12 @@ from torch import nn
 from fastlora.compat.modules import compiled_call, set_compiled_call
 from fastlora.errors import StrictError
 from fastlora.frontend.gate import Gate
-from fastlora.frontend.head_gate import DeferringHead, is_vocabulary, why_not
+from fastlora.frontend.head_gate import HeadGate, is_vocabulary, why_not
 from fastlora.frontend.model_gate import CacheGate, FirstStep, ModelGate, builds_cache
 from fastlora.frontend.regions import find_regions
 from fastlora.frontend.session import Session
 
-SLOTS = (CacheGate, Gate, DeferringHead)
+SLOTS = (CacheGate, Gate, HeadGate)
 """The gates that `install` puts into compiled-call slots."""
 
 
@@ -52,7 +52,7 @@ def install(model: nn.Module, session: Session, first_step: FirstStep | None = N
             session.head_layer = weakref.ref(head)  # type: ignore[arg-type]
             path = name.split(".")
             around = [model.get_submodule(".".join(path[:n])) for n in reversed(range(len(path)))]
-            set_compiled_call(head, DeferringHead(head, session, around))  # type: ignore[arg-type]
+            set_compiled_call(head, HeadGate(head, session, around))  # type: ignore[arg-type]
     set_compiled_call(model, ModelGate(model, session, inner, first_step))
     if not builds_cache(model):
         for child in model.children():

@@ -17,7 +17,7 @@ from torch import fx, nn
 from fastlora.compat.dynamo import graph_breaks
 from fastlora.errors import FastLoRAError, StrictError
 from fastlora.frontend.options import Options, default_rules
-from fastlora.logits.deferred_logits import Tally
+from fastlora.logits.deferred_logits import DeferralStats
 from fastlora.match.rule import AnyRule
 from fastlora.match.rulebook import check_rules
 from fastlora.reports.model import Seconds
@@ -65,7 +65,7 @@ class Session:
         graphs: the graphs that were compiled, in order.
         serving: the graph that ran last, by region and by the number of its code.
         uncompiled: the class of each region that runs uncompiled although others of its class were compiled.
-        tally: what became of deferred logits.
+        deferral_stats: counts what happened to deferred logits.
         bypassed: how many calls ran uncompiled, by reason.
         notes: further sentences for the report.
         head, head_layer, head_problem: the path of the output head, the head until its loss was precompiled, and why
@@ -85,7 +85,7 @@ class Session:
         self.serving: dict[tuple[str, int], CompiledGraph] = {}
         self.uncompiled: dict[str, type] = {}
         self.backends: dict[tuple[Any, ...], Callable[..., Any]] = {}
-        self.tally = Tally(dry=options.dry)
+        self.deferral_stats = DeferralStats(dry=options.dry)
         self.bypassed: Counter[str] = Counter()
         self.notes: list[str] = []
         self.seconds = Seconds()

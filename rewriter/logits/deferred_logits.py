@@ -1,13 +1,13 @@
-"""Deferred logits: the output head's product, which is computed only if something other than a loss reads it.
+"""Deferred logits: the output of the head, which is computed only if something other than a loss reads it.
 
 A Hugging Face model returns its logits next to its loss, and some trainers compute the loss outside, so fusing head and
-loss inside a graph would save nothing. While gradients are on, the head returns `DeferredLogits`, the output of an
-autograd function of hidden states and weights. Casts, views, rows, a bias, a scale or soft-cap keep them deferred; a
-cross-entropy of them runs the fused op; for everything else they are a tensor like any other.
+loss inside a graph would save nothing. While gradients are enabled, the head returns `DeferredLogits`, the output of an
+autograd function of hidden states and weights. Casts, views, indexed rows, a bias, a scale or soft-cap keep them
+deferred; a cross-entropy of them runs the fused op; for everything else they are a tensor like any other.
 
-The gradient of that cross-entropy for the logits is deferred as well: a `DeferredGradient` carries those for hidden
-states and weights, which the op has made, back to the head. Only if something reads it (a hook, `retain_grad`,
-`autograd.grad`, a sum with another gradient) is the gradient for the logits computed.
+The gradient of that cross-entropy with respect to the logits is deferred as well: a `DeferredGradient` carries the
+gradients for hidden states and weights, which the op has computed, back to the head. The gradient for the logits is
+computed only if something reads it (a hook, `retain_grad`, `autograd.grad`, a sum with another gradient).
 """
 
 from __future__ import annotations
@@ -21,18 +21,25 @@ import torch
 
 from fastlora.compat.autograd import storage_id
 from fastlora.logits import deferred_ops
-from fastlora.logits.cell import Cell
-from fastlora.logits.deferred_ops import Parts, Stage, Step, aten
+from fastlora.logits.deferred_ops import DeferredOutput, Grads, OpNode, aten
 from fastlora.logits.deferred_tensor import Deferred, is_view, plain
-from fastlora.logits.recipe import Recipe, Snapshot
+from fastlora.logits.lazy_value import LazyValue
+from fastlora.logits.logits_expr import LogitsExpr, Snapshot
 
 _COPY_OPTIONS = {"dtype", "layout", "device", "pin_memory", "non_blocking", "memory_format"}
 
 
 @dataclass
-class Tally:
-    """How often a head deferred, how often its logits met a loss, and which lines read the logits. `dry` computes no
-    loss."""
+class DeferralStats:
+    """Counts what happened to the logits of one head.
+
+    Attributes:
+        deferred: how often logits were deferred.
+        fused: how often a loss of them ran fused.
+        materialized: how often logits were computed, by the line that read them.
+        dry: whether losses return zeros without computing anything, as for `fastlora.explain`.
+        backwards: how often the backward of the head ran.
+    """
 
     deferred: int = 0
     fused: int = 0
@@ -40,163 +47,181 @@ class Tally:
     dry: bool = False
     backwards: int = 0
 
-    def has_gone_back(self, moment: tuple[int, int] | None) -> bool:
-        """Whether a backward has run since, after which weights are likely to change."""
-        return moment is None or moment[1] != self.backwards
-
-    def moment(self) -> tuple[int, int]:
-        """What changes with each call of the head and each of its backwards: between them nothing trains."""
+    def call_counts(self) -> tuple[int, int]:
+        """Return the numbers of forwards and backwards. While they are the same, no optimizer step is expected."""
         return self.deferred, self.backwards
+
+    def ran_backward_since(self, counts: tuple[int, int] | None) -> bool:
+        """Return whether a backward has run since `call_counts` returned `counts`: weights may have changed then."""
+        return counts is None or counts[1] != self.backwards
 
 
 class DeferredLogits(Deferred):
-    """Logits that are computed only if something reads them; see this module's docstring."""
+    """Logits that are computed only if something reads them; see this module's docstring.
 
-    recipe: Recipe
-    stage: Stage
+    Attributes:
+        expr: the expression that computes them.
+        node: the operation that they come from.
+        snapshot: detects in-place writes to the tensors of `expr`.
+        stats: counts what happens to them.
+    """
+
+    expr: LogitsExpr
+    node: OpNode
     snapshot: Snapshot
-    tally: Tally
+    stats: DeferralStats
 
     @staticmethod
     def of(
-        cell: Cell, meta: torch.Tensor, recipe: Recipe, stage: Stage, snapshot: Snapshot, tally: Tally
+        lazy: LazyValue, meta: torch.Tensor, expr: LogitsExpr, node: OpNode, snapshot: Snapshot, stats: DeferralStats
     ) -> DeferredLogits:
-        made = DeferredLogits(cell, meta, recipe.hidden.device)
-        made.recipe, made.stage, made.snapshot, made.tally = recipe, stage, snapshot, tally
+        made = DeferredLogits(lazy, meta, expr.hidden.device)
+        made.expr, made.node, made.snapshot, made.stats = expr, node, snapshot, stats
         return made
 
-    def then(self, cell: Cell, meta: torch.Tensor, step: Step, snapshot: Snapshot | None = None) -> DeferredLogits:
+    def then(
+        self, lazy: LazyValue, meta: torch.Tensor, output: DeferredOutput, snapshot: Snapshot | None = None
+    ) -> DeferredLogits:
         """Return the logits after one more operation."""
-        return DeferredLogits.of(cell, meta, step.recipe, step.stage, snapshot or self.snapshot, self.tally)
+        return DeferredLogits.of(lazy, meta, output.expr, output.node, snapshot or self.snapshot, self.stats)
 
     def apply(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func in deferred_ops.SAME:
-            return self.then(self.cell, func(self.meta), Step(self.recipe, self.stage))
+        if func in deferred_ops.ALIASES:
+            return self.then(self.lazy, func(self.meta), DeferredOutput(self.expr, self.node))
         if func in deferred_ops.SPLITS:
             return self._split(func, args)
-        stepper = deferred_ops.STEPS.get(func)
-        if stepper is None or not _only_copies(kwargs, self.device):
+        handler = deferred_ops.HANDLERS.get(func)
+        if handler is None or not _only_copies(kwargs, self.device):
             return NotImplemented
         result = _on_meta(func, self.meta, args, kwargs)
-        step = stepper(self.recipe, self.stage, self.meta, result, args)
-        if step is None:
+        output = handler(self.expr, self.node, self.meta, result, args)
+        if output is None:
             return NotImplemented
         if func is aten.add.Tensor:
-            return self._plus(args[0], result, step)
-        return self.then(self.cell.derive(lambda value: func(value, *args, **kwargs), is_view(func)), result, step)
+            return self._add_bias(args[0], result, output)
+        return self.then(self.lazy.derive(lambda value: func(value, *args, **kwargs), is_view(func)), result, output)
 
-    def _plus(self, bias: torch.Tensor, meta: torch.Tensor, step: Step) -> DeferredLogits:
-        own = Snapshot([bias])
+    def _add_bias(self, bias: torch.Tensor, meta: torch.Tensor, output: DeferredOutput) -> DeferredLogits:
+        bias_snapshot = Snapshot([bias])
 
         def compute(value: torch.Tensor) -> torch.Tensor:
-            own.check(look=True)
+            bias_snapshot.check(check_values=True)
             return value + bias
 
-        return self.then(self.cell.derive(compute), meta, step, self.snapshot.and_of(bias))
+        return self.then(self.lazy.derive(compute), meta, output, self.snapshot.with_tensor(bias))
 
     def _split(self, func: Any, args: tuple[Any, ...]) -> Any:
         results = func(self.meta, *args)
-        steps = deferred_ops.split(self.recipe, self.stage, self.meta, func, results, args)
-        if steps is None:
+        outputs = deferred_ops.split(self.expr, self.node, self.meta, func, results, args)
+        if outputs is None:
             return NotImplemented
 
-        def piece(i: int) -> Cell:
-            return self.cell.derive(lambda value: func(value, *args)[i], is_view=True)
+        def piece(i: int) -> LazyValue:
+            return self.lazy.derive(lambda value: func(value, *args)[i], is_view=True)
 
-        return [self.then(piece(i), *pair) for i, pair in enumerate(zip(results, steps, strict=True))]
+        return [self.then(piece(i), *pair) for i, pair in enumerate(zip(results, outputs, strict=True))]
 
 
 class DeferredGradient(Deferred):
-    """The gradient of a loss for logits, which carries what the op has made of it.
+    """The gradient of a loss for logits, which carries the gradients that the fused op has computed.
 
     Attributes:
-        parts: the gradients for hidden states and parameters.
-        stage: of the logits that this is a gradient for.
+        grads: the gradients for hidden states and parameters.
+        node: that of the logits that this is a gradient for.
+        taken_storages: the storages of gradients that `take_grads` has returned.
     """
 
-    parts: Parts
-    stage: Stage
-    taken: set[int]
+    grads: Grads
+    node: OpNode
+    taken_storages: set[int]
 
     @staticmethod
     def of(
-        cell: Cell, meta: torch.Tensor, parts: Parts, stage: Stage, device: torch.device, taken: set[int] | None = None
+        lazy: LazyValue,
+        meta: torch.Tensor,
+        grads: Grads,
+        node: OpNode,
+        device: torch.device,
+        taken_storages: set[int] | None = None,
     ) -> DeferredGradient:
-        made = DeferredGradient(cell, meta, device)
-        made.parts, made.stage = parts, stage
-        made.taken = set() if taken is None else taken
+        made = DeferredGradient(lazy, meta, device)
+        made.grads, made.node = grads, node
+        made.taken_storages = set() if taken_storages is None else taken_storages
         return made
 
-    def parts_at(self, stage: Stage) -> Parts | None:
-        """Return the parts if this is a gradient for logits of that stage. One whose memory is in other hands may have
-        been written to, and then counts as any tensor."""
-        return self.parts if stage is self.stage and not self.cell.memory.is_shared else None
+    def grads_for(self, node: OpNode) -> Grads | None:
+        """Return the gradients if this is a gradient for the logits of `node`, else None. If its storage is shared, it
+        may have been written to, and is treated as an ordinary tensor."""
+        return self.grads if node is self.node and not self.lazy.storage.is_shared else None
 
-    def take_parts(self, stage: Stage) -> Parts | None:
-        """Return the parts once only, as the caller may write to them; None from then on."""
-        parts = self.parts_at(stage)
-        memories = set() if parts is None else {storage_id(part) for part in parts.values()}
-        if parts is None or memories & self.taken:
+    def take_grads(self, node: OpNode) -> Grads | None:
+        """Return `grads_for(node)` for the first call, whose caller may write to them; None from then on."""
+        grads = self.grads_for(node)
+        storages = set() if grads is None else {storage_id(grad) for grad in grads.values()}
+        if grads is None or storages & self.taken_storages:
             return None
-        self.taken |= memories
-        return parts
+        self.taken_storages |= storages
+        return grads
 
     def apply(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func in deferred_ops.SAME:
-            return self._same(self.cell, func(self.meta))
+        if func in deferred_ops.ALIASES:
+            return self._alias(self.lazy, func(self.meta))
         if func is aten.add.Tensor:
-            return self._plus(*args) if len(args) == 1 and not kwargs else NotImplemented
+            return self._add(*args) if len(args) == 1 and not kwargs else NotImplemented
         if func is aten.sum.dim_IntList:
             return self._sum(*args, **kwargs)
         if func not in _ADJOINTS or not _only_copies(kwargs, self.device):
             return NotImplemented
-        if func is aten.tanh_backward.default and getattr(args[0], "stage", None) is not self.stage:
+        if func is aten.tanh_backward.default and getattr(args[0], "node", None) is not self.node:
             return NotImplemented
         result = _on_meta(func, self.meta, args, kwargs)
-        cell = self.cell.derive(lambda value: func(value, *map(plain, args), **kwargs), is_view(func))
+        lazy = self.lazy.derive(lambda value: func(value, *map(plain, args), **kwargs), is_view(func))
         if func is aten.clone.default:
-            return self._same(cell, result)
-        if deferred_ops.key_of(func, self.meta, result, args) != self.stage.adjoint or self.stage.parent is None:
+            return self._alias(lazy, result)
+        key, parent = deferred_ops.adjoint_key(func, self.meta, result, args), self.node.parent
+        if key != self.node.adjoint or parent is None:
             return NotImplemented
-        parts, parent = self.stage.back(self.parts), self.stage.parent
-        return DeferredGradient.of(cell, result, parts, parent, self.device, self.taken)
+        grads = self.node.grads_for_parent(self.grads)
+        return DeferredGradient.of(lazy, result, grads, parent, self.device, self.taken_storages)
 
-    def _same(self, cell: Cell, meta: torch.Tensor) -> DeferredGradient:
-        return DeferredGradient.of(cell, meta, self.parts, self.stage, self.device, self.taken)
+    def _alias(self, lazy: LazyValue, meta: torch.Tensor) -> DeferredGradient:
+        return DeferredGradient.of(lazy, meta, self.grads, self.node, self.device, self.taken_storages)
 
-    def _plus(self, other: Any) -> Any:
-        """The sum of two gradients for the same logits, of two losses say."""
-        if not isinstance(other, DeferredGradient) or (parts := other.parts_at(self.stage)) is None:
+    def _add(self, other: Any) -> Any:
+        """Add two gradients for the same logits, for example of two losses."""
+        if not isinstance(other, DeferredGradient) or (grads := other.grads_for(self.node)) is None:
             return NotImplemented
-        if (self.dtype, self.shape, self.parts.keys()) != (other.dtype, other.shape, parts.keys()):
+        if (self.dtype, self.shape, self.grads.keys()) != (other.dtype, other.shape, grads.keys()):
             return NotImplemented
-        added = {name: part + parts[name] for name, part in self.parts.items()}
-        cell = Cell.join([self.cell, other.cell], lambda values: values[0] + values[1])
-        return DeferredGradient.of(cell, self.meta, added, self.stage, self.device)
+        added = {name: grad + grads[name] for name, grad in self.grads.items()}
+        lazy = LazyValue.join([self.lazy, other.lazy], lambda values: values[0] + values[1])
+        return DeferredGradient.of(lazy, self.meta, added, self.node, self.device)
 
     def _sum(self, dims: Sequence[int], keepdim: bool = False, *, dtype: Any = None) -> Any:
-        """The gradient of a bias that was added to the logits: a sum over all rows."""
+        """Sum over all rows: the gradient of a bias that was added to the logits."""
         summed = sorted(dim % self.dim() for dim in dims)
-        bias = self.parts.get("bias")
-        if bias is None or not self.stage.rows_only or dtype is not None or summed != list(range(self.dim() - 1)):
+        bias = self.grads.get("bias")
+        if bias is None or not self.node.only_rows_changed or dtype is not None:
+            return NotImplemented
+        if summed != list(range(self.dim() - 1)):
             return NotImplemented
         return bias.to(self.dtype, copy=True).reshape((*[1] * (self.dim() - 1), -1) if keepdim else (-1,))
 
     @classmethod
     def apply_to_list(cls, func: Any, tensors: list[Any], args: tuple[Any, ...]) -> Any:
-        """The gradients for all pieces of logits that were split."""
-        if not all(isinstance(t, DeferredGradient) and t.parts_at(t.stage) is not None for t in tensors):
+        """Join the gradients for all pieces of logits that were split."""
+        if not all(isinstance(t, DeferredGradient) and t.grads_for(t.node) is not None for t in tensors):
             return NotImplemented
         first = tensors[0]
-        if not deferred_ops.joined(func, [t.stage for t in tensors], args):
+        if not deferred_ops.undoes_split(func, [t.node for t in tensors], args):
             return NotImplemented
-        parts = {
-            name: func([t.parts[name] for t in tensors], *args) if name == "x" else sum(t.parts[name] for t in tensors)
-            for name in first.parts
+        grads = {
+            name: func([t.grads[name] for t in tensors], *args) if name == "x" else sum(t.grads[name] for t in tensors)
+            for name in first.grads
         }
-        cell = Cell.join([t.cell for t in tensors], lambda values: func(values, *args))
+        lazy = LazyValue.join([t.lazy for t in tensors], lambda values: func(values, *args))
         meta = func([t.meta for t in tensors], *args)
-        return DeferredGradient.of(cell, meta, parts, first.stage.parent, first.device)
+        return DeferredGradient.of(lazy, meta, grads, first.node.parent, first.device)
 
 
 _ADJOINTS = {

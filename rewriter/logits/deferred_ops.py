@@ -1,10 +1,10 @@
-"""Which operations on deferred logits stay deferred, and how the gradient goes back through them.
+"""The operations on deferred logits that stay deferred, and how gradients pass back through them.
 
-An operation on logits that moves rows, scales or widens is one on the hidden states or on the recipe. Each leads to
-another `Stage`, which knows its adjoint: the one operation that takes a gradient back to the stage before. Autograd
-calls that very operation, so a deferred gradient recognises it by name and arguments; the gradients that it carries for
-hidden states and parameters then only change rows. Whoever else calls it, in a hook say, gets the same value: a stage
-stands for a value, not for a place in autograd's graph.
+An operation on logits that changes rows, scales or widens is an operation on the hidden states or on the expression.
+Each adds an `OpNode`, which records its adjoint: the one operation that takes a gradient back through it. Autograd
+calls exactly that operation, so a deferred gradient recognizes it by name and arguments; of the gradients that it
+carries for hidden states and parameters, only rows change. Other callers of the same operation, such as a hook, get the
+same value: a node stands for a value, not for a place in autograd's graph.
 """
 
 from __future__ import annotations
@@ -16,223 +16,231 @@ from typing import Any
 
 import torch
 
-from fastlora.logits.recipe import Recipe
+from fastlora.logits.logits_expr import LogitsExpr
 
 aten = torch.ops.aten
-Parts = dict[str, torch.Tensor]
-"""Gradients for hidden states (`x`, with the rows of a stage) and parameters, by the names of the ops."""
-Key = tuple[Any, ...]
-"""An operation and its arguments in one form for all spellings."""
+Grads = dict[str, torch.Tensor]
+"""Gradients for hidden states (`x`, with the rows of a node) and parameters, by the argument names of the ops."""
+OpKey = tuple[Any, ...]
+"""An operation and its arguments, the same for all spellings of the operation."""
 
 
 @dataclass(frozen=True, eq=False)
-class Stage:
-    """What logits are between the head's product and a loss.
+class OpNode:
+    """An operation between the head's linear layer and a loss.
 
     Attributes:
-        parent: the stage before; None for the product itself.
+        parent: the operation before; None for the linear layer itself.
         adjoint: the operation that takes a gradient to the parent.
-        move: what that does to the gradient of the hidden states.
-        rows_only: whether this is the product but for the order of its rows.
-        piece: of a stage that is one of several into which its parent was split, the position and the way of splitting.
+        hidden_adjoint: takes a gradient of the hidden states to the parent's rows.
+        only_rows_changed: whether the value is that of the linear layer up to a selection or order of its rows.
+        split: if this is one of several pieces into which its parent was split, its index and how it was split.
     """
 
-    parent: Stage | None = None
-    adjoint: Key = ()
-    move: Callable[[torch.Tensor], torch.Tensor] | None = None
-    rows_only: bool = True
-    piece: tuple[int, str] | None = None
+    parent: OpNode | None = None
+    adjoint: OpKey = ()
+    hidden_adjoint: Callable[[torch.Tensor], torch.Tensor] | None = None
+    only_rows_changed: bool = True
+    split: tuple[int, str] | None = None
 
-    def back(self, parts: Parts) -> Parts:
-        """Return the gradients for the parent's rows."""
-        if self.move is None or "x" not in parts:
-            return parts
-        return {**parts, "x": self.move(parts["x"])}
+    def grads_for_parent(self, grads: Grads) -> Grads:
+        """Return the gradients with the parent's rows."""
+        if self.hidden_adjoint is None or "x" not in grads:
+            return grads
+        return {**grads, "x": self.hidden_adjoint(grads["x"])}
 
 
 @dataclass(frozen=True)
-class Step:
-    """What an operation leads to: the recipe and the stage of its result."""
+class DeferredOutput:
+    """The deferred result of an operation: its expression and its node."""
 
-    recipe: Recipe
-    stage: Stage
+    expr: LogitsExpr
+    node: OpNode
 
 
-Stepper = Callable[[Recipe, Stage, torch.Tensor, torch.Tensor, Sequence[Any]], "Step | None"]
-"""Takes recipe, stage and meta tensor of the logits, the meta tensor of the result, and the operation's arguments."""
+Handler = Callable[[LogitsExpr, OpNode, torch.Tensor, torch.Tensor, Sequence[Any]], "DeferredOutput | None"]
+"""Takes expression, node and meta tensor of the logits, the meta tensor of the result, and the operation's other
+arguments; returns None if the logits have to be computed."""
 
 RESHAPES = {
     aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default, aten.reshape.default,
     aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
 }  # fmt: skip
-SAME = {aten.detach.default, aten.alias.default}
+ALIASES = {aten.detach.default, aten.alias.default}
 SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}
 
 
-def _reshaped(recipe: Recipe, stage: Stage, meta: torch.Tensor, result: torch.Tensor, args: Sequence[Any]) -> Any:
+def _reshape(expr: LogitsExpr, node: OpNode, meta: torch.Tensor, result: torch.Tensor, args: Sequence[Any]) -> Any:
     if result.dim() == 0 or result.shape[-1] != meta.shape[-1]:
         return None
-    hidden = recipe.hidden
-    moved = hidden.reshape(*result.shape[:-1], hidden.shape[-1])
+    hidden = expr.hidden
+    reshaped = hidden.reshape(*result.shape[:-1], hidden.shape[-1])
     adjoint = ("reshape", tuple(meta.shape))
-    return _rows(recipe, stage, moved, adjoint, lambda dx: dx.reshape(hidden.shape))
+    return _change_rows(expr, node, reshaped, adjoint, lambda dx: dx.reshape(hidden.shape))
 
 
-def _sliced(recipe: Recipe, stage: Stage, meta: torch.Tensor, result: torch.Tensor, args: Sequence[Any]) -> Any:
-    given = dict(enumerate(args))
-    dim = given.get(0, 0) % meta.dim()
-    bounds = _bounds(meta.shape[dim], given.get(1), given.get(2), given.get(3, 1))
+def _slice(expr: LogitsExpr, node: OpNode, meta: torch.Tensor, result: torch.Tensor, args: Sequence[Any]) -> Any:
+    dim, start, stop, step = (*args, *(0, None, None, 1)[len(args) :])
+    dim %= meta.dim()
+    bounds = _slice_bounds(meta.shape[dim], start, stop, step)
     if dim == meta.dim() - 1:
         return None
-    hidden = recipe.hidden
+    hidden = expr.hidden
     adjoint = ("slice", tuple(meta.shape), dim, *bounds)
-    return _rows(
-        recipe, stage, aten.slice(hidden, dim, *bounds), adjoint,
+    return _change_rows(
+        expr, node, aten.slice(hidden, dim, *bounds), adjoint,
         lambda dx: aten.slice_backward(dx, list(hidden.shape), dim, *bounds),
     )  # fmt: skip
 
 
-def _selected(recipe: Recipe, stage: Stage, meta: torch.Tensor, result: torch.Tensor, args: Sequence[Any]) -> Any:
+def _select(expr: LogitsExpr, node: OpNode, meta: torch.Tensor, result: torch.Tensor, args: Sequence[Any]) -> Any:
     dim = args[0] % meta.dim()
     if dim == meta.dim() - 1:
         return None
-    hidden, index = recipe.hidden, args[1] % meta.shape[dim]
+    hidden, index = expr.hidden, args[1] % meta.shape[dim]
     adjoint = ("select", tuple(meta.shape), dim, index)
-    return _rows(
-        recipe, stage, hidden.select(dim, index), adjoint,
+    return _change_rows(
+        expr, node, hidden.select(dim, index), adjoint,
         lambda dx: aten.select_backward(dx, list(hidden.shape), dim, index),
     )  # fmt: skip
 
 
-def _permuted(recipe: Recipe, stage: Stage, meta: torch.Tensor, result: torch.Tensor, args: Sequence[Any]) -> Any:
-    order = _order(meta.dim(), args)
+def _permute(expr: LogitsExpr, node: OpNode, meta: torch.Tensor, result: torch.Tensor, args: Sequence[Any]) -> Any:
+    order = _dim_order(meta.dim(), args)
     if order[-1] != meta.dim() - 1:
         return None
     inverse = tuple(order.index(dim) for dim in range(len(order)))
-    return _rows(recipe, stage, recipe.hidden.permute(order), ("permute", inverse), lambda dx: dx.permute(inverse))
+    return _change_rows(expr, node, expr.hidden.permute(order), ("permute", inverse), lambda dx: dx.permute(inverse))
 
 
-def _multiplied(recipe: Recipe, stage: Stage, meta: torch.Tensor, result: torch.Tensor, args: Sequence[Any]) -> Any:
+def _mul(expr: LogitsExpr, node: OpNode, meta: torch.Tensor, result: torch.Tensor, args: Sequence[Any]) -> Any:
     factor = args[0]
-    return _scaled(recipe, stage, ("mul", factor), factor) if _is_scale(meta, result, args) else None
+    return _scale(expr, node, ("mul", factor), factor) if _is_scale(meta, result, args) else None
 
 
-def _divided(recipe: Recipe, stage: Stage, meta: torch.Tensor, result: torch.Tensor, args: Sequence[Any]) -> Any:
+def _div(expr: LogitsExpr, node: OpNode, meta: torch.Tensor, result: torch.Tensor, args: Sequence[Any]) -> Any:
     divisor = args[0]
-    return _scaled(recipe, stage, ("div", divisor), 1.0 / divisor) if _is_scale(meta, result, args) else None
+    return _scale(expr, node, ("div", divisor), 1.0 / divisor) if _is_scale(meta, result, args) else None
 
 
-def _scaled(recipe: Recipe, stage: Stage, adjoint: Key, factor: float) -> Step:
-    return Step(recipe.scaled(factor), Stage(stage, adjoint, rows_only=False))
+def _scale(expr: LogitsExpr, node: OpNode, adjoint: OpKey, factor: float) -> DeferredOutput:
+    return DeferredOutput(expr.scaled(factor), OpNode(node, adjoint, only_rows_changed=False))
 
 
-def _squashed(recipe: Recipe, stage: Stage, meta: torch.Tensor, result: torch.Tensor, args: Sequence[Any]) -> Any:
-    if recipe.squashed:
+def _tanh(expr: LogitsExpr, node: OpNode, meta: torch.Tensor, result: torch.Tensor, args: Sequence[Any]) -> Any:
+    if expr.has_tanh:
         return None
-    after = Stage(stage, ("tanh", stage), rows_only=False)  # no other stage has this parent and this operation
-    return Step(replace(recipe, squashed=True), after)
+    after = OpNode(node, ("tanh", node), only_rows_changed=False)  # no other node has this parent and this operation
+    return DeferredOutput(replace(expr, has_tanh=True), after)
 
 
-def _cast(recipe: Recipe, stage: Stage, meta: torch.Tensor, result: torch.Tensor, args: Sequence[Any]) -> Any:
+def _cast(expr: LogitsExpr, node: OpNode, meta: torch.Tensor, result: torch.Tensor, args: Sequence[Any]) -> Any:
     if not result.is_floating_point() or torch.promote_types(meta.dtype, result.dtype) != result.dtype:
         return None
     if meta.dtype == result.dtype:
-        return Step(recipe, stage)
-    return Step(replace(recipe, dtype=result.dtype), Stage(stage, ("cast", meta.dtype), rows_only=False))
+        return DeferredOutput(expr, node)
+    after = OpNode(node, ("cast", meta.dtype), only_rows_changed=False)
+    return DeferredOutput(replace(expr, dtype=result.dtype), after)
 
 
-def _plus(recipe: Recipe, stage: Stage, meta: torch.Tensor, result: torch.Tensor, args: Sequence[Any]) -> Any:
-    """A bias, if the head has none and nothing but rows has changed. A gradient goes through a sum as it is."""
+def _add_bias(expr: LogitsExpr, node: OpNode, meta: torch.Tensor, result: torch.Tensor, args: Sequence[Any]) -> Any:
+    """Add a bias, if the head has none and only rows have changed. The node stays: a sum passes gradients through."""
     other = args[0]
-    if len(args) > 1 or recipe.bias is not None or recipe.adapter is not None or not recipe.is_product:
+    if len(args) > 1 or expr.bias is not None or expr.adapter is not None or not expr.is_linear_output:
         return None
     if type(other) not in (torch.Tensor, torch.nn.Parameter) or other.is_inference():
         return None
-    if (other.dtype, other.device, result.shape) != (recipe.dtype, recipe.hidden.device, meta.shape):
+    if (other.dtype, other.device, result.shape) != (expr.dtype, expr.hidden.device, meta.shape):
         return None
     if not 0 < other.dim() <= meta.dim():
         return None
     if other.shape[-1] != meta.shape[-1] or other.numel() != meta.shape[-1]:
         return None
-    trained = recipe.trained | {"bias"} if other.requires_grad else recipe.trained
-    return Step(replace(recipe, bias=other.reshape(-1), trained=trained), stage)
+    requires_grad = expr.requires_grad | {"bias"} if other.requires_grad else expr.requires_grad
+    return DeferredOutput(replace(expr, bias=other.reshape(-1), requires_grad=requires_grad), node)
 
 
-def _rows(
-    recipe: Recipe, stage: Stage, hidden: torch.Tensor, adjoint: Key, move: Callable[[torch.Tensor], torch.Tensor]
-) -> Step:
-    return Step(replace(recipe, hidden=hidden), Stage(stage, adjoint, move, stage.rows_only))
+def _change_rows(
+    expr: LogitsExpr,
+    node: OpNode,
+    hidden: torch.Tensor,
+    adjoint: OpKey,
+    hidden_adjoint: Callable[[torch.Tensor], torch.Tensor],
+) -> DeferredOutput:
+    after = OpNode(node, adjoint, hidden_adjoint, node.only_rows_changed)
+    return DeferredOutput(replace(expr, hidden=hidden), after)
 
 
-STEPS: dict[Any, Stepper] = {
-    **dict.fromkeys(RESHAPES, _reshaped),
-    aten.slice.Tensor: _sliced,
-    aten.select.int: _selected,
-    **dict.fromkeys((aten.transpose.int, aten.permute.default), _permuted),
-    aten.mul.Tensor: _multiplied,
-    aten.div.Tensor: _divided,
-    aten.tanh.default: _squashed,
+HANDLERS: dict[Any, Handler] = {
+    **dict.fromkeys(RESHAPES, _reshape),
+    aten.slice.Tensor: _slice,
+    aten.select.int: _select,
+    **dict.fromkeys((aten.transpose.int, aten.permute.default), _permute),
+    aten.mul.Tensor: _mul,
+    aten.div.Tensor: _div,
+    aten.tanh.default: _tanh,
     **dict.fromkeys((aten._to_copy.default, aten.clone.default), _cast),
-    aten.add.Tensor: _plus,
+    aten.add.Tensor: _add_bias,
 }
 
 
 def split(
-    recipe: Recipe, stage: Stage, meta: torch.Tensor, func: Any, results: Sequence[torch.Tensor], args: Sequence[Any]
-) -> list[Step] | None:
-    """Return the steps to the pieces into which the rows are split."""
-    dim = (args[0] if args else 0) if func is aten.unbind.int else (args[1] if len(args) > 1 else 0)
+    expr: LogitsExpr, node: OpNode, meta: torch.Tensor, func: Any, results: Sequence[torch.Tensor], args: Sequence[Any]
+) -> list[DeferredOutput] | None:
+    """Return the pieces into which the rows are split, or None if the last dimension is split."""
+    is_unbind = func is aten.unbind.int
+    dim = (args[0] if args else 0) if is_unbind else (args[1] if len(args) > 1 else 0)
     dim %= meta.dim()
     if dim == meta.dim() - 1:
         return None
-    stacked = func is aten.unbind.int
-    adjoint = ("stack" if stacked else "cat", dim)
-    pieces, way = func(recipe.hidden, *args), f"{len(results)} by {func} of {args}"
+    adjoint = ("stack" if is_unbind else "cat", dim)
+    pieces, how = func(expr.hidden, *args), f"{len(results)} by {func} of {args}"
     return [
-        Step(replace(recipe, hidden=piece), Stage(stage, adjoint, None, stage.rows_only, (i, way)))
+        DeferredOutput(replace(expr, hidden=piece), OpNode(node, adjoint, None, node.only_rows_changed, (i, how)))
         for i, piece in enumerate(pieces)
     ]
 
 
-def joined(func: Any, stages: Sequence[Stage], args: Sequence[Any]) -> bool:
-    """Whether `cat` or `stack` puts gradients for all pieces of one stage together again."""
-    first = stages[0]
+def undoes_split(func: Any, nodes: Sequence[OpNode], args: Sequence[Any]) -> bool:
+    """Return whether `cat` or `stack` joins the gradients for all pieces of one split, in order."""
+    first = nodes[0]
     name = {aten.cat.default: "cat", aten.stack.default: "stack"}.get(func)
-    way = "" if first.piece is None else first.piece[1]
-    whole = way.startswith(f"{len(stages)} by ")
-    same = all(s.parent is first.parent and s.piece == (i, way) for i, s in enumerate(stages))
-    return whole and same and first.adjoint == (name, args[0] if args else 0)
+    how = "" if first.split is None else first.split[1]
+    is_complete = how.startswith(f"{len(nodes)} by ")
+    in_order = all(n.parent is first.parent and n.split == (i, how) for i, n in enumerate(nodes))
+    return is_complete and in_order and first.adjoint == (name, args[0] if args else 0)
 
 
-def key_of(func: Any, meta: torch.Tensor, result: torch.Tensor, args: Sequence[Any]) -> Key:
-    """Return an operation on a gradient as `Stage.adjoint` has it, () for those that are none."""
+def adjoint_key(func: Any, meta: torch.Tensor, result: torch.Tensor, args: Sequence[Any]) -> OpKey:
+    """Return the key of an operation on a gradient, to compare with `OpNode.adjoint`; () for other operations."""
     if func in RESHAPES:
         return ("reshape", tuple(result.shape))
     if func is aten.slice_backward.default:
         sizes, dim, start, stop, step = args
         dim %= len(sizes)
-        return ("slice", tuple(sizes), dim, *_bounds(sizes[dim], start, stop, step))
+        return ("slice", tuple(sizes), dim, *_slice_bounds(sizes[dim], start, stop, step))
     if func is aten.select_backward.default:
         sizes, dim, index = args
         return ("select", tuple(sizes), dim % len(sizes), index % sizes[dim])
     if func in (aten.transpose.int, aten.permute.default):
-        return ("permute", _order(meta.dim(), args))
+        return ("permute", _dim_order(meta.dim(), args))
     if func is aten._to_copy.default:
         return ("cast", result.dtype)
     if func in (aten.mul.Tensor, aten.div.Tensor) and _is_scale(meta, result, args):
         return ("mul" if func is aten.mul.Tensor else "div", args[0])
-    if func is aten.tanh_backward.default and isinstance(after := getattr(args[0], "stage", None), Stage):
+    if func is aten.tanh_backward.default and isinstance(after := getattr(args[0], "node", None), OpNode):
         return ("tanh", after.parent)
     return ()
 
 
 def _is_scale(meta: torch.Tensor, result: torch.Tensor, args: Sequence[Any]) -> bool:
     factor = args[0]
-    number = isinstance(factor, (int, float)) and not isinstance(factor, bool) and factor > 0 and math.isfinite(factor)
-    return len(args) == 1 and number and result.dtype == meta.dtype
+    is_number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
+    return len(args) == 1 and is_number and factor > 0 and math.isfinite(factor) and result.dtype == meta.dtype
 
 
-def _order(dims: int, args: Sequence[Any]) -> tuple[int, ...]:
+def _dim_order(dims: int, args: Sequence[Any]) -> tuple[int, ...]:
+    """Return the order of dimensions after `transpose` or `permute`."""
     if isinstance(args[0], (list, tuple)):
         return tuple(dim % dims for dim in args[0])
     order = list(range(dims))
@@ -241,6 +249,6 @@ def _order(dims: int, args: Sequence[Any]) -> tuple[int, ...]:
     return tuple(order)
 
 
-def _bounds(size: int, start: int | None, stop: int | None, step: int) -> tuple[int, int, int]:
+def _slice_bounds(size: int, start: int | None, stop: int | None, step: int) -> tuple[int, int, int]:
     begin, end, step = slice(start, stop, step).indices(size)
     return begin, max(begin, end), step

@@ -1,9 +1,9 @@
 """Tensors whose value is computed only when something reads it.
 
 A `Deferred` is a tensor subclass without storage. Autograd sees an ordinary tensor with a history, so hooks, custom
-autograd functions, views, in-place writes and `torch.autograd.grad` work as on any other. Only where an operation needs
-the elements, below autograd at `__torch_dispatch__`, are they computed: once, without recording gradients, in whatever
-mode the caller is. Subclasses say which operations stay deferred as well.
+autograd functions, views, in-place writes and `torch.autograd.grad` work as on any other tensor. If an operation needs
+the elements, `__torch_dispatch__`, which runs below autograd, computes them: once, without recording gradients, in
+whatever mode the caller is. Subclasses define which operations stay deferred.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastlora.compat.dispatch import (
     tree_map_only,
 )
 from fastlora.errors import FastLoRAError
-from fastlora.logits.cell import Cell
+from fastlora.logits.lazy_value import LazyValue
 
 _TENSOR: Any = torch.Tensor
 _READS_MEMORY = {
@@ -35,43 +35,43 @@ _READS_MEMORY = {
     )),
     _TENSOR.__cuda_array_interface__.__get__,
 }  # fmt: skip
-"""Functions that reach the memory without an operation that the dispatcher sees, and may write to it."""
+"""Functions that access a tensor's memory without an operator that the dispatcher sees, and may write to it."""
 
 
 class Deferred(torch.Tensor):
     """A tensor whose elements are computed when they are read; see this module's docstring.
 
     Attributes:
-        cell: where the value is, or will be.
-        meta: a tensor on the meta device with this one's sizes, strides and dtype.
+        lazy: the value, which may not be computed yet.
+        meta: a tensor on the meta device with the same sizes, strides and dtype.
     """
 
-    cell: Cell
+    lazy: LazyValue
     meta: torch.Tensor
     _overrides: ClassVar[dict[Any, Callable[..., Any]]] = {}
-    """Functions with a deferred form of their own, which returns `NotImplemented` for arguments that it cannot take."""
+    """Overrides of PyTorch functions, which return `NotImplemented` for arguments that they do not support."""
 
     @staticmethod
-    def __new__(cls, cell: Cell, meta: torch.Tensor, device: torch.device, **_: Any) -> Deferred:
+    def __new__(cls, lazy: LazyValue, meta: torch.Tensor, device: torch.device, **_: Any) -> Deferred:
         made = make_wrapper_subclass(
             cls, meta.shape, strides=meta.stride(), storage_offset=meta.storage_offset(), dtype=meta.dtype,
             device=device,
         )  # fmt: skip
-        made.cell, made.meta = cell, meta
-        forbid_data_pointer(made)  # what reads memory past all overrides would read address 0
+        made.lazy, made.meta = lazy, meta
+        forbid_data_pointer(made)  # otherwise code that reads memory past all overrides would read address 0
         return made
 
     def __init__(self, *_: Any, **__: Any) -> None:
         super().__init__()
 
     def apply(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what an operation makes of this tensor, its first argument, still deferred; `NotImplemented` if the
+        """Return the deferred result of an operation whose first argument is this tensor, or `NotImplemented` if the
         elements are needed."""
         return NotImplemented
 
     @classmethod
     def apply_to_list(cls, func: Any, tensors: list[Any], args: tuple[Any, ...]) -> Any:
-        """The same for an operation whose first argument is a list of tensors."""
+        """Do the same for an operation whose first argument is a list of tensors."""
         return NotImplemented
 
     @classmethod
@@ -87,7 +87,7 @@ class Deferred(torch.Tensor):
             return result
         if any(argument.alias_info is not None for argument in schema_of(func).arguments):
             return _share(func, args, kwargs)
-        args, kwargs = tree_map_only(Deferred, lambda t: t.cell.get(), (args, kwargs))
+        args, kwargs = tree_map_only(Deferred, lambda t: t.lazy.get(), (args, kwargs))
         return func(*args, **kwargs)
 
 
@@ -108,7 +108,7 @@ _call_untraced = torch.compiler.disable(_call)
 
 @contextmanager
 def _hooks_see_overrides() -> Iterator[None]:
-    """Run pack hooks, which are the user's code, with the function overrides that are off around them."""
+    """Enable function overrides in pack hooks, which are the user's code; they are disabled around the call."""
     hooks = saved_tensors_hooks(True)
     if hooks is None:
         yield
@@ -128,12 +128,14 @@ def _tuple(tensors: Any) -> tuple[Any, ...]:
 
 
 def _edges(roots: Any, inputs: Any, gradients: Any) -> tuple[list[Any], list[Any], tuple[Any, ...]] | None:
-    """Edges of the graph in place of deferred tensors, and a gradient for each root: a backward from or to edges runs
-    hooks with function overrides. None where PyTorch raises."""
+    """Return roots and inputs with gradient edges in place of deferred tensors, and a gradient for each root.
+
+    A backward from or to edges runs hooks with function overrides enabled. Returns None if PyTorch would raise.
+    """
     roots, inputs = _tuple(roots), _tuple(inputs) if inputs is not None else ()
     given = (None,) * len(roots) if gradients is None else _tuple(gradients)
-    implied = any(g is None and isinstance(t, Deferred) for t, g in zip(roots, given, strict=False))
-    if implied or len(given) != len(roots):
+    needs_scalar_root = any(g is None and isinstance(t, Deferred) for t, g in zip(roots, given, strict=False))
+    if needs_scalar_root or len(given) != len(roots):
         return None
     if not all(t.requires_grad for t in (*roots, *inputs) if isinstance(t, Deferred)):
         return None
@@ -188,33 +190,37 @@ _OVERRIDES: dict[Any, Callable[..., Any]] = {
 
 
 def plain(t: Any) -> Any:
-    """Return the value of a deferred tensor, without history, and anything else as it is."""
-    return t.cell.get() if isinstance(t, Deferred) else t
+    """Return the value of a deferred tensor, without history, and anything else unchanged."""
+    return t.lazy.get() if isinstance(t, Deferred) else t
 
 
 def is_view(func: Any) -> bool:
-    """Whether an operation returns the memory of its argument."""
+    """Return whether the results of an operator alias its arguments."""
     return any(result.alias_info is not None for result in schema_of(func).returns)
 
 
 def _apply_deferred(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     first = args[0] if args else None
-    if torch.is_inference_mode_enabled():  # whose results autograd may never see
+    if torch.is_inference_mode_enabled():  # autograd may not see its results
         return NotImplemented
     if isinstance(first, Deferred):
-        return NotImplemented if first.cell.memory.is_shared else first.apply(func, args[1:], kwargs)
+        return NotImplemented if first.lazy.storage.is_shared else first.apply(func, args[1:], kwargs)
     if isinstance(first, list) and first and isinstance(first[0], Deferred):
         return type(first[0]).apply_to_list(func, first, args[1:])
     return NotImplemented
 
 
 def _share(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run an operation that writes to its arguments or hands out their memory, on values; return an argument itself
-    where the operation does."""
+    """Run an operator that writes to or aliases its arguments on their values; return a deferred argument itself where
+    the operator returns its value.
+
+    Raises:
+        FastLoRAError: if the operator changes the sizes of a deferred tensor.
+    """
     shared: dict[int, Deferred] = {}
 
     def value(t: Deferred) -> torch.Tensor:
-        found = t.cell.share()
+        found = t.lazy.share()
         shared[id(found)] = t
         return found
 
@@ -227,18 +233,18 @@ def _share(func: Any, args: Any, kwargs: Any) -> Any:
             f"{func} changes the sizes of deferred logits in place; use fastlora.compile(model, defer_logits=False)"
         )
     if schema_of(func).is_mutable and args and isinstance(args[0], list):
-        for t in args[0]:  # in which PyTorch counts no writes to subclasses
+        for t in args[0]:  # PyTorch does not increment the versions of subclasses in a list
             if isinstance(t, Deferred):
                 torch.autograd.graph.increment_version(t)
     return result
 
 
 class _Share(torch.autograd.Function):
-    """Returns the value of a deferred tensor as a plain tensor in its history."""
+    """Returns the value of a deferred tensor as a plain tensor that autograd connects to it."""
 
     @staticmethod
     def forward(ctx: Any, t: Deferred) -> torch.Tensor:
-        return t.cell.share().detach()
+        return t.lazy.share().detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastlora.graph.fake_values import hint, meta
-from fastlora.logits.graph_pass import DeferredAdaptedProduct, DeferredProduct
+from fastlora.logits.graph_pass import DeferredHead, DeferredLoRAHead
 
 _HEADER = '''"""A graph of a model, on random inputs: `python FILE` prints the norms of its outputs and gradients."""
 
@@ -96,11 +96,11 @@ def _runnable(graph: fx.Graph) -> fx.Graph:
 
 def _constant(member: Any, imports: dict[str, str]) -> str:
     """Return an expression for what a graph reads from its module."""
-    if isinstance(member, (DeferredProduct, DeferredAdaptedProduct)):
+    if isinstance(member, (DeferredHead, DeferredLoRAHead)):
         name = type(member).__name__
         imports[name] = _import(name, type(member))
-        imports["Tally"] = "from fastlora.logits.deferred_logits import Tally"
-        return f"{name}(Tally())"
+        imports["DeferralStats"] = "from fastlora.logits.deferred_logits import DeferralStats"
+        return f"{name}(DeferralStats())"
     if isinstance(member, torch.Tensor):
         made = _tensor(member)
         return f"torch.nn.Parameter({made})" if isinstance(member, nn.Parameter) else made

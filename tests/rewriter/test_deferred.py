@@ -10,7 +10,7 @@ from tiny_models import relative
 from torch import nn
 
 import fastlora
-from fastlora.frontend.head_gate import DeferringHead, why_not
+from fastlora.frontend.head_gate import HeadGate, why_not
 from fastlora.frontend.options import Options
 from fastlora.frontend.session import Session
 from fastlora.logits.deferred_logits import DeferredGradient, DeferredLogits
@@ -27,8 +27,8 @@ class Heads:
         self.hidden = torch.randn(2, 5, WIDTH, dtype=dtype, requires_grad=True)
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=bias, dtype=dtype).requires_grad_(not frozen)
         session = Session(Options())
-        self.tally = session.tally
-        self.deferring = DeferringHead(self.head, session)
+        self.deferral_stats = session.deferral_stats
+        self.deferring = HeadGate(self.head, session)
 
     def both(self, use, **autocast):
         """What `use` makes of ordinary and of deferred logits, with the gradients of all that it came from."""
@@ -103,7 +103,7 @@ def test_losses_of_pieces_are_fused(name):
 
     heads = Heads(bias=True)
     assert_same(heads.both(use))
-    assert (heads.tally.fused, heads.tally.materialized) == (2, {})
+    assert (heads.deferral_stats.fused, heads.deferral_stats.materialized) == (2, {})
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -111,8 +111,8 @@ def test_losses_of_pieces_are_fused(name):
 def test_a_cross_entropy_is_fused_and_equals_the_ordinary_one(name, bias):
     heads = Heads(bias)
     assert_same(heads.both(FUSED[name]))
-    assert heads.tally.fused == 1
-    assert not heads.tally.materialized
+    assert heads.deferral_stats.fused == 1
+    assert not heads.deferral_stats.materialized
 
 
 OTHER = {
@@ -136,8 +136,8 @@ OTHER = {
 def test_anything_else_sees_ordinary_logits_with_gradients(name):
     heads = Heads(bias=True)
     assert_same(heads.both(OTHER[name]))
-    assert sum(heads.tally.materialized.values()) == 1
-    assert next(iter(heads.tally.materialized)).startswith("test_deferred.py:")
+    assert sum(heads.deferral_stats.materialized.values()) == 1
+    assert next(iter(heads.deferral_stats.materialized)).startswith("test_deferred.py:")
 
 
 @pytest.mark.parametrize("shape", [(VOCABULARY,), (1, VOCABULARY), (1, 1, VOCABULARY)])
@@ -145,7 +145,7 @@ def test_a_bias_that_is_added_to_the_logits_is_the_heads(shape):
     heads, bias = Heads(), torch.randn(shape, requires_grad=True)
     results = heads.both(lambda z: shifted(z + bias))
     assert_same(results)
-    assert (heads.tally.fused, heads.tally.materialized) == (1, {})
+    assert (heads.deferral_stats.fused, heads.deferral_stats.materialized) == (1, {})
     gradients = [
         torch.autograd.grad(shifted(head(heads.hidden) + bias), bias)[0] for head in (heads.head, heads.deferring)
     ]
@@ -167,7 +167,7 @@ def test_a_bias_that_is_added_to_the_logits_is_the_heads(shape):
 def test_other_sums_are_ordinary(use):
     heads, bias = Heads(), torch.randn(VOCABULARY)
     assert_same(heads.both(lambda z: use(z, bias)))
-    assert heads.tally.fused == 0
+    assert heads.deferral_stats.fused == 0
 
 
 def test_operations_by_keyword_are_the_same_operations():
@@ -178,7 +178,7 @@ def test_operations_by_keyword_are_the_same_operations():
         lambda z: shifted(torch.tanh(input=z)),
     ):
         assert_same(heads.both(use))
-    assert (heads.tally.fused, heads.tally.materialized) == (3, {})
+    assert (heads.deferral_stats.fused, heads.deferral_stats.materialized) == (3, {})
 
 
 def test_a_trained_bias_makes_logits_of_a_frozen_head_want_gradients():
@@ -241,7 +241,7 @@ def test_metadata_does_not_multiply():
     assert isinstance(logits, torch.Tensor)
     assert (logits.shape, logits.ndim, logits.size(-1), logits.numel()) == ((2, 5, VOCABULARY), 3, VOCABULARY, 400)
     assert (logits.dtype, logits.device.type, len(logits)) == (torch.float32, "cpu", 2)
-    assert not heads.tally.materialized
+    assert not heads.deferral_stats.materialized
 
 
 def test_logits_that_were_read_are_fused_afterwards_and_those_written_to_are_not():
@@ -249,11 +249,11 @@ def test_logits_that_were_read_are_fused_afterwards_and_those_written_to_are_not
     logits = heads.deferring(heads.hidden)
     assert logits.argmax(-1).shape == (2, 5)
     shifted(logits)
-    assert heads.tally.fused == 1
+    assert heads.deferral_stats.fused == 1
     logits.detach().mul_(0.5)
     shifted(logits)
-    assert heads.tally.fused == 1
-    assert sum(heads.tally.materialized.values()) == 1
+    assert heads.deferral_stats.fused == 1
+    assert sum(heads.deferral_stats.materialized.values()) == 1
 
 
 def test_saving_copying_and_converting_work():

@@ -77,7 +77,7 @@ def test_a_head_that_defers_its_logits_is_dumped_as_well(tmp_path, monkeypatch):
 
     torch.compile(Whole(), backend="fastlora")(torch.randn(3, 4), torch.tensor([1, 2, 3]))[0].backward()
     (folder,) = tmp_path.iterdir()
-    assert "DeferredProduct" in (folder / "after.py").read_text()
+    assert "DeferredHead" in (folder / "after.py").read_text()
     before, after = run_file(folder / "before.py"), run_file(folder / "after.py")
     assert_equal(after[0], before[0])
     assert_equal(after[1], before[1])

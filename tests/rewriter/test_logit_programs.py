@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fastlora
-from fastlora.frontend.head_gate import DeferringHead
+from fastlora.frontend.head_gate import HeadGate
 from fastlora.frontend.session import Options, Session
 
 
@@ -67,7 +67,7 @@ def compare(program: list[Any], hidden: torch.Tensor, head: nn.Module, deferring
 def test_a_plain_head(program: list[Any], bias: bool, frozen: bool) -> None:
     hidden, head = _build(bias, frozen)
     copied = copy.deepcopy(head)
-    compare(program, hidden, head, DeferringHead(copied, Session(Options())), copied)
+    compare(program, hidden, head, HeadGate(copied, Session(Options())), copied)
 
 
 @pytest.fixture(scope="module")

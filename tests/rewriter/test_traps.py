@@ -158,7 +158,7 @@ def test_t13_a_training_step_makes_no_logits(whole):
     report = fastlora.report(None if whole else model)
     assert report.coverage["loss"].fused
     assert isinstance(output.logits, DeferredLogits)
-    assert not output.logits.cell.is_computed
+    assert not output.logits.lazy.is_computed
 
 
 def test_t14_rewritten_graphs_are_python_that_names_its_operators():
