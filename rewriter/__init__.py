@@ -1,8 +1,8 @@
 """fastlora: a compiler pass between a PyTorch model and its execution.
 
 It reads the graphs that TorchDynamo traces, finds LoRA adapters, norms, rotary embeddings, gated MLPs and losses, and
-replaces each by a fused op with a hand-derived backward; what it does not know stays bit-identical. The pass knows no
-model and changes nothing global: rules live in `fastlora.patterns`, ops in `fastlora.kernels`.
+replaces each by a fused op with a hand-derived backward; everything else stays bit-identical. It depends on no model
+and changes no global state: rules are in `fastlora.patterns`, ops in `fastlora.kernels`.
 
 Importing this package imports nothing else. Each public name is loaded at its first use (PEP 562), so that
 `import fastlora` and `fastlora --help` do not wait for PyTorch's compiler.

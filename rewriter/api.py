@@ -71,7 +71,7 @@ def compile(
     session = Session(Options(lower, mode, strict, verify, defer_logits, parse_bytes(memory_budget)), rules)
     disable(model)
     install(model, session, FirstStep(model, session) if verify == "first-step" else None)
-    weakref.finalize(model, _forget, weakref.ref(session)).atexit = False
+    weakref.finalize(model, _drop_cuda_graphs, weakref.ref(session)).atexit = False
     return model
 
 
@@ -79,11 +79,11 @@ def disable(model: Model) -> Model:
     """Undo `compile`, and return the model.
 
     Raises:
-        FastLoRAError: if it is not an `nn.Module`.
+        FastLoRAError: if `model` is not an `nn.Module`.
     """
     require_module(model, "disable")
     if isinstance(gate := compiled_call(model), ModelGate):
-        gate.session.forget()
+        gate.session.drop_cuda_graphs()
     for module in model.modules():
         if isinstance(compiled_call(module), SLOTS):
             set_compiled_call(module, None)
@@ -93,8 +93,7 @@ def disable(model: Model) -> Model:
 def explain(model: nn.Module, *args: Any, rules: Sequence[AnyRule] | None = None, **batch: Any) -> Report:
     """Trace and match one training step without running it, and report what `compile` would fuse.
 
-    The model does not change. What the compiled blocks would compute is replaced by zeros; only the code between them
-    runs.
+    The model does not change. Compiled blocks return zeros; only the code between them runs.
 
     Args:
         model: as for `compile`.
@@ -142,11 +141,11 @@ def report(model: nn.Module | None = None) -> Report:
     raise FastLoRAError("model is not compiled by fastlora; call fastlora.compile(model) first")
 
 
-def _forget(session: weakref.ref[Session]) -> None:
-    """Drop the CUDA graphs of a model that is gone: TorchDynamo keeps its session alive."""
+def _drop_cuda_graphs(session: weakref.ref[Session]) -> None:
+    """Free the CUDA graphs of a model that was deleted, whose session TorchDynamo keeps alive."""
     alive = session()
     if alive is not None:
-        alive.forget()
+        alive.drop_cuda_graphs()
 
 
 def _devices(model: nn.Module) -> list[torch.device]:

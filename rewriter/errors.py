@@ -1,4 +1,4 @@
-"""Errors that users see; each says what to do."""
+"""The exceptions that users see."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class StrictError(FastLoRAError):
 
 
 def suggestion(name: object, valid: Iterable[str]) -> str:
-    """The end of a message about a name that is none of the valid ones: the closest of them, and all."""
+    """Return the end of a message about an invalid name: the closest valid name, and all valid names."""
     names = sorted(valid)
     closest = difflib.get_close_matches(str(name), names, n=1)
-    meant = f"did you mean {closest[0]!r}? " if closest else ""
-    return f"{meant}Known: {', '.join(names) or 'none'}"
+    hint = f"did you mean {closest[0]!r}? " if closest else ""
+    return f"{hint}Known: {', '.join(names) or 'none'}"
 
 
 def written_at() -> str:
-    """`file:line` of the code that called into fastlora; the rules that come with it are such code as well."""
+    """Return `file:line` of the code that called into fastlora, which may be a rule that comes with fastlora."""
     frame = sys._getframe(1)
     while frame.f_back is not None and _is_inside(frame.f_globals.get("__name__", "")):
         frame = frame.f_back

@@ -1,6 +1,6 @@
-"""The pattern language for rule authors, whose modules may move: `from fastlora.pattern import sigmoid, widened`.
+"""The pattern language, by the name that rule authors import: `from fastlora.pattern import sigmoid, widened`.
 
-`fastlora.match.dsl` documents it. Operations that are spelled later are here as well.
+`fastlora.match.dsl`, which may move, documents it. Operations that `spell` adds are attributes of this module as well.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""New operations and new ways to write known ones, for rule authors: `from fastlora.spelling import spell`."""
+"""Declaring operations and further spellings of them, for rule authors: `from fastlora.spelling import spell`."""
 
 from fastlora.graph.canonical_ops import spell
 

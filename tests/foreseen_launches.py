@@ -13,14 +13,14 @@ from fastlora.frontend import compile_graph
 from fastlora.kernels.core import devices, implementations
 from fastlora.kernels.core.execution import run_on_meta
 from fastlora.kernels.triton.host import precompile
-from fastlora.lower.precompile import calls, loss_call
+from fastlora.lower.precompile import loss_call, op_calls
 
 model = build("llama").bfloat16()
 head, expected, losses = model.get_output_embeddings(), [], []
 
 
 def foresee(_, gm):
-    expected.extend(calls(gm))
+    expected.extend(op_calls(gm))
     losses.append(loss_call(gm, head))
 
 

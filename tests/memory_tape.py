@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastlora.runtime.graph_pool import Recorder
+from fastlora.runtime.graph_pool import GraphRecorder
 
 ALIGNMENT = 1024
 
@@ -86,19 +86,19 @@ class Tape(TorchDispatchMode):
         return torch.from_numpy(memory).view(t.dtype).as_strided(t.size(), t.stride(), t.storage_offset())
 
 
-class Taped(Recorder):
+class Taped(GraphRecorder):
     """Records on tapes, forwards and backwards in a pool each."""
 
-    full = False
+    is_full = False
 
     def __init__(self) -> None:
         super().__init__()
         self._pools = Pool(), Pool()
 
-    def place(self) -> torch.device:
+    def capture_device(self) -> torch.device:
         return torch.device("cpu")
 
-    def record(self, function: Callable[[], Any], transient: bool) -> tuple[Any, Callable[[], None]]:
+    def capture(self, function: Callable[[], Any], transient: bool) -> tuple[Any, Callable[[], None]]:
         tape = Tape(self._pools[transient])
         with tape:
             result = function()

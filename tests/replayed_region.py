@@ -10,20 +10,20 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fastlora.runtime.cuda_graphs import RUNS_BEFORE, GraphReplayer
-from fastlora.runtime.graph_pool import Recorder
+from fastlora.runtime.graph_pool import GraphRecorder
 from fastlora.runtime.replay_choice import ReplayTimer
 
 
-class Rerun(Recorder):
+class Rerun(GraphRecorder):
     """Runs what was recorded again, and copies the results to where they were."""
 
     replaying = False
-    full = False
+    is_full = False
 
-    def place(self) -> torch.device:
+    def capture_device(self) -> torch.device:
         return torch.device("cpu")
 
-    def record(self, function: Callable[[], Any], transient: bool) -> tuple[Any, Callable[[], None]]:
+    def capture(self, function: Callable[[], Any], transient: bool) -> tuple[Any, Callable[[], None]]:
         result = function()
 
         def again() -> None:

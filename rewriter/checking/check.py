@@ -92,7 +92,7 @@ def check(
     try:
         return agree(trial, slots, session, tolerance)
     finally:
-        session.forget()
+        session.drop_cuda_graphs()
 
 
 def _check_options(tolerance: object, loss_fn: object) -> None:
@@ -179,7 +179,7 @@ class FirstStep:
             self._session.notes.append(f"the first step was checked. {self.agreement}".partition("\n")[0])
             return True
         put_slots(self._model, {})
-        self._session.forget()
+        self._session.drop_cuda_graphs()
         _warn(f"the first compiled step is wrong, so the model continues in eager mode.\n{self.agreement}")
         return False
 

@@ -1,4 +1,4 @@
-"""Checks of what users pass to the public functions; each error names the argument, its value and what to do."""
+"""Checks of the arguments of public functions; each error names the argument, its value and the remedy."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fastlora.errors import FastLoRAError
 
 
 def require_module(model: Any, function: str) -> None:
-    """Raise `FastLoRAError` unless a public function can take this model.
+    """Raise `FastLoRAError` unless `model` is an `nn.Module` that can be traced.
 
     Args:
-        model: what was passed as `model`.
+        model: the argument that was passed.
         function: the name of the public function, for the message.
     """
     if not isinstance(model, nn.Module):

@@ -1,4 +1,4 @@
-"""What keeps a call from running compiled, or needs graphs of its own: replicas, transforms, modes and hooks."""
+"""Conditions under which a call runs uncompiled, or in separate graphs: replicas, transforms, modes and hooks."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from fastlora.compat.modules import children_of, global_hooks_exist, hooks_of, m
 def calling_module(original: nn.Module) -> nn.Module:
     """Return the module whose `__call__` has called the caller of this function: `original`, or a replica of it.
 
-    `nn.DataParallel` makes replicas by copying a module's `__dict__`, compiled-call slot included; what sits in the
-    slot has to run the replica's own modules. PyTorch calls it without the module, which is therefore read from the
+    `nn.DataParallel` makes replicas by copying a module's `__dict__`, including the compiled-call slot, and the gate in
+    the slot has to run the replica's modules. PyTorch does not pass the module to the gate, so it is read from the
     frame of `nn.Module.__call__`.
     """
     module = module_of_call(2)
     return original if module is None else module
 
 
-def transform() -> str | None:
-    """Return which transform is active that fused ops do not support; None if there is none."""
+def unsupported_transform() -> str | None:
+    """Return a sentence on the active transform that fused ops do not support, None if there is none."""
     if functorch_interpreter() is not None:
         return "a transform of torch.func is active"
     if forward_mode_is_active():
@@ -33,32 +33,32 @@ def transform() -> str | None:
     return None
 
 
-def mode() -> bool:
-    """Whether a mode is active that may change what operations do; a default device does not."""
+def has_active_modes() -> bool:
+    """Return whether a mode is active that may change what operations do; a default device does not."""
     return bool(dispatch_modes()) or function_modes_change_results()
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks run around a module's forward or backward."""
+    """Return whether hooks run around a module's forward or backward."""
     return any(hooks_of(module)) or global_hooks_exist()
 
 
 class UnguardedState:
-    """Watches what TorchDynamo does not guard in a region: hooks, also of modules that replaced others, and forwards of
-    classes that were replaced. A look takes little time if nothing has changed."""
+    """Tracks what TorchDynamo does not guard in a region: hooks, also on modules that were replaced, and the `forward`
+    of each class. Reading the state is fast if nothing has changed."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._module, self._looked_at = module, -1
+        self._module, self._last_hook_id = module, -1
         self._hooks: list[dict[int, Any]] = []
         self._classes: list[Any] = []
         self._children: list[tuple[dict[str, Any], tuple[Any, ...]]] = []
 
-    def state(self) -> tuple[Any, ...]:
-        """Return whether there are hooks, and the forwards of all classes, as they are now."""
-        registered = RemovableHandle.next_id  # counts up with every hook in the process
-        if registered != self._looked_at or any(tuple(d.values()) != seen for d, seen in self._children):
-            self._looked_at = registered
-            modules = list(_inside(self._module))
+    def current(self) -> tuple[Any, ...]:
+        """Return whether there are hooks now, and the current `forward` of each class."""
+        hook_id = RemovableHandle.next_id  # counts all hooks in the process
+        if hook_id != self._last_hook_id or any(tuple(d.values()) != seen for d, seen in self._children):
+            self._last_hook_id = hook_id
+            modules = list(_modules(self._module))
             self._hooks = [hooks for module in modules for hooks in hooks_of(module) if hooks]
             self._classes = list(dict.fromkeys(map(type, modules)))
             children = [children_of(module) for module in modules]
@@ -66,10 +66,10 @@ class UnguardedState:
         return any(self._hooks), *[kind.forward for kind in self._classes]
 
 
-def _inside(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield a module and its submodules; faster than `modules()`, as it may yield one twice."""
-    waiting = [module]
-    while waiting:
-        module = waiting.pop()
+def _modules(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield a module and its submodules, some perhaps twice, which is faster than `modules()`."""
+    stack = [module]
+    while stack:
+        module = stack.pop()
         yield module
-        waiting += [child for child in children_of(module).values() if child is not None]
+        stack += [child for child in children_of(module).values() if child is not None]

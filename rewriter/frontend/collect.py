@@ -1,4 +1,4 @@
-"""The report of a session, collected from the graphs that serve its model now."""
+"""Collecting the report of a session from the graphs that serve its model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastlora.reports.model import Coverage, Miss, Report, Site
 
 
 def collect(session: Session) -> Report:
-    """Return what is known so far. A region that was traced again counts by its last graph."""
+    """Return the report so far. Of a region that was traced several times, the last graph counts."""
     report = Report(graphs=len(session.graphs), seconds=session.seconds, notes=list(session.notes))
     regions: dict[int, list[str]] = {}
     for (region, _), graph in session.serving.items():
@@ -25,8 +25,8 @@ def collect(session: Session) -> Report:
     return report
 
 
-def missed_loss(session: Session, reason: str) -> Miss:
-    """Return the miss for a head whose loss is not fused."""
+def unfused_loss_miss(session: Session, reason: str) -> Miss:
+    """Return the `Miss` for a head whose loss is not fused."""
     return Miss("loss", "deferred logits", session.head or "", reason)
 
 
@@ -46,10 +46,10 @@ def _add_graph(report: Report, graph: CompiledGraph, regions: list[str]) -> None
 
 
 def _add_uncompiled(report: Report, session: Session) -> None:
-    """Count what regions that run uncompiled would have fused, by the graph of another region of their class."""
+    """Count the candidates of regions that run uncompiled, using the graph of another region of the same class."""
     for region, module_class in session.uncompiled.items():
-        like = next(graph for graph in reversed(session.graphs) if graph.module_class is module_class)
-        for family, anchors in ((f, a) for rewritten in like.rewrites for f, a in rewritten.anchors.items() if a):
+        same_class = next(graph for graph in reversed(session.graphs) if graph.module_class is module_class)
+        for family, anchors in ((f, a) for rewritten in same_class.rewrites for f, a in rewritten.anchors.items() if a):
             report.coverage.setdefault(family, Coverage()).seen += len(anchors)
             reason = f"the module ran uncompiled: {RECOMPILE_LIMIT}"
             report.missed.append(Miss(family, "", region, reason, len(anchors)))
@@ -63,7 +63,7 @@ def _add_loss(report: Report, session: Session) -> None:
     if not session.deferral_stats.deferred:
         if session.head_problem is not None and not coverage.seen and session.executions:
             coverage.seen += 1
-            report.missed.append(missed_loss(session, session.head_problem))
+            report.missed.append(unfused_loss_miss(session, session.head_problem))
         return
     coverage.seen += 1
     if session.deferral_stats.fused:
@@ -71,15 +71,15 @@ def _add_loss(report: Report, session: Session) -> None:
         report.fused.append(Site("linear_cross_entropy", "deferred logits", session.head, 2, 0))
     elif session.deferral_stats.materialized:
         lines = ", ".join(session.deferral_stats.materialized)
-        report.missed.append(missed_loss(session, f"the logits themselves were used by {lines}"))
+        report.missed.append(unfused_loss_miss(session, f"the logits themselves were used by {lines}"))
     else:
-        report.missed.append(missed_loss(session, "no cross-entropy of the logits was computed"))
+        report.missed.append(unfused_loss_miss(session, "no cross-entropy of the logits was computed"))
     for line, count in session.deferral_stats.materialized.items():
         report.notes.append(f"logits were materialized {count} times, by {line}")
 
 
 def _add_notes(report: Report, session: Session) -> None:
-    captured = sum(graph.replays.captured for graph in session.graphs if graph.replays is not None)
+    captured = sum(graph.replayer.captured for graph in session.graphs if graph.replayer is not None)
     summary = session.budget.summary() if session.budget is not None else None
     report.notes += [] if summary is None else [summary]
     report.notes += [f"captured {captured} CUDA graphs of regions"] if captured else []
@@ -99,7 +99,7 @@ def _common_name(names: list[str]) -> str:
 
 
 def _in_one_line(reason: str) -> str:
-    """Return what TorchDynamo could not trace, with its explanation and without its hints."""
+    """Return TorchDynamo's reason for a graph break in one line, with its explanation and without its hints."""
     title, *lines = reason.strip().split("\n")
     explained = (line.partition("Explanation: ")[2].strip() for line in lines)
     return ": ".join([title, *(text for text in explained if text)])

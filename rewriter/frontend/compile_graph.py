@@ -1,4 +1,4 @@
-"""From a graph that TorchDynamo traced to what runs in its place: rewrite, lower, precompile kernels, replay."""
+"""Compiling a graph that TorchDynamo traced: rewrite and lower it, precompile its kernels, replay it as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import fx
 
 from fastlora.compat.dynamo import current_frame
 from fastlora.errors import FastLoRAError, StrictError
-from fastlora.frontend.collect import missed_loss
+from fastlora.frontend.collect import unfused_loss_miss
 from fastlora.frontend.dump import GraphDump
 from fastlora.frontend.logs import log_graph
 from fastlora.frontend.progress import progress
 from fastlora.frontend.session import CompiledGraph, Session
 from fastlora.graph.bodies import bodies
-from fastlora.graph.fake_values import meta, steady
+from fastlora.graph.fake_values import meta, static_input_indices
 from fastlora.kernels.core import shortcuts
 from fastlora.kernels.core.devices import runs_kernels
 from fastlora.logits.graph_pass import deferral_passes
-from fastlora.lower.lowering import checkpoints, lower, pretend
-from fastlora.lower.precompile import calls, loss_call
+from fastlora.lower.lowering import has_checkpoints, lower, make_dry_run
+from fastlora.lower.precompile import loss_call, op_calls
 from fastlora.reports.from_rewrite import misses
 from fastlora.reports.program import program_of
 from fastlora.rewrite.pipeline import PASSES, rewrite
@@ -35,9 +35,9 @@ def backend_for(session: Session, state: tuple[Any, ...] = ()) -> Callable[..., 
     """Return the TorchDynamo backend of a session.
 
     Args:
-        session: the session.
-        state: what the graphs depend on and TorchDynamo does not guard. There is a backend for each state, as
-            TorchDynamo keeps the graphs of different backends apart.
+        session: the session of the compiled model.
+        state: what the graphs depend on but TorchDynamo does not guard. There is a backend for each state, since
+            TorchDynamo does not share graphs between backends.
     """
     if state not in session.backends:
         session.backends[state] = partial(compile_graph, session)
@@ -45,7 +45,7 @@ def backend_for(session: Session, state: tuple[Any, ...] = ()) -> Callable[..., 
 
 
 def compile_graph(session: Session, gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
-    """Compile a graph, as a TorchDynamo backend does, and return what to call in its place."""
+    """Compile a graph, as a TorchDynamo backend does, and return the function to call in its place."""
     with progress(f"compiling {session.region or 'the model'}"):
         try:
             graph = _rewrite(session, gm)
@@ -91,23 +91,23 @@ def _rewrite(session: Session, gm: fx.GraphModule) -> CompiledGraph:
 def _refuse_misses(session: Session, graph: CompiledGraph) -> None:
     missed = [miss for rewritten in graph.rewrites for miss in misses(rewritten, graph.name, 1)]
     if session.region == session.head and session.head_problem is not None:
-        missed.append(missed_loss(session, session.head_problem))
+        missed.append(unfused_loss_miss(session, session.head_problem))
     if missed:
         listed = "\n".join(f"  {miss.op} {miss.where}: {miss.reason}" for miss in missed)
         raise StrictError(f"strict=True, and these candidates are not fused:\n{listed}")
 
 
 def _lower(session: Session, graph: CompiledGraph, inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Return what runs a rewritten graph."""
+    """Return the function that runs a rewritten graph."""
     start, options, gm = time.perf_counter(), session.options, graph.gm
     if not options.dry:
         _compile_kernels(session, gm)
-    budget, held = None if graph.defers else _budget_for(session, gm), steady(gm)
-    computes = graph.defers or not options.dry
-    run = lower(gm, inputs, options.lowering, options.mode) if computes else pretend(gm)
+    budget, static_inputs = None if graph.defers else _budget_for(session, gm), static_input_indices(gm)
+    is_dry = options.dry and not graph.defers
+    run = make_dry_run(gm) if is_dry else lower(gm, inputs, options.lowering, options.mode)
     if not graph.defers:
-        graph.replays = _replays(session, gm, run, held)
-    run, key = graph.replays or run, len(session.graphs)
+        graph.replayer = _replayer(session, gm, run, static_inputs)
+    run, key = graph.replayer or run, len(session.graphs)
     session.entered = time.perf_counter()
     session.seconds.lower += session.entered - start
 
@@ -116,48 +116,49 @@ def _lower(session: Session, graph: CompiledGraph, inputs: Sequence[Any]) -> Cal
         session.executions += 1
         if session.before_graph is not None:
             session.before_graph()
-        return run(*args) if budget is None else budget.run(key, run, args, held)
+        return run(*args) if budget is None else budget.run(key, run, args, static_inputs)
 
     return serve
 
 
 def _compile_kernels(session: Session, gm: fx.GraphModule) -> None:
-    """Compile the kernels of a graph in parallel, with those of the loss where it is the first graph."""
+    """Compile the kernels of a graph in parallel, and those of the loss with the first graph that returns hidden
+    states."""
     device = next((t.device for t in _examples(gm) if t.is_cuda), None)
     if device is None or not runs_kernels(device) or not shortcuts.use.precompilation:
         return
     from fastlora.kernels.triton.precompile import compile_kernels  # Triton is installed where kernels run
 
     try:
-        found = list(calls(gm))
+        calls = list(op_calls(gm))
         head = None if session.head_layer is None else session.head_layer()
         if head is not None and (loss := loss_call(gm, head)) is not None:
             session.head_layer = None
-            found.append(loss)
-        compile_kernels(found, device)
-    except Exception as problem:  # each kernel is then compiled at its first launch, which raises what is wrong with it
+            calls.append(loss)
+        compile_kernels(calls, device)
+    except Exception as problem:  # kernels are then compiled at their first launch, which raises the actual error
         reason = f"{type(problem).__name__}: {problem}".partition("\n")[0]
         session.note(f"kernels could not be compiled in advance: {reason}")
 
 
-def _replays(
-    session: Session, gm: fx.GraphModule, run: Callable[..., Any], held: frozenset[int]
+def _replayer(
+    session: Session, gm: fx.GraphModule, run: Callable[..., Any], static_inputs: frozenset[int]
 ) -> GraphReplayer | None:
-    """Return what replays a graph on a GPU. Inductor has CUDA graphs of its own."""
+    """Return what replays a graph on a GPU, or None if it must not be replayed. Inductor has its own CUDA graphs."""
     options = session.options
     always = options.mode == "reduce-overhead"
     if options.dry or options.lowering != "eager" or not (always or options.mode == "default"):
         return None
-    if any(example.device.type == "cpu" for example in _examples(gm)):  # a CUDA graph would not compute it again
+    if any(example.device.type == "cpu" for example in _examples(gm)):  # a replay would not recompute it
         if always:
             session.note("a region is not captured as CUDA graphs: it computes on a CPU")
         return None
     timer = None if always else session.replay_timer
-    return GraphReplayer(run, session.recorder, session.note, timer, held, session.region or "the model")
+    return GraphReplayer(run, session.recorder, session.note, timer, static_inputs, session.region or "the model")
 
 
 def _budget_for(session: Session, gm: fx.GraphModule) -> ActivationBudget | None:
-    if session.budget is not None and checkpoints(gm):
+    if session.budget is not None and has_checkpoints(gm):
         session.note("memory_budget has no effect on a region with gradient checkpointing, which keeps next to nothing")
         return None
     return session.budget

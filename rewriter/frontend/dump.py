@@ -1,4 +1,4 @@
-"""`FASTLORA_DUMP=FOLDER`: each graph before and after rewriting as a Python file that runs, their difference, a report.
+"""`FASTLORA_DUMP=FOLDER`: write each graph before and after rewriting as a Python file that runs, a diff, and a report.
 
 Nothing is written unless the variable is set when a graph is compiled.
 """
@@ -25,7 +25,7 @@ VARIABLE = "FASTLORA_DUMP"
 
 @dataclass(frozen=True)
 class GraphDump:
-    """Where a graph is written, and the graph before it was rewritten."""
+    """The folder that a graph is written to, and the program of the graph before it was rewritten."""
 
     folder: Path
     region: str
@@ -33,7 +33,7 @@ class GraphDump:
 
     @classmethod
     def from_environment(cls, region: str, gm: fx.GraphModule) -> GraphDump | None:
-        """Return the dump of a traced graph, None if none is wanted."""
+        """Return the dump of a traced graph, or None if `FASTLORA_DUMP` is not set."""
         folder = os.environ.get(VARIABLE)
         return cls(Path(folder), region, program_of(gm)) if folder else None
 
@@ -41,7 +41,7 @@ class GraphDump:
         """Write `before.py`, `after.py`, `changes.diff` and `report.txt` to a new folder in `folder`.
 
         Raises:
-            FastLoRAError: if that is not possible.
+            FastLoRAError: if the files cannot be written.
         """
         lines = difflib.unified_diff(
             self.before.splitlines(keepends=True), after.splitlines(keepends=True), "before.py", "after.py"
@@ -60,7 +60,7 @@ class GraphDump:
             raise FastLoRAError(f"{VARIABLE}={self.folder}: cannot be written ({problem}); name another") from problem
 
     def _new_folder(self) -> Path:
-        """Return a folder that no other graph, of this process or of another, is written to."""
+        """Create a folder for one graph; other processes may be writing to the same dump."""
         name = re.sub(r"[^\w.-]", "_", self.region or "model")
         self.folder.mkdir(parents=True, exist_ok=True)
         for number in itertools.count(len(os.listdir(self.folder))):

@@ -1,6 +1,6 @@
 """The gate in a region's compiled-call slot, which decides for each call whether the region runs compiled.
 
-The slot is the one that `nn.Module.compile` uses. It is no part of the state dict, and pickling and copying drop it.
+The slot is the one that `nn.Module.compile` uses. It is not part of the state dict, and pickling and copying drop it.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from fastlora.compat.dynamo import config as _dynamo
 from fastlora.compat.dynamo import shape_config as _shapes
 from fastlora.compat.modules import global_hooks_exist, uncompiled_call
 from fastlora.errors import FastLoRAError
-from fastlora.frontend.bypass import UnguardedState, calling_module, has_hooks, transform
+from fastlora.frontend.bypass import UnguardedState, calling_module, has_hooks, unsupported_transform
 from fastlora.frontend.compile_graph import backend_for
-from fastlora.frontend.peft_shims import traceable
+from fastlora.frontend.peft_shims import use_peft_shims
 from fastlora.frontend.regions import Region, is_torch_class
 from fastlora.frontend.session import Session
 
 _CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 _GRAPHS_PER_BLOCK = 64
 """The recompile limit. Layers share code, which may need a graph for each kind of layer (sliding or full attention),
-gradient mode and class of shapes; with TorchDynamo's default of 8, all layers would run uncompiled after the eighth."""
+gradient mode and kind of shapes; with TorchDynamo's default of 8, all layers would run uncompiled after the eighth."""
 
 
 class Gate:
-    """Runs a region compiled while gradients are on and there is no KV cache, and uncompiled otherwise.
+    """Runs a region compiled while gradients are enabled and there is no KV cache, and uncompiled otherwise.
 
-    So generation and evaluation neither recompile nor use up the recompile limit that training needs.
+    Generation and evaluation therefore neither recompile nor use up the recompile limit that training needs.
     """
 
     def __init__(self, region: Region, session: Session) -> None:
@@ -40,7 +40,7 @@ class Gate:
         self._region, self.session, self._module = region.name, session, module
         self._is_torch_class = is_torch_class(module)
         self._target: Any = module.forward if self._is_torch_class else uncompiled_call(module)
-        self._watch = UnguardedState(module)
+        self._unguarded_state = UnguardedState(module)
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -60,35 +60,38 @@ class Gate:
             raise
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the region compiled. A size of one that is broadcast cannot be traced as a size that changes: if that
-        fails before anything has run, trace the region again with sizes of one apart."""
+        """Run the region compiled.
+
+        A size of one that is broadcast cannot be traced as a dynamic size. If tracing fails so before anything has run,
+        trace the region again with sizes of one specialized.
+        """
         session = self.session
-        ran = session.executions
+        executions = session.executions
         try:
-            result = self._traced(*args, **kwargs)
+            result = self._run_compiled(*args, **kwargs)
         except TorchRuntimeError:
-            if not session.oblivious or session.executions > ran:
+            if not session.size_oblivious or session.executions > executions:
                 raise
-            session.oblivious = False
-            result = self._traced(*args, **kwargs)
+            session.size_oblivious = False
+            result = self._run_compiled(*args, **kwargs)
         finally:
-            if session.executions > ran + 1:  # after a graph break, the first piece has run when the next is traced
-                session.oblivious = False
-        session.leave(self._region, type(self._module), session.executions - ran)
+            if session.executions > executions + 1:  # after a graph break, the first graph runs before the next trace
+                session.size_oblivious = False
+        session.end_region(self._region, type(self._module), session.executions - executions)
         return result
 
-    def _traced(self, *args: Any, **kwargs: Any) -> Any:
+    def _run_compiled(self, *args: Any, **kwargs: Any) -> Any:
         session = self.session
-        session.enter(self._region, type(self._module))
-        state = self._watch.state()
+        session.begin_region(self._region, type(self._module))
+        state = self._unguarded_state.current()
         run = self._compiled.get(state)
         if run is None:
             run = self._compiled[state] = torch.compile(self._target, backend=backend_for(session, state))
         before = _dynamo.recompile_limit, _shapes.backed_size_oblivious, _dynamo.suppress_errors
-        _dynamo.recompile_limit, _shapes.backed_size_oblivious = _GRAPHS_PER_BLOCK, session.oblivious
+        _dynamo.recompile_limit, _shapes.backed_size_oblivious = _GRAPHS_PER_BLOCK, session.size_oblivious
         session.before_graph, session.error = _suppress_errors, None
         try:
-            with traceable(), _guarded_hooks() if state[0] else nullcontext():
+            with use_peft_shims(), _guarded_hooks() if state[0] else nullcontext():
                 result = run(*args, **kwargs)
         finally:
             session.before_graph = None
@@ -98,12 +101,12 @@ class Gate:
         return result
 
     def _bypass(self, module: nn.Module, kwargs: dict[str, Any]) -> str | None:
-        """Return why to run uncompiled; empty if there is nothing to report, None to run compiled."""
+        """Return why to run uncompiled, None to run compiled; an empty reason is not reported."""
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return ""
         if module is not self._module:
             return "a replica of nn.DataParallel runs uncompiled; use DistributedDataParallel to train on several GPUs"
-        if (reason := transform()) is not None:
+        if (reason := unsupported_transform()) is not None:
             return reason
         if global_hooks_exist():
             return "hooks are registered on all modules (register_module_forward_hook and the like)"
@@ -116,8 +119,8 @@ class Gate:
 
 @contextmanager
 def _guarded_hooks() -> Iterator[None]:
-    """Have TorchDynamo guard hooks, which it otherwise ignores if they are registered or removed after tracing. These
-    guards take as long as all others, so only regions with hooks have them, in graphs of their own."""
+    """Make TorchDynamo guard on hooks; otherwise it ignores hooks that are registered or removed after tracing. These
+    guards take as long as all others, so only regions with hooks have them, in separate graphs."""
     before, _dynamo.skip_nnmodule_hook_guards = _dynamo.skip_nnmodule_hook_guards, False
     try:
         yield
@@ -126,6 +129,6 @@ def _guarded_hooks() -> Iterator[None]:
 
 
 def _suppress_errors() -> None:
-    """Have TorchDynamo run what it cannot trace uncompiled: once a part of a region has run, the region cannot be
+    """Make TorchDynamo run uncompiled what it cannot trace: once a part of a region has run, the region cannot be
     traced again from the start."""
     _dynamo.suppress_errors = True

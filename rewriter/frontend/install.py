@@ -1,4 +1,4 @@
-"""Putting gates on a model: on its repeated blocks, on its output head and on the model itself."""
+"""Installing gates on a model: on its repeated blocks, on its output head and on the model itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 from fastlora.compat.modules import compiled_call, set_compiled_call
 from fastlora.errors import StrictError
 from fastlora.frontend.gate import Gate
-from fastlora.frontend.head_gate import HeadGate, is_vocabulary, why_not
+from fastlora.frontend.head_gate import HeadGate, deferral_problem, is_vocabulary
 from fastlora.frontend.model_gate import CacheGate, FirstStep, ModelGate, builds_cache
 from fastlora.frontend.regions import find_regions
 from fastlora.frontend.session import Session
@@ -19,11 +19,11 @@ SLOTS = (CacheGate, Gate, HeadGate)
 
 
 def install(model: nn.Module, session: Session, first_step: FirstStep | None = None) -> None:
-    """Put gates into the compiled-call slots of a model and of its regions.
+    """Install gates in the compiled-call slots of a model and of its regions.
 
     Args:
         model: the model.
-        session: what compiles its graphs.
+        session: the session that compiles its graphs.
         first_step: called with the arguments of each call of the model; returns False if the model must not run
             compiled.
 
@@ -32,7 +32,7 @@ def install(model: nn.Module, session: Session, first_step: FirstStep | None = N
     """
     inner = None
     name, head = _output_head(model)
-    problem = why_not(head)
+    problem = deferral_problem(head)
     defers = session.options.defer_logits and problem is None
     regions = find_regions(model, head if defers else None)
     if head is not None and is_vocabulary(head):
@@ -60,7 +60,7 @@ def install(model: nn.Module, session: Session, first_step: FirstStep | None = N
 
 
 def _install_cache_gates(module: nn.Module, session: Session) -> None:
-    """Put gates on models inside of a wrapper that would build KV caches."""
+    """Install gates on the models inside a wrapper that would build KV caches."""
     if compiled_call(module) is None and builds_cache(module):
         set_compiled_call(module, CacheGate(module, session))
     elif not isinstance(compiled_call(module), SLOTS):
@@ -69,8 +69,8 @@ def _install_cache_gates(module: nn.Module, session: Session) -> None:
 
 
 def _output_head(model: nn.Module) -> tuple[str, nn.Module | None]:
-    """Return the layer that computes the logits: what transformers calls the output embeddings, of the model or of one
-    inside of it, else the last linear layer outside of the compiled regions."""
+    """Return the path and the module of the layer that computes the logits: transformers' output embeddings, of the
+    model or of one inside it, or else the last linear layer outside of the compiled regions."""
     names = {module: name for name, module in model.named_modules()}
     for module in model.modules():
         get = getattr(module, "get_output_embeddings", None)

@@ -1,7 +1,7 @@
-"""What is logged of each graph: `TORCH_LOGS="fastlora"` shows a line for each, `TORCH_LOGS="+fastlora"` all passes.
+"""Logging of graphs: `TORCH_LOGS="fastlora"` shows a line for each graph, `TORCH_LOGS="+fastlora"` all passes.
 
-Loggers are named after modules, so that PyTorch's `TORCH_LOGS` and `torch._logging.set_logs(modules=...)` find them
-without being told of them; `logging.getLogger("fastlora").setLevel(...)` works as well. CUDA graphs are logged by
+Loggers are named after modules, so PyTorch's `TORCH_LOGS` and `torch._logging.set_logs(modules=...)` find them without
+registration; `logging.getLogger("fastlora").setLevel(...)` works as well. CUDA graphs are logged by
 `fastlora.runtime.cuda_graphs`.
 """
 

@@ -1,4 +1,4 @@
-"""The gates on a model and on models inside of it: a training step needs no KV cache, so none is built."""
+"""The gates on a model and on the models inside it, which turn off the KV cache in training."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from fastlora.frontend.gate import Gate
 from fastlora.frontend.session import Session
 
 FirstStep = Callable[[tuple[Any, ...], dict[str, Any]], bool]
-"""Called before each call of the model; returns whether to run it compiled."""
+"""Called with the arguments of each call of the model; returns whether to run it compiled."""
 
 
 class CacheGate:
-    """Has a model that would build a KV cache build none in training, unless one is asked for.
+    """Passes `use_cache=False` in training to a model that would otherwise build a KV cache.
 
-    Calls that would compute something else are left alone: transformers tells packed sequences apart by positions
-    without a mask only if there is no cache, and a prefix that PEFT has learned is passed as a cache.
+    Calls that would compute something else without a cache do not change: transformers separates packed sequences by
+    their positions, without a mask, only if there is no cache, and PEFT passes a learned prefix as a cache.
     """
 
     def __init__(self, model: nn.Module, session: Session) -> None:
         self._model: Any = model
         self.session = session
-        self._known: tuple[Any, Any, bool] | None = None
+        self._cached_answer: tuple[Any, Any, bool] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self._model if torch.compiler.is_compiling() else calling_module(self._model)
@@ -38,19 +38,22 @@ class CacheGate:
         return uncompiled_call(model)(*args, **kwargs)
 
     def _without_cache(self, model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        asked = any(kwargs.get(name) is not None for name in ("use_cache", "past_key_values"))
-        asked |= kwargs.get("position_ids") is not None and kwargs.get("attention_mask") is None
+        is_requested = any(kwargs.get(name) is not None for name in ("use_cache", "past_key_values"))
+        may_be_packed = kwargs.get("position_ids") is not None and kwargs.get("attention_mask") is None
         training = model.training or kwargs.get("labels") is not None
-        if asked or not training or not torch.is_grad_enabled() or not self._builds_cache(model) or _has_prompts(model):
+        if is_requested or may_be_packed or not training or not torch.is_grad_enabled():
+            return kwargs
+        if not self._builds_cache(model) or _has_prompts(model):
             return kwargs
         return {**kwargs, "use_cache": False}
 
     def _builds_cache(self, model: nn.Module) -> bool:
-        """Return `builds_cache`, which is asked again if a forward was replaced."""
-        forwards = vars(model).get("forward"), vars(_base(model)).get("forward")
-        if self._known is None or self._known[0] is not forwards[0] or self._known[1] is not forwards[1]:
-            self._known = (*forwards, builds_cache(model))
-        return self._known[2]
+        """Return `builds_cache(model)`, cached until a forward is replaced."""
+        outer, inner = vars(model).get("forward"), vars(_base(model)).get("forward")
+        cached = self._cached_answer
+        if cached is None or cached[0] is not outer or cached[1] is not inner:
+            cached = self._cached_answer = (outer, inner, builds_cache(model))
+        return cached[2]
 
 
 class ModelGate(CacheGate):
@@ -60,11 +63,11 @@ class ModelGate(CacheGate):
         self, model: nn.Module, session: Session, inner: Gate | None, first_step: FirstStep | None = None
     ) -> None:
         super().__init__(model, session)
-        self._inner, self._first = inner, first_step
+        self._inner, self._first_step = inner, first_step
 
     def _run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._first is not None and model is self._model and not self._first(args, kwargs):
-            return super()._run(model, args, kwargs)  # the first step was wrong, and the slots are empty
+        if self._first_step is not None and model is self._model and not self._first_step(args, kwargs):
+            return super()._run(model, args, kwargs)  # the first step was wrong, and the gates were removed
         if self.session.budget is not None:
             self.session.budget.begin_forward()
         if self._inner is not None and model is self._model:
@@ -73,16 +76,16 @@ class ModelGate(CacheGate):
 
 
 def builds_cache(model: nn.Module) -> bool:
-    """Whether the forward of a model, as it is now, takes `use_cache` and builds a KV cache by default."""
+    """Return whether the current forward of a model takes `use_cache` and builds a KV cache by default."""
     base = _base(model)
     if not (_has_own_forward(model) and _has_own_forward(base)):
         return False
     parameters = inspect.signature(base.forward).parameters
-    handed_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and "past_key_values" in parameters
+    passes_it_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and "past_key_values" in parameters
     config = getattr(base, "config", None)
-    inner_config = getattr(config, "get_text_config", lambda: None)()  # of a model that sees, its decoder's own
-    cached = any(hasattr(each, "use_cache") for each in (config, inner_config))
-    return "use_cache" in parameters or (handed_on and cached)
+    text_config = getattr(config, "get_text_config", lambda: None)()  # the decoder of a multimodal model
+    has_option = any(hasattr(each, "use_cache") for each in (config, text_config))
+    return "use_cache" in parameters or (passes_it_on and has_option)
 
 
 def _base(model: nn.Module) -> Any:
@@ -92,7 +95,7 @@ def _base(model: nn.Module) -> Any:
 
 
 def _has_own_forward(model: Any) -> bool:
-    """Whether `forward` is that of the class or wraps it: a replacement may take other arguments."""
+    """Return whether `forward` is that of the class or wraps it; a replacement may take other arguments."""
     forward = vars(model).get("forward")
     if forward is None:
         return True
@@ -101,6 +104,6 @@ def _has_own_forward(model: Any) -> bool:
 
 
 def _has_prompts(model: nn.Module) -> bool:
-    """Whether PEFT puts learned prompts before the tokens."""
+    """Return whether PEFT puts learned prompts before the tokens."""
     configs = getattr(model, "peft_config", None) or {}
     return any(config.is_prompt_learning for config in configs.values())

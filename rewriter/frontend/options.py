@@ -1,4 +1,4 @@
-"""What to compile with: the options of `fastlora.compile`, and the rules that apply by default."""
+"""The options of `fastlora.compile`, and the default rules."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Options:
 
     @property
     def lowering(self) -> str:
-        """Return `eager` or `inductor`. `auto` is `eager`, as fused ops do most of the work, unless the mode is one
-        of Inductor's."""
+        """`eager` or `inductor`. `auto` means `eager`, as fused ops do most of the work, unless `mode` is one of
+        Inductor's."""
         if self.lower == "auto":
             return "inductor" if self.mode == "max-autotune" else "eager"
         return self.lower

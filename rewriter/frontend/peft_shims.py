@@ -1,16 +1,16 @@
-"""Functions of PEFT that TorchDynamo cannot trace, and what it traces in their place while a region runs compiled.
+"""Shims that TorchDynamo traces in place of PEFT's functions that it cannot trace, while a region runs compiled.
 
-Each would break the graph of a region:
-- For DoRA, PEFT asks from which package the class of a layer's weight comes, which TorchDynamo cannot answer.
-- A transposed weight is wrapped as a new parameter.
-- Each step of DoRA clears a cache that is empty already, which a checkpoint takes for a side effect.
+Each of these functions would break the graph of a region:
+- For DoRA, PEFT looks up the package of the class of a layer's weight, which TorchDynamo does not support.
+- A transposed weight is wrapped in a new parameter.
+- Each step of DoRA clears a cache that is already empty, which is a side effect in a checkpointed region.
 - An adapter on a parameter, such as the weights of all experts, registers a parametrization for the call, which changes
   the class of the layer.
 
-A shim returns what the function returns for plain tensors and parameters, and for DoRA also for 4-bit weights of
-bitsandbytes; it calls the function for anything else. Nothing is replaced: the function has the attribute that tells
-TorchDynamo what to trace in its place, only while a region runs compiled. A function that does not return what is
-expected, in another release say, has no shim.
+A shim returns the same as the function for plain tensors and parameters, and for DoRA also for 4-bit weights of
+bitsandbytes; for anything else it calls the function. No function is replaced: while a region runs compiled, the
+function has the attribute that tells TorchDynamo what to trace instead. A function that does not return what is
+expected, such as in another release, has no shim.
 """
 
 from __future__ import annotations
@@ -31,48 +31,49 @@ from fastlora.compat.dynamo import INLINE_ATTRIBUTE
 _PLAIN = (torch.Tensor, nn.Parameter)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-Known = tuple[FunctionType, Callable[..., Any] | None]
+FunctionAndShim = tuple[FunctionType, Callable[..., Any] | None]
 
 _lock = threading.Lock()
-_inside = 0
-_marked: list[FunctionType] = []
-_known: dict[tuple[str, str, Any, bool], Known] = {}
+_active_blocks = 0
+_shimmed: list[FunctionType] = []
+_cache: dict[tuple[str, str, Any, bool], FunctionAndShim] = {}
 
 
 @contextmanager
-def traceable() -> Iterator[None]:
-    """Have TorchDynamo trace the shims inside of the block, in all threads."""
-    global _inside
+def use_peft_shims() -> Iterator[None]:
+    """Make TorchDynamo trace the shims inside the block, in all threads."""
+    global _active_blocks
     with _lock:
-        _inside += 1
-        if _inside == 1:
-            _mark()
+        _active_blocks += 1
+        if _active_blocks == 1:
+            _set_shims()
     try:
         yield
     finally:
         with _lock:
-            _inside -= 1
-            while _inside == 0 and _marked:
-                delattr(_marked.pop(), INLINE_ATTRIBUTE)
+            _active_blocks -= 1
+            while _active_blocks == 0 and _shimmed:
+                delattr(_shimmed.pop(), INLINE_ATTRIBUTE)
 
 
-def _mark() -> None:
-    quantises = "bitsandbytes" in sys.modules  # which may be imported later, and then 4-bit weights count
+def _set_shims() -> None:
+    has_bitsandbytes = "bitsandbytes" in sys.modules  # if it is imported later, the shims are made again
     for entry in _SHIMS:
-        found = _known.get((*entry, quantises))
+        found = _cache.get((*entry, has_bitsandbytes))
         if found is None:
             found = _find(*entry)
             if found is None:
                 continue
-            _known[(*entry, quantises)] = found
+            _cache[(*entry, has_bitsandbytes)] = found
         function, shim = found
         if shim is not None and not hasattr(function, INLINE_ATTRIBUTE):
             setattr(function, INLINE_ATTRIBUTE, shim)
-            _marked.append(function)
+            _shimmed.append(function)
 
 
-def _find(module: str, path: str, make: Callable[[FunctionType], Any]) -> Known | None:
-    """Return the function and its shim, if it behaves as expected; None if its module is not imported."""
+def _find(module: str, path: str, make: Callable[[FunctionType], Any]) -> FunctionAndShim | None:
+    """Return a function with its shim, or without one if it does not behave as expected; None if its module is not
+    imported."""
     function: Any = sys.modules.get(module)
     for name in path.split("."):
         function = getattr(function, name, None)
@@ -80,96 +81,101 @@ def _find(module: str, path: str, make: Callable[[FunctionType], Any]) -> Known 
         return None
     try:
         return function, make(function)
-    except Exception:  # it takes other arguments
+    except Exception:  # for example, it takes other arguments
         return function, None
 
 
-def _unmarked(function: FunctionType) -> Callable[..., Any]:
-    """Return the same function without the attribute: tracing the function would trace the shim."""
+def _without_shim(function: FunctionType) -> Callable[..., Any]:
+    """Return a copy of a function without the attribute, as tracing the function itself would trace the shim."""
     parts = function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
-    same = FunctionType(*parts)
-    same.__kwdefaults__ = function.__kwdefaults__
-    return same
+    copied = FunctionType(*parts)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
 
 
-def _weight_of(function: FunctionType) -> Callable[..., Any] | None:
-    """Return a layer's weight: the same object if it is not quantized, dequantized if it is."""
+def _shim_dequantize(function: FunctionType) -> Callable[..., Any] | None:
+    """Return a function that returns the weight of a layer, the same object if it is not quantized."""
     plain = torch.zeros(1), nn.Parameter(torch.zeros(1))
     if any(function(SimpleNamespace(weight=weight)) is not weight for weight in plain):
         return None
-    original, (kept, decode) = _unmarked(function), _four_bits(function)
+    original, (params_4bit, dequantize) = _without_shim(function), _bitsandbytes_4bit(function)
 
     def is_packed(state: Any) -> bool:
-        """Whether a weight is packed for bitsandbytes' CPU kernel, or not quantized yet."""
+        """Return whether a weight is packed for bitsandbytes' CPU kernel, or not quantized yet."""
         return state is None or getattr(state, "packing_format_for_cpu", False)
 
-    def weight_of(module: Any) -> Any:
+    def dequantize_weight(module: Any) -> Any:
         if not hasattr(module, "W_q"):
             if type(module.weight) in _PLAIN:
                 return module.weight
-            if type(module.weight) is kept and not is_packed(module.weight.quant_state):
-                return decode(module.weight.detach(), module.weight.quant_state)
+            if type(module.weight) is params_4bit and not is_packed(module.weight.quant_state):
+                return dequantize(module.weight.detach(), module.weight.quant_state)
         return original(module)
 
-    return weight_of
+    return dequantize_weight
 
 
-def _four_bits(function: FunctionType) -> tuple[Any, Callable[..., Any]]:
-    """Return the class of bitsandbytes' 4-bit weights and what dequantizes them, if the function does the same."""
+def _bitsandbytes_4bit(function: FunctionType) -> tuple[Any, Callable[..., Any]]:
+    """Return the class of bitsandbytes' 4-bit weights and the function that dequantizes them; None for the class if
+    PEFT's function returns something else."""
     bnb: Any = sys.modules.get("bitsandbytes")
     if bnb is None:
         return None, function
     try:
         weight = bnb.nn.Params4bit(torch.ones(1, 64, dtype=torch.float32, device="cpu"), requires_grad=False).to("cpu")
-        decoded = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-        known = torch.equal(function(SimpleNamespace(weight=weight)), decoded)
+        dequantized = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        is_equal = torch.equal(function(SimpleNamespace(weight=weight)), dequantized)
     except Exception:  # in releases without CPU kernels
-        known = False
-    return (bnb.nn.Params4bit if known else None), bnb.functional.dequantize_4bit
+        is_equal = False
+    return (bnb.nn.Params4bit if is_equal else None), bnb.functional.dequantize_4bit
 
 
-def _transposed_if(function: FunctionType) -> Callable[..., Any] | None:
-    """Return a weight or its transpose. That of a parameter is a new parameter, without a gradient for the first."""
+def _shim_transpose(function: FunctionType) -> Callable[..., Any] | None:
+    """Return a function that transposes a weight if `fan_in_fan_out`. PEFT wraps the transpose of a parameter in a new
+    parameter, so the first one gets no gradient."""
     weight = nn.Parameter(torch.zeros(2, 1))
-    turned = function(weight, True)
-    if function(weight, False) is not weight or turned.grad_fn is not None or turned.data_ptr() != weight.data_ptr():
+    transposed = function(weight, True)
+    if function(weight, False) is not weight or transposed.grad_fn is not None:
         return None
-    if turned.shape != (1, 2) or turned.stride() != (1, 1):
+    if transposed.data_ptr() != weight.data_ptr() or transposed.shape != (1, 2) or transposed.stride() != (1, 1):
         return None
-    original = _unmarked(function)
+    original = _without_shim(function)
 
-    def transposed_if(weight: Any, fan_in_fan_out: Any) -> Any:
+    def transpose(weight: Any, fan_in_fan_out: Any) -> Any:
         if fan_in_fan_out and isinstance(weight, nn.Parameter):
             return weight.T.detach()
         return original(weight, fan_in_fan_out)
 
-    return transposed_if
+    return transpose
 
 
-def _emptied(function: FunctionType) -> Callable[..., Any] | None:
-    """Clear DoRA's cache, which is empty in training, without writing to the layer: a checkpoint may not."""
+def _shim_cache_clear(function: FunctionType) -> Callable[..., Any] | None:
+    """Return a function that clears DoRA's cache, but does not write to the layer if it is empty, as in training:
+    checkpointed regions must have no side effects."""
     layer = SimpleNamespace(_dora_cache={"key": 1})
     if function(layer) is not None or vars(layer) != {"_dora_cache": {}}:
         return None
-    original = _unmarked(function)
+    original = _without_shim(function)
 
-    def emptied(self: Any) -> None:
+    def cache_clear(self: Any) -> None:
         if self._dora_cache:
             original(self)
 
-    return emptied
+    return cache_clear
 
 
-def _on_a_parameter(function: FunctionType) -> Callable[..., Any] | None:
-    """Run a layer with an adapter on one of its parameters, on the sum of that parameter and the adapter."""
-    original = _unmarked(function)
+def _shim_param_wrapper(function: FunctionType) -> Callable[..., Any] | None:
+    """Return a function that runs a layer with an adapter on one of its parameters, passing the sum of the parameter
+    and the adapter by `functional_call`."""
+    original = _without_shim(function)
 
     def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         adapters = [name for name in self.active_adapters if name in self.lora_A]
         layer = self.get_base_layer()
         weight = getattr(layer, self.parameter_name)
-        known = adapters and type(weight) is nn.Parameter and weight.dtype in _FLOATS and "adapter_names" not in kwargs
-        if not known or self.disable_adapters or self.merged or hasattr(layer, "parametrizations"):
+        is_plain = type(weight) is nn.Parameter and weight.dtype in _FLOATS
+        supported = adapters and is_plain and "adapter_names" not in kwargs
+        if not supported or self.disable_adapters or self.merged or hasattr(layer, "parametrizations"):
             return original(self, x, *args, **kwargs)
         if len(adapters) > 1 or self.num_experts == 1:
             first, *others = map(self.get_delta_weight, adapters)
@@ -179,7 +185,7 @@ def _on_a_parameter(function: FunctionType) -> Callable[..., Any] | None:
             with torch.autocast(weight.device.type, enabled=False):
                 total = torch.baddbmm(weight, left, right, alpha=scaling)
         path, inner = self.parameter_name, self.base_layer
-        while inner is not layer:  # wrapped for another parameter as well
+        while inner is not layer:  # other parameters of the layer have adapters as well
             path, inner = "base_layer." + path, inner.base_layer
         return functional_call(self.base_layer, {path: total}, (x, *args), kwargs, tie_weights=False)
 
@@ -192,7 +198,7 @@ def _on_a_parameter(function: FunctionType) -> Callable[..., Any] | None:
 
 
 class _Experts(nn.Module):
-    """Experts with two layers each."""
+    """A mixture of experts with two layers each, to compare a shim with PEFT's function on."""
 
     def __init__(self, experts: int) -> None:
         super().__init__()
@@ -222,9 +228,9 @@ def _run_on_experts(experts: int, peft: dict[str, Any], forward: Callable[..., A
 
 
 _SHIMS = (
-    ("peft.utils.integrations", "dequantize_module_weight", _weight_of),
-    ("peft.utils.other", "transpose", _transposed_if),
-    ("peft.tuners.lora.dora", "DoraLinearLayer._cache_clear", _emptied),
-    ("peft.tuners.lora.layer", "ParamWrapper.forward", _on_a_parameter),
+    ("peft.utils.integrations", "dequantize_module_weight", _shim_dequantize),
+    ("peft.utils.other", "transpose", _shim_transpose),
+    ("peft.tuners.lora.dora", "DoraLinearLayer._cache_clear", _shim_cache_clear),
+    ("peft.tuners.lora.layer", "ParamWrapper.forward", _shim_param_wrapper),
 )
-"""Where the functions are, and what returns the shim of each, or None."""
+"""The module and the path of each function, and a function that returns its shim, or None."""

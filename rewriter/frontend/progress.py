@@ -1,4 +1,4 @@
-"""A line on the terminal while something compiles."""
+"""A progress line on the terminal while a graph compiles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which parts of a model are compiled separately: each repeated block, and what is around the blocks."""
+"""Finding the regions of a model that are compiled separately: each repeated block, and the modules around them."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ class Region:
 
 
 def find_regions(model: nn.Module, head: nn.Module | None = None) -> list[Region]:
-    """Return the blocks of a model, and the modules outside of them that may hold something to fuse.
+    """Return the blocks of a model, and the modules outside of them that may contain candidates for fusion.
 
     A block is an entry of a `ModuleList` or `Sequential` with several modules of its class, such as a decoder layer. A
-    model without blocks is one region. `head` is outside of every region, so that it can defer its product.
+    model without blocks is one region. `head` is in no region, so that its logits can be deferred.
     """
     found = list(_regions(model, "", {head} if head is not None else set()))
     return found if any(_is_repeated(region.module, model) for region in found) else [Region("", model)]
 
 
-def _regions(module: nn.Module, name: str, kept: set[nn.Module]) -> Iterator[Region]:
+def _regions(module: nn.Module, name: str, excluded: set[nn.Module]) -> Iterator[Region]:
     for child_name, child in module.named_children():
         path = f"{name}.{child_name}" if name else child_name
-        if child in kept:
+        if child in excluded:
             continue
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and _is_block(child, module):
             yield Region(path, child)
-        elif _holds_blocks(child) or any(inner in kept for inner in child.modules()):
-            yield from _regions(child, path, kept)
-        elif _is_worthwhile(child):
+        elif _contains_blocks(child) or any(inner in excluded for inner in child.modules()):
+            yield from _regions(child, path, excluded)
+        elif _may_match(child):
             yield Region(path, child)
 
 
 def _is_block(child: nn.Module, container: nn.Module) -> bool:
-    alike = sum(type(sibling) is type(child) for sibling in container.children())
-    return alike > 1 and any(True for _ in child.children()) and any(True for _ in child.parameters())
+    same_class = sum(type(sibling) is type(child) for sibling in container.children())
+    return same_class > 1 and any(True for _ in child.children()) and any(True for _ in child.parameters())
 
 
-def _holds_blocks(module: nn.Module) -> bool:
+def _contains_blocks(module: nn.Module) -> bool:
     return any(
         isinstance(container, (nn.ModuleList, nn.Sequential)) and _is_block(child, container)
         for container in module.modules()
@@ -60,12 +60,12 @@ def _is_repeated(module: nn.Module, model: nn.Module) -> bool:
     )
 
 
-def _is_worthwhile(module: nn.Module) -> bool:
-    """Whether a module outside of the blocks can match a rule: an embedding or a single layer of torch.nn cannot."""
+def _may_match(module: nn.Module) -> bool:
+    """Return whether a module outside of the blocks can match a rule: embeddings and layers of torch.nn cannot."""
     known = is_torch_class(module) or isinstance(module, nn.Embedding)
     return not known and any(True for _ in module.parameters())
 
 
 def is_torch_class(module: nn.Module) -> bool:
-    """Whether the module's class comes with PyTorch, whose frames TorchDynamo does not trace by themselves."""
+    """Return whether the module's class comes with PyTorch: TorchDynamo does not trace its `__call__` by itself."""
     return type(module).__module__.startswith("torch.nn.")

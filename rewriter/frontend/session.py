@@ -1,6 +1,6 @@
-"""The state of one compiled model: its options and rules, the graphs that were compiled, and what happened so far.
+"""The state of one compiled model: its options and rules, the compiled graphs, and counts for the report.
 
-A session compiles nothing itself (`compile_graph` does) and knows nothing of how a report is made (`collect` does).
+A session only holds state: `compile_graph` compiles, and `collect` makes the report.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastlora.rewrite.state import Rewrite
 from fastlora.runtime.activation_offload import ActivationOffloader
 from fastlora.runtime.copy_streams import CudaCopyStreams
 from fastlora.runtime.cuda_graphs import GraphReplayer
-from fastlora.runtime.graph_pool import CudaGraphs
+from fastlora.runtime.graph_pool import CudaGraphRecorder
 from fastlora.runtime.memory_budget import ActivationBudget
 from fastlora.runtime.replay_choice import CudaStopwatch, ReplayTimer
 
@@ -38,13 +38,13 @@ class CompiledGraph:
 
     Attributes:
         gm: the graph, rewritten and lowered.
-        rewrites: how it was rewritten, and the bodies of its checkpointed regions.
+        rewrites: the results of rewriting the graph and the bodies of its checkpointed regions.
         name: the region of the model that it was traced for.
-        frame: the number of the code that it was traced from.
+        frame: the number of the frame that it was traced from.
         module_class: the class of the region's module.
         program: the rewritten graph as a Python file that runs it.
-        defers: whether it does nothing but defer the product of an output head.
-        replays: what replays it as CUDA graphs, if anything does.
+        defers: whether it only defers the logits of an output head.
+        replayer: replays it as CUDA graphs; None if it always runs without.
     """
 
     gm: fx.GraphModule
@@ -54,27 +54,28 @@ class CompiledGraph:
     module_class: type | None = None
     program: str = ""
     defers: bool = False
-    replays: GraphReplayer | None = None
+    replayer: GraphReplayer | None = None
 
 
 class Session:
-    """The options, the graphs and the history of one compiled model.
+    """The options, graphs and history of one compiled model.
 
     Attributes:
         options, rules: what to compile with.
-        graphs: the graphs that were compiled, in order.
-        serving: the graph that ran last, by region and by the number of its code.
+        graphs: the compiled graphs, in order.
+        serving: the graph that ran last, by region and frame number.
         uncompiled: the class of each region that runs uncompiled although others of its class were compiled.
         deferral_stats: counts what happened to deferred logits.
         bypassed: how many calls ran uncompiled, by reason.
         notes: further sentences for the report.
-        head, head_layer, head_problem: the path of the output head, the head until its loss was precompiled, and why
-            its loss is not fused.
+        head: the path of the output head.
+        head_layer: the output head, until its loss is precompiled.
+        head_problem: why the loss of the output head is not fused.
         region, module_class: the region that runs, and the class of its module.
         executions: how often a compiled graph has run.
-        oblivious: whether a size of one may share the graph of other sizes.
-        before_graph: called before a graph runs, if set.
-        error: what fastlora raised in its backend, which TorchDynamo may suppress.
+        size_oblivious: whether sizes of one may share a graph with other sizes.
+        before_graph: called before each graph runs, if set.
+        error: the error that fastlora has raised in its backend, which TorchDynamo may suppress.
         budget: keeps the activations of a forward within `memory_budget`, if there is one.
     """
 
@@ -95,10 +96,10 @@ class Session:
         self.region = ""
         self.module_class: type | None = None
         self.executions = 0
-        self.oblivious = True
+        self.size_oblivious = True
         self.before_graph: Callable[[], None] | None = None
         self.error: FastLoRAError | None = None
-        self.recorder = CudaGraphs()
+        self.recorder = CudaGraphRecorder()
         self.replay_timer = ReplayTimer(CudaStopwatch)
         self.budget = None if options.dry else self._activation_budget(options.memory_budget)
         self.breaks_before = graph_breaks()
@@ -109,14 +110,14 @@ class Session:
             return None
         return ActivationBudget(budget, ActivationOffloader(CudaCopyStreams(), self.note), self.note)
 
-    def enter(self, region: str, module_class: type | None = None) -> None:
-        """Note that a region of the model is about to run."""
+    def begin_region(self, region: str, module_class: type | None = None) -> None:
+        """Record that a region of the model is about to run."""
         self.region, self.module_class = region, module_class
         self.entered = time.perf_counter()
 
-    def leave(self, region: str, module_class: type, graphs: int) -> None:
-        """Note how many graphs a region has run. Once TorchDynamo has compiled some code as often as the recompile
-        limit allows, it runs that code uncompiled and says nothing.
+    def end_region(self, region: str, module_class: type, graphs: int) -> None:
+        """Record how many graphs a region has run. Zero means that TorchDynamo has silently run it uncompiled, as it
+        does once its code was compiled as often as the recompile limit allows.
 
         Raises:
             StrictError: if that has happened, and the session is strict.
@@ -128,8 +129,8 @@ class Session:
             if self.options.strict:
                 raise StrictError(f"strict=True, and {region or 'the model'} runs uncompiled: {RECOMPILE_LIMIT}")
 
-    def miss_loss(self, reason: str) -> None:
-        """Note that the head has computed its logits, and why.
+    def record_unfused_loss(self, reason: str) -> None:
+        """Record why the output head has computed its logits.
 
         Raises:
             StrictError: if the session is strict.
@@ -144,10 +145,10 @@ class Session:
         if text not in self.notes:
             self.notes.append(text)
 
-    def forget(self) -> None:
-        """Drop the CUDA graphs of all graphs."""
+    def drop_cuda_graphs(self) -> None:
+        """Free all CUDA graphs, except those whose backward may still run."""
         for graph in self.graphs:
-            if graph.replays is not None:
-                graph.replays.forget()
-        self.recorder.forget()
-        self.replay_timer.forget()
+            if graph.replayer is not None:
+                graph.replayer.clear()
+        self.recorder.clear()
+        self.replay_timer.clear()

@@ -39,7 +39,7 @@ def same_shape(left: torch.Tensor, right: torch.Tensor) -> bool:
     return left.dim() == right.dim() and all(map(known_equal, left.shape, right.shape))
 
 
-def steady(gm: fx.GraphModule) -> frozenset[int]:
+def static_input_indices(gm: fx.GraphModule) -> frozenset[int]:
     """Return the positions of the graph's inputs that belong to a module and are no arguments of its call: parameters,
     buffers, and what quantized weights consist of."""
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]

@@ -1,4 +1,4 @@
-"""Quantized weights that ops read as they are stored, so that the dequantized weight is no value of the graph."""
+"""Passing quantized weights to ops as they are stored, so that the graph does not compute the dequantized weight."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from fastlora.lower.rematerialize import DerivedNode
 
 
 def quantized_arguments(graph: fx.Graph) -> Iterator[DerivedNode]:
-    """Find the weights that ops of a graph can read quantized; take them out of the ops' arguments."""
+    """Yield the weights that ops of a graph can read quantized, and set the ops' arguments for them to None."""
     for node in graph.nodes:
         op = REGISTERED.get(node.target)
         for name in op.policy.reads_quantized if op is not None else ():
             assert op is not None
-            at = op.names.index(name)
-            given: Any = node.args[at]
-            members: Any = enumerate(given) if isinstance(given, (list, tuple)) else [(None, given)]
+            position = op.names.index(name)
+            weight: Any = node.args[position]
+            members: Any = enumerate(weight) if isinstance(weight, (list, tuple)) else [(None, weight)]
             for member, value in list(members):
                 if isinstance(value, fx.Node) and value.target is dequantize_4bit.target:
-                    node.update_arg(at, with_member(node.args[at], member, None))
+                    node.update_arg(position, with_member(node.args[position], member, None))
                     yield DerivedNode(node, DerivedArgument(name, member, dequantize_4bit, quantized=True), value.args)

@@ -1,4 +1,4 @@
-"""From a rewritten graph to something that runs: the graph itself, or Inductor's compilation of it."""
+"""Lowering a rewritten graph to a function: the graph itself with call sites for its ops, or Inductor's output."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastlora.compat.dynamo import checkpoint_context, compile_with_inductor
 from fastlora.graph.bodies import bodies
-from fastlora.graph.fake_values import hint, steady
+from fastlora.graph.fake_values import hint, static_input_indices
 from fastlora.kernels.core.call_site import call_site
 from fastlora.kernels.core.library import REGISTERED
 from fastlora.lower.decode import quantized_arguments
@@ -22,25 +22,25 @@ Runnable = Callable[..., Any]
 
 
 def lower(gm: fx.GraphModule, inputs: Sequence[Any], how: str, mode: str) -> Runnable:
-    """Return what runs a rewritten graph.
+    """Return the function that runs a rewritten graph.
 
     Args:
-        gm, inputs: the graph and the example inputs that TorchDynamo gave with it.
-        how: `eager` runs the graph as it is; `inductor` compiles what no pattern covered.
+        gm, inputs: the graph, and the example inputs that TorchDynamo has passed with it.
+        how: `eager` runs the graph as it is; `inductor` compiles what no rule covers.
         mode: a mode of Inductor, such as `max-autotune`; `eager` ignores it.
     """
     if how == "inductor":
         return compile_with_inductor(gm, inputs, None if mode in ("default", "no-cudagraphs") else mode)
-    call_directly(gm)
-    checkpoint_as_eager_does(gm)  # last, as bodies are found by the targets that change here
+    bind_call_sites(gm)
+    use_eager_checkpoints(gm)  # last: it changes the targets by which `bodies` finds checkpointed bodies
     return gm.forward
 
 
-def call_directly(gm: fx.GraphModule) -> None:
-    """Have a graph that runs eagerly call its ops past the dispatcher, as call sites that save what they need.
+def bind_call_sites(gm: fx.GraphModule) -> None:
+    """Replace the ops of a graph that runs eagerly by call sites, which bypass the dispatcher.
 
-    Ops read quantized weights as they are stored, and norms' outputs are recomputed in the backward instead of being
-    saved, but for those in checkpointed bodies, which save nothing until they are recomputed.
+    Ops read quantized weights as they are stored, and recompute the outputs of norms in the backward instead of saving
+    them, except in checkpointed bodies, which save nothing until they are recomputed.
     """
     derived: dict[fx.Node, list[DerivedNode]] = {}
     found = list(recomputable_arguments(gm.graph))
@@ -49,7 +49,7 @@ def call_directly(gm: fx.GraphModule) -> None:
     for each in found:
         derived.setdefault(each.node, []).append(each)
     for body in bodies(gm):
-        quantized.tidy(body.graph)
+        quantized.erase_unused(body.graph)
         for node in body.graph.nodes:
             if node.target in REGISTERED:
                 _bind(node, derived.get(node, []))
@@ -57,76 +57,77 @@ def call_directly(gm: fx.GraphModule) -> None:
 
 
 def _bind(node: fx.Node, derived: list[DerivedNode]) -> None:
-    """Make a call of an op the call of a call site, which has the constants."""
+    """Replace a call of an op by a call site to which the constants are bound."""
     op = REGISTERED[node.target]
-    site, given = call_site(op, node.args, [(each.argument, each.values) for each in derived], _varies)
-    node.target, node.args = site, tuple(given)
+    site, args = call_site(op, node.args, [(each.argument, each.values) for each in derived], _is_node)
+    node.target, node.args = site, tuple(args)
 
 
-def _varies(value: Any) -> bool:
+def _is_node(value: Any) -> bool:
     return isinstance(value, fx.Node)
 
 
-def checkpoints(gm: fx.GraphModule) -> bool:
-    """Whether a graph, not yet lowered, has checkpointed regions."""
+def has_checkpoints(gm: fx.GraphModule) -> bool:
+    """Return whether a graph that is not yet lowered has checkpointed regions."""
     target = torch.ops.higher_order.tag_activation_checkpoint
     return any(node.target is target for body in bodies(gm) for node in body.graph.nodes)
 
 
-def checkpoint_as_eager_does(gm: fx.GraphModule) -> None:
-    """Have checkpointed regions of a graph that runs eagerly call `checkpoint`, as they do outside of graphs.
+def use_eager_checkpoints(gm: fx.GraphModule) -> None:
+    """Make checkpointed regions of a graph that runs eagerly call `checkpoint`, as they do without a graph.
 
     Run eagerly, `tag_activation_checkpoint` calls `checkpoint(..., preserve_rng_state=False)` and relies on AOTAutograd
-    to draw the same random numbers when a region is recomputed: a dropout would have another mask, and the gradients
-    would be wrong without an error. It also ignores `use_reentrant`, and passes what modules hold as activations.
+    to draw the same random numbers when a region is recomputed: dropout would have another mask, and the gradients
+    would silently be wrong. It also ignores `use_reentrant`, and passes attributes of modules as activations.
     """
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    held = {inputs[i] for i in steady(gm)}
-    for body in list(bodies(gm)):  # found first, as they are found by the targets that change here
+    static_inputs = {inputs[i] for i in static_input_indices(gm)}
+    for body in list(bodies(gm)):  # a list, as the loop changes the targets by which `bodies` finds them
         for node in body.graph.nodes:
             if node.target is torch.ops.higher_order.tag_activation_checkpoint:
                 node.target = run_checkpointed
                 node.kwargs = {
-                    "held": tuple(i for i, value in enumerate(node.args[1:]) if value in held),
+                    "static_inputs": tuple(i for i, value in enumerate(node.args[1:]) if value in static_inputs),
                     "reentrant": bool(node.kwargs.get("use_reentrant", False)),
                 }
         body.recompile()
 
 
-def run_checkpointed(body: fx.GraphModule, *args: Any, held: Sequence[int] = (), reentrant: bool = False) -> Any:
+def run_checkpointed(
+    body: fx.GraphModule, *args: Any, static_inputs: Sequence[int] = (), reentrant: bool = False
+) -> Any:
     """Run a checkpointed region of a graph that runs eagerly.
 
     Args:
-        body, args: the region, and all that it reads.
-        held: positions of what modules hold, which may change before the region is recomputed, as batch statistics do
-            in its own forward. `checkpoint` raises if activations change.
-        reentrant: whether `use_reentrant=True` was asked for. Then nothing has a gradient, parameters included, unless
-            an activation has one; otherwise there is no difference.
+        body, args: the region, and its inputs.
+        static_inputs: positions of inputs that are attributes of modules. These may change before the region is
+            recomputed, as batch statistics do in its own forward; `checkpoint` raises if activations change.
+        reentrant: whether the model has set `use_reentrant=True`. Then nothing gets a gradient, including parameters,
+            unless an activation requires one; otherwise there is no difference.
     """
-    kept = frozenset(held)
-    activations = [arg for i, arg in enumerate(args) if i not in kept]
-    if not any(isinstance(arg, torch.Tensor) for arg in activations):  # which tell whose random states to keep
-        kept, activations = frozenset(), list(args)
-    if reentrant and not any(_leads_back(arg) for arg in activations):
+    bound = frozenset(static_inputs)
+    activations = [arg for i, arg in enumerate(args) if i not in bound]
+    if not any(isinstance(arg, torch.Tensor) for arg in activations):  # `checkpoint` finds devices by its arguments
+        bound, activations = frozenset(), list(args)
+    if reentrant and not any(_is_differentiable_activation(arg) for arg in activations):
         with torch.no_grad():
             return body(*args)
 
     def run(*activations: Any) -> Any:
-        given = iter(activations)
-        return body(*(arg if i in kept else next(given) for i, arg in enumerate(args)))
+        remaining = iter(activations)
+        return body(*(arg if i in bound else next(remaining) for i, arg in enumerate(args)))
 
     context = checkpoint_context(body)
     options: dict[str, Any] = {} if context is None else {"context_fn": context}
     return checkpoint(run, *activations, use_reentrant=False, preserve_rng_state=True, **options)
 
 
-def _leads_back(arg: Any) -> bool:
-    """Whether an argument is an activation that requires a gradient."""
+def _is_differentiable_activation(arg: Any) -> bool:
     return isinstance(arg, torch.Tensor) and arg.requires_grad and not isinstance(arg, nn.Parameter)
 
 
-def pretend(gm: fx.GraphModule) -> Runnable:
-    """Return a function that returns zeros of the right shapes, so that what comes after a graph can be traced."""
+def make_dry_run(gm: fx.GraphModule) -> Runnable:
+    """Return a function that returns zeros of the right shapes, so that the code after a graph can be traced."""
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     outputs = next(iter(reversed(gm.graph.nodes))).args[0]
 

@@ -1,7 +1,7 @@
-"""Values that are recomputed in the backward instead of being saved: outputs of norms that one op alone reads.
+"""Rematerialization: outputs of norms that only one op reads are recomputed in the backward instead of being saved.
 
-A norm saves what it normalized for its own backward; an op that reads the result, such as the layers behind it, would
-save that as well. Recomputing it takes microseconds, and saves an activation for each norm.
+A norm saves its input for its own backward; an op that reads the output, such as a linear layer, would save that as
+well. Recomputing it takes microseconds, and saves the memory of one activation for each norm.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastlora.kernels.core.semantic_op import DerivedArgument, SemanticOp
 
 
 class DerivedNode(NamedTuple):
-    """A node of an op, an argument of it that another op makes, and that op's arguments."""
+    """A node of an op, one of its arguments that another op computes, and the arguments of that op."""
 
     node: fx.Node
     argument: DerivedArgument
@@ -26,7 +26,7 @@ class DerivedNode(NamedTuple):
 
 
 def recomputable_arguments(graph: fx.Graph) -> Iterator[DerivedNode]:
-    """Find the arguments, at most one an op, whose source keeps all that it takes to make them again."""
+    """Yield the arguments, at most one for each op, that can be recomputed from what their source op saves."""
     for node in graph.nodes:
         op = REGISTERED.get(node.target)
         if op is None or op.policy.grads_in_forward:
@@ -41,13 +41,14 @@ def recomputable_arguments(graph: fx.Graph) -> Iterator[DerivedNode]:
 
 
 def _saves(op: SemanticOp, node: fx.Node) -> bool:
-    """Whether a call of an op saves anything: where nothing that it reads has a gradient, it does not."""
+    """Return whether a call of an op saves anything, which it does if one of its inputs requires a gradient."""
     leaves: Any = op.leaves.flat(node.args)
     return any(t is not None and t.requires_grad for t in map(meta, leaves))
 
 
 def _source(value: fx.Node) -> tuple[SemanticOp, tuple[Any, ...]] | None:
-    """Return what recomputes a node's value, if that is the first output of an op that can be recomputed."""
+    """Return the op and the arguments that recompute a node's value, if it is the first output of an op that can be
+    recomputed, else None."""
     if value.target is not operator.getitem or value.args[1] != 0:
         return None
     producer: Any = value.args[0]
@@ -55,7 +56,7 @@ def _source(value: fx.Node) -> tuple[SemanticOp, tuple[Any, ...]] | None:
     found = op.recompute_source() if op is not None else None
     if op is None or found is None or not _saves(op, producer):
         return None
-    known = dict(zip(op.names, producer.args, strict=True))
-    known |= {op.result_names[user.args[1]]: user for user in producer.users if user.target is operator.getitem}
+    values = dict(zip(op.names, producer.args, strict=True))
+    values |= {op.result_names[user.args[1]]: user for user in producer.users if user.target is operator.getitem}
     source, names = found
-    return (source, tuple(known[name] for name in names)) if all(name in known for name in names) else None
+    return (source, tuple(values[name] for name in names)) if all(name in values for name in names) else None

@@ -1,4 +1,4 @@
-"""The sites and misses of a report, from rewritten graphs."""
+"""Extracting the sites and misses of a report from rewritten graphs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def where(node: fx.Node, region: str = "") -> str:
 
 
 def _bytes_saved(match: Match) -> int:
-    """The size of the intermediates that are no longer computed."""
+    """Return the bytes of intermediate tensors that are no longer computed."""
     outputs = set(match.outputs)
     views = {"slice", "transposed", "mT", "flatten", "reshape"}
     inner = [

@@ -1,4 +1,4 @@
-"""What was fused, what was not and why: what `explain` and `report` return, and how it prints."""
+"""The report that `explain` and `report` return: what was fused, what was not and why."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Miss:
 
 @dataclass
 class Seconds:
-    """Where compile time went: tracing by TorchDynamo, this pass, and lowering the result."""
+    """Compile time: tracing by TorchDynamo, matching and rewriting, and lowering."""
 
     trace: float = 0.0
     match: float = 0.0

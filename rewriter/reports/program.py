@@ -1,7 +1,7 @@
-"""A traced graph as a Python file that runs it: on random inputs of the recorded shapes, forward and backward.
+"""Printing a traced graph as a Python file that runs it on random inputs of the traced shapes, forward and backward.
 
-The files before and after rewriting draw the same inputs, so their results can be compared. A graph that draws random
-numbers of its own, for dropout say, draws others once it is rewritten.
+The files before and after rewriting draw the same inputs, so their results can be compared, except if the graph itself
+draws random numbers, such as for dropout: rewriting changes those.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ if __name__ == "__main__":
 
 
 def program_of(gm: fx.GraphModule) -> str:
-    """Return a Python file that runs a graph which was traced, rewritten or not, but not yet lowered."""
+    """Return a Python file that runs a traced graph, rewritten or not, that is not yet lowered."""
     imports: dict[str, str] = {}
     classes: list[str] = []
     _add_class(gm, "Graph", classes, imports)
@@ -63,7 +63,7 @@ def program_of(gm: fx.GraphModule) -> str:
 
 
 def _add_class(gm: fx.GraphModule, name: str, classes: list[str], imports: dict[str, str]) -> None:
-    """Add the class of a graph, after those of its bodies."""
+    """Append the source of a module that runs a graph, after those of its checkpointed bodies."""
     graph = _runnable(gm.graph)
     members = {str(node.target): node for node in graph.nodes if node.op in ("get_attr", "call_module")}
     body = []
@@ -84,18 +84,18 @@ def _add_class(gm: fx.GraphModule, name: str, classes: list[str], imports: dict[
 
 
 def _runnable(graph: fx.Graph) -> fx.Graph:
-    """Return a copy that runs outside of the compiler: checkpointed bodies are called through `checkpoint`."""
-    made = fx.Graph()
-    made.output(made.graph_copy(graph, {}))
-    for node in made.nodes:
+    """Return a copy that runs without the compiler: checkpointed bodies are called through `checkpoint`."""
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(graph, {}))
+    for node in copied.nodes:
         if node.target is torch.ops.higher_order.tag_activation_checkpoint:
             node.target = checkpoint
             node.kwargs = {"use_reentrant": False}
-    return made
+    return copied
 
 
 def _constant(member: Any, imports: dict[str, str]) -> str:
-    """Return an expression for what a graph reads from its module."""
+    """Return source code for an attribute of the graph's module."""
     if isinstance(member, (DeferredHead, DeferredLoRAHead)):
         name = type(member).__name__
         imports[name] = _import(name, type(member))
@@ -127,6 +127,6 @@ def _make_inputs(gm: fx.GraphModule) -> str:
 
 
 def _tensor(example: torch.Tensor) -> str:
-    """Return a call that makes a random tensor like an example."""
+    """Return source code of a random tensor with the layout of an example."""
     shape, stride = ([hint(size) for size in sizes] for sizes in (example.shape, example.stride()))
     return f"tensor({shape}, {stride}, {example.dtype}, {str(example.device)!r}, {example.requires_grad})"

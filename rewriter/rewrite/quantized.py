@@ -80,10 +80,10 @@ def settle(graph: fx.Graph, proposals: list[Proposal]) -> None:
         if node in read and not node.users and _is_left_over(node):
             read.update(node.all_input_nodes)
             graph.erase_node(node)
-    tidy(graph)
+    erase_unused(graph)
 
 
-def tidy(graph: fx.Graph) -> None:
+def erase_unused(graph: fx.Graph) -> None:
     """Remove decoded weights without users, and move the others before their first user."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in order:

@@ -1,4 +1,4 @@
-"""Capturing functions as CUDA graphs, and which of these may be replayed, given the memory that they share."""
+"""Capturing functions as CUDA graphs that share memory pools, and deciding which may be replayed without conflicts."""
 
 from __future__ import annotations
 
@@ -12,116 +12,116 @@ from typing import Any, Protocol, cast
 import torch
 
 MAX_SHARE = 0.25
-"""The part of a device's memory that the CUDA graphs of a model may take."""
+"""The fraction of a device's memory that the CUDA graphs of a model may take."""
 
 
-class Recorded(Protocol):
-    """A captured forward: its place in the order of capture, and whether its backward may still come."""
+class CapturedForward(Protocol):
+    """A captured forward: its number in the order of capture, and whether its backward may still run."""
 
     number: int
 
     @property
-    def busy(self) -> bool: ...
+    def awaits_backward(self) -> bool: ...
 
 
-class Recorder(ABC):
-    """Captures functions, so that they can be replayed in the same memory, and knows what a replay overwrites."""
+class GraphRecorder(ABC):
+    """Captures functions, so that they can be replayed in the same memory, and tracks what a replay would overwrite."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count()
-        self._begun: dict[int, Recorded] = {}
+        self._replayed: dict[int, CapturedForward] = {}
 
     @abstractmethod
-    def record(self, function: Callable[[], Any], transient: bool) -> tuple[Any, Callable[[], None]]:
-        """Run a function once; return its result, whose memory is kept, and a function that replays it there.
+    def capture(self, function: Callable[[], Any], transient: bool) -> tuple[Any, Callable[[], None]]:
+        """Run a function once; return its result, and a function that replays it into the same memory.
 
-        A `transient` result is copied right after each replay; any other must last, with what the function saved for
-        its backward, until the backward has run.
+        A `transient` result is copied right after each replay. Any other must stay valid until the backward has run,
+        together with what the function has saved for it.
         """
 
     @abstractmethod
-    def place(self) -> torch.device | None:
-        """Return the device on which functions can be captured now."""
+    def capture_device(self) -> torch.device | None:
+        """Return the device on which functions can be captured now, None if there is none."""
 
     @property
     @abstractmethod
-    def full(self) -> bool:
-        """Whether captures have taken as much memory as they may."""
+    def is_full(self) -> bool:
+        """Whether captures have taken `MAX_SHARE` of the device's memory."""
 
-    def number(self) -> int:
+    def next_number(self) -> int:
         return next(self._numbers)
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Free all memory that no backward will read."""
-        self._begun.clear()
+        self._replayed.clear()
 
-    def begin(self, recording: Recorded) -> None:
-        """Note that a forward was replayed whose backward may come."""
-        self._begun[recording.number] = recording
+    def mark_replayed(self, captured: CapturedForward) -> None:
+        """Record that a forward was replayed, whose backward may run."""
+        self._replayed[captured.number] = captured
 
-    def is_free(self, recording: Recorded) -> bool:
-        """Whether replaying its forward now overwrites nothing that a backward will read.
+    def can_replay(self, captured: CapturedForward) -> bool:
+        """Return whether replaying a forward now overwrites nothing that a backward will read.
 
-        Memory that a forward has freed by its end may hold the results of those that were captured after it.
+        A forward writes to memory that it frees by its end, which later captures may have used for their results.
         """
-        self._begun = {number: other for number, other in self._begun.items() if other.busy}
-        return all(number < recording.number for number in self._begun)
+        self._replayed = {number: other for number, other in self._replayed.items() if other.awaits_backward}
+        return all(number < captured.number for number in self._replayed)
 
 
-class CudaGraphs(Recorder):
-    """Captures on GPUs, as CUDA graphs.
+class CudaGraphRecorder(GraphRecorder):
+    """Captures functions on GPUs, as CUDA graphs.
 
-    The graphs of a device have their memory from two pools, forwards from one, so that what they save is never what a
-    backward overwrites. Graphs that share a pool have to be replayed one after the other, hence on one stream.
+    On each device forwards and backwards have separate memory pools, so a backward never overwrites what a forward has
+    saved. Graphs that share a pool must be replayed one after the other, so all are replayed on one stream.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._pools: dict[tuple[int, bool], torch.cuda.MemPool] = {}
-        self._streams: dict[int, torch.cuda.Stream] = {}
-        self._replays_on: dict[int, int] = {}
-        self._taken: Counter[int] = Counter()
+        self._capture_streams: dict[int, torch.cuda.Stream] = {}
+        self._replay_streams: dict[int, int] = {}
+        self._bytes_taken: Counter[int] = Counter()
         self._failed = False
 
     @property
-    def full(self) -> bool:
+    def is_full(self) -> bool:
         device = torch.cuda.current_device()
-        return self._taken[device] > MAX_SHARE * torch.cuda.get_device_properties(device).total_memory
+        return self._bytes_taken[device] > MAX_SHARE * torch.cuda.get_device_properties(device).total_memory
 
-    def forget(self) -> None:
-        super().forget()
+    def clear(self) -> None:
+        super().clear()
         self._pools.clear()
-        self._taken.clear()
+        self._bytes_taken.clear()
 
-    def place(self) -> torch.device | None:
+    def capture_device(self) -> torch.device | None:
         if self._failed or not torch.cuda.is_initialized() or torch.cuda.is_current_stream_capturing():
             return None
         device = torch.cuda.current_device()
         stream = torch.cuda.current_stream(device).cuda_stream
-        return torch.device("cuda", device) if self._replays_on.setdefault(device, stream) == stream else None
+        return torch.device("cuda", device) if self._replay_streams.setdefault(device, stream) == stream else None
 
-    def record(self, function: Callable[[], Any], transient: bool) -> tuple[Any, Callable[[], None]]:
+    def capture(self, function: Callable[[], Any], transient: bool) -> tuple[Any, Callable[[], None]]:
         before, device = torch.cuda.memory_allocated(), torch.cuda.current_device()
         try:
-            recorded = self._capture(function, transient)
+            captured = self._capture(function, transient)
         except BaseException:
-            # what failed may have left generators and pools in the middle of a capture: one that succeeds ends that
+            # a failed capture may leave generators and pools in the capturing state; a successful one resets them
             self._failed = True
             self._pools.clear()
             with suppress(Exception):
                 self._capture(lambda: torch.zeros(1, device="cuda"), transient)
             raise
-        self._taken[device] += max(0, torch.cuda.memory_allocated() - before)
-        return recorded
+        self._bytes_taken[device] += max(0, torch.cuda.memory_allocated() - before)
+        return captured
 
     def _capture(self, function: Callable[[], Any], transient: bool) -> tuple[Any, Callable[[], None]]:
         graph, device = torch.cuda.CUDAGraph(), torch.cuda.current_device()
         if (device, transient) not in self._pools:
             self._pools[device, transient] = torch.cuda.MemPool()
-            self._streams.setdefault(device, torch.cuda.Stream(device))
+            self._capture_streams.setdefault(device, torch.cuda.Stream(device))
         pool = self._pools[device, transient]
         torch.cuda.synchronize()
-        with torch.cuda.stream(self._streams[device]), _uncached_casts():
+        with torch.cuda.stream(self._capture_streams[device]), _disable_autocast_cache():
             graph.capture_begin(pool=cast(Any, pool.id), capture_error_mode="thread_local")
             try:
                 result = function()
@@ -131,8 +131,8 @@ class CudaGraphs(Recorder):
 
 
 @contextmanager
-def _uncached_casts() -> Iterator[None]:
-    """Disable autocast's cache: a parameter that was cast before the capture would keep that value in all replays."""
+def _disable_autocast_cache() -> Iterator[None]:
+    """Disable autocast's cache: replays would reuse the value of a parameter that was cast before the capture."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

@@ -1,10 +1,10 @@
-"""How a step stays within a budget of activations: which calls of regions offload them, and which recompute some.
+"""Planning a step within a budget of activations: which calls of regions offload them, and which recompute some.
 
-What a call saves for its backward need not stay on the GPU. All of it can be offloaded to the host, which costs nothing
-as long as the copies take less time than the forward does. And the widest activations can be recomputed in the backward
-(`kernels/core/recompute.py`), which always costs their matrix products. So as much is offloaded as is free, then
-activations are recomputed, and only then more is offloaded. Where all calls recompute, the last ones keep their
-activations as far as there is room, or offloading more is free: theirs are read first in the backward.
+What a call saves for its backward need not stay on the GPU. All of it can be offloaded to the host, which is free as
+long as the copies take less time than the forward. The widest activations can also be recomputed in the backward
+(`kernels/core/recompute.py`), which always costs their matrix products. So the plan first offloads as much as is free,
+then recomputes, and only then offloads more. If all calls would recompute, the last ones keep their activations as far
+as the budget allows or more offloading is free, because the backward reads theirs first.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _UNITS |= {"B": 1, **{f"{prefix}iB": 1024**i for i, prefix in enumerate("KMGT", 
 
 @dataclass(frozen=True)
 class Activations:
-    """What a call of a region saves for its backward.
+    """The activations that a call of a region saves for its backward.
 
     Attributes:
-        saved: bytes of all of it.
-        recomputable: bytes of what can be recomputed.
+        saved: their bytes.
+        recomputable: the bytes of those that can be recomputed.
         flops: floating-point operations of the forward.
     """
 
@@ -54,7 +54,7 @@ def parse_bytes(budget: str | int | None) -> int | None:
     """Return the bytes of a budget such as `"8GiB"`, `"500 MB"` or a number of bytes.
 
     Raises:
-        FastLoRAError: if it is not one.
+        FastLoRAError: if `budget` is neither a size nor None.
     """
     if budget is None or (isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0):
         return budget
@@ -76,37 +76,37 @@ def plan(calls: Sequence[Activations], budget: int, bytes_per_flop: float) -> li
         bytes_per_flop: bytes that can be copied to the host in the time of a floating-point operation. Earlier calls
             offload first, as they have the longest time until their backward.
     """
-    free = free_in_all = bytes_per_flop * sum(call.flops for call in calls)
-    over = sum(call.saved for call in calls) - budget
+    copies_in_forward = bytes_per_flop * sum(call.flops for call in calls)
+    excess, free_copies = sum(call.saved for call in calls) - budget, copies_in_forward
     decisions = [KEEP] * len(calls)
     for i, call in enumerate(calls):
-        if over > 0 and free >= call.saved:
+        if excess > 0 and free_copies >= call.saved:
             decisions[i] = Decision(offload=True)
-            over, free = over - call.saved, free - call.saved
+            excess, free_copies = excess - call.saved, free_copies - call.saved
     for i, call in enumerate(calls):
-        if over > 0 and decisions[i] is KEEP and call.recomputable:
+        if excess > 0 and decisions[i] is KEEP and call.recomputable:
             decisions[i] = Decision(recompute=True)
-            over -= call.recomputable
-    if over <= 0:
+            excess -= call.recomputable
+    if excess <= 0:
         return decisions
-    over = sum(call.saved - call.recomputable for call in calls) - budget
-    free = free_in_all
+    excess, free_copies = sum(call.saved - call.recomputable for call in calls) - budget, copies_in_forward
     decisions = [Decision(recompute=call.recomputable > 0) for call in calls]
     for i, call in enumerate(calls):
-        if over > 0:
+        if excess > 0:
             decisions[i] = KEEP_LEAST
-            over, free = over - (call.saved - call.recomputable), free - (call.saved - call.recomputable)
-    _keep_last(calls, decisions, -over, free)
+            size = call.saved - call.recomputable
+            excess, free_copies = excess - size, free_copies - size
+    _keep_last(calls, decisions, -excess, free_copies)
     return decisions
 
 
-def _keep_last(calls: Sequence[Activations], decisions: list[Decision], room: int, free: float) -> None:
-    """Have the last calls that would recompute keep their activations instead.
+def _keep_last(calls: Sequence[Activations], decisions: list[Decision], headroom: int, free_copies: float) -> None:
+    """Change the decisions for the last calls that would recompute: keep their activations as far as possible.
 
     Args:
-        calls, decisions: the calls and what was decided, which is changed.
-        room: bytes that are left of the budget.
-        free: bytes that earlier calls may still offload to make room.
+        calls, decisions: the calls and the decisions for them, which are changed in place.
+        headroom: bytes that are left of the budget.
+        free_copies: bytes that earlier calls can still offload without extra time.
     """
     for last in reversed(range(len(calls))):
         if decisions[last] != Decision(recompute=True):
@@ -114,12 +114,12 @@ def _keep_last(calls: Sequence[Activations], decisions: list[Decision], room: in
         offloading = []
         for i, call in enumerate(calls[:last]):
             size = call.saved - call.recomputable
-            if room < calls[last].recomputable and not decisions[i].offload and size <= free:
+            if headroom < calls[last].recomputable and not decisions[i].offload and size <= free_copies:
                 offloading.append(i)
-                room, free = room + size, free - size
-        if room < calls[last].recomputable:
+                headroom, free_copies = headroom + size, free_copies - size
+        if headroom < calls[last].recomputable:
             return
-        room -= calls[last].recomputable
+        headroom -= calls[last].recomputable
         decisions[last] = KEEP
         for i in offloading:
             decisions[i] = KEEP_LEAST

@@ -59,7 +59,7 @@ def test_launches_that_a_gpu_waits_for_are_replayed_by_default() -> None:
 
 def _captures(model: nn.Module) -> int:
     graphs = model._compiled_call_impl.session.graphs
-    return sum(graph.replays.captured for graph in graphs if graph.replays is not None)
+    return sum(graph.replayer.captured for graph in graphs if graph.replayer is not None)
 
 
 def test_quantised_weights_are_read_where_they_lie() -> None:
@@ -73,7 +73,7 @@ def test_quantised_weights_are_read_where_they_lie() -> None:
     assert torch.allclose(torch.stack(found), torch.stack(expected), rtol=1e-4)
     assert _captures(model) >= 2
     for graph in model._compiled_call_impl.session.graphs:
-        recordings = graph.replays._captures.values() if graph.replays is not None else ()
+        recordings = graph.replayer._captures.values() if graph.replayer is not None else ()
         for recording in filter(None, recordings):
             copied = [recording._static[i] for i in recording._activations]
             assert not any(t.dtype is torch.uint8 for t in copied)

@@ -10,7 +10,7 @@ from tiny_models import relative
 from torch import nn
 
 import fastlora
-from fastlora.frontend.head_gate import HeadGate, why_not
+from fastlora.frontend.head_gate import HeadGate, deferral_problem
 from fastlora.frontend.options import Options
 from fastlora.frontend.session import Session
 from fastlora.logits.deferred_logits import DeferredGradient, DeferredLogits
@@ -301,10 +301,10 @@ def test_only_plain_linear_heads_on_a_vocabulary_defer():
         def forward(self, x):
             return super().forward(x) * 2.0
 
-    assert why_not(nn.Linear(8, 40)) is None
-    assert why_not(nn.Linear(40, 8)) is not None
-    assert why_not(Special(8, 40)) is not None
-    assert why_not(None) is not None
+    assert deferral_problem(nn.Linear(8, 40)) is None
+    assert deferral_problem(nn.Linear(40, 8)) is not None
+    assert deferral_problem(Special(8, 40)) is not None
+    assert deferral_problem(None) is not None
 
 
 def test_a_second_backward_through_the_loss_gives_the_same_gradients():

@@ -196,7 +196,7 @@ def test_memory_that_a_copy_still_writes_to_is_not_given_away() -> None:
     y = run(rows())
     run.offloader.free_copied(0)
     y = y * 1.0
-    run.offloader.prefetch([y], room=10**9)
+    run.offloader.prefetch([y], headroom=10**9)
     torch.autograd.grad(y.sum(), y)  # no layer's backward runs, but what they would read is on its way
     assert run.comings == 6
     assert not any(copy.over for copy in run.streams.open[6:])

@@ -18,7 +18,7 @@ from quantised_models import Format
 from torch import Tensor, nn
 
 from fastlora.frontend import peft_shims
-from fastlora.frontend.peft_shims import traceable
+from fastlora.frontend.peft_shims import use_peft_shims
 
 FUNCTIONS = (dequantize_module_weight, transpose, DoraLinearLayer._cache_clear, ParamWrapper.forward)
 MARK = "_torchdynamo_inline"
@@ -29,17 +29,17 @@ def marked() -> list[bool]:
 
 
 def stand_in(function: Any) -> Any:
-    with traceable():
+    with use_peft_shims():
         return getattr(function, MARK)
 
 
 def test_functions_are_marked_inside_only() -> None:
     before = [dict(vars(function)) for function in FUNCTIONS]
-    with traceable():
-        with traceable():
+    with use_peft_shims():
+        with use_peft_shims():
             assert all(marked())
         assert all(marked())
-    with pytest.raises(ValueError, match="from inside"), traceable():
+    with pytest.raises(ValueError, match="from inside"), use_peft_shims():
         raise ValueError("from inside")
     assert [dict(vars(function)) for function in FUNCTIONS] == before
 
@@ -48,14 +48,14 @@ def test_the_last_thread_takes_the_marks_away() -> None:
     entered, go_on = threading.Event(), threading.Event()
 
     def stay() -> None:
-        with traceable():
+        with use_peft_shims():
             entered.set()
             go_on.wait()
 
     thread = threading.Thread(target=stay)
     thread.start()
     entered.wait()
-    with traceable():
+    with use_peft_shims():
         pass
     assert all(marked())
     go_on.set()
@@ -69,7 +69,7 @@ def test_a_function_that_is_marked_already_keeps_its_mark() -> None:
 
     dequantize_module_weight._torchdynamo_inline = own
     try:
-        with traceable():
+        with use_peft_shims():
             assert dequantize_module_weight._torchdynamo_inline is own
         assert dequantize_module_weight._torchdynamo_inline is own
     finally:
@@ -112,7 +112,7 @@ def test_a_weight_that_is_packed_for_evaluation_is_the_functions_business() -> N
 
     calls: list[Any] = []
     layer = Format().layer(nn.Linear(64, 8))
-    weight_of = peft_shims._weight_of(counted)  # type: ignore[arg-type]
+    weight_of = peft_shims._shim_dequantize(counted)  # type: ignore[arg-type]
     assert weight_of is not None
     calls.clear()
     weight_of(layer)
@@ -128,7 +128,7 @@ def test_a_function_that_decodes_otherwise_keeps_weights_of_4_bits(monkeypatch: 
         return weight if type(weight) in (torch.Tensor, nn.Parameter) and weight is module.weight else weight / 2
 
     layer = Format().layer(nn.Linear(64, 8))
-    weight_of = peft_shims._weight_of(halved)  # type: ignore[arg-type]
+    weight_of = peft_shims._shim_dequantize(halved)  # type: ignore[arg-type]
     assert weight_of is not None
     assert torch.equal(weight_of(layer), halved(layer))
 
@@ -221,7 +221,7 @@ def test_an_adapted_parameter_is_one_graph_and_stays_a_parameter(second: bool) -
     before = {name: id(p) for name, p in wrapper.named_parameters()}
     torch._dynamo.reset()
     compiled = torch.compile(lambda *given, **more: wrapper(*given, **more), backend="eager", fullgraph=True)
-    with traceable():
+    with use_peft_shims():
         found = evaluated(lambda _, *given, **more: compiled(*given, **more), wrapper)
     for mine, its in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, its)
@@ -230,7 +230,7 @@ def test_an_adapted_parameter_is_one_graph_and_stays_a_parameter(second: bool) -
 
 
 def test_finding_that_out_leaves_random_numbers_as_they_were() -> None:
-    peft_shims._known.clear()
+    peft_shims._cache.clear()
     before = torch.get_rng_state()
     stand_in(ParamWrapper.forward)
     assert torch.equal(torch.get_rng_state(), before)
@@ -257,11 +257,11 @@ def test_a_function_that_does_something_else_is_left_alone(
     made = [(function.__module__, function.__name__, make) for _, _, make in known]
     monkeypatch.setitem(sys.modules, function.__module__, SimpleNamespace(**{function.__name__: function}))
     monkeypatch.setattr(peft_shims, "_SHIMS", tuple(made))
-    with traceable():
+    with use_peft_shims():
         assert not hasattr(function, MARK)
 
 
 def test_libraries_that_are_not_there_are_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peft_shims, "_SHIMS", (("no_such_library.utils", "weight_of", peft_shims._weight_of),))
-    with traceable():
+    monkeypatch.setattr(peft_shims, "_SHIMS", (("no_such_library.utils", "weight_of", peft_shims._shim_dequantize),))
+    with use_peft_shims():
         assert not any(marked())

@@ -55,7 +55,9 @@ def test_parameters_that_are_changed_in_place_are_read_anew() -> None:
 
 def test_buffers_are_read_where_they_lie() -> None:
     held, w = torch.randn(4, 4), nn.Parameter(torch.randn(4, 4))
-    replays = GraphReplayer(lambda x, q, w: (torch.tanh(x @ q) @ w,), Rerun(), lambda _: None, held=frozenset([1]))
+    replays = GraphReplayer(
+        lambda x, q, w: (torch.tanh(x @ q) @ w,), Rerun(), lambda _: None, static_inputs=frozenset([1])
+    )
     for _ in range(RUNS_BEFORE + 1):
         replays(rows(), held, w)[0].sum().backward()
     assert replays.captured == 1

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastlora.runtime import cuda_graphs as module
 from fastlora.runtime.cuda_graphs import RUNS_BEFORE, GraphReplayer
-from fastlora.runtime.graph_pool import CudaGraphs
+from fastlora.runtime.graph_pool import CudaGraphRecorder
 
 
 @pytest.mark.parametrize("run", [
@@ -56,7 +56,7 @@ def test_a_graph_that_cannot_be_recorded_runs_as_it_is(monkeypatch: pytest.Monke
         raise RuntimeError("operation not permitted when stream is capturing")
 
     region = Region()
-    monkeypatch.setattr(region.replays.recorder, "record", refuse)
+    monkeypatch.setattr(region.replays.recorder, "capture", refuse)
     for _ in range(5):
         x = rows()
         assert_equal(gradients(region, region.replays, x), gradients(region, region.run, x))
@@ -88,7 +88,7 @@ def test_a_parameter_that_changes_before_the_backward_is_refused(change: str) ->
 
 def test_a_graph_whose_buffers_change_before_its_backward_is_not_recorded() -> None:
     buffer, w = torch.ones(4), nn.Parameter(torch.randn(4, 4))
-    replays = GraphReplayer(lambda x, b, w: ((x + b) @ w,), Rerun(), lambda _: None, held=frozenset([1]))
+    replays = GraphReplayer(lambda x, b, w: ((x + b) @ w,), Rerun(), lambda _: None, static_inputs=frozenset([1]))
     for _ in range(RUNS_BEFORE + 3):
         y = replays(rows(), buffer, w)[0]
         buffer.add_(1)
@@ -125,8 +125,8 @@ def test_forgotten_recordings_are_freed_after_their_backward() -> None:
     held = weakref.ref(next(iter(region.replays._captures.values())))
     x = rows()
     y, _, _ = region.replays(*region.arguments(x))
-    region.replays.forget()
-    region.recorder.forget()
+    region.replays.clear()
+    region.recorder.clear()
     assert torch.equal(
         torch.autograd.grad(y.sum(), x)[0], torch.autograd.grad(region.run(*region.arguments(x))[0].sum(), x)[0]
     )
@@ -141,7 +141,7 @@ def test_recordings_are_forgotten_with_the_model_and_by_disable(monkeypatch: pyt
     from fastlora.frontend.session import Session
 
     forgotten: list[Session] = []
-    monkeypatch.setattr(Session, "forget", lambda session: forgotten.append(session))
+    monkeypatch.setattr(Session, "drop_cuda_graphs", lambda session: forgotten.append(session))
     model = fastlora.compile(nn.Sequential(nn.Linear(2, 2), nn.Tanh()))
     fastlora.disable(model)
     assert len(forgotten) == 1
@@ -153,7 +153,7 @@ def test_recordings_are_forgotten_with_the_model_and_by_disable(monkeypatch: pyt
 
 def test_memory_that_recordings_may_take_is_limited() -> None:
     region = Region()
-    region.recorder.full = True
+    region.recorder.is_full = True
     region.warm(rows())
     assert region.replays.captured == 0
     assert "of the device's memory" in region.notes[0]
@@ -172,7 +172,7 @@ def test_only_so_many_shapes_are_recorded(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_nothing_is_recorded_on_a_cpu() -> None:
     region = Region()
-    region.replays.recorder = CudaGraphs()
+    region.replays.recorder = CudaGraphRecorder()
     for _ in range(5):
         region.replays(*region.arguments(rows()))
     assert not region.replays._runs

@@ -95,7 +95,7 @@ def test_open_batches_keep_what_their_backward_wants(seed: int, replayed: list[i
 
 
 def test_without_the_rule_the_tape_shows_memory_being_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Taped, "is_free", lambda *_: True)
+    monkeypatch.setattr(Taped, "can_replay", lambda *_: True)
     wrong = 0
     for seed in range(4):
         training = Training(seed)
