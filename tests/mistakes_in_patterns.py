@@ -9,7 +9,7 @@ from fastlora.graph.canonical_ops import operations, signature_of
 from fastlora.match.combinators import Cast, Either, Kept, Raised
 from fastlora.match.dsl import Scalar, silu, tanh
 from fastlora.match.pattern import Literal, Named, Op, Pattern
-from fastlora.match.pattern_lint import parts
+from fastlora.match.pattern_lint import subpatterns
 from fastlora.match.rule import group
 
 
@@ -99,7 +99,7 @@ def _a_capture_for_two_things(written, rng):
 
 
 def _below(part: Pattern) -> set[str]:
-    return {inner.name for inner in parts(part) if hasattr(inner, "name")}
+    return {inner.name for inner in subpatterns(part) if hasattr(inner, "name")}
 
 
 @mistake

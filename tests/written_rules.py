@@ -33,7 +33,7 @@ from fastlora.match.dsl import (
     widened,
 )
 from fastlora.match.pattern import Op
-from fastlora.match.pattern_lint import parts
+from fastlora.match.pattern_lint import subpatterns
 from fastlora.match.rule import Rule, dtype_of, fuse, group, rule, tag_of
 
 
@@ -87,14 +87,14 @@ class Written:
     def tree(self) -> list[Any]:
         """The parts of its pattern, in an order that is the same each time."""
         made = self.define()
-        return parts(made.outputs[0]) if isinstance(made, Rule) else []
+        return subpatterns(made.outputs[0]) if isinstance(made, Rule) else []
 
     def with_part(self, position: int, change: Callable[[Any], None]) -> Written:
         """The same, but for a change to one part of its pattern."""
 
         def changed(returned: Any) -> Any:
             first = returned[0] if isinstance(returned, tuple) else returned
-            change(parts(first)[position])
+            change(subpatterns(first)[position])
             return returned
 
         return self.returning(changed)

@@ -65,7 +65,7 @@ def _rewrite(session: Session, gm: fx.GraphModule) -> CompiledGraph:
     defers = runs_eagerly and options.defer_logits
     is_head = defers and session.region == session.head
     passes = (*PASSES, *deferral_passes(session.deferral_stats, is_head)) if defers else PASSES
-    rewrites = rewrite(gm, session.rules, options.verify is True, decodes=runs_eagerly, passes=passes)
+    rewrites = rewrite(gm, session.rules, options.verify is True, reads_quantized=runs_eagerly, passes=passes)
     graph = CompiledGraph(
         gm,
         rewrites,

@@ -1,4 +1,4 @@
-"""The graphs within a traced graph that run as ordinary code, such as checkpointed regions."""
+"""The bodies within a traced graph that run as ordinary code, such as checkpointed regions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastlora.graph.effects import BODIES
 
 
 def bodies(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
-    """Yield the module and the bodies that it runs as ordinary code, innermost last."""
+    """Yield a module and the bodies that it runs as ordinary code, innermost last."""
     yield gm
     for node in gm.graph.nodes:
         if isinstance(node.target, HigherOrderOperator) and node.target.name() in BODIES:

@@ -1,13 +1,13 @@
-"""The operations that patterns speak of: one declaration each.
+"""The declarations of canonical operations, which patterns match.
 
     canonical("silu", "input", call("input inplace=False", F.silu), fresh=True)
 
-says that patterns see `silu(input)`; that a model writes it as `F.silu`, which has another argument; and that it makes
-a new tensor and does nothing else. A spelling is a function, the name of a method, or, with a dot in it, of an operator
-of a library that need not be installed. A call that does not fit its signature (one with `out=`, say), or whose further
-arguments are not at their defaults (`inplace=True`), is opaque, and no pattern sees it.
+declares that patterns see `silu(input)`; that a model writes it as `F.silu`, which has one more argument; and that it
+returns a new tensor and has no effects. A spelling is a function, the name of a method, or a name with a dot: an
+operator of a library that need not be installed. A call that does not fit its signature (such as one with `out=`), or
+whose further arguments differ from their defaults (`inplace=True`), is opaque: no pattern sees it.
 
-An argument that a pattern does not mention must have its default, so these declarations are what closes a pattern.
+An argument that a pattern does not mention must have its default, which is declared here.
 """
 
 from __future__ import annotations

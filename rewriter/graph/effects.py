@@ -1,8 +1,8 @@
-"""What a graph does besides computing values: writing in place, and the modes that hold at each node.
+"""The effects of a graph: in-place writes, shared memory, and the modes that are active at each node.
 
-Effects are probed, not looked up: a node that is not known to make a new tensor runs once on fresh fake tensors, and a
-bumped version counter or a shared storage tells what it did. `operator.iadd`, `setitem`, `relu_` and `out=` need no
-table that way, and neither does any view.
+Effects are probed: unless a node is known to return a new tensor, it runs once on fake tensors, and version counters
+and storages show what it wrote to and what it aliases. So `operator.iadd`, `setitem`, `relu_`, `out=` and views need no
+table.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from fastlora.graph.canonical_ops import operation, spelling_of
 from fastlora.graph.fake_values import hint, meta
 
 Mode = tuple[bool, tuple[fx.Node, ...], tuple[fx.Node, ...], tuple[fx.Node, ...]]
-"""Whether gradients are on, and the autocast, inference-mode and torch.func regions around a node, by the nodes that
-enter them."""
+"""Whether gradients are enabled, and the nodes that enter the autocast, inference-mode and torch.func regions around a
+node."""
 
 Probe = tuple[list[int], list[int]]
-"""Which of its input nodes a node writes to, and whose memory its result shares, by position."""
+"""The positions of the input nodes that a node writes to, and of those that its result may alias."""
 
 BODIES = ("tag_activation_checkpoint", "wrap")
 """Higher-order ops whose bodies are ordinary code."""
@@ -39,12 +39,12 @@ _REGIONS = (
     tracing.disable_saved_tensors_hooks,
     tracing.enable_saved_tensors_hooks,
 )
-"""What begins and ends regions of another mode, and neither takes nor makes tensors. Autocast keeps what it has cast of
-weights until its outermost region ends."""
+"""Functions that enter and exit modes. They take and return no tensors, but exiting autocast clears its weight cache,
+so they must not be probed."""
 
 
 def modes(graph: fx.Graph) -> dict[fx.Node, Mode]:
-    """Return the modes in force at each node."""
+    """Return the modes that are active at each node."""
     grad = torch.is_grad_enabled()
     autocast: tuple[fx.Node, ...] = ()
     inference: tuple[fx.Node, ...] = ()
@@ -73,11 +73,11 @@ def modes(graph: fx.Graph) -> dict[fx.Node, Mode]:
 
 
 class Mutations:
-    """Where tensors are written in place, and which values may share memory.
+    """The in-place writes of a graph, and the values that may share memory.
 
     Args:
-        graph: the graph to analyse.
-        always: find out what shares memory even if nothing is written.
+        graph: the graph to analyze.
+        always: whether to analyze shared memory even if nothing is written.
     """
 
     def __init__(self, graph: fx.Graph, always: bool = False) -> None:
@@ -86,8 +86,8 @@ class Mutations:
         probes = {node: _probe(node) for node in graph.nodes if node.op.startswith("call") and not _is_fresh(node)}
         if not always and not any(written for written, _ in probes.values()):
             return
-        for node, (_, shared) in probes.items():
-            for position in shared:
+        for node, (_, aliased) in probes.items():
+            for position in aliased:
                 self._join(node, node.all_input_nodes[position])
         self._join_inputs(graph)
         for node, probe in probes.items():
@@ -95,13 +95,13 @@ class Mutations:
                 self._writes.setdefault(self.storage(node.all_input_nodes[position]), []).append(node)
 
     def storage(self, node: fx.Node) -> fx.Node:
-        """Return a representative of everything that may share memory with `node`."""
+        """Return the node that represents all nodes which may share memory with `node`."""
         while node in self._alias:
             node = self._alias[node]
         return node
 
     def writers(self, node: fx.Node) -> list[fx.Node]:
-        """Return the nodes that write in place to memory that `node` may share."""
+        """Return the nodes that may write in place to the memory of `node`."""
         return self._writes.get(self.storage(node), []) if self._writes else []
 
     def _join(self, left: fx.Node, right: fx.Node) -> None:
@@ -117,7 +117,7 @@ class Mutations:
 
 
 def _is_fresh(node: fx.Node) -> bool:
-    """Whether a node is known to make a new tensor and do nothing else."""
+    """Return whether a node is known to return a new tensor and to have no effects."""
     if isinstance(node.target, OpOverload):
         schema = schema_of(node.target)
         return not schema.is_mutable and all(result.alias_info is None for result in schema.returns)
@@ -134,7 +134,7 @@ def _probe(node: fx.Node) -> Probe:
     inputs = node.all_input_nodes
     if isinstance(node.target, HigherOrderOperator):
         return _probe_higher_order(node, inputs)
-    if is_of_functorch(node) or node.target in _REGIONS:  # by itself it would begin what nothing ends
+    if is_of_functorch(node) or node.target in _REGIONS:  # running it would change the modes of the process
         return [], list(range(len(inputs)))
     examples = [source.meta.get("example_value") for source in inputs]
     signature = tuple(str((e.dtype, e.dim())) if isinstance(e, torch.Tensor) else str(type(e)) for e in examples)
@@ -145,11 +145,12 @@ def _probe(node: fx.Node) -> Probe:
 
 
 def _probe_higher_order(node: fx.Node, inputs: list[fx.Node]) -> Probe:
-    """Look into a body that runs as ordinary code; few other higher-order ops are known to write to nothing."""
+    """Analyze the body of a higher-order op that runs it as ordinary code; assume of most others that they write to
+    everything."""
     everything = list(range(len(inputs)))
     name = node.target.name()  # type: ignore[union-attr]
     if name in _PURE:
-        return [], _shared_with_results(node, inputs) if name == "autograd_function_apply" else everything
+        return [], _aliased_by_function(node, inputs) if name == "autograd_function_apply" else everything
     body = getattr(node.graph.owning_module, str(inputs[0].target), None) if name in BODIES else None
     if not isinstance(body, fx.GraphModule):
         return everything, everything
@@ -160,8 +161,8 @@ def _probe_higher_order(node: fx.Node, inputs: list[fx.Node]) -> Probe:
     return [position for position, source in enumerate(inputs) if source in written], everything
 
 
-def _shared_with_results(node: fx.Node, inputs: list[fx.Node]) -> list[int]:
-    """Which inputs' memory the results of an autograd function may be in, by what its forward does."""
+def _aliased_by_function(node: fx.Node, inputs: list[fx.Node]) -> list[int]:
+    """Return the positions of the inputs that the results of an autograd function may alias, by its forward."""
     forward = getattr(node.graph.owning_module, str(inputs[0].target), None)
     if not isinstance(forward, fx.GraphModule):
         return list(range(len(inputs)))
@@ -170,10 +171,11 @@ def _shared_with_results(node: fx.Node, inputs: list[fx.Node]) -> list[int]:
     placeholders = [n for n in forward.graph.nodes if n.op == "placeholder"]
     if not isinstance(returned, (tuple, list)) or len(placeholders) != len(node.args) - 2:
         return list(range(len(inputs)))
-    results = returned[0]  # what it saves comes second
-    memory = {inner.storage(each) for each in tree_leaves(results) if isinstance(each, fx.Node)}
-    shared = {operand for operand, p in zip(node.args[2:], placeholders, strict=True) if inner.storage(p) in memory}
-    return [position for position, source in enumerate(inputs) if source in shared]
+    results = returned[0]  # the second item is what it saves
+    storages = {inner.storage(each) for each in tree_leaves(results) if isinstance(each, fx.Node)}
+    operands = zip(node.args[2:], placeholders, strict=True)
+    aliased = {operand for operand, placeholder in operands if inner.storage(placeholder) in storages}
+    return [position for position, source in enumerate(inputs) if source in aliased]
 
 
 def _run_probe(node: fx.Node, inputs: list[fx.Node]) -> Probe:
@@ -187,12 +189,12 @@ def _run_probe(node: fx.Node, inputs: list[fx.Node]) -> Probe:
                 result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:
                 result = node.target(*args, **kwargs)  # type: ignore[operator]
-        except Exception:  # assume that it writes to everything it is given
+        except Exception:  # assume that it writes to all its inputs
             return everything, everything
     results = {storage_id(tensor) for tensor in _tensors(result)}
     written = [i for i, source in enumerate(inputs) if [t._version for t in _tensors(fresh[source])] != before[source]]
-    shared = [i for i, s in enumerate(inputs) if any(storage_id(t) in results for t in _tensors(fresh[s]))]
-    return written, shared
+    aliased = [i for i, s in enumerate(inputs) if any(storage_id(t) in results for t in _tensors(fresh[s]))]
+    return written, aliased
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -200,7 +202,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def _fresh(example: Any) -> Any:
-    """A new fake tensor like the recorded one, with the hints of symbolic sizes."""
+    """Return a new fake tensor like the traced one, with hints for symbolic sizes."""
     if isinstance(example, torch.Tensor):
         return torch.empty([hint(size) for size in example.shape], dtype=example.dtype, device=example.device)
     if isinstance(example, (list, tuple)):

@@ -1,4 +1,4 @@
-"""What tracing recorded about a node's value, read without narrowing what the graph serves."""
+"""Reading the metadata that tracing recorded for nodes, without adding guards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def meta(value: Any) -> torch.Tensor | None:
 
 
 def hint(size: Any) -> Any:
-    """Return the number that tracing saw for a symbolic one, or 8 for a size that depends on data."""
+    """Return the number that a symbolic number had when it was traced, or 8 for a data-dependent size."""
     if not isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return size
     return size.node.hint if size.node.hint is not None else 8
@@ -40,7 +40,7 @@ def same_shape(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def static_input_indices(gm: fx.GraphModule) -> frozenset[int]:
-    """Return the positions of the graph's inputs that belong to a module and are no arguments of its call: parameters,
-    buffers, and what quantized weights consist of."""
+    """Return the positions of the graph's inputs that are attributes of modules, not arguments of the call: parameters,
+    buffers, and the tensors of quantized weights."""
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
     return frozenset(i for i, node in enumerate(inputs) if is_held_by_a_module(node))

@@ -1,4 +1,4 @@
-"""The arguments of an operation, written as `"input other alpha=1"`: names, and the defaults that some have."""
+"""Signatures of operations, written as `"input other alpha=1"`: names, some of them with defaults."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Signature:
-    """Names in order, and the defaults of those that have one."""
+    """The names of arguments in order, and the defaults of those that have one."""
 
     names: tuple[str, ...]
     defaults: dict[str, Any]
@@ -35,7 +35,7 @@ def parse(text: str) -> Signature:
         if not name.isidentifier() or (equals and not value):
             raise ValueError(f"{item!r} is not an argument: write name or name=value, without spaces around the =")
         if name in names:
-            raise ValueError(f"{name!r} is there twice")
+            raise ValueError(f"{name!r} is listed twice")
         names.append(name)
         if equals:
             defaults[name] = _literal(value)
@@ -50,22 +50,22 @@ def _literal(text: str) -> Any:
 
 
 def merge(signatures: Sequence[Signature]) -> Signature:
-    """Return the signature of an operation that is spelled in several ways.
+    """Return the signature of an operation from those of its spellings.
 
-    An argument that some spellings lack has the default that the others give it. An argument that all have, with
+    An argument that some spellings lack has the default that the others give it. An argument of all spellings, with
     different defaults, has no default.
 
     Raises:
-        ValueError: for an argument that some lack and others give no single default.
+        ValueError: for an argument that some spellings lack, and that has no single default in the others.
     """
     names = tuple(dict.fromkeys(name for each in signatures for name in each.names))
     defaults = {}
     for name in names:
-        having = [each for each in signatures if name in each.names]
-        given = [each.defaults[name] for each in having if name in each.defaults]
-        if len(given) == len(having) and all(value == given[0] for value in given):
-            defaults[name] = given[0]
-        elif len(having) < len(signatures):
+        with_name = [each for each in signatures if name in each.names]
+        values = [each.defaults[name] for each in with_name if name in each.defaults]
+        if len(values) == len(with_name) and all(value == values[0] for value in values):
+            defaults[name] = values[0]
+        elif len(with_name) < len(signatures):
             raise ValueError(
                 f"not all spellings of the operation have {name!r}, so those that do need one default for it"
             )

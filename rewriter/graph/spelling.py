@@ -1,6 +1,6 @@
-"""What a canonical operation is, how it is declared and spelled, and what the calls of a graph mean by that.
+"""Declaring canonical operations and their spellings, and looking up the spelling of a node.
 
-The declarations are in `fastlora.graph.canonical_ops`, from which everything here is to be imported.
+The declarations are in `fastlora.graph.canonical_ops`; import from there, so that they exist.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Target = Callable[..., Any] | str
 
 @dataclass(frozen=True)
 class Spelling:
-    """One way to write a canonical operation, with the arguments that it is called with."""
+    """One way to write a canonical operation, and the signature of its calls."""
 
     op: str
     signature: Signature
 
     def bind(self, node: fx.Node) -> dict[str, Any] | None:
-        """Return the node's arguments by name, including those that only other spellings have, or None if the call does
-        not fit the signature."""
+        """Return the node's arguments by name, with defaults, including those of arguments that only other spellings
+        have; None if the call does not fit the signature."""
         names = self.signature.names
         if len(node.args) > len(names) or not all(name in names for name in node.kwargs):
             return None
@@ -40,17 +40,17 @@ class Spelling:
 
 @dataclass
 class CanonicalOp:
-    """An operation as patterns see it.
+    """An operation that patterns can match.
 
     Attributes:
         name: its name in patterns.
         arguments: the arguments that patterns see, with their defaults.
-        called: all arguments that calls of it have.
-        fresh: every call makes a new tensor and does nothing else, unless it is in place.
-        ignores_autocast: the result is the same whether autocast is on or off.
-        read: what a call means, where that depends on its arguments.
+        called: all arguments of its spellings.
+        fresh: whether every call returns a new tensor and has no effects, unless it is in place.
+        ignores_autocast: whether autocast does not change the result.
+        read: returns the term of a call, if that depends on its arguments.
         instead: what patterns see instead, if they never see this operation.
-        is_open: further spellings may add arguments.
+        is_open: whether further spellings may add arguments.
     """
 
     name: str
@@ -62,29 +62,29 @@ class CanonicalOp:
     instead: str | None = None
     is_open: bool = False
 
-    def term(self, terms: Terms, node: fx.Node, given: dict[str, Any]) -> Term | None:
-        """Return what a call means, or None if no pattern may see it."""
+    def term(self, terms: Terms, node: fx.Node, args: dict[str, Any]) -> Term | None:
+        """Return the term of a call, or None if patterns must not see it."""
         if self.read is not None:
-            return self.read(terms, node, given)
-        seen = {name: given[name] for name in self.arguments.names}
-        hidden = given.keys() - seen.keys()
-        return Term(self.name, seen) if all(given[name] == self.called.defaults[name] for name in hidden) else None
+            return self.read(terms, node, args)
+        seen = {name: args[name] for name in self.arguments.names}
+        hidden = args.keys() - seen.keys()
+        return Term(self.name, seen) if all(args[name] == self.called.defaults[name] for name in hidden) else None
 
 
 _OPS: dict[str, CanonicalOp] = {}
-_SPELLED: dict[str, dict[Any, Spelling]] = {"function": {}, "method": {}, "operator": {}}
+_SPELLINGS: dict[str, dict[Any, Spelling]] = {"function": {}, "method": {}, "operator": {}}
 
 
 @dataclass(frozen=True)
 class Call:
-    """Targets with the arguments that they are called with."""
+    """Targets that share a signature."""
 
     signature: Signature
     targets: tuple[Target, ...]
 
 
 def call(arguments: str, *targets: Target) -> Call:
-    """For `canonical`: spellings that take other arguments than patterns see."""
+    """Group spellings whose arguments differ from those that patterns see; an argument of `canonical`."""
     return Call(parse(arguments), targets)
 
 
@@ -99,8 +99,8 @@ def canonical(
 ) -> None:
     """Declare a canonical operation; see `CanonicalOp`.
 
-    `arguments` lists what patterns see, in order; `name=value` gives a default, a literal or a bare word. Spellings are
-    called with these arguments, unless they are in a `call`.
+    `arguments` lists the arguments that patterns see, in order; `name=value` gives a default, a literal or a bare word.
+    Spellings have the same arguments, unless they are in a `call`.
     """
     seen = parse(arguments)
     plain = tuple(each for each in spellings if not isinstance(each, Call))
@@ -124,7 +124,7 @@ def spell(op: str, signature: str, *spellings: Target) -> None:
     """
     try:
         if not spellings:
-            raise ValueError("name a function, a method or an operator that is spelled so")
+            raise ValueError("pass at least one spelling: a function, or the name of a method or an operator")
         parsed = parse(signature)
         known = _OPS.get(op)
         if known is not None and not known.is_open:
@@ -140,7 +140,7 @@ def spell(op: str, signature: str, *spellings: Target) -> None:
 
 
 def _check_arguments(op: CanonicalOp, spelled: Signature) -> None:
-    """A declared operation has the arguments that it is declared with: others would be dropped."""
+    """Raise `ValueError` if a spelling of a declared operation lacks or adds arguments, which would be dropped."""
     for name in spelled.names:
         if name not in op.called.names:
             raise ValueError(f"{op.name!r} has no argument {name!r}, but {op.called}; spell it by another name")
@@ -149,30 +149,30 @@ def _check_arguments(op: CanonicalOp, spelled: Signature) -> None:
             raise ValueError(f"{op.name!r} needs the argument {name!r}; spell it by another name")
 
 
-def _spell(op: str, made: Call) -> None:
-    for target in made.targets:
-        _table_of(op, target)[target] = Spelling(op, made.signature)
+def _spell(op: str, calls: Call) -> None:
+    for target in calls.targets:
+        _table_of(op, target)[target] = Spelling(op, calls.signature)
 
 
 def _table_of(op: str, target: Any) -> dict[Any, Spelling]:
-    """The table that a spelling belongs in.
+    """Return the table of `_SPELLINGS` that a target belongs in.
 
     Raises:
-        ValueError: if it is no spelling, or one of another operation.
+        ValueError: if it cannot be a spelling, or is one of another operation.
     """
     kind = "function"
     if isinstance(target, str):
         kind = "operator" if "." in target else "method"
     elif not callable(target):
         raise ValueError(f"{target!r} is neither a callable nor the name of a method or an operator")
-    known = _SPELLED[kind].get(target)
+    known = _SPELLINGS[kind].get(target)
     if known is not None and known.op != op:
-        raise ValueError(f"{target!r} is spelled {known.op!r} already, and patterns see it as that")
-    return _SPELLED[kind]
+        raise ValueError(f"{target!r} is already a spelling of {known.op!r}")
+    return _SPELLINGS[kind]
 
 
 def _other_signatures(op: str, targets: tuple[Any, ...]) -> list[Signature]:
-    known = ((target, spelling) for table in _SPELLED.values() for target, spelling in table.items())
+    known = ((target, spelling) for table in _SPELLINGS.values() for target, spelling in table.items())
     return [spelling.signature for target, spelling in known if spelling.op == op and target not in targets]
 
 
@@ -180,13 +180,13 @@ def spelling_of(node: fx.Node) -> Spelling | None:
     """Return the spelling of a call node, or None if its target is not the spelling of any operation."""
     if node.op == "call_function":
         try:
-            found = _SPELLED["function"].get(node.target)
+            found = _SPELLINGS["function"].get(node.target)
         except TypeError:  # an unhashable callable
             return None
         if found is None and isinstance(node.target, (OpOverload, OpOverloadPacket)):
-            return _SPELLED["operator"].get(str(node.target).removesuffix(".default"))
+            return _SPELLINGS["operator"].get(str(node.target).removesuffix(".default"))
         return found
-    return _SPELLED["method"].get(str(node.target)) if node.op == "call_method" else None
+    return _SPELLINGS["method"].get(str(node.target)) if node.op == "call_method" else None
 
 
 def operation(name: str) -> CanonicalOp:
@@ -195,17 +195,17 @@ def operation(name: str) -> CanonicalOp:
 
 
 def operations() -> set[str]:
-    """Return the canonical operations that patterns see, including those spelled since fastlora was imported."""
+    """Return the canonical operations that patterns see, including those that `spell` has added."""
     return {name for name, op in _OPS.items() if op.instead is None}
 
 
 def signature_of(op: str) -> Signature | None:
-    """Return the arguments that patterns see of an operation, or None if they see no such operation."""
+    """Return the signature of an operation in patterns, or None if patterns see no such operation."""
     found = _OPS.get(op)
     return None if found is None or found.instead is not None else found.arguments
 
 
 def seen_instead(op: str) -> str | None:
-    """Return what patterns see instead of an operation that they never see."""
+    """Return what patterns see instead of an operation, or None if they see the operation itself."""
     found = _OPS.get(op)
     return None if found is None else found.instead

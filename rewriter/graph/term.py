@@ -1,4 +1,4 @@
-"""What a node means: a canonical operation on nodes and constants."""
+"""Terms: canonical operations on nodes and constants, as patterns see nodes."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ class Term:
 
 
 class Terms(Protocol):
-    """What a reader may ask about the nodes before its own."""
+    """The terms of earlier nodes, which readers look up."""
 
     def producer(self, value: Any) -> Any:
-        """Return the node that produced a value, seen through identities; constants stand for themselves."""
+        """Return the node that computes a value, skipping identities; constants are returned unchanged."""
 
     def term(self, value: Any) -> Term | None:
-        """Return the meaning of the node that produced a value, or None if it is not known."""
+        """Return the term of the node that computes a value, or None if it has none."""
 
 
 Reader = Callable[[Terms, fx.Node, dict[str, Any]], "Term | None"]
-"""What a call means, given its arguments by name; None if patterns are not to see it."""
+"""Takes earlier terms, a call and its arguments by name; returns its term, or None if patterns must not see it."""
 
 
 def identity(value: Any) -> Term:
-    """The term of a node that only hands on a value."""
+    """Return the term of a node that only passes on a value."""
     return Term("identity", {"input": value})

@@ -1,10 +1,10 @@
-"""A read-only canonical view of an FX graph: what each node means, and which nodes hold the same value.
+"""A read-only canonical view of an FX graph: the term of each node, and which nodes have the same value.
 
-Matching reads the view, never the nodes, so nothing has to be normalized in the graph, and what no rule matches stays
-bit-identical. The view resolves spellings, recognizes casts by their effect, sees through nodes that only hand on a
-value, reads what models write in several ways as one operation, and keeps the semantic ops that rules have found.
+Rules match the view instead of the nodes, so the graph does not have to be normalized, and what no rule matches stays
+bit-identical. The view resolves spellings, recognizes casts by their effect, skips nodes that only pass on a value,
+reads several ways of writing an operation as one, and records the semantic ops that rules have raised.
 
-Metadata (`meta["example_value"]`) decides dtypes and shapes, never arguments: under autocast the two differ.
+Dtypes and shapes come from metadata (`meta["example_value"]`), never from arguments: under autocast the two differ.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ from fastlora.graph.term import Term
 
 @dataclass
 class View:
-    """The canonical view of one graph (one body; sub-graphs of higher-order ops have views of their own)."""
+    """The canonical view of one graph. The bodies of higher-order ops have separate views.
+
+    Attributes:
+        graph: the graph.
+        order: the position of each node.
+        raised: the matches of rules, by the node that each would replace.
+    """
 
     graph: fx.Graph
     order: dict[fx.Node, float] = field(init=False)
@@ -31,7 +37,7 @@ class View:
 
     def __post_init__(self) -> None:
         self.order = {node: position for position, node in enumerate(self.graph.nodes)}
-        self._same_as: dict[fx.Node, fx.Node] = {}
+        self._producers: dict[fx.Node, fx.Node] = {}
         self._classes: dict[fx.Node, list[fx.Node]] = {}
         self._terms: dict[fx.Node, Term | None] = {}
         self.mutations = Mutations(self.graph)
@@ -44,45 +50,45 @@ class View:
                 term = None
             if term is not None and term.op == "identity":
                 producer = self.producer(term.args["input"])
-                self._same_as[node] = producer
+                self._producers[node] = producer
                 self._classes.setdefault(producer, [producer]).append(node)
             else:
                 self._terms[node] = term
 
     def _stops_gradients(self, node: fx.Node, source: Any) -> bool:
-        """Whether a node is a copy without gradients, which is another value."""
+        """Return whether a node detaches its input, which makes it another value."""
         before, after = meta(source), meta(node)
         if before is None or after is None:
             return False
         return before.requires_grad != after.requires_grad or (before.requires_grad and not self.modes[node][0])
 
     def _is_written(self, node: fx.Node, source: Any) -> bool:
-        """Whether a node or its source is written to in place: they may differ by the time they are read."""
+        """Return whether a node or its source is written in place: they may differ when they are read."""
         return bool(self.mutations.writers(node) or self.mutations.writers(source))
 
     # -- value classes -------------------------------------------------------------------------------------------------
 
     def producer(self, value: Any) -> Any:
-        """Return the node that produced a value, seen through identities; constants stand for themselves."""
-        return self._same_as.get(value, value) if isinstance(value, fx.Node) else value
+        """Return the node that computes a value, skipping identities; constants are returned unchanged."""
+        return self._producers.get(value, value) if isinstance(value, fx.Node) else value
 
     def is_identity(self, node: fx.Node) -> bool:
-        """Return whether a node only hands on the value of another."""
-        return node in self._same_as
+        """Return whether a node only passes on the value of another."""
+        return node in self._producers
 
     def value_class(self, node: fx.Node) -> list[fx.Node]:
-        """Return all nodes that hold the value of `node`: its producer and the identities of that."""
+        """Return all nodes with the value of `node`: its producer, and the identities of the producer."""
         producer = self.producer(node)
         return self._classes.get(producer, [producer])
 
     def users(self, node: fx.Node) -> list[fx.Node]:
-        """Return the nodes that use a value, without identities."""
+        """Return the nodes that use a value, without identities of it."""
         same = self.value_class(node)
-        return [user for member in same for user in member.users if self._same_as.get(user) is not same[0]]
+        return [user for member in same for user in member.users if self._producers.get(user) is not same[0]]
 
     def term(self, value: Any) -> Term | None:
-        """Return the meaning of the node that produced a value, or None if it is not known."""
-        return self._terms.get(self._same_as.get(value, value)) if isinstance(value, fx.Node) else None
+        """Return the term of the node that computes a value, or None if it has none."""
+        return self._terms.get(self._producers.get(value, value)) if isinstance(value, fx.Node) else None
 
     def producers(self) -> list[fx.Node]:
         """Return every node that is not an identity, in graph order."""
@@ -96,5 +102,5 @@ class View:
         if node.op == "call_method" and node.target in readers.RESHAPES:
             return readers.reshape(self, node)
         spelling = spelling_of(node)
-        given = spelling.bind(node) if spelling is not None else None
-        return operation(spelling.op).term(self, node, given) if spelling is not None and given is not None else None
+        args = spelling.bind(node) if spelling is not None else None
+        return operation(spelling.op).term(self, node, args) if spelling is not None and args is not None else None

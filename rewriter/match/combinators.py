@@ -1,4 +1,4 @@
-"""Patterns that stand for more than one operation: captures, alternatives, optional casts, and ops found by rules."""
+"""Patterns that are not operations: captures, alternatives, optional casts, and ops that other rules have raised."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastlora.match.state import Predicate, State, Trace, describe, same_value
 
 @dataclass(eq=False)
 class Var(Pattern):
-    """A capture: any value that meets the predicate, and the same value wherever the name appears."""
+    """A capture: any value that satisfies the predicate, and the same value wherever the name appears."""
 
     name: str
     predicate: Predicate | None = None
@@ -43,7 +43,7 @@ class Var(Pattern):
 
 @dataclass(eq=False)
 class Cast(Pattern):
-    """An optional change of dtype, with `widening` an exact one; others may round, and the op must round alike."""
+    """An optional cast, which is exact if `widening`; any other may round, and the op must round in the same way."""
 
     inner: Pattern
     widening: bool = False
@@ -58,9 +58,9 @@ class Cast(Pattern):
         term = view.term(value)
         if term is not None and term.op == "cast" and (not self.widening or _widens(term.args["input"], value)):
             producer = view.producer(value)
-            # A cast of a captured value is cheap: if others use it too, it stays for them.
-            kept = (*state.shared, producer) if isinstance(self.inner, Var) else state.shared
-            inside = state._replace(members=(*state.members, producer), shared=kept)
+            # A cast of a captured value is cheap, so it stays in the graph if other nodes use it.
+            shared = (*state.shared, producer) if isinstance(self.inner, Var) else state.shared
+            inside = state._replace(members=(*state.members, producer), shared=shared)
             yield from self.inner.match(view, term.args["input"], inside, trace)
         yield from self.inner.match(view, value, state, trace)
 
@@ -93,7 +93,7 @@ class Either(Pattern):
 
 @dataclass(eq=False)
 class Kept(Pattern):
-    """A value that matches `shape` but stays in the graph, e.g. a dropout whose mask must not change."""
+    """A value that matches `shape` but stays in the graph, such as a dropout whose mask must not change."""
 
     name: str
     shape: Pattern
@@ -107,8 +107,8 @@ class Kept(Pattern):
 
 
 class Raised(Pattern):
-    """A semantic op that an earlier rule found. Its arguments are captured under `prefix` + their names, except those
-    given as patterns."""
+    """A semantic op that another rule has raised. Its arguments are captured as `prefix` + their names, except those in
+    `overrides`."""
 
     def __init__(self, op: SemanticOp, prefix: str = "", **overrides: Any) -> None:
         self.op, self.prefix = op, prefix

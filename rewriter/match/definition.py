@@ -1,4 +1,4 @@
-"""What a rule declares: the data that its checks and its matches read."""
+"""The declarations of rules, which their checks and matches read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class Definition:
         op: the op that a match becomes.
         benefit: preference among overlapping matches.
         result: the expression around the op that a match becomes, if it is not the op itself.
-        names, tags: the values that a match can be asked for, and the alternatives that are named.
+        names: the names of captured and named values.
+        tags: the names of `either` patterns.
     """
 
     name: str
@@ -47,10 +48,10 @@ class PatternDefinition(Definition):
 
     Attributes:
         outputs: the patterns of the op's outputs; all but the first are parts of the first.
-        variables: the values of arguments whose capture a match does not include.
-        anchor: what marks a candidate, which the report explains if no rule matches it.
+        variables: the values of captured arguments that a match does not include.
+        anchor: marks the candidates, which the report explains if no rule matches them.
         attrs: arguments that are computed from the match.
-        fuses: whether the pattern reads ops that other rules have raised.
+        fuses: whether the pattern matches ops that other rules have raised.
     """
 
     outputs: tuple[Pattern, ...]

@@ -1,4 +1,4 @@
-"""The vocabulary of rule authors: a pattern is written as the formula that it matches.
+"""The pattern language: a pattern is written as the formula that it matches.
 
     h = widened(x)
     n = h * rsqrt(mean(h ** 2) + eps)
@@ -6,8 +6,8 @@
 Every operation that `fastlora.graph.canonical_ops` declares has a function of its name here (`silu(x)`, `linear(x, w)`,
 `layer_norm(x, shape, weight=w)`), and `Op(name, argument=...)` is the same written out; an argument that is not
 mentioned must have its default. `*` and `+` commute; `cast` and `widened` are optional; no-op casts, views, copies and
-inactive dropouts are seen through. The capitalized names annotate a rule's parameters and say what a captured value
-must be.
+inactive dropouts are skipped. The capitalized names annotate a rule's parameters, and restrict the values that these
+capture.
 """
 
 from __future__ import annotations
@@ -53,17 +53,17 @@ def _builder(name: str) -> Callable[..., Op]:
 
 
 def either(**alternatives: Any) -> Pattern:
-    """Match the first alternative that fits; write larger ones first. `.named(n)` records which was taken."""
+    """Match the first alternative that fits; write larger ones first. `.named(n)` records which one was taken."""
     return Either(**alternatives)
 
 
 def cast(inner: Pattern) -> Pattern:
-    """Match an optional change of dtype around `inner`. It may round, as the op must then: name it for `attrs`."""
+    """Match an optional cast of `inner`. If it may round, the op must round as well: name it for `attrs`."""
     return Cast(inner)
 
 
 def widened(inner: Pattern) -> Pattern:
-    """Match an optional change of dtype that is exact, which an op may skip."""
+    """Match an optional cast that is exact, which an op may skip."""
     return Cast(inner, widening=True)
 
 
@@ -73,16 +73,16 @@ def kept(name: str, shape: Pattern) -> Pattern:
 
 
 def seeded(name: str, x: Pattern, p: Pattern, where: Predicate) -> Pattern:
-    """Match an active dropout that the op does itself, and capture as `name` the seed of its mask.
+    """Match an active dropout that the op computes itself, and capture the seed of its mask as `name`.
 
-    Only where nothing else uses what the dropout gives, and where a condition on that value answers True.
+    It matches only if nothing else uses the output of the dropout, and `where` returns True for it.
     """
     return Seeded(name, x, p, where)
 
 
 def raised(op: SemanticOp, prefix: str = "", **overrides: Any) -> Pattern:
-    """Match a semantic op that a `@rule` has found. Its arguments are captured as `prefix` + their names, which must be
-    arguments of the rule's op; `overrides` gives patterns, constants or predicates for the others."""
+    """Match a semantic op that a `@rule` has raised. Its arguments are captured as `prefix` + their names, which must
+    be arguments of the rule's op; `overrides` gives patterns, constants or predicates for the others."""
     return Raised(op, prefix, **overrides)
 
 
@@ -92,12 +92,11 @@ def cat(*tensors: Any) -> Pattern:
 
 
 def flatten_pairs(first: Any, second: Any) -> Pattern:
-    """Match `stack((first, second), -1).flatten(-2)`, in which the entries of the two alternate."""
+    """Match `stack((first, second), -1).flatten(-2)`, which interleaves the entries of the two."""
     return Op("flatten", input=Op("stack", tensors=(first, second)))
 
 
 def _anything(constant: Any) -> bool:
-    """A predicate that accepts any constant."""
     return True
 
 
@@ -110,11 +109,11 @@ class _HalfOf(Op):
 
     def _arguments(self, view: View, args: dict[str, Any], state: State, trace: Trace | None) -> Iterator[State]:
         tensor = meta(args["input"])
-        wanted = self._bounds(tensor.shape[-1]) if tensor is not None else None
-        if wanted == (args["start"], args["stop"], args["step"]):
+        expected = self._bounds(tensor.shape[-1]) if tensor is not None else None
+        if expected == (args["start"], args["stop"], args["step"]):
             yield from super()._arguments(view, args, state, trace)
         elif trace is not None:
-            trace.note(state, f"expected the slice {wanted}, found {(args['start'], args['stop'], args['step'])}")
+            trace.note(state, f"expected the slice {expected}, found {(args['start'], args['stop'], args['step'])}")
 
 
 def first_half(x: Pattern) -> Pattern:
@@ -144,23 +143,23 @@ def piece(x: Pattern, name: str) -> Pattern:
 
 @dataclass(frozen=True)
 class Param:
-    """A graph input, as parameters and buffers are, with `dim` dimensions, or a 4-bit weight decoded from inputs."""
+    """A graph input with `dim` dimensions, such as a parameter or buffer, or a 4-bit weight dequantized from inputs."""
 
     dim: int
 
     def __call__(self, view: View, value: Any) -> bool | str:
         producer, tensor = view.producer(value), meta(value)
-        if not isinstance(producer, fx.Node) or tensor is None or not _is_given(producer):
+        if not isinstance(producer, fx.Node) or tensor is None or not _is_input(producer):
             return f"{describe(value)} is not a parameter"
         return tensor.dim() == self.dim or f"{producer.name} has {tensor.dim()} dimensions, not {self.dim}"
 
 
-def _is_given(node: fx.Node) -> bool:
+def _is_input(node: fx.Node) -> bool:
     return node.op in ("placeholder", "get_attr") or node.target is dequantize_4bit.target
 
 
 def Scalar(view: View, value: Any) -> bool | str:
-    """Whether a value is a number: a literal, or a symbolic number of the graph."""
+    """Accept numbers: literals, and symbolic numbers of the graph."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return True
     symbolic = isinstance(value, fx.Node) and not isinstance(value.meta.get("example_value"), (type(None), tuple, list))
@@ -168,7 +167,7 @@ def Scalar(view: View, value: Any) -> bool | str:
 
 
 def Constant(view: View, value: Any) -> bool | str:
-    """Whether a value is a constant, e.g. the name of a reduction."""
+    """Accept constants, such as the name of a reduction."""
     return not isinstance(value, fx.Node) or f"{describe(value)} is not a constant"
 
 

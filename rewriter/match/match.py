@@ -1,4 +1,4 @@
-"""What a rule has found: the subgraph that it claims, and the values in it by name."""
+"""Matches: the subgraphs that rules claim, and the values in them by name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Match:
     state: State = field(default_factory=State)
     parts: tuple[Match, ...] = ()
     op_outputs: list[torch.Tensor] = field(default_factory=list)
-    """What the op returns for the metadata of the arguments; known once legality is checked."""
+    """The op's outputs as fake tensors, set by the legality check."""
 
     @property
     def op(self) -> SemanticOp:
@@ -40,7 +40,7 @@ class Match:
         return self.outputs[0]
 
     def inside(self) -> set[fx.Node]:
-        """Return the nodes that the match covers: its members, and the identities of all but the outputs."""
+        """Return the nodes that the match covers: its members, and the identities of all members but the outputs."""
         inner = (self.view.value_class(member) for member in self.members if member not in self.outputs)
         return {*self.members, *(same for nodes in inner for same in nodes)}
 
@@ -56,8 +56,8 @@ class Match:
         inside = self.inside() - set(self.shared)
         return [user for output in self.outputs for user in output.users if user not in inside]
 
-    def place(self) -> fx.Node:
-        """Return the node to insert the replacement before: the one after the last output, or an earlier user."""
+    def insertion_point(self) -> fx.Node:
+        """Return the node before which to insert the replacement: the one after the last output, or an earlier user."""
         order = self.view.order
         last = max(self.outputs, key=order.__getitem__)
         return min([last.next, *self.outside_users()], key=order.__getitem__)
@@ -65,7 +65,7 @@ class Match:
     def tag(self, name: str) -> str | None:
         """Return the alternative that the `either` of this name took, or None if the match does not include it."""
         if name not in self.rule.tags:
-            raise self._wrong(f"no either is named {name!r}; {suggestion(name, self.rule.tags)}")
+            raise self._rule_error(f"no either is named {name!r}; {suggestion(name, self.rule.tags)}")
         return self.state.tags.get(name)
 
     def value(self, name: str | None = None) -> Any:
@@ -73,33 +73,33 @@ class Match:
         if name is None:
             return self.root
         if name not in self.rule.names:
-            raise self._wrong(f"nothing is captured or named {name!r}; {suggestion(name, self.rule.names)}")
+            raise self._rule_error(f"nothing is captured or named {name!r}; {suggestion(name, self.rule.names)}")
         return self.state.values.get(name, self.state.values.get(f".{name}"))
 
     def tensor(self, name: str | None = None) -> torch.Tensor:
         """Return the fake tensor of a captured or named value."""
         tensor = meta(self.value(name))
         if tensor is None:
-            raise self._wrong(f"{name!r} is not a tensor in this match")
+            raise self._rule_error(f"{name!r} is not a tensor in this match")
         return tensor
 
     def slice_of(self, name: str) -> dict[str, Any]:
         """Return the bounds (`start`, `stop`, `step`) of a named slice."""
         term = self.view.term(self.value(name))
         if term is None or term.op != "slice":
-            raise self._wrong(f"{name!r} is not a slice in this match")
+            raise self._rule_error(f"{name!r} is not a slice in this match")
         return term.args
 
     def dtype(self, name: str | None = None) -> torch.dtype:
         return self.tensor(name).dtype
 
-    def _wrong(self, text: str) -> RuleError:
+    def _rule_error(self, text: str) -> RuleError:
         return RuleError(f"{self.rule.source}: rule {self.rule.name}: {text}")
 
 
 @dataclass(frozen=True)
 class DtypeOf:
-    """What `dtype_of` returns."""
+    """An attribute of a rule that is the dtype of a value; made by `dtype_of`."""
 
     name: str | None
     default: torch.dtype | None
@@ -112,7 +112,7 @@ class DtypeOf:
 
 @dataclass(frozen=True)
 class TagOf:
-    """What `tag_of` returns."""
+    """An attribute of a rule that is the alternative of an `either`; made by `tag_of`."""
 
     name: str
 
@@ -121,10 +121,13 @@ class TagOf:
 
 
 def dtype_of(name: str | None = None, default: torch.dtype | None = None) -> DtypeOf:
-    """For `attrs`: the dtype of a named value (of the root without a name); `default` if it is not in the match."""
+    """Make an attribute that is the dtype of a named value, or of the root without a name.
+
+    It is `default` if the match does not include the value. For `attrs`.
+    """
     return DtypeOf(name, default)
 
 
 def tag_of(name: str) -> TagOf:
-    """For `attrs`: the alternative that the `either` of this name took."""
+    """Make an attribute that is the alternative which the `either` of this name took. For `attrs`."""
     return TagOf(name)

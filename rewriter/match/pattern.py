@@ -1,11 +1,11 @@
-"""Patterns: what a subgraph looks like, written as the formula it computes.
+"""Patterns of subgraphs, written as the formulas that they compute.
 
     h = cast(x)
     n = h * rsqrt(mean(h ** 2) + eps)
 
-Arithmetic on patterns builds patterns; `combinators.py` has those that are no operation. Matching is one generator per
-class that yields a `State` for each way in which a value fits: backtracking, commutativity and alternatives are all
-"try the next branch", and a failed branch leaves a note, so that a near miss can be explained. A sub-pattern that is
+Arithmetic on patterns builds patterns; `combinators.py` has patterns that are not operations. Each class has a
+generator that yields a `State` for each way in which a value matches, so backtracking, commutativity and alternatives
+all mean trying the next branch. A failed branch adds a note to the trace, to explain near misses. A sub-pattern that is
 used twice must match the same value twice.
 """
 
@@ -25,16 +25,16 @@ from fastlora.match.state import State, Trace, describe, same_value
 
 COMMUTATIVE = {"add", "mul"}
 ANYTHING = "*"
-"""What `roots` returns for a pattern that any value may match."""
+"""The root of a pattern that any value may match; see `Pattern.roots`."""
 RAISED = "raised."
-"""The prefix of what it returns for an op that other rules have found."""
+"""The prefix of a root that is a semantic op, which another rule has raised."""
 
 
 class Pattern:
     """Base of all patterns; arithmetic on patterns builds patterns."""
 
     def match(self, view: View, value: Any, state: State, trace: Trace | None) -> Iterator[State]:
-        """Yield a state for each way in which `value` fits, given what has been matched so far."""
+        """Yield a state for each way in which `value` matches, given the partial match `state`."""
         producer = view.producer(value)
         if id(self) in state.seen:
             if same_value(state.seen[id(self)], producer):
@@ -57,7 +57,7 @@ class Pattern:
         raise NotImplementedError
 
     def admits(self, view: View, value: Any) -> bool:
-        """Return whether the operation that made a value can be at the root of a match."""
+        """Return whether the operation that computes a value can be at the root of a match."""
         roots = self._roots
         if ANYTHING in roots:
             return True
@@ -66,7 +66,7 @@ class Pattern:
 
     @cached_property
     def _roots(self) -> frozenset[str]:
-        """`roots`, or anything if an op that rules have found is among them: the view knows where these are."""
+        """The roots, or anything if a raised op is among them: a term does not show whether an op was raised there."""
         roots = self.roots()
         return frozenset({ANYTHING}) if any(root.startswith(RAISED) for root in roots) else frozenset(roots)
 
@@ -111,7 +111,7 @@ class Pattern:
 
 @dataclass(eq=False)
 class Named(Pattern):
-    """Records what a sub-pattern matched, and which alternative."""
+    """Records the value that a sub-pattern has matched, and the alternative that it took."""
 
     name: str
     inner: Pattern
@@ -177,7 +177,7 @@ class Op(Pattern):
                     trace.note(found, unmentioned)
 
     def _unmentioned(self, args: dict[str, Any]) -> str | None:
-        """Which argument the pattern does not mention although it is not at its default, or None."""
+        """Return a sentence on an argument that the pattern does not mention and that differs from its default."""
         signature = signature_of(self.op)
         defaults = signature.defaults if signature is not None else {}
         for name, value in args.items():
@@ -188,7 +188,7 @@ class Op(Pattern):
 
 @dataclass(eq=False)
 class Literal(Pattern):
-    """A given constant, e.g. the 1 of `1 + w`."""
+    """A constant, such as the 1 of `1 + w`."""
 
     value: Any
 
@@ -202,16 +202,16 @@ class Literal(Pattern):
         return {ANYTHING}
 
 
-def _is_constant(value: Any, wanted: Any) -> bool:
-    """Whether a value is that constant; 1 is 1.0, but not True."""
-    if isinstance(value, fx.Node) or isinstance(value, bool) != isinstance(wanted, bool):
+def _is_constant(value: Any, constant: Any) -> bool:
+    """Return whether a value equals a constant; 1 equals 1.0, but not True."""
+    if isinstance(value, fx.Node) or isinstance(value, bool) != isinstance(constant, bool):
         return False
-    return bool(value == wanted)
+    return bool(value == constant)
 
 
 @dataclass(eq=False)
-class Checked(Pattern):
-    """An argument that is a constant and meets a predicate, e.g. the bounds of a slice."""
+class ConstantCheck(Pattern):
+    """An argument that is a constant and satisfies a predicate, such as the bounds of a slice."""
 
     predicate: Callable[[Any], bool]
 
@@ -229,12 +229,12 @@ def as_pattern(value: Any) -> Any:
         return value
     if isinstance(value, (tuple, list)):
         return tuple(as_pattern(item) for item in value)
-    return Checked(value) if callable(value) else Literal(value)
+    return ConstantCheck(value) if callable(value) else Literal(value)
 
 
 def match_all(pairs: list[tuple[Pattern, Any]], view: View, state: State, trace: Trace | None) -> Iterator[State]:
-    """Yield a state for each way in which all values fit their patterns. If the operation of one cannot be at the root
-    of its pattern, none is tried, unless a trace is wanted."""
+    """Yield a state for each way in which all values match their patterns. Without a trace, try nothing if one of the
+    values cannot be at the root of its pattern."""
     if trace is not None or all(pattern.admits(view, value) for pattern, value in pairs):
         yield from _match_in_turn(pairs, view, state, trace)
 

@@ -1,7 +1,7 @@
-"""Checks of a pattern by itself: unknown operations and arguments, predicates that cannot be called, alternatives that
-are the same, names with two meanings.
+"""Checks of a pattern by itself: unknown operations and arguments, predicates that cannot be called, equal
+alternatives, names that are bound twice.
 
-What a rule makes of its pattern is checked in `rule_lint.py`.
+`rule_lint.py` checks how a rule uses its pattern.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastlora.graph.readers import POWERS
 from fastlora.kernels.core.semantic_op import SemanticOp
 from fastlora.match.combinators import Cast, Either, Kept, Raised, Var
 from fastlora.match.dsl import Param
-from fastlora.match.pattern import ANYTHING, COMMUTATIVE, Checked, Literal, Named, Op, Pattern
+from fastlora.match.pattern import ANYTHING, COMMUTATIVE, ConstantCheck, Literal, Named, Op, Pattern
 from fastlora.match.seeded_dropout import Seeded
 
 _CONSTANTS = (
@@ -28,7 +28,7 @@ _CONSTANTS = (
 )  # fmt: skip
 
 
-def parts(pattern: Any) -> list[Any]:
+def subpatterns(pattern: Any) -> list[Any]:
     """Return the pattern and all its parts, each once, outermost first, including parts that are not patterns."""
     found: dict[int, Any] = {}
 
@@ -49,8 +49,8 @@ def _children(pattern: Any) -> tuple[Any, ...]:
 
 
 def faults(pattern: Any) -> Iterator[str]:
-    """Yield what is wrong with the parts of a pattern, each by itself."""
-    for part in parts(pattern):
+    """Yield what is wrong with each part of a pattern by itself."""
+    for part in subpatterns(pattern):
         if not isinstance(part, Pattern):
             yield f"{part!r} stands where a pattern must"
         for kind, check in _CHECKS.items():
@@ -58,7 +58,7 @@ def faults(pattern: Any) -> Iterator[str]:
                 yield from check(part)
 
 
-def takes(function: Callable[..., Any], count: int) -> bool:
+def accepts_positional(function: Callable[..., Any], count: int) -> bool:
     """Return whether a callable takes `count` positional arguments, as far as its signature shows."""
     try:
         inspect.signature(function).bind(*range(count))
@@ -105,14 +105,14 @@ def _literal(part: Literal) -> Iterator[str]:
         yield f"{part.value!r} is neither a pattern nor a constant of a graph"
 
 
-def _checked(part: Checked) -> Iterator[str]:
+def _constant_check(part: ConstantCheck) -> Iterator[str]:
     predicate = part.predicate
     name = getattr(predicate, "__name__", repr(predicate))
     if isinstance(predicate, type):
         yield f"{name} is a type, not a predicate: write lambda value: isinstance(value, {name})"
     elif getattr(predicate, "__module__", "") == "fastlora.match.dsl" and not name.startswith("_"):
         yield f"{name} is not a predicate on a constant: call it if it makes a pattern, or annotate a parameter with it"
-    elif not takes(predicate, 1):
+    elif not accepts_positional(predicate, 1):
         yield f"the predicate {name} must take one argument, the constant"
 
 
@@ -126,7 +126,7 @@ def _var(part: Var) -> Iterator[str]:
         yield f"the annotation {name} of {part.name!r} is a type, not a predicate: {known}"
     elif isinstance(predicate, Param) and not isinstance(predicate.dim, int):
         yield f"the annotation {predicate!r} of {part.name!r} must say how many dimensions there are, as in Param(2)"
-    elif predicate is not None and not takes(predicate, 2):
+    elif predicate is not None and not accepts_positional(predicate, 2):
         yield f"the annotation {name} of {part.name!r} does not take a view and a value: {known}"
 
 
@@ -136,15 +136,15 @@ def _either(part: Either) -> Iterator[str]:
     if not all(isinstance(alternative, Pattern) for alternative in part.alternatives.values()):
         return  # reported for the alternative itself
     for (tag, first), (other, later) in combinations(part.alternatives.items(), 2):
-        if _form(first) == _form(later):
+        if _canonical_form(first) == _canonical_form(later):
             yield f"the alternatives {tag} and {other} are the same pattern, so {other} is never taken"
 
 
-def hidden(part: Either) -> Iterator[str]:
-    """Yield alternatives that an earlier and smaller one hides, of a pattern without other faults."""
+def hidden_alternatives(part: Either) -> Iterator[str]:
+    """Yield alternatives that an earlier and smaller one hides, in a pattern without other faults."""
     for (tag, first), (other, later) in combinations(part.alternatives.items(), 2):
-        reaches = ANYTHING in first.roots() or first.roots() & later.roots()
-        if reaches and first.size() < later.size():
+        may_match_same = ANYTHING in first.roots() or first.roots() & later.roots()
+        if may_match_same and first.size() < later.size():
             yield f"the alternative {tag} is smaller than {other} after it, and would hide it"
 
 
@@ -154,7 +154,7 @@ def _named(part: Named | Kept) -> Iterator[str]:
 
 
 def _seeded(part: Seeded) -> Iterator[str]:
-    if not callable(part.where) or not takes(part.where, 2):
+    if not callable(part.where) or not accepts_positional(part.where, 2):
         yield f"where={part.where!r} of seeded {part.name!r} does not take a view and a value"
 
 
@@ -172,7 +172,7 @@ def _raised(part: Raised) -> Iterator[str]:
 _CHECKS: dict[type[Pattern], Callable[[Any], Iterator[str]]] = {
     Op: _op,
     Literal: _literal,
-    Checked: _checked,
+    ConstantCheck: _constant_check,
     Var: _var,
     Either: _either,
     Named: _named,
@@ -182,35 +182,35 @@ _CHECKS: dict[type[Pattern], Callable[[Any], Iterator[str]]] = {
 }
 
 
-def _form(pattern: Any) -> Any:
-    """What a pattern matches, for comparison: equal forms match the same values. Names make no difference."""
+def _canonical_form(pattern: Any) -> Any:
+    """Return a form to compare patterns by: equal forms match the same values. Names make no difference."""
     if isinstance(pattern, tuple):
-        return tuple(map(_form, pattern))
+        return tuple(map(_canonical_form, pattern))
     if type(pattern) is Op:
-        arguments = {name: _form(value) for name, value in pattern.args.items()}
+        arguments = {name: _canonical_form(value) for name, value in pattern.args.items()}
         if pattern.op in COMMUTATIVE:
             return pattern.op, frozenset(arguments.values())
         return pattern.op, frozenset(arguments.items())
     if isinstance(pattern, Named):
-        return _form(pattern.inner)
+        return _canonical_form(pattern.inner)
     if isinstance(pattern, Cast):
-        return "optional cast", pattern.widening, _form(pattern.inner)
+        return "optional cast", pattern.widening, _canonical_form(pattern.inner)
     if isinstance(pattern, Either):
-        return "either", tuple(map(_form, pattern.alternatives.values()))
+        return "either", tuple(map(_canonical_form, pattern.alternatives.values()))
     if isinstance(pattern, Literal):
         return "constant", type(pattern.value), repr(pattern.value)
     return "itself", id(pattern)
 
 
 def bound_names(pattern: Pattern) -> set[str]:
-    """Return the names that a match has values for."""
-    return {name for part in parts(pattern) for name in _binds(part)}
+    """Return the names to which a match binds values."""
+    return {name for part in subpatterns(pattern) for name in _binds(part)}
 
 
 def alternatives(pattern: Pattern) -> dict[str, set[str]]:
-    """Return the alternatives of each `either` that has a name."""
+    """Return the alternatives of each named `either`."""
     found: dict[str, set[str]] = {}
-    for part in parts(pattern):
+    for part in subpatterns(pattern):
         if isinstance(part, Named) and isinstance(part.inner, Either):
             found.setdefault(part.name, set()).update(part.inner.alternatives)
     return found
@@ -222,21 +222,22 @@ def _binds(part: Pattern) -> list[str]:
     return [part.name] if isinstance(part, (Var, Kept, Named)) else []
 
 
-def collisions(pattern: Pattern) -> list[str]:
+def name_collisions(pattern: Pattern) -> list[str]:
     """Return the names that one match would bind to two values; alternatives of an `either` may share names.
 
-    A name's meanings in a part are the parts below that bind it. Two parts of one match which share none collide.
+    The binders of a name in a part are the parts below that bind it. A name collides if two parts of one match bind it
+    and have no binder in common.
     """
-    known: dict[int, dict[str, frozenset[Any]]] = {}
+    cache: dict[int, dict[str, frozenset[Any]]] = {}
     found: dict[str, None] = {}
 
-    def meanings(part: Pattern) -> dict[str, frozenset[Any]]:
-        if id(part) not in known:
+    def binders_of(part: Pattern) -> dict[str, frozenset[Any]]:
+        if id(part) not in cache:
             own = {name: frozenset({name if isinstance(part, Var) else id(part)}) for name in _binds(part)}
-            known[id(part)] = joined([own, *map(meanings, _children(part))], isinstance(part, Either))
-        return known[id(part)]
+            cache[id(part)] = merge([own, *map(binders_of, _children(part))], isinstance(part, Either))
+        return cache[id(part)]
 
-    def joined(several: list[dict[str, frozenset[Any]]], exclusive: bool) -> dict[str, frozenset[Any]]:
+    def merge(several: list[dict[str, frozenset[Any]]], exclusive: bool) -> dict[str, frozenset[Any]]:
         total: dict[str, frozenset[Any]] = {}
         for each in several:
             for name, binders in each.items():
@@ -245,5 +246,5 @@ def collisions(pattern: Pattern) -> list[str]:
                 total[name] = total.get(name, frozenset()) | binders
         return total
 
-    meanings(pattern)
+    binders_of(pattern)
     return list(found)

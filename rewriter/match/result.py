@@ -1,4 +1,4 @@
-"""The right-hand side of a rule: an expression around its op, for a pattern that is `-op(...)`, say, and not the op.
+"""The right-hand side of a rule: an expression around its op, for example for a pattern that computes `-op(...)`.
 
     @rule(ops.linear_cross_entropy, result=lambda loss, labels: -loss.view_as(labels), ...)
 
@@ -27,10 +27,10 @@ class Result:
     """An expression over an op's outputs and some of its arguments.
 
     Attributes:
-        function: the expression.
+        function: the function that computes the expression.
         arguments: the names of the op's arguments that it reads.
-        recorded: its calls, as a graph with the outputs and arguments as placeholders.
-        count: how many values it returns.
+        recorded: the expression as a graph, with the outputs and arguments as placeholders.
+        count: the number of values that it returns.
     """
 
     def __init__(self, function: Callable[..., Any], op: SemanticOp) -> None:
@@ -40,16 +40,13 @@ class Result:
         self.arguments = tuple(names[self._outputs :])
         self._optional = [a.name for a in op.arguments if a.is_optional and a.name in self.arguments]
         self.recorded = fx.Graph()
-        values = self._returned(*(fx.Proxy(self.recorded.placeholder(name)) for name in names))
+        returned = self.function(*(fx.Proxy(self.recorded.placeholder(name)) for name in names))
+        values = returned if isinstance(returned, tuple) else (returned,)
         self.count = len(values)
         self.recorded.output(tuple(value.node if isinstance(value, fx.Proxy) else value for value in values))
 
-    def _returned(self, *values: Any) -> tuple[Any, ...]:
-        returned = self.function(*values)
-        return returned if isinstance(returned, tuple) else (returned,)
-
     def __call__(self, outputs: Sequence[torch.Tensor], argument: Callable[[str], Any]) -> list[torch.Tensor]:
-        """Run what was recorded on tensors; `argument` gives the value of an op's argument by its name."""
+        """Compute the expression of tensors; `argument` returns the value of an op's argument by its name."""
         values = dict(zip(self.recorded.nodes, [*outputs, *map(argument, self.arguments)], strict=False))
         for node in self.recorded.nodes:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
@@ -62,34 +59,34 @@ class Result:
         raise AssertionError("a recorded expression has an output")
 
     def insert(self, graph: fx.Graph, outputs: Sequence[fx.Node], argument: Callable[[str], Any]) -> list[fx.Node]:
-        """Insert the expression into a graph, at its insertion point, with recorded values on all nodes."""
-        given = iter([*outputs, *map(argument, self.arguments)])
-        made: dict[fx.Node, fx.Node] = {}
+        """Insert the expression into a graph, at its insertion point, with example values on all nodes."""
+        inputs = iter([*outputs, *map(argument, self.arguments)])
+        inserted: dict[fx.Node, fx.Node] = {}
         for node in self.recorded.nodes:
             if node.op == "placeholder":
-                made[node] = next(given)
+                inserted[node] = next(inputs)
             elif node.op != "output":
-                made[node] = new = graph.node_copy(node, made.__getitem__)
-                new.meta["example_value"] = _run(new)
+                inserted[node] = new = graph.node_copy(node, inserted.__getitem__)
+                new.meta["example_value"] = _example_value(new)
         (returned,) = (node.args[0] for node in self.recorded.nodes if node.op == "output")
-        return [made[node] for node in returned]  # type: ignore[union-attr,index]
+        return [inserted[node] for node in returned]  # type: ignore[union-attr,index]
 
     def faults(self) -> Iterator[str]:
-        """What is wrong with the calls that were recorded."""
+        """Yield what is wrong with the recorded calls."""
         for name in self._optional:
-            yield f"result= reads {name!r}, which may be None: give that case a rule of its own"
+            yield f"result= reads {name!r}, which may be None: write a separate rule for that case"
         computed: set[Any] = set()
         for position, node in enumerate(self.recorded.nodes):
             if position < self._outputs or not computed.isdisjoint(node.all_input_nodes):
                 computed.add(node)
-            if node.op.startswith("call") and not _is_plain(node):
+            if node.op.startswith("call") and not _is_supported(node):
                 called = getattr(node.target, "__name__", node.target)
                 yield f"result= calls {called}: only negation, arithmetic, slices, casts and reshapes are possible"
             if node.op == "output" and not computed.issuperset(node.args[0]):
                 yield "result= must return values that are computed from the op's outputs"
 
 
-def _is_plain(node: fx.Node) -> bool:
+def _is_supported(node: fx.Node) -> bool:
     if node.op == "call_method" and node.target in CASTS | RESHAPES:
         dtypes = [value for value in (*node.args, *node.kwargs.values()) if isinstance(value, torch.dtype)]
         return all(dtype.is_floating_point for dtype in dtypes)  # integers have no gradient
@@ -102,8 +99,8 @@ def _is_plain(node: fx.Node) -> bool:
     return spelling.op in _ARITHMETIC
 
 
-def _run(node: fx.Node) -> Any:
-    """What tracing would have recorded of a new node."""
+def _example_value(node: fx.Node) -> Any:
+    """Return the example value that tracing would have recorded for a new node."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: source.meta["example_value"])
     with node.all_input_nodes[0].meta["example_value"].fake_mode:
         if node.op == "call_method":

@@ -1,14 +1,14 @@
-"""Rules: what a subgraph looks like, what must also hold, and the semantic op that it is.
+"""Rules: the pattern of a subgraph, further conditions, and the semantic op that replaces it.
 
     @rule(ops.glu, anchor=activation, attrs={"out_dtype": dtype_of()})
     def glu(gate, up):
         return silu(gate) * up
 
-A rule is a function that is called once, with patterns. Its parameter names are the captures and the op's argument
-names; annotations are predicates; `attrs` gives the arguments that are computed from the match. `@rule` raises a
-subgraph to an op, `@fuse` joins ops that were raised, `@group` joins several that share an input. A rule that cannot be
-right (an unknown name, a missing argument, a value that the op does not take, an alternative that hides a larger one)
-raises `RuleError` where it is defined.
+A rule is a function that is called once, with patterns. Its parameters are the captures, named after the op's
+arguments; annotations are predicates; `attrs` gives the arguments that are computed from the match. `@rule` raises a
+subgraph to an op, `@fuse` joins ops that were raised, `@group` joins several ops that share an input. A rule that
+cannot be right (an unknown name, a missing argument, a value that the op does not take, an alternative that hides a
+larger one) raises `RuleError` where it is defined.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from fastlora.errors import RuleError, written_at
 from fastlora.graph.view import View
 from fastlora.kernels.core.semantic_op import SemanticOp
 from fastlora.match.combinators import Var
+from fastlora.match.constants import constant_fault
 from fastlora.match.definition import Anchor, Definition, PatternDefinition
 from fastlora.match.dsl import Opt, Param, Scalar
-from fastlora.match.literals import misfit
 from fastlora.match.match import Match, dtype_of, tag_of
 from fastlora.match.pattern_lint import alternatives, bound_names
 from fastlora.match.result import Result
@@ -48,21 +48,21 @@ Verdict = bool | str
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class Rule(PatternDefinition):
-    """One pattern and the op that it is; made by `@rule` and `@fuse`."""
+    """A pattern and the op that replaces its matches; made by `@rule` and `@fuse`."""
 
     conditions: list[Callable[[Match], Verdict]] = field(default_factory=list)
     explanations: list[Explanation] = field(default_factory=list)
 
     def where(self, condition: Callable[[Match], Verdict]) -> Callable[[Match], Verdict]:
         """Decorate a condition on the match, which returns True or a sentence that says why not."""
-        _insist(condition, condition_faults(self, condition))
+        _raise_first(condition, condition_faults(self, condition))
         self.conditions.append(condition)
         return condition
 
     def otherwise(self, explanation: Explanation) -> Explanation:
         """Decorate a function of the view and a candidate without a match, which returns why there is none, or None to
         leave the explanation to the failed attempts to match it."""
-        _insist(explanation, function_faults(explanation, 2, "the view and a node"))
+        _raise_first(explanation, function_faults(explanation, 2, "the view and a node"))
         self.explanations.append(explanation)
         return explanation
 
@@ -73,7 +73,7 @@ class Rule(PatternDefinition):
         return None
 
     def trace(self, view: View, root: fx.Node) -> Trace:
-        """Return what failed where when the pattern was tried at this root."""
+        """Return why attempts to match the pattern at this root failed."""
         trace = Trace()
         next(self.outputs[0].match(view, root, State(), trace), None)
         return trace
@@ -83,22 +83,22 @@ class Rule(PatternDefinition):
         values = {**self.variables, **state.values}
         state = State(values, state.members, state.shared, state.seen, state.tags)
         match = Match(self, view, outputs, _unique(state.members), _unique(state.shared), {}, state)
-        wanted = {a.name for a in self.op.arguments}
-        match.arguments = {name: value for name, value in values.items() if name in wanted}
+        names = {a.name for a in self.op.arguments}
+        match.arguments = {name: value for name, value in values.items() if name in names}
         return match
 
-    def complete(self, match: Match) -> None:
+    def compute_attrs(self, match: Match) -> None:
         """Compute the arguments in `attrs`, for a match that no condition rejects."""
         for name, value in self.attrs.items():
             computed = value(match) if callable(value) else value
             (argument,) = (a for a in self.op.arguments if a.name == name)
-            plain = not argument.is_tensor and not isinstance(computed, fx.Node)
-            if plain and (reason := misfit(self.op, argument, computed)) is not None:
+            is_constant = not argument.is_tensor and not isinstance(computed, fx.Node)
+            if is_constant and (reason := constant_fault(self.op, argument, computed)) is not None:
                 raise RuleError(f"{self.source}: rule {self.name}: attrs {reason}")
             match.arguments[name] = computed
 
-    def objection(self, match: Match) -> str | None:
-        """Return why a `where` condition rejects the match, or None."""
+    def failed_condition(self, match: Match) -> str | None:
+        """Return why a `where` condition rejects the match, or None if all hold."""
         for condition in self.conditions:
             verdict = condition(match)
             if verdict is not True:
@@ -108,7 +108,7 @@ class Rule(PatternDefinition):
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class GroupRule(Definition):
-    """Matches of one op that share an argument and become one op, whose other tensors are lists."""
+    """A rule that joins matches of one op with a common argument into one op, whose other tensors are lists."""
 
     member: SemanticOp
     by: str
@@ -116,15 +116,14 @@ class GroupRule(Definition):
 
     def find(self, view: View, candidates: list[Match]) -> Iterator[Match]:
         """Yield a group for each value that several candidates share."""
-        shared: dict[Any, list[Match]] = {}
-        single = {a.name for a in self.op.arguments if not a.is_list}
-        absent = {a.name for a in self.member.arguments} - {a.name for a in self.op.arguments}
+        groups: dict[Any, list[Match]] = {}
+        common = {a.name for a in self.op.arguments if not a.is_list}
+        unsupported = {a.name for a in self.member.arguments} - {a.name for a in self.op.arguments}
         for match in candidates:
-            if match.op is self.member and all(match.arguments.get(name) is None for name in absent):
-                common = tuple(view.producer(v) for n, v in sorted(match.arguments.items()) if n in single)
-                common = (*common, match.tensor().requires_grad)
-                shared.setdefault(common, []).append(match)
-        for matches in shared.values():
+            if match.op is self.member and all(match.arguments.get(name) is None for name in unsupported):
+                values = tuple(view.producer(v) for n, v in sorted(match.arguments.items()) if n in common)
+                groups.setdefault((*values, match.tensor().requires_grad), []).append(match)
+        for matches in groups.values():
             if len(matches) > 1 and self.condition(matches) is True:
                 yield self._match(view, matches)
 
@@ -159,15 +158,15 @@ def rule(
             claimed by a match or explained in the report.
         attrs: arguments computed from the match, as constants or functions of the `Match`.
         benefit: preference among overlapping matches; at equal benefit the larger match wins.
-        result: what the subgraph is, if not the op itself: a function of the op's outputs, then of arguments of the op
-            by their names, as in `lambda loss, labels: -loss.view_as(labels)`. It may negate, add, subtract, multiply,
-            divide, slice, cast and reshape.
+        result: the expression around the op that the subgraph computes, if not the op itself: a function of the op's
+            outputs, then of arguments of the op by their names, as in `lambda loss, labels: -loss.view_as(labels)`. It
+            may negate, add, subtract, multiply, divide, slice, cast and reshape.
 
     Raises:
         RuleError: where the rule is defined, if it cannot be right.
     """
     if anchor is None and attrs is None and inspect.isfunction(op):
-        raise _bare("rule", op)
+        raise _missing_op_error("rule", op)
     return lambda function: _build(function, op, anchor, attrs, benefit, result, fuses=False)
 
 
@@ -176,7 +175,7 @@ def fuse(
 ) -> Callable[[Callable[..., Any]], Rule]:
     """Declare that ops found by rules together are `op`; the function may return several values, the op's outputs."""
     if attrs is None and inspect.isfunction(op):
-        raise _bare("fuse", op)
+        raise _missing_op_error("fuse", op)
     return lambda function: _build(function, op, None, attrs, benefit, None, fuses=True)
 
 
@@ -185,12 +184,12 @@ def group(
 ) -> Callable[[Callable[[list[Match]], Verdict]], GroupRule]:
     """Declare that matches of `member` with the same argument `by` become one `into`, if the function returns True."""
     if into is None and inspect.isfunction(member):
-        raise _bare("group", member)
+        raise _missing_op_error("group", member)
 
     def build(condition: Callable[[list[Match]], Verdict]) -> GroupRule:
-        _insist(condition, decorator_faults("group", condition, {"member": member, "into": into}, benefit))
+        _raise_first(condition, decorator_faults("group", condition, {"member": member, "into": into}, benefit))
         assert into is not None
-        _insist(condition, group_faults(condition, member, by, into))
+        _raise_first(condition, group_faults(condition, member, by, into))
         return GroupRule(
             name=_name(condition), source=_source(condition), member=member, op=into, by=by, benefit=benefit,
             condition=condition,
@@ -208,40 +207,40 @@ def _build(
     result: Callable[..., Any] | None,
     fuses: bool,
 ) -> Rule:
-    _insist(function, decorator_faults("fuse" if fuses else "rule", function, {"op": op}, benefit))
-    _insist(function, anchor_faults(anchor))
+    _raise_first(function, decorator_faults("fuse" if fuses else "rule", function, {"op": op}, benefit))
+    _raise_first(function, anchor_faults(anchor))
     attrs = {} if attrs is None else attrs
     if not isinstance(attrs, dict):
-        raise _wrong(function, f"attrs={attrs!r} is not a dict from the op's arguments to their values")
+        raise _rule_error(function, f"attrs={attrs!r} is not a dict from the op's arguments to their values")
     try:
         variables, defaults = _parameters(function)
         outputs = function(**variables)
     except Exception as problem:
-        raise _wrong(function, f"its function raises {type(problem).__name__}: {problem}") from problem
+        raise _rule_error(function, f"its function raises {type(problem).__name__}: {problem}") from problem
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    _insist(function, pattern_faults(outputs))
+    _raise_first(function, pattern_faults(outputs))
     made = Rule(
         name=_name(function), source=_source(function), op=op, outputs=outputs, variables=defaults, anchor=anchor,
         attrs=attrs, benefit=benefit, result=_result(function, result, op), fuses=fuses,
         names=frozenset(bound_names(outputs[0])), tags=frozenset(alternatives(outputs[0])),
     )  # fmt: skip
-    _insist(function, rule_faults(made, variables))
+    _raise_first(function, rule_faults(made, variables))
     return made
 
 
 def _result(function: Callable[..., Any], result: Any, op: SemanticOp) -> Result | None:
-    """The expression around the op that a rule was given, recorded."""
+    """Record the expression around the op, if there is one."""
     if result is None:
         return None
-    _insist(function, result_faults(result, op))
+    _raise_first(function, result_faults(result, op))
     try:
         return Result(result, op)
     except Exception as problem:
-        raise _wrong(function, f"result= raises {type(problem).__name__}: {problem}") from problem
+        raise _rule_error(function, f"result= raises {type(problem).__name__}: {problem}") from problem
 
 
 def _parameters(function: Callable[..., Any]) -> tuple[dict[str, Var], dict[str, Any]]:
-    """The captures that a rule's parameters stand for, and the values of those that a match does not include."""
+    """Return the captures of a rule's parameters, and the values of those that a match does not include."""
     variables: dict[str, Var] = {}
     defaults: dict[str, Any] = {}
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
@@ -260,19 +259,19 @@ def _parameters(function: Callable[..., Any]) -> tuple[dict[str, Var], dict[str,
     return variables, defaults
 
 
-def _insist(function: Any, faults: Iterable[str]) -> None:
-    """Raise the first fault, if there is one, as an error of the rule that the function defines."""
+def _raise_first(function: Any, faults: Iterable[str]) -> None:
+    """Raise the first fault, if any, as a `RuleError` of the rule that the function defines."""
     for fault in faults:
-        raise _wrong(function, fault)
+        raise _rule_error(function, fault)
 
 
-def _wrong(function: Any, text: str) -> RuleError:
+def _rule_error(function: Any, text: str) -> RuleError:
     return RuleError(f"{_source(function)}: rule {_name(function)}: {text}")
 
 
-def _bare(decorator: str, function: Any) -> RuleError:
-    wants = "ops.member, by='x', into=ops.together" if decorator == "group" else "ops.name"
-    return _wrong(function, f"@{decorator} needs the op: write @{decorator}({wants})")
+def _missing_op_error(decorator: str, function: Any) -> RuleError:
+    arguments = "ops.member, by='x', into=ops.together" if decorator == "group" else "ops.name"
+    return _rule_error(function, f"@{decorator} needs the op: write @{decorator}({arguments})")
 
 
 def _name(function: Any) -> str:
@@ -280,7 +279,7 @@ def _name(function: Any) -> str:
 
 
 def _source(function: Any) -> str:
-    """`file:line` of the function that defines a rule, or of the code that decorates anything else."""
+    """Return `file:line` of the function that defines a rule, or of the calling code for anything else."""
     code = getattr(inspect.unwrap(function) if callable(function) else function, "__code__", None)
     return written_at() if code is None else f"{code.co_filename}:{code.co_firstlineno}"
 

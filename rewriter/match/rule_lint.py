@@ -1,7 +1,7 @@
 """Checks of a rule without a graph; a rule that fails one raises where it is defined.
 
-Each check relies on those before it: the decorator's arguments, the pattern by itself (`pattern_lint.py`), then both
-against the op's schema.
+Each check relies on those before it: first the decorator's arguments, then the pattern by itself (`pattern_lint.py`),
+then both against the op's schema.
 """
 
 from __future__ import annotations
@@ -15,16 +15,24 @@ from fastlora.errors import suggestion
 from fastlora.kernels import ops
 from fastlora.kernels.core.semantic_op import SemanticOp
 from fastlora.match.combinators import Cast, Either, Kept, Raised, Var
+from fastlora.match.constants import constant_fault
 from fastlora.match.definition import PatternDefinition
 from fastlora.match.dsl import Constant, Scalar
-from fastlora.match.literals import misfit
 from fastlora.match.match import DtypeOf, TagOf, dtype_of, tag_of
 from fastlora.match.pattern import ANYTHING, RAISED, Op, Pattern
-from fastlora.match.pattern_lint import alternatives, collisions, faults, hidden, parts, takes, unknown_operation
+from fastlora.match.pattern_lint import (
+    accepts_positional,
+    alternatives,
+    faults,
+    hidden_alternatives,
+    name_collisions,
+    subpatterns,
+    unknown_operation,
+)
 
 
 def decorator_faults(kind: str, function: Any, given: dict[str, Any], benefit: Any) -> Iterator[str]:
-    """Yield what is wrong with the ops and the benefit that a decorator was given, and with what it decorates."""
+    """Yield what is wrong with a decorator's ops and benefit, and with the decorated function."""
     for name, op in given.items():
         if not isinstance(op, SemanticOp):
             yield f"@{kind} takes an op of fastlora.kernels.ops as {name}, not {op!r}; {_closest_op(op)}"
@@ -45,12 +53,12 @@ def anchor_faults(anchor: Any) -> Iterator[str]:
             yield f"anchor={anchor!r}: {unknown}"
     elif anchor is not None and (isinstance(anchor, type) or not callable(anchor)):
         yield f"anchor={anchor!r} is neither the name of an operation nor a predicate on the view and a node"
-    elif anchor is not None and not takes(anchor, 2):
+    elif anchor is not None and not accepts_positional(anchor, 2):
         yield f"the anchor {getattr(anchor, '__name__', anchor)} does not take a view and a node"
 
 
 def pattern_faults(outputs: tuple[Any, ...]) -> Iterator[str]:
-    """Yield what is wrong with what a rule's function returned, by itself."""
+    """Yield what is wrong with the patterns that a rule's function has returned, by themselves."""
     for output in outputs or (outputs,):
         if not isinstance(output, Pattern):
             yield f"its function must return a pattern, or a tuple of patterns, and returns {output!r}"
@@ -71,57 +79,58 @@ def result_faults(result: Any, op: SemanticOp) -> Iterator[str]:
         yield f"result= cannot be given for {op.name}, whose outputs are lists"
 
 
-def rule_faults(made: PatternDefinition, variables: dict[str, Var]) -> Iterator[str]:
+def rule_faults(rule: PatternDefinition, variables: dict[str, Var]) -> Iterator[str]:
     """Yield what is wrong with a rule whose pattern is right by itself."""
-    yield from _shape_faults(made, variables)
-    for name in collisions(made.outputs[0]):
+    yield from _shape_faults(rule, variables)
+    for name in name_collisions(rule.outputs[0]):
         yield f"{name!r} is bound twice in one match: rename one of the two, or give a raised op another prefix"
-    yield from _capture_faults(made, variables)
-    yield from _attribute_faults(made, variables)
-    yield from _default_faults(made, variables)
+    yield from _capture_faults(rule, variables)
+    yield from _attribute_faults(rule, variables)
+    yield from _default_faults(rule, variables)
 
 
-def _shape_faults(made: PatternDefinition, variables: dict[str, Var]) -> Iterator[str]:
-    found = parts(made.outputs[0])
-    if made.result is None and len(made.outputs) != len(made.op.outputs):
-        yield f"returns {len(made.outputs)} values, but {made.op.name} has {len(made.op.outputs)} outputs"
-    if made.result is not None:
-        yield from made.result.faults()
-        if len(made.outputs) != made.result.count:
-            yield f"returns {len(made.outputs)} values, but result= {made.result.count}"
-    if any(output not in found for output in made.outputs):
+def _shape_faults(rule: PatternDefinition, variables: dict[str, Var]) -> Iterator[str]:
+    found = subpatterns(rule.outputs[0])
+    if rule.result is None and len(rule.outputs) != len(rule.op.outputs):
+        yield f"returns {len(rule.outputs)} values, but {rule.op.name} has {len(rule.op.outputs)} outputs"
+    if rule.result is not None:
+        yield from rule.result.faults()
+        if len(rule.outputs) != rule.result.count:
+            yield f"returns {len(rule.outputs)} values, but result= {rule.result.count}"
+    if any(output not in found for output in rule.outputs):
         yield "every further output must be a part of the first"
-    if len(set(made.outputs)) < len(made.outputs):
+    if len(set(rule.outputs)) < len(rule.outputs):
         yield "two of the outputs are the same value"
-    roots = made.outputs[0].roots()
+    roots = rule.outputs[0].roots()
     if ANYTHING in roots:
         yield "the pattern has no operation at its top"
-    if not made.fuses and any(root.startswith(RAISED) for root in roots):
+    if not rule.fuses and any(root.startswith(RAISED) for root in roots):
         yield "a raised op is at the top of the pattern, which only @fuse finds"
     for part in found:
         if isinstance(part, Either):
-            yield from hidden(part)
+            yield from hidden_alternatives(part)
     if unused := variables.keys() - {part.name for part in found if isinstance(part, (Var, Kept))}:
         yield f"the parameters {sorted(unused)} do not appear in the pattern"
     named = {part.op for part in found if isinstance(part, Op)}
     named |= {"cast" for part in found if isinstance(part, Cast)}
-    if isinstance(made.anchor, str) and made.anchor not in named and not any(isinstance(p, Raised) for p in found):
-        yield f"anchor={made.anchor!r} is in no match of the pattern, whose operations are {', '.join(sorted(named))}"
+    if isinstance(rule.anchor, str) and rule.anchor not in named and not any(isinstance(p, Raised) for p in found):
+        yield f"anchor={rule.anchor!r} is in no match of the pattern, whose operations are {', '.join(sorted(named))}"
 
 
-def _capture_faults(made: PatternDefinition, variables: dict[str, Var]) -> Iterator[str]:
-    """Captures beside the op's arguments."""
-    op, found = made.op, parts(made.outputs[0])
+def _capture_faults(rule: PatternDefinition, variables: dict[str, Var]) -> Iterator[str]:
+    """Compare captures with the op's arguments."""
+    op, found = rule.op, subpatterns(rule.outputs[0])
     arguments = {a.name: a for a in op.arguments}
     captured = {part.name for part in found if isinstance(part, (Var, Kept))}
-    bundled = {name: part for part in found if isinstance(part, Raised) for name in part.captures()}
+    from_raised = {name: part for part in found if isinstance(part, Raised) for name in part.captures()}
     for name in sorted(captured - arguments.keys()):
         if not name.startswith("_"):
             own = "a capture of the rule's own has a _ before its name"
             yield f"{name!r} is not an argument of {op.name}: {suggestion(name, arguments)}; {own}"
-    for name in sorted(bundled.keys() - arguments.keys()):
-        yield f"{name!r} is not an argument of {op.name}: {suggestion(name, arguments)}; {_say_what(bundled[name])}"
-    provided = captured | bundled.keys() | made.attrs.keys()
+    for name in sorted(from_raised.keys() - arguments.keys()):
+        remedy = _must_specify(from_raised[name])
+        yield f"{name!r} is not an argument of {op.name}: {suggestion(name, arguments)}; {remedy}"
+    provided = captured | from_raised.keys() | rule.attrs.keys()
     if missing := [n for n, a in arguments.items() if n not in provided and not a.is_optional]:
         yield f"nothing provides {missing} of {op.name}{op.schema}: capture it, or give it in attrs"
     for name, variable in variables.items():
@@ -136,94 +145,94 @@ def _capture_faults(made: PatternDefinition, variables: dict[str, Var]) -> Itera
             yield f"{name} is optional in the pattern, but not in {op.name}{op.schema}"
 
 
-def _say_what(bundle: Raised) -> str:
+def _must_specify(bundle: Raised) -> str:
     return f"raised(ops.{bundle.op.name}, ...) must say what it is: a capture, a constant, or a predicate on one"
 
 
-def _attribute_faults(made: PatternDefinition, variables: dict[str, Var]) -> Iterator[str]:
-    arguments = {a.name: a for a in made.op.arguments}
-    found = parts(made.outputs[0])
+def _attribute_faults(rule: PatternDefinition, variables: dict[str, Var]) -> Iterator[str]:
+    arguments = {a.name: a for a in rule.op.arguments}
+    found = subpatterns(rule.outputs[0])
     captured = {part.name for part in found if isinstance(part, (Var, Kept))}
-    bundled = {name: part for part in found if isinstance(part, Raised) for name in part.captures()}
-    for name, value in made.attrs.items():
+    from_raised = {name: part for part in found if isinstance(part, Raised) for name in part.captures()}
+    for name, value in rule.attrs.items():
         if name not in arguments:
-            yield f"attrs {name!r} is not an argument of {made.op.name}: {suggestion(name, arguments)}"
+            yield f"attrs {name!r} is not an argument of {rule.op.name}: {suggestion(name, arguments)}"
         elif name in captured:
             yield f"{name!r} is both captured and in attrs: call the capture _{name}, or leave it out of attrs"
-        elif name in bundled:
-            yield f"{name!r} is both in attrs and captured from what was raised: {_say_what(bundled[name])}"
+        elif name in from_raised:
+            yield f"{name!r} is both in attrs and captured from what was raised: {_must_specify(from_raised[name])}"
         elif isinstance(value, (DtypeOf, TagOf)):
-            yield from _asking_faults(made, variables, name, value)
+            yield from _match_attribute_faults(rule, variables, name, value)
         elif value is dtype_of or value is tag_of:
             yield f"attrs {name!r}: call {value.__name__}, as in {value.__name__}('name')"
-        elif isinstance(value, type) or (callable(value) and not takes(value, 1)):
+        elif isinstance(value, type) or (callable(value) and not accepts_positional(value, 1)):
             yield f"attrs {name!r}: {value!r} is neither a constant nor a function of the match"
         elif callable(value):
-            yield from (f"attrs {name!r}: {fault}" for fault in _unbound(made, value))
-        elif (reason := misfit(made.op, arguments[name], value)) is not None:
+            yield from (f"attrs {name!r}: {fault}" for fault in _unbound(rule, value))
+        elif (reason := constant_fault(rule.op, arguments[name], value)) is not None:
             yield f"attrs {reason}"
 
 
-def _asking_faults(
-    made: PatternDefinition, variables: dict[str, Var], name: str, asked: DtypeOf | TagOf
+def _match_attribute_faults(
+    rule: PatternDefinition, variables: dict[str, Var], name: str, asked: DtypeOf | TagOf
 ) -> Iterator[str]:
     """Yield what is wrong with an attribute that is the dtype or the tag of something in the match."""
     kind = "ScalarType" if isinstance(asked, DtypeOf) else "str"
-    (argument,) = (a for a in made.op.arguments if a.name == name)
+    (argument,) = (a for a in rule.op.arguments if a.name == name)
     if argument.type.removesuffix("?") != kind:
-        yield f"attrs {name!r} is {argument.type} in {made.op.name}{made.op.schema}, and not {kind}"
+        yield f"attrs {name!r} is {argument.type} in {rule.op.name}{rule.op.schema}, and not {kind}"
     if isinstance(asked, TagOf):
-        tags = alternatives(made.outputs[0])
+        tags = alternatives(rule.outputs[0])
         if asked.name not in tags:
-            yield f"attrs {name!r}: {_no_either(made, asked.name)}"
+            yield f"attrs {name!r}: {_no_either(rule, asked.name)}"
         for tag in sorted(tags.get(asked.name, ())):
-            if (reason := misfit(made.op, argument, tag)) is not None:
+            if (reason := constant_fault(rule.op, argument, tag)) is not None:
                 yield f"the alternative {tag} of {asked.name!r}: attrs {reason}"
     elif asked.name is not None:
-        if asked.name not in made.names:
-            yield f"attrs {name!r}: nothing is captured or named {asked.name!r}: {suggestion(asked.name, made.names)}"
+        if asked.name not in rule.names:
+            yield f"attrs {name!r}: nothing is captured or named {asked.name!r}: {suggestion(asked.name, rule.names)}"
         if asked.name in variables and variables[asked.name].predicate in (Scalar, Constant):
             yield f"attrs {name!r}: {asked.name!r} is not a tensor and has no dtype"
 
 
-def _default_faults(made: PatternDefinition, variables: dict[str, Var]) -> Iterator[str]:
-    """Defaults of parameters are values of the op's arguments, where a match does not reach the capture."""
-    arguments = {a.name: a for a in made.op.arguments}
-    for name, value in made.variables.items():
+def _default_faults(rule: PatternDefinition, variables: dict[str, Var]) -> Iterator[str]:
+    """Check the defaults of parameters, which are the op's arguments if a match does not include the capture."""
+    arguments = {a.name: a for a in rule.op.arguments}
+    for name, value in rule.variables.items():
         absent = value is None and variables[name].optional
-        if name in arguments and not absent and (reason := misfit(made.op, arguments[name], value)) is not None:
+        if name in arguments and not absent and (reason := constant_fault(rule.op, arguments[name], value)) is not None:
             yield f"the default {reason}"
 
 
-def condition_faults(made: PatternDefinition, condition: Any) -> Iterator[str]:
+def condition_faults(rule: PatternDefinition, condition: Any) -> Iterator[str]:
     """Yield what is wrong with a condition on a rule's matches."""
     yield from function_faults(condition, 1, "the match")
-    yield from _unbound(made, condition)
+    yield from _unbound(rule, condition)
 
 
-def _unbound(made: PatternDefinition, function: Any) -> Iterator[str]:
-    """Names that a function asks of its first argument, a match, and that none has, as far as its code shows."""
+def _unbound(rule: PatternDefinition, function: Any) -> Iterator[str]:
+    """Yield constant names that a function passes to methods of its first argument, a match, but the rule lacks."""
     code = getattr(function, "__code__", None)
     if code is None or not code.co_argcount:
         return
     steps = list(dis.get_instructions(code))
-    for of, method, name, call in zip(steps, steps[1:], steps[2:], steps[3:], strict=False):
-        told = name.opname == "LOAD_CONST" and isinstance(name.argval, str) and "CALL" in call.opname
-        if told and of.argval == code.co_varnames[0]:
-            if method.argval == "tag" and name.argval not in made.tags:
-                yield _no_either(made, name.argval)
-            if method.argval in ("value", "tensor", "dtype", "slice_of") and name.argval not in made.names:
-                yield f"nothing is captured or named {name.argval!r}: {suggestion(name.argval, made.names)}"
+    for owner, method, name, call in zip(steps, steps[1:], steps[2:], steps[3:], strict=False):
+        is_call = name.opname == "LOAD_CONST" and isinstance(name.argval, str) and "CALL" in call.opname
+        if is_call and owner.argval == code.co_varnames[0]:
+            if method.argval == "tag" and name.argval not in rule.tags:
+                yield _no_either(rule, name.argval)
+            if method.argval in ("value", "tensor", "dtype", "slice_of") and name.argval not in rule.names:
+                yield f"nothing is captured or named {name.argval!r}: {suggestion(name.argval, rule.names)}"
 
 
-def _no_either(made: PatternDefinition, name: str) -> str:
-    if name in made.names:
+def _no_either(rule: PatternDefinition, name: str) -> str:
+    if name in rule.names:
         return f"{name!r} is the name of no either, but of something else: put .named on the either"
-    return f"no either is named {name!r}: {suggestion(name, made.tags)}"
+    return f"no either is named {name!r}: {suggestion(name, rule.tags)}"
 
 
 def group_faults(condition: Any, member: SemanticOp, by: Any, into: SemanticOp) -> Iterator[str]:
-    """Yield what is wrong with a group, once its ops are some."""
+    """Yield what is wrong with a group, given that its ops are valid."""
     names = {a.name for a in member.arguments}
     unknown = [a.name for a in into.arguments if a.name not in names]
     if unknown or by not in names:
@@ -237,6 +246,6 @@ def group_faults(condition: Any, member: SemanticOp, by: Any, into: SemanticOp) 
 
 
 def function_faults(function: Any, count: int, arguments: str) -> Iterator[str]:
-    """Yield what is wrong with a function that a rule will call with so many arguments."""
-    if isinstance(function, type) or not callable(function) or not takes(function, count):
+    """Yield what is wrong with a function that a rule calls with `count` arguments."""
+    if isinstance(function, type) or not callable(function) or not accepts_positional(function, count):
         yield f"{getattr(function, '__name__', function)!r} is not a function of {arguments}"

@@ -1,4 +1,4 @@
-"""Lists of rules, as a caller passes them or a package provides them, checked."""
+"""Checking lists of rules that callers pass or packages provide."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_rules(rules: Any) -> list[AnyRule]:
     """Return the `rules` of `fastlora.compile` and `fastlora.explain` as a list.
 
     Raises:
-        FastLoRAError: if they are not rules; the message says what they are and what to do.
+        FastLoRAError: if it is not a list of rules; the message says what to pass instead.
     """
     if isinstance(rules, (torch.Tensor, Mapping)):
         kind = type(rules).__name__
@@ -34,7 +34,7 @@ def check_rules(rules: Any) -> list[AnyRule]:
         raise FastLoRAError(f"rules={shown} is not a list of rules; {_DEFAULT}")
     found = list(rules)
     for position, each in enumerate(found):
-        if (reason := _no_rule(each)) is not None:
+        if (reason := _why_no_rule(each)) is not None:
             raise FastLoRAError(f"rules[{position}] is {reprlib.repr(each)}, {reason}")
     return found
 
@@ -43,10 +43,10 @@ def rules_of(entry: EntryPoint) -> list[AnyRule]:
     """Return the rules of an entry point of the group `fastlora.patterns`: a list, or a module with one as `RULES`.
 
     Raises:
-        FastLoRAError: if it cannot be loaded, or holds no rules; the message names the entry point.
+        FastLoRAError: if it cannot be loaded, or has no rules; the message names the entry point.
     """
     named = f"the entry point {entry.name} = {entry.value} of the group {entry.group}"
-    remedy = "mend or uninstall the package that brings it, or pass rules= to fastlora.compile"
+    remedy = "fix or uninstall the package that provides it, or pass rules= to fastlora.compile"
     try:
         loaded = entry.load()
     except Exception as problem:
@@ -55,12 +55,12 @@ def rules_of(entry: EntryPoint) -> list[AnyRule]:
     if not isinstance(rules, (list, tuple)) or not rules:
         raise FastLoRAError(f"{named} is neither a list of rules nor a module with one as RULES; {remedy}")
     for position, each in enumerate(rules):
-        if (reason := _no_rule(each)) is not None:
+        if (reason := _why_no_rule(each)) is not None:
             raise FastLoRAError(f"{named} has {reprlib.repr(each)} at {position}, {reason}; {remedy}")
     return list(rules)
 
 
-def _no_rule(value: Any) -> str | None:
+def _why_no_rule(value: Any) -> str | None:
     """Return why a value is not a rule, or None if it is one."""
     if isinstance(value, (Rule, GroupRule)):
         return None

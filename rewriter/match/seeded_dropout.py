@@ -1,15 +1,14 @@
-"""Dropouts that an op does itself: the seed of the mask is drawn in the graph, where the model drew the mask.
+"""Dropouts that an op computes itself: the graph draws the seed of the mask where the model drew the mask.
 
-A pattern's `seeded` takes a dropout into the match and captures a `Seed`, an argument that is not in the graph yet. It
+The pattern `seeded` includes a dropout in the match and captures a `Seed`, an argument that is not yet in the graph. It
 becomes a node when the match is committed,
 
-    seed = torch.randint(2 ** 63 - 1, (1,), device=...)        in the place of        z = dropout(x, p)
+    seed = torch.randint(2 ** 63 - 1, (1,), device=...)        in place of        z = dropout(x, p)
 
-from PyTorch's own generator of the device, so `torch.manual_seed`, the random state that a checkpoint restores, and
-CUDA graphs work as they do for a dropout. The random numbers differ from eager's.
+from PyTorch's generator of the device, so `torch.manual_seed`, the random state that a checkpoint restores, and CUDA
+graphs work as for a dropout. The random numbers differ from eager's.
 
-This is the one case in which a random node may be replaced. Where a match is replayed for verification, both sides get
-the mask of one fixed seed.
+Only here may a random node be replaced. When a match is verified, both sides use the mask of one fixed seed.
 """
 
 from __future__ import annotations
@@ -37,14 +36,14 @@ class Seed:
     p: float
 
     def __repr__(self) -> str:
-        return "a seed"  # the same for all: an op computes the same whichever node it stands for
+        return "a seed"  # the same for all seeds, as the key of a verified match must not depend on the node
 
     def example(self) -> torch.Tensor:
-        """Return what tracing would have recorded."""
+        """Return the example value that tracing would have recorded."""
         return _like(self.dropout).new_empty((1,), dtype=torch.int64)
 
     def fixed(self, device: torch.device) -> torch.Tensor:
-        """Return the one seed of all replays."""
+        """Return the fixed seed of replays."""
         return torch.zeros(1, dtype=torch.int64, device=device)
 
     def replay(self, x: torch.Tensor) -> torch.Tensor:
@@ -66,17 +65,17 @@ def _like(node: fx.Node) -> torch.Tensor:
 
 
 def seeds(arguments: dict[str, Any]) -> list[Seed]:
-    """Return the seeds among a match's arguments, including lists of them."""
+    """Return the seeds among a match's arguments, including those in lists."""
     leaves = [v for value in arguments.values() for v in (value if isinstance(value, list) else [value])]
     return [leaf for leaf in leaves if isinstance(leaf, Seed)]
 
 
-def _uses(view: View, node: fx.Node) -> int:
-    """How many times a value is read; one user may do so twice, and the two must stay equal."""
-    read: list[fx.Node] = []
+def _count_uses(view: View, node: fx.Node) -> int:
+    """Return how many arguments of other nodes a value is; one user may read it twice."""
+    arguments: list[fx.Node] = []
     for user in dict.fromkeys(view.users(node)):
-        fx.node.map_arg((user.args, user.kwargs), lambda argument: read.append(view.producer(argument)))
-    return read.count(node)
+        fx.node.map_arg((user.args, user.kwargs), lambda argument: arguments.append(view.producer(argument)))
+    return arguments.count(node)
 
 
 class Seeded(Kept):
@@ -97,12 +96,12 @@ class Seeded(Kept):
                 trace.note(state, refusal)
 
     def _refusal(self, view: View, value: Any) -> str | None:
-        """Why the dropout must stay in the graph, or None."""
+        """Return why the dropout must stay in the graph, or None."""
         term = view.term(value)
         p = term.args["p"] if term is not None else None
         if not isinstance(p, float) or not 0 < p < 1:
             return f"{describe(value)} has the probability {p}, which is not between 0 and 1"
-        if _uses(view, view.producer(value)) != 1:
+        if _count_uses(view, view.producer(value)) != 1:
             return f"{describe(value)} has other uses"
         verdict = self.where(view, value)
         if verdict is True:

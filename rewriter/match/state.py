@@ -1,4 +1,4 @@
-"""How far a match has come, and why attempts failed."""
+"""The state of matching a pattern, and the trace of failed attempts."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import fx
 from fastlora.graph.view import View
 
 Predicate = Callable[[View, Any], "bool | str"]
-"""Whether a value may be captured: True, or a sentence that says why not."""
+"""Takes the view and a value; returns True if the value may be captured, or a sentence that says why not."""
 
 
 class State(NamedTuple):
-    """One way to match so far. A tuple, since matching makes about a hundred of them for each node.
+    """One partial match. It is a tuple because matching makes about a hundred of them for each node.
 
     Attributes:
-        values: what was captured, by name; named values have a dot before their name.
+        values: captured and named values by name, where named values have a dot before the name.
         members: the nodes that the match would replace.
-        shared: those of them that stay if others use them too.
-        seen: what each pattern matched, by the pattern's id.
+        shared: those members that stay in the graph if other nodes use them.
+        seen: the value that each pattern has matched, by the pattern's id.
         tags: the alternative that each `either` took, by name or id.
     """
 
@@ -47,7 +47,7 @@ class Trace:
 
 
 def describe(value: Any, op: str | None = None) -> str:
-    """Return a value as reports name it."""
+    """Return the name of a value for reports."""
     if not isinstance(value, fx.Node):
         return repr(value)
     if op is None:
@@ -56,5 +56,5 @@ def describe(value: Any, op: str | None = None) -> str:
 
 
 def same_value(left: Any, right: Any) -> bool:
-    """Whether two values are the same node, or equal constants."""
+    """Return whether two values are the same node, or equal constants."""
     return left is right if isinstance(left, fx.Node) or isinstance(right, fx.Node) else bool(left == right)

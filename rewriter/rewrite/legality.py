@@ -1,18 +1,18 @@
-"""Whether a match may be replaced, which is checked for every rule, so that no rule author has to.
+"""Checking whether a match may be replaced, for every rule, so that rule authors do not have to.
 
     ESCAPES    no intermediate value is used outside the match; outputs may be
     ORDER      there is a place after all inputs and before every use of an output
-    EFFECT     nothing in the match is random, except a dropout whose seed the op takes; nothing in it is written in
-               place, except an output whose memory the op gives away, afterwards; and no input is written to once the
-               match, or its replacement, has read it
+    EFFECT     no node is random, except a dropout whose seed the op takes; no value is written in place, except an
+               output that is mutable, after the match; and no input is written after the match, or its replacement,
+               has read it
     MODE       gradient mode, and autocast where it matters, are the same for all nodes and at the insertion point
     AUTOGRAD   the outputs require gradients exactly where the op's outputs would
     SUBCLASS   no argument is a tensor subclass, which may define its own operations
     METADATA   the op's outputs have the shapes, dtypes, devices and strides of what they replace
     GUARDS     checking the metadata adds no guard on dynamic shapes
-    QUANTIZED  a 4-bit weight goes to an op that reads it in 4 bits
+    QUANTIZED  a 4-bit weight is read by an op that reads it in 4 bits
 
-Where a value is rounded is not checked here: it is part of each op's meaning, as arguments such as `norm_dtype`.
+Where a value is rounded is not checked here: it is part of each op's definition, by arguments such as `norm_dtype`.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from fastlora.rewrite.refusal import Code, Refusal
 
 
 class Legality:
-    """Check the matches of one graph."""
+    """Checks the matches of one graph."""
 
     def __init__(self, view: View) -> None:
         self._view = view
         self._mutations = view.mutations
         self._modes = view.modes
-        self._metas: dict[Any, Any] = {}
+        self._results: dict[Any, Any] = {}
 
     def refusal(self, match: Match) -> Refusal | None:
         """Return the first reason against the match, or None if it is legal."""
@@ -51,9 +51,9 @@ class Legality:
         return next((found for check in checks if (found := check(match)) is not None), None)
 
     def _escapes(self, match: Match) -> Refusal | None:
-        inside, free = set(match.members), {*match.outputs, *match.shared}
+        inside, may_escape = set(match.members), {*match.outputs, *match.shared}
         for member in match.members:
-            if member in free:
+            if member in may_escape:
                 continue
             for user in self._view.users(member):
                 if user not in inside:
@@ -72,42 +72,43 @@ class Legality:
         return Refusal(Code.ORDER, first, f"{first.name} uses an output before all inputs are computed")
 
     def _effects(self, match: Match) -> Refusal | None:
-        drawn = {seed.dropout for seed in seeds(match.arguments)}
+        seeded = {seed.dropout for seed in seeds(match.arguments)}
         for member in match.members:
             term = self._view.term(member)
-            if term is not None and term.op == "dropout" and member not in drawn:
+            if term is not None and term.op == "dropout" and member not in seeded:
                 return Refusal(Code.EFFECT, member, f"{member.name} is random, which the fused op is not")
             for writer in self._mutations.writers(member):
-                if not self._is_given_away(match, member, writer):
+                if not self._may_write(match, member, writer):
                     return Refusal(Code.EFFECT, writer, f"{writer.name} writes to {member.name} in place")
         for node in match.argument_nodes():
             writers = self._mutations.writers(node)
-            since = self._read_since(match, node) if writers else 0.0
+            first_read = self._first_read(match, node) if writers else 0.0
             for writer in writers:
-                if self._view.order[writer] >= since:
+                if self._view.order[writer] >= first_read:
                     return Refusal(Code.EFFECT, writer, f"{writer.name} writes to the input {node.name} in place")
         return None
 
-    def _read_since(self, match: Match, node: fx.Node) -> float:
-        """Where an input is read first, by the match or by its replacement, which may come before some of its nodes; if
-        no member reads the input itself, where the match begins."""
+    def _first_read(self, match: Match, node: fx.Node) -> float:
+        """Return the position at which the match, or its replacement, first reads an input. The replacement may come
+        before some nodes of the match; if no member reads the input itself, the match may read it from its start."""
         same = set(self._view.value_class(node))
-        reading = [member for member in match.members if not same.isdisjoint(member.all_input_nodes)]
-        return min(self._view.order[reader] for reader in (*(reading or match.members), match.place()))
+        readers = [member for member in match.members if not same.isdisjoint(member.all_input_nodes)]
+        return min(self._view.order[reader] for reader in (*(readers or match.members), match.insertion_point()))
 
-    def _is_given_away(self, match: Match, member: fx.Node, writer: fx.Node) -> bool:
-        """Whether a write changes only an output of the op, after all nodes of the match, and the op never reads it
-        again. The result of an expression may share memory with other values, so it does not count."""
-        own = match.rule.result is None and match.op.policy.outputs_mutable and member in match.outputs
-        return own and all(self._view.order[node] < self._view.order[writer] for node in match.members)
+    def _may_write(self, match: Match, member: fx.Node, writer: fx.Node) -> bool:
+        """Return whether a write is to a mutable output of the op, after all nodes of the match. The result of an
+        expression around the op may share memory with other values, so it is not mutable."""
+        mutable = match.rule.result is None and match.op.policy.outputs_mutable and member in match.outputs
+        return mutable and all(self._view.order[node] < self._view.order[writer] for node in match.members)
 
     def _mode(self, match: Match) -> Refusal | None:
-        at = {self._modes[member] for member in match.members}
+        modes = {self._modes[member] for member in match.members}
         dependent = {self._modes[member] for member in match.members if self._depends_on_autocast(member)}
-        if len({(grad, *others) for grad, _, *others in at}) > 1 or len(dependent) > 1:
+        if len({(grad, *others) for grad, _, *others in modes}) > 1 or len(dependent) > 1:
             return Refusal(Code.MODE, match.root, "its nodes run in different gradient or autocast modes")
-        if self._modes[place := match.place()] not in at:
-            return Refusal(Code.MODE, place, "the fused op would run in another gradient or autocast mode")
+        if self._modes[insertion_point := match.insertion_point()] not in modes:
+            text = "the fused op would run in another gradient or autocast mode"
+            return Refusal(Code.MODE, insertion_point, text)
         if self._modes[match.root][3]:
             return Refusal(Code.MODE, match.root, "it runs inside a torch.func transform")
         return None
@@ -129,7 +130,7 @@ class Legality:
         return None
 
     def _subclass(self, match: Match) -> Refusal | None:
-        """What an operation on a subclass computes is defined by the subclass, which may round what it multiplies."""
+        """Refuse tensor subclasses: they define what an operation computes, such as rounding its inputs."""
         for node in match.argument_nodes():
             tensor = meta(node)
             if tensor is not None and is_wrapper_subclass(tensor):
@@ -149,7 +150,8 @@ class Legality:
         return None
 
     def _quantized(self, match: Match) -> Refusal | None:
-        """Other ops would keep the decoded weight alive, which quantization is there to avoid."""
+        """Refuse 4-bit weights as arguments that the op does not read in 4 bits: it would save the dequantized
+        weight."""
         for name, value in match.arguments.items():
             if name in match.op.policy.reads_quantized:
                 continue
@@ -159,12 +161,12 @@ class Legality:
         return None
 
     def fake_results(self, match: Match) -> list[torch.Tensor] | None:
-        """Return what replaces the outputs, for the arguments' metadata, or None if computing that adds guards."""
+        """Return the replacements of the outputs as fake tensors, or None if computing them adds guards."""
         values = match.op.order(match.arguments)
         key = (match.op.name, match.rule.result, tuple(_signature(value) for value in values))
-        if key not in self._metas:
-            self._metas[key] = _run_fake(match, values)
-        match.op_outputs, results = self._metas[key] or ([], None)
+        if key not in self._results:
+            self._results[key] = _run_fake(match, values)
+        match.op_outputs, results = self._results[key] or ([], None)
         return results
 
 
@@ -178,7 +180,7 @@ def _signature(value: Any) -> Any:
 
 
 def _run_fake(match: Match, values: list[Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
-    """The op's outputs and what is made of them, or None if that adds guards."""
+    """Return the op's outputs and the results of the expression around it, or None if computing them adds guards."""
 
     def example(value: Any) -> Any:
         if isinstance(value, list):
@@ -186,7 +188,7 @@ def _run_fake(match: Match, values: list[Any]) -> tuple[list[torch.Tensor], list
         if isinstance(value, Seed):
             return value.example()
         found = value.meta.get("example_value") if isinstance(value, fx.Node) else value
-        return hint(found) if isinstance(found, torch.SymFloat) else found  # calling an op would fix its value
+        return hint(found) if isinstance(found, torch.SymFloat) else found  # calling an op would specialize it
 
     arguments = [example(value) for value in values]
     fakes = [t for a in arguments for t in (a if isinstance(a, list) else [a]) if isinstance(t, FakeTensor)]
@@ -194,19 +196,19 @@ def _run_fake(match: Match, values: list[Any]) -> tuple[list[torch.Tensor], list
     shapes = mode.shape_env
     before = len(shapes.guards) if shapes is not None else 0
     with mode, torch.no_grad():
-        made = match.op.target(*arguments)
-        declared = (*match.op.outputs, *match.op.residuals)
-        outputs = (made if len(declared) > 1 else (made,))[: len(match.op.outputs)]
+        returned = match.op.target(*arguments)
+        is_tuple = len(match.op.outputs) + len(match.op.residuals) > 1
+        outputs = (returned if is_tuple else (returned,))[: len(match.op.outputs)]
         flat = [t for o in outputs for t in (o if isinstance(o, (list, tuple)) else [o])]
-        given = dict(zip(match.op.names, arguments, strict=False))
-        results = flat if match.rule.result is None else match.rule.result(flat, given.__getitem__)
+        by_name = dict(zip(match.op.names, arguments, strict=False))
+        results = flat if match.rule.result is None else match.rule.result(flat, by_name.__getitem__)
     if shapes is not None and len(shapes.guards) != before:
         return None
     return flat, results
 
 
 def _difference(output: fx.Node, result: torch.Tensor) -> str | None:
-    """How the metadata of an output and of the op's result differ, or None."""
+    """Return how the metadata of an output and of the op's result differ, or None."""
     found = meta(output)
     if found is None:
         return "is not a tensor"
@@ -217,6 +219,6 @@ def _difference(output: fx.Node, result: torch.Tensor) -> str | None:
     if found.dim() != result.dim() or not all(map(known_equal, found.shape, result.shape)):
         return f"has shape {tuple(found.shape)}, but the op returns {tuple(result.shape)}"
     strides = zip(found.shape, found.stride(), result.stride(), strict=True)
-    if any(not known_equal(size, 1) and not known_equal(mine, its) for size, mine, its in strides):
+    if any(not known_equal(size, 1) and not known_equal(old, new) for size, old, new in strides):
         return f"has strides {found.stride()}, but the op returns {result.stride()}"
     return None

@@ -1,7 +1,7 @@
 """The passes over one graph, from the traced graph to the chosen matches and their ops.
 
-Each is a function of the `Rewrite` that returns what it counted. All but the first and the last two leave the graph
-alone: matches are kept beside it, so a match that is not used costs nothing and leaves no trace.
+Each takes the `Rewrite`, and returns counts for the log. Only the first and the last two change the graph: matches are
+kept beside it, so a match that is not used has no effect.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from fastlora.rewrite.commit import commit
 from fastlora.rewrite.legality import Legality
 from fastlora.rewrite.refusal import Code, Refusal
 from fastlora.rewrite.state import Counts, Rewrite
-from fastlora.rewrite.verify import disagreement
+from fastlora.rewrite.verify import mismatch
 
 
 def propose_quantized(state: Rewrite) -> Counts:
-    """Write products of 4-bit weights as linear layers.
+    """Replace products of 4-bit weights by linear layers of dequantized weights, so that rules match them.
 
     Before: `gemm_4bit(x, packed, ...)`. After: `linear(x, dequantize_4bit(packed, ...))`.
     """
-    state.quantized = quantized.propose(state.gm) if state.decodes else []
+    state.quantized = quantized.propose(state.gm) if state.reads_quantized else []
     return {"products": len(state.quantized)}
 
 
 def read_graph(state: Rewrite) -> Counts:
-    """Read what each node means.
+    """Read each node as a canonical operation.
 
     Before: nodes, as the model's author spelled them. After: terms of canonical operations in `view`.
     """
@@ -44,13 +44,13 @@ def find_candidates(state: Rewrite) -> Counts:
 
     Before: a view. After: `anchors`, which every report counts.
     """
-    marked: dict[Anchor, list[fx.Node]] = {}  # rules of a family share a predicate, which looks around
+    nodes_of: dict[Anchor, list[fx.Node]] = {}  # rules of a family share anchors, which may be slow predicates
     for rule in state.rules:
         if isinstance(rule, Rule) and (anchor := rule.anchor) is not None:
-            if anchor not in marked:
-                marked[anchor] = [node for node in state.view.producers() if _is_anchor(anchor, state.view, node)]
+            if anchor not in nodes_of:
+                nodes_of[anchor] = [node for node in state.view.producers() if _is_anchor(anchor, state.view, node)]
             candidates = state.anchors.setdefault(rule.op.family, {})
-            for node in marked[anchor]:
+            for node in nodes_of[anchor]:
                 candidates.setdefault(node, []).append(rule)
     return {family: len(candidates) for family, candidates in state.anchors.items()}
 
@@ -103,14 +103,14 @@ def fuse_ops(state: Rewrite) -> Counts:
 
 
 def _match(state: Rewrite, rule: Rule, node: fx.Node) -> Match | None:
-    """The match of a rule at a node if its conditions hold: no other rule may build on a match that its own refuses."""
+    """Return the match of a rule at a node if its conditions hold, as fusion rules must not build on another match."""
     match = rule.find(state.view, node)
     if match is None:
         return None
-    if (objection := rule.objection(match)) is not None:
-        state.refused.append((match, Refusal(Code.CONDITION, match.root, objection)))
+    if (reason := rule.failed_condition(match)) is not None:
+        state.refused.append((match, Refusal(Code.CONDITION, match.root, reason)))
         return None
-    rule.complete(match)
+    rule.compute_attrs(match)
     return match
 
 
@@ -120,32 +120,34 @@ def check_legality(state: Rewrite) -> Counts:
     Before: matches in `proposed`. After: each of them in `legal` or `refused`.
     """
     legality = Legality(state.view)
-    legal = _keep(state, state.proposed, ((match, legality.refusal(match)) for match in state.proposed))
+    legal = _without_refused(state, state.proposed, ((match, legality.refusal(match)) for match in state.proposed))
     state.legal += legal
     return {"legal": len(legal)}
 
 
 def verify_numerics(state: Rewrite) -> Counts:
-    """Refuse the matches that compute something else than their ops, if verification is on.
+    """Refuse the matches whose ops compute something else, if verification is on.
 
     Before: matches in `legal`. After: each of them in `accepted` or `refused`.
     """
-    verdicts = ((match, disagreement(match) if state.verify else None) for match in state.legal)
-    accepted = _keep(state, state.legal, verdicts)
+    verdicts = ((match, mismatch(match) if state.verify else None) for match in state.legal)
+    accepted = _without_refused(state, state.legal, verdicts)
     state.accepted += accepted
     return {"accepted": len(accepted)}
 
 
-def _keep(state: Rewrite, waiting: list[Match], verdicts: Iterable[tuple[Match, Refusal | None]]) -> list[Match]:
-    """Return the matches without a refusal, and note the refusals of the others; nothing is left waiting."""
-    kept = []
+def _without_refused(
+    state: Rewrite, checked: list[Match], verdicts: Iterable[tuple[Match, Refusal | None]]
+) -> list[Match]:
+    """Return the matches without a refusal, record the refusals of the others, and clear the list `checked`."""
+    passed = []
     for match, refusal in verdicts:
         if refusal is None:
-            kept.append(match)
+            passed.append(match)
         else:
             state.refused.append((match, refusal))
-    waiting.clear()
-    return kept
+    checked.clear()
+    return passed
 
 
 def group_ops(state: Rewrite) -> Counts:
@@ -166,15 +168,15 @@ def choose(state: Rewrite) -> Counts:
 
     Before: matches in `accepted`, which may overlap. After: each of them in `chosen` or `refused`.
     """
-    taken: dict[fx.Node, Match] = {}
+    claimed: dict[fx.Node, Match] = {}
     for match in sorted(state.accepted, key=lambda m: (-m.rule.benefit, -len(m.members), state.view.order[m.root])):
         owned = [member for member in match.members if member not in match.shared]
-        winner = next((taken[member] for member in owned if member in taken), None)
+        winner = next((claimed[member] for member in owned if member in claimed), None)
         if winner is not None:
             text = f"{winner.rule} covers some of its nodes"
             state.refused.append((match, Refusal(Code.OVERLAP, match.root, text)))
         else:
-            taken.update(dict.fromkeys(owned, match))
+            claimed.update(dict.fromkeys(owned, match))
             state.chosen.append(match)
     return {"chosen": len(state.chosen), "refused": len(state.refused)}
 
@@ -189,12 +191,12 @@ def commit_matches(state: Rewrite) -> Counts:
     return {"nodes": len(state.graph.nodes)}
 
 
-def settle_quantized(state: Rewrite) -> Counts:
-    """Restore the products of 4-bit weights that no op took.
+def restore_quantized(state: Rewrite) -> Counts:
+    """Restore the products of 4-bit weights that no op has replaced.
 
     Before: `linear(x, dequantize_4bit(packed, ...))`. After: `gemm_4bit(x, packed, ...)`, as it was traced.
     """
     if state.quantized:
-        quantized.settle(state.graph, state.quantized)
+        quantized.restore(state.graph, state.quantized)
         state.gm.recompile()
     return {"nodes": len(state.graph.nodes)}

@@ -23,7 +23,7 @@ from fastlora.rewrite.passes import (
     propose_quantized,
     raise_ops,
     read_graph,
-    settle_quantized,
+    restore_quantized,
     verify_numerics,
 )
 from fastlora.rewrite.state import Pass, PassRecord, Rewrite
@@ -42,7 +42,7 @@ PASSES: tuple[Pass, ...] = (
     choose,
     explain_near_misses,
     commit_matches,
-    settle_quantized,
+    restore_quantized,
 )
 
 
@@ -50,28 +50,27 @@ def rewrite(
     gm: fx.GraphModule,
     rules: Sequence[AnyRule],
     verify: bool = False,
-    decodes: bool = True,
+    reads_quantized: bool = True,
     passes: Sequence[Pass] = PASSES,
 ) -> list[Rewrite]:
     """Rewrite a traced module in place, including the bodies of its checkpointed regions.
 
     Args:
-        gm: a graph as TorchDynamo hands it to a backend, with `meta["example_value"]` on its nodes.
+        gm: a graph as TorchDynamo passes it to a backend, with `meta["example_value"]` on its nodes.
         rules: the rules to apply; their order does not matter.
         verify: replay every distinct match in float64 against the op's reference, and refuse it if they differ.
-        decodes: read products of 4-bit weights as linear layers, for ops that take these weights in 4 bits.
-        passes: what to run on each graph, in order.
+        reads_quantized: read products of 4-bit weights as linear layers, for ops that read such weights.
+        passes: the passes to run on each graph, in order.
 
     Returns:
-        One `Rewrite` for each graph. Nothing in a graph changes except what its `chosen` matches replaced, and what
-        further passes say.
+        One `Rewrite` for each graph. Only the nodes of `chosen` matches change, and what further passes document.
     """
-    done = []
+    rewrites = []
     for body in bodies(gm):
-        state = Rewrite(body, rules, verify, decodes, is_body=body is not gm)
+        state = Rewrite(body, rules, verify, reads_quantized, is_body=body is not gm)
         for run in passes:
             start = time.perf_counter()
             counts = run(state)
             state.records.append(PassRecord(run.__name__, time.perf_counter() - start, counts))
-        done.append(state)
-    return done
+        rewrites.append(state)
+    return rewrites

@@ -1,4 +1,4 @@
-"""Why a candidate is not fused, as a value: a code for programs, the node at fault, and a sentence for people."""
+"""Refusals: why a candidate is not fused, as a code, the node at fault, and a sentence for the report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import fx
 
 
 class Code(Enum):
-    """What kind of reason keeps a candidate from being fused."""
+    """The kind of reason why a candidate is not fused."""
 
     ESCAPES = "an intermediate value is used outside the match"
     ORDER = "an output is used before all inputs are there"
@@ -33,7 +33,7 @@ class Refusal:
 
     Attributes:
         code: the kind of reason.
-        node: the node at fault, or None if there is no single one.
+        node: the node at fault, or None if there is no single node.
         text: the sentence that reports show.
     """
 

@@ -1,4 +1,4 @@
-"""One graph on its way through the passes: what goes in, what the passes have found, and what they did."""
+"""The state of one graph while passes rewrite it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Counts = dict[str, int]
 
 @dataclass(frozen=True)
 class PassRecord:
-    """One run of a pass: its name, how long it took, and what it counted."""
+    """One run of a pass: its name, its time, and its counts."""
 
     name: str
     seconds: float
@@ -36,23 +36,24 @@ class NearMiss:
 
 @dataclass
 class Rewrite:
-    """The rewriting of one graph. A pass reads and fills the fields below; only the last ones change the graph.
+    """The rewriting of one graph. A pass reads and fills the fields below; only the last passes change the graph.
 
     Attributes:
-        gm: the graph; `is_body` says whether it is a region of another graph, such as a checkpointed one.
+        gm: the graph.
         rules: the rules to apply; their order does not matter.
-        verify: replay every distinct match in float64 against its op's reference.
-        decodes: read products of 4-bit weights as linear layers, for ops that take these weights in 4 bits.
+        verify: whether to replay every distinct match in float64 against its op's reference.
+        reads_quantized: whether to read products of 4-bit weights as linear layers, for ops that read such weights.
+        is_body: whether the graph is a region of another graph, such as a checkpointed one.
         quantized: the products that are read so, with what is needed to restore them.
-        view: what the nodes mean.
-        anchors: by op family the candidates for fusion, with the rules that are about them.
-        proposed: matches that no pass has checked yet.
-        legal: matches that may replace their nodes.
-        accepted: legal matches that passed verification, if there is any.
+        view: the canonical view of the graph.
+        anchors: the candidates of each op family, with the rules that apply to them.
+        proposed: matches that are not yet checked.
+        legal: matches that passed the legality checks.
+        accepted: legal matches that passed verification, or all if it is off.
         refused: matches that are not used, and why.
         chosen: disjoint matches that replace their nodes.
         missed: candidates that no chosen match covers.
-        deferred: losses whose logits are deferred, which counts as fused.
+        deferred: losses whose logits are deferred, which count as fused.
         defers_head: whether the graph is an output head that now defers its logits.
         head_refusal: why the graph, which is an output head, cannot defer its logits.
         records: the passes that ran, in order.
@@ -61,7 +62,7 @@ class Rewrite:
     gm: fx.GraphModule
     rules: Sequence[AnyRule]
     verify: bool = False
-    decodes: bool = True
+    reads_quantized: bool = True
     is_body: bool = False
     quantized: list[Proposal] = field(default_factory=list)
     view: View = field(init=False)

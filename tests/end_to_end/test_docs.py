@@ -117,7 +117,7 @@ def test_the_page_on_ops_describes_every_field_of_a_policy() -> None:
 @contextlib.contextmanager
 def canonical_operations_restored() -> Iterator[None]:
     """Forget what a page spells, which is known in the whole process."""
-    tables = [spelling._OPS, *spelling._SPELLED.values()]
+    tables = [spelling._OPS, *spelling._SPELLINGS.values()]
     before = [dict(table) for table in tables]
     try:
         yield

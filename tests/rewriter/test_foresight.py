@@ -14,7 +14,7 @@ import torch
 import fastlora
 from fastlora.frontend.progress import progress
 
-GUESSED = {"cross_entropy_kernel", "turn_kernel"}
+GUESSED = {"cross_entropy_kernel", "rotary_kernel"}
 """The loss is foreseen as a mean over float32 logits that are not capped, incoming gradients as laid out as results."""
 SCRIPT = Path(__file__).parents[1] / "foreseen_launches.py"
 
@@ -24,7 +24,7 @@ def test_launches_of_both_directions_and_of_the_loss_are_foreseen_without_a_gpu(
     done = subprocess.run([sys.executable, SCRIPT], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    norms_units_and_rotary = {"forward_kernel", "backward_kernel", "turn_kernel"}
+    norms_units_and_rotary = {"forward_kernel", "backward_kernel", "rotary_kernel"}
     loss = {"rank_kernel", "gather_kernel", "cross_entropy_kernel", "scatter_kernel", "multiply_kernel"}
     assert found.keys() >= norms_units_and_rotary | loss
 

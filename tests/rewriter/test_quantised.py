@@ -19,7 +19,7 @@ from fastlora.kernels.ops import dequantize_4bit, lora_linear
 from fastlora.lower import rematerialize
 from fastlora.lower.lowering import lower
 from fastlora.rewrite.pipeline import rewrite
-from fastlora.rewrite.quantized import propose, settle
+from fastlora.rewrite.quantized import propose, restore
 
 WIDTH, RANK = 128, 4
 
@@ -79,7 +79,7 @@ def test_products_that_no_rule_takes_are_put_back(kept: Format, requires_grad: b
     expected = results(gm.forward, inputs)
     proposals = propose(gm)
     assert len(proposals) == 2
-    settle(gm.graph, proposals)
+    restore(gm.graph, proposals)
     gm.recompile()
     after = [(node.op, str(node.target)) for node in gm.graph.nodes]
     assert sorted(after) == sorted(pair for pair in before if pair[1] != "view" or pair in after)
@@ -184,6 +184,6 @@ def test_functions_with_another_backward_are_left_alone(change: Any) -> None:
 
 def test_another_compiler_gets_the_products_as_they_were_traced() -> None:
     gm, _ = traced(Layer(Format()))
-    rewrite(gm, default_rules(), decodes=False)
+    rewrite(gm, default_rules(), reads_quantized=False)
     assert calls([gm], dequantize_4bit.target) == 0
     assert calls([gm], lora_linear.target) == 0

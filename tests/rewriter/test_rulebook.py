@@ -80,4 +80,4 @@ def test_an_entry_point_without_rules_is_named(value: str, said: str, monkeypatc
         rules_of(_entry(value))
     message = str(error.value)
     assert message.startswith(f"the entry point mine = {value} of the group fastlora.patterns ")
-    assert message.endswith("mend or uninstall the package that brings it, or pass rules= to fastlora.compile")
+    assert message.endswith("fix or uninstall the package that provides it, or pass rules= to fastlora.compile")

@@ -171,7 +171,7 @@ def test_t14_rewritten_graphs_are_python_that_names_its_operators():
 def test_compiling_inside_a_checkpoint_leaves_no_trace_in_what_it_records(monkeypatch):
     """A checkpoint counts the tensors that are saved; the first call, which compiles, may not save more than others."""
     monkeypatch.setattr("fastlora.graph.effects._PROBED", {})
-    monkeypatch.setattr("fastlora.rewrite.verify._SEEN", {})
+    monkeypatch.setattr("fastlora.rewrite.verify._VERIFIED", {})
     model = build("gpt_neox", dropout=0.1)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()

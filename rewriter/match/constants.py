@@ -1,4 +1,4 @@
-"""Which constants an op takes for an argument, by its schema and declared choices."""
+"""Checking constants against an op's schema and declared choices."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def misfit(op: SemanticOp, argument: Argument, value: Any) -> str | None:
+def constant_fault(op: SemanticOp, argument: Argument, value: Any) -> str | None:
     """Return why a constant cannot be the value of an argument, or None if it can."""
     shown = f"{argument.name}={value!r}"
     if value is None:
         return None if argument.is_optional else f"{shown}: {op.name}{op.schema} takes {argument.type}"
     if argument.is_tensor:
         return f"{shown}: {op.name}{op.schema} takes {argument.type}, which no constant is; capture it"
-    kind = argument.type.removesuffix("[]").removesuffix("?")
-    listed = isinstance(value, (list, tuple))
-    if listed != argument.is_list or not all(_is(each, kind) for each in (value if listed else [value])):
+    type_name = argument.type.removesuffix("[]").removesuffix("?")
+    is_list = isinstance(value, (list, tuple))
+    if is_list != argument.is_list or not all(_has_type(each, type_name) for each in (value if is_list else [value])):
         return f"{shown}: {op.name}{op.schema} takes {argument.type}, not {type(value).__name__}"
     allowed = op.choices.get(argument.name)
     if allowed is not None and value not in allowed:
@@ -36,5 +36,5 @@ def misfit(op: SemanticOp, argument: Argument, value: Any) -> str | None:
     return None
 
 
-def _is(value: Any, kind: str) -> bool:
-    return isinstance(value, _TYPES.get(kind, (object,))) and (kind == "bool" or not isinstance(value, bool))
+def _has_type(value: Any, type_name: str) -> bool:
+    return isinstance(value, _TYPES.get(type_name, (object,))) and (type_name == "bool" or not isinstance(value, bool))
