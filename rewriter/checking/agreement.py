@@ -1,17 +1,17 @@
-"""Decide whether a compiled training step computes what the eager step computes: its loss and every gradient.
+"""Deciding whether a compiled training step agrees with the eager step: in its loss and in every gradient.
 
-The error of a gradient is the norm of its difference from the float64 gradient, relative to the norm of that. It must
-not exceed
+The error of a gradient is the norm of its difference from the float64 gradient, relative to the norm of the latter. It
+must not exceed
 
     1.25 * (error of the eager gradient) + floor + noise
 
-The floor is an error that rounding explains in any case: it depends on the dtype, and is at least a quarter of the
-error of all eager gradients together. The noise is a quarter of one rounding of the largest gradient: a gradient whose
-terms cancel, such as that of a key's bias in attention, is nothing but the rounding errors of others.
+The floor is an error that rounding always explains: it depends on the dtype, and is at least a quarter of the error of
+all eager gradients together. The noise is a quarter of one rounding of the largest gradient: a gradient whose terms
+cancel, such as that of a key's bias in attention, consists of the rounding errors of others.
 
-In one step either of two roundings may be the better one by chance. An error beyond its bound is therefore measured
-again in a few similar steps, and the median decides. Without float64, the distance from the eager gradient is compared
-with a bound that depends on the dtype alone.
+In a single step, either of two roundings may be better by chance. So an error beyond its bound is measured again in a
+few similar steps, and the median decides. Without float64, the distance from the eager gradient is compared with a
+bound that depends only on the dtype.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ import torch
 
 from fastlora.checking.trial import Step
 
-SLACK = 1.25
+ERROR_RATIO = 1.25
 STEPS = 8
-"""Number of steps of which the median decides."""
+"""Number of steps over which the median is taken."""
 LISTED = 10
-"""Number of losses and gradients that a result lists."""
+"""Number of losses and gradients that an `Agreement` lists."""
 _LOSS = "the loss"
 _FLOAT32, _FLOAT64 = 1e-5, 1e-10
-_TENSOR_CORES = 2.0**-10
+_TF32_EPS = 2.0**-10
 """Spacing of numbers next to 1 in TF32."""
-_APART = 16.0
-"""Without float64, how many times the floor two gradients may be apart, both of which have errors."""
-_LOSS_APART = 2.0
+_GRADIENT_RATIO = 16.0
+"""Without float64, the largest distance of two gradients as a multiple of the floor; both have errors."""
+_LOSS_RATIO = 2.0
 """The same for losses."""
-_UNLIKE = 0.5
-"""Error of all eager gradients beyond which the step in float64 must be another computation."""
+_MAX_EAGER_ERROR = 0.5
+"""Error of all eager gradients beyond which the step in float64 is considered another computation."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class Agreement:
         missing: parameters that got a gradient in the eager step alone.
         extra: parameters that got a gradient in the compiled step alone.
         fused: the number of sites that fastlora has fused.
-        skipped: what was not done, and why.
-        notes: what else to know about the comparison.
+        skipped: checks that were skipped, and why.
+        notes: further notes on the comparison.
     """
 
     loss: Losses
@@ -132,12 +132,13 @@ class Agreement:
         return "\n".join([*lines, *(f"skipped: {why}" for why in self.skipped), *(f"note: {n}" for n in self.notes)])
 
     def _verdict(self) -> str:
-        judge = "eager PyTorch" if self.loss.float64 is None else "eager PyTorch and float64"
+        reference = "eager PyTorch" if self.loss.float64 is None else "eager PyTorch and float64"
         what = f"the loss and {self.compared} gradients of one training step with {self.fused} fused sites"
         if self.right:
-            return f"right: {what} agree with {judge} (largest error relative to its bound: {self.worst[0]})."
+            return f"right: {what} agree with {reference} (largest error relative to its bound: {self.worst[0]})."
         unmatched = len(self.missing) + len(self.extra)
-        return f"wrong: {what} were compared with {judge}; {self.wrong} are beyond their bounds, {unmatched} unmatched."
+        compared = f"wrong: {what} were compared with {reference}"
+        return f"{compared}; {self.wrong} are beyond their bounds, {unmatched} unmatched."
 
     def to_json(self) -> str:
         """Return the result as JSON with the field names of this class; a number that is not finite is null."""
@@ -145,7 +146,7 @@ class Agreement:
 
 
 class Steps(NamedTuple):
-    """The same step compiled, eager, and in float64 if that is possible."""
+    """One training step run compiled, eager, and in float64 if that is possible."""
 
     compiled: Step
     eager: Step
@@ -153,51 +154,52 @@ class Steps(NamedTuple):
 
 
 class Rounding(NamedTuple):
-    """The spacing of numbers next to 1, and the relative error that rounding explains in any case."""
+    """The spacing of numbers next to 1, and the relative error that rounding always explains."""
 
     eps: float
     floor: float
 
 
-def rounding(dtypes: Iterable[torch.dtype], tensor_cores: bool) -> Rounding:
+def rounding_of(dtypes: Iterable[torch.dtype], tensor_cores: bool) -> Rounding:
     """Return the rounding of a model that computes in these dtypes.
 
     Args:
-        dtypes: the dtypes, of which the coarsest counts.
-        tensor_cores: whether products of float32 may be computed in TF32.
+        dtypes: the dtypes; the coarsest counts.
+        tensor_cores: whether float32 products may be computed in TF32.
     """
-    kinds = set(dtypes)
-    eps = max((torch.finfo(dtype).eps for dtype in kinds), default=torch.finfo(torch.float32).eps)
-    if torch.float32 in kinds and tensor_cores:
-        eps = max(eps, _TENSOR_CORES)
+    dtypes = set(dtypes)
+    eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo(torch.float32).eps)
+    if torch.float32 in dtypes and tensor_cores:
+        eps = max(eps, _TF32_EPS)
     if eps > torch.finfo(torch.float32).eps:
         return Rounding(eps, eps)
     return Rounding(eps, _FLOAT64 if eps < torch.finfo(torch.float32).eps else _FLOAT32)
 
 
-def unlike(eager: Step, exact: Step) -> str | None:
-    """Return why the step in float64 cannot be the same computation as the eager step, or None."""
-    error = _together(eager, exact)
-    return f"its gradients differ from eager's by {error:.0%}, more than rounding explains" if error > _UNLIKE else None
+def float64_mismatch(eager: Step, exact: Step) -> str | None:
+    """Return why the step in float64 does not compute the same as the eager step, or None if it may."""
+    error = _total_error(eager, exact)
+    if error <= _MAX_EAGER_ERROR:
+        return None
+    return f"its gradients differ from eager's by {error:.0%}, more than rounding explains"
 
 
 def compare(runs: Sequence[Steps], rounding: Rounding, names: Iterable[str] | None = None) -> list[Compared]:
     """Compare the loss and the gradients that the compiled and the eager step have in common.
 
     Args:
-        runs: similar steps; the result is the median over them. All or none have a step in float64.
+        runs: similar steps; the result is the median over them. Either all or none have a step in float64.
         rounding: the rounding of the dtypes that the model computes in.
-        names: what to compare; None for everything.
+        names: the losses and gradients to compare; None for all.
     """
     measured = [_measure(steps, rounding) for steps in runs]
-    wanted = measured[0] if names is None else names
-    return [_median(name, [each[name] for each in measured]) for name in wanted]
+    return [_median(name, [each[name] for each in measured]) for name in (measured[0] if names is None else names)]
 
 
 def _measure(steps: Steps, rounding: Rounding) -> dict[str, Compared]:
     compiled, eager, exact = steps
     largest = max(filter(math.isfinite, map(_norm, eager.gradients.values())), default=0.0)
-    floor = rounding.floor if exact is None else max(rounding.floor, _together(eager, exact) / 4)
+    floor = rounding.floor if exact is None else max(rounding.floor, _total_error(eager, exact) / 4)
     found = {_LOSS: _compared(_LOSS, compiled.loss, eager.loss, None if exact is None else exact.loss, floor, 0.0)}
     for name in eager.gradients.keys() & compiled.gradients.keys():
         truth = exact.gradients.get(name) if exact is not None else None
@@ -207,20 +209,23 @@ def _measure(steps: Steps, rounding: Rounding) -> dict[str, Compared]:
 
 
 def _compared(
-    name: str, mine: torch.Tensor, its: torch.Tensor, truth: torch.Tensor | None, floor: float, noise: float
+    name: str, compiled: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor | None, floor: float, noise: float
 ) -> Compared:
-    judge = its if truth is None else truth
-    finite = mine.isfinite(), its.isfinite(), judge.isfinite()
-    everywhere = finite[0] & finite[1] & finite[2]
-    mine, its, judge = (torch.where(everywhere, t.detach().double(), 0.0) for t in (mine, its, judge))
-    size = max(_norm(judge), noise) or 1.0
-    alike = any(torch.equal(finite[0], other) for other in finite[1:])  # where eager or float64 overflows, so may it
-    error = _norm(mine - judge) / size if alike else math.inf
-    if truth is None:
-        apart = _LOSS_APART if name == _LOSS else _APART
-        return Compared(name, error, apart * floor + noise / size)
-    eager_error = _norm(its - judge) / size
-    return Compared(name, error, SLACK * eager_error + floor + noise / size, eager_error)
+    reference = eager if exact is None else exact
+    finite = compiled.isfinite(), eager.isfinite(), reference.isfinite()
+    all_finite = finite[0] & finite[1] & finite[2]
+    compiled, eager, reference = (
+        torch.where(all_finite, t.detach().double(), 0.0) for t in (compiled, eager, reference)
+    )
+    size = max(_norm(reference), noise) or 1.0
+    # the compiled step may overflow where eager or float64 does
+    same_overflow = any(torch.equal(finite[0], other) for other in finite[1:])
+    error = _norm(compiled - reference) / size if same_overflow else math.inf
+    if exact is None:
+        ratio = _LOSS_RATIO if name == _LOSS else _GRADIENT_RATIO
+        return Compared(name, error, ratio * floor + noise / size)
+    eager_error = _norm(eager - reference) / size
+    return Compared(name, error, ERROR_RATIO * eager_error + floor + noise / size, eager_error)
 
 
 def _median(name: str, found: Sequence[Compared]) -> Compared:
@@ -229,15 +234,15 @@ def _median(name: str, found: Sequence[Compared]) -> Compared:
     return Compared(name, error, bound, statistics.median(eagers) if eagers else None)
 
 
-def _together(step: Step, exact: Step) -> float:
+def _total_error(step: Step, exact: Step) -> float:
     """Return the relative error of all finite gradients as one vector."""
-    off = size = 0.0
+    squared_error = squared_norm = 0.0
     for name in step.gradients.keys() & exact.gradients.keys():
-        mine, true = (each.gradients[name].double() for each in (step, exact))
-        wrong, norm = _norm(mine - true), _norm(true)
-        if math.isfinite(wrong) and math.isfinite(norm):
-            off, size = off + wrong**2, size + norm**2
-    return (off / size) ** 0.5 if size else 0.0
+        gradient, truth = (each.gradients[name].double() for each in (step, exact))
+        error, norm = _norm(gradient - truth), _norm(truth)
+        if math.isfinite(error) and math.isfinite(norm):
+            squared_error, squared_norm = squared_error + error**2, squared_norm + norm**2
+    return (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
 
 
 def _norm(tensor: torch.Tensor) -> float:

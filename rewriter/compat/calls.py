@@ -1,4 +1,4 @@
-"""The calls of an op: what its tensors are, what is active around it, and how to run below autograd."""
+"""Calls of an op: the layouts of its tensors, the active profiler, device and stream, and running below autograd."""
 
 from __future__ import annotations
 
@@ -26,41 +26,41 @@ __all__ = [
 ]
 
 dispatch_keys = torch._C._dispatch_keys
-"""Return the dispatch keys of a tensor; `raw_repr()` of two plain tensors on one kind of device is the same number."""
+"""Return the dispatch keys of a tensor; their `raw_repr()` is the same for all plain tensors on one type of device."""
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
-"""A context manager within which operators are dispatched past autograd."""
+"""A context manager in which operators are dispatched below autograd."""
 
 below_views = torch._C._AutoDispatchBelowADInplaceOrView
-"""A context manager within which operators are dispatched past autograd, and past what notes whose view a result is."""
+"""A context manager in which operators are dispatched below autograd and below the tracking of views."""
 
 keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
-"""Return whether the running backward was called with `retain_graph`, or another way that keeps what was saved."""
+"""Return whether the running backward keeps saved tensors, as with `retain_graph`."""
 
 profiler_is_enabled = torch.autograd._profiler_enabled
 """Return whether PyTorch's profiler is recording."""
 
 assert_async = torch._assert_async
-"""Raise an error on the device, without waiting for it, if a tensor of one element is zero."""
+"""Raise an error asynchronously on the device if a tensor of one element is zero."""
 
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
-"""Return the index of the current CUDA device; -1 in a build for CPUs."""
+"""Return the index of the current CUDA device, or -1 in a CPU build."""
 
 current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
-"""Return the handle of the current stream of a CUDA device; 0 in a build for CPUs."""
+"""Return the handle of the current stream of a CUDA device, or 0 in a CPU build."""
 
 
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """Return `function.apply` for calls outside of transforms of torch.func, after which `apply` looks in Python."""
+    """Return `function.apply` without its check for transforms of torch.func, which runs in Python."""
     apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     return apply
 
 
 def layout_check(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
-    """Return a check whether other tensors, given one by one, are of the same layouts as these.
+    """Return a function that checks whether other tensors, passed one by one, have the layouts of these.
 
-    Compared in C++ are classes, dispatch keys (autocast's included), dtypes, devices, `requires_grad`, sizes and
-    strides; and no two of them may be the same tensor.
+    It compares, in C++, classes, dispatch keys (including autocast's), dtypes, devices, `requires_grad`, sizes and
+    strides; no tensor may be passed twice.
     """
     sizes: Any = [list(t.shape) for t in tensors]
     strides: Any = [list(t.stride()) for t in tensors]

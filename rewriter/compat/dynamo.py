@@ -1,4 +1,4 @@
-"""TorchDynamo and Inductor: their settings, errors and counters, and the marks that they put on what is traced."""
+"""TorchDynamo and Inductor: their settings, errors and counters, and the metadata of traced graphs."""
 
 from __future__ import annotations
 
@@ -24,49 +24,49 @@ __all__ = [
     "config",
     "current_frame",
     "graph_breaks",
-    "is_held_by_a_module",
+    "is_static_input",
     "shape_config",
     "traced_seconds",
 ]
 
 config = torch._dynamo.config
-"""TorchDynamo's settings, of which these are set while a region runs: `recompile_limit`, `suppress_errors` (run code
-that cannot be traced as it is) and `skip_nnmodule_hook_guards` (hooks registered later are ignored). In torch 2.11
-`torch.compile` has no argument for the first."""
+"""TorchDynamo's settings. While a region runs, these are set: `recompile_limit`, for which `torch.compile` has no
+argument in torch 2.11, `suppress_errors` (run code uncompiled if it cannot be traced), and
+`skip_nnmodule_hook_guards` (do not guard on hooks)."""
 
 shape_config = torch.fx.experimental._config
-"""The settings of symbolic shapes, of which `backed_size_oblivious` is set while a region runs: sizes of one then share
-the graph of others."""
+"""The settings of symbolic shapes. While a region runs, `backed_size_oblivious` is set: sizes of one then share a graph
+with other sizes."""
 
 INLINE_ATTRIBUTE = "_torchdynamo_inline"
-"""The attribute of a function that has TorchDynamo trace another function in its place. `torch.compile` sets it on what
-it returns."""
+"""The attribute of a function that TorchDynamo traces instead of the function. `torch.compile` sets it on the functions
+that it returns."""
 
 
 def current_frame() -> int | None:
-    """Return the number of the code that TorchDynamo is compiling: graphs of the same code have the same one."""
+    """Return the id of the frame that TorchDynamo is compiling, which graphs of the same code share."""
     compiling = CompileContext.current_compile_id()
     return None if compiling is None else compiling.frame_id
 
 
 def graph_breaks() -> Counter[str]:
-    """Return how often TorchDynamo has broken a graph in this process, by its reasons."""
+    """Return the counts of TorchDynamo's graph breaks in this process, by reason."""
     return Counter(counters["graph_break"])
 
 
 def traced_seconds() -> float:
-    """Return the seconds that TorchDynamo has spent in this process, without those in backends."""
+    """Return the seconds that TorchDynamo has spent in this process, excluding backends."""
     spent = calculate_time_spent()
     return max(0.0, spent.get("entire_frame_compile", 0.0) - spent.get("backend_compile", 0.0))
 
 
-def is_held_by_a_module(node: fx.Node) -> bool:
-    """Whether TorchDynamo found a graph's input in a module, and not among the arguments of the call."""
+def is_static_input(node: fx.Node) -> bool:
+    """Return whether an input of a graph is an attribute of a module instead of an argument of the call."""
     return node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") is not None
 
 
 def checkpoint_context(body: fx.GraphModule) -> Callable[[], Any] | None:
-    """Return the `context_fn` of the checkpoint that a body of a graph was traced for, if there is one."""
+    """Return the `context_fn` of the checkpoint for which a body of a graph was traced, if there is one."""
     return body.meta.get("_checkpoint_context_fn")
 
 

@@ -1,4 +1,4 @@
-"""Launches of Triton's kernels, in triton 3.6. Only what runs kernels imports this."""
+"""Launches of Triton kernels, in triton 3.6. Import this only where kernels run."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ __all__ = ["direct_launch", "has_launch_hooks", "launch"]
 
 
 def has_launch_hooks() -> bool:
-    """Return whether something listens to launches, such as Triton's profiler."""
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+    """Return whether launch hooks are registered, such as those of Triton's profiler."""
+    enter_hook, exit_hook = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter_hook, "calls", enter_hook) or getattr(exit_hook, "calls", exit_hook))
 
 
 def launch(kernel: Any, grid: tuple[int, int, int], stream: int, *args: Any) -> None:
-    """Launch a compiled kernel, without hooks, with all of its arguments in order."""
+    """Launch a compiled kernel with all its arguments, in order, without calling hooks."""
     kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *args)
 
 
 def direct_launch(kernel: Any, grid: tuple[int, int, int], stream: Any) -> tuple[Any, tuple[Any, ...]] | None:
-    """Return the C function behind a kernel's launcher, and what it takes before the kernel's own arguments.
+    """Return the C function of a kernel's launcher and its leading arguments, which precede those of the kernel.
 
-    None for a kernel whose launcher allocates scratch memory.
+    Return None for a kernel whose launcher allocates scratch memory.
     """
     launcher = kernel.run
     if any(getattr(launcher, name, 1) for name in ("global_scratch_size", "profile_scratch_size")):

@@ -1,4 +1,4 @@
-"""`nn.Module`: its compiled-call slot, its hooks and its parts; FSDP's state; configurations of transformers."""
+"""`nn.Module`: its compiled-call slot, hooks, children and parameters; FSDP's state; transformers' configurations."""
 
 from __future__ import annotations
 
@@ -27,59 +27,60 @@ __all__ = [
 Hooks = dict[int, Any]
 
 global_hooks_exist = _has_any_global_hook
-"""Return whether hooks are registered for all modules of the process, by `register_module_forward_hook` say."""
+"""Return whether hooks are registered for all modules of the process, such as by `register_module_forward_hook`."""
 
 Dropout = _DropoutNd
-"""The base of `nn.Dropout` and of its relatives, which keep their probability as `p`."""
+"""The base class of `nn.Dropout` and its variants, whose probability is the attribute `p`."""
 
 _CALL = nn.Module._wrapped_call_impl.__code__  # type: ignore[attr-defined]
 
 
 def compiled_call(module: nn.Module) -> Any:
-    """Return what `module(...)` calls in place of the module's own code, None for nothing.
+    """Return the function in a module's compiled-call slot, which `module(...)` calls instead of the module; None if
+    the slot is empty.
 
-    `nn.Module.compile` fills the same slot. It is no part of a state dict, and pickling and copying drop it.
+    `nn.Module.compile` uses the same slot. It is not part of the state dict, and pickling and copying drop it.
     """
     return module._compiled_call_impl
 
 
 def set_compiled_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
-    """Set what `module(...)` calls in place of the module's own code; None for nothing."""
+    """Put a function into a module's compiled-call slot; None to empty it."""
     module._compiled_call_impl = call  # type: ignore[assignment]
 
 
 def uncompiled_call(module: nn.Module) -> Any:
-    """Return what `module(...)` calls if the compiled-call slot is empty: its hooks and its forward."""
+    """Return the function that `module(...)` calls if the compiled-call slot is empty: hooks and forward."""
     return module._call_impl
 
 
 def module_of_call(depth: int) -> nn.Module | None:
-    """Return the module whose `__call__` is `depth` frames above the caller of this function, None if another function
-    is there. `nn.Module.__call__` is the function `_wrapped_call_impl`, in which the module is `self`."""
+    """Return the module whose `__call__` is `depth` frames above the caller of this function, or None if that frame is
+    of another function."""
     frame = sys._getframe(depth + 1)
     module = frame.f_locals.get("self") if frame.f_code is _CALL else None
     return module if isinstance(module, nn.Module) else None
 
 
 def hooks_of(module: nn.Module) -> tuple[Hooks, Hooks, Hooks, Hooks]:
-    """Return the hooks that run around a module's forward and its backward."""
+    """Return the hooks that run around a module's forward and backward."""
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
-    """Return the dictionary in which a module keeps its children."""
+    """Return the dictionary of a module's children."""
     return module._modules
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """Return the dictionary in which a module keeps its own parameters."""
+    """Return the dictionary of a module's direct parameters."""
     return module._parameters
 
 
 def frees_parameters_after_forward(module: Any) -> bool:
-    """Whether FSDP frees the parameters of an `FSDPModule` after its forward; True if that cannot be told.
+    """Return whether FSDP frees the parameters of an `FSDPModule` after its forward; True if that is not known.
 
-    The state of the module has one group of parameters in torch 2.11, a list of groups in 2.13.
+    The state of the module has one group of parameters in torch 2.11, and a list of groups in 2.13.
     """
     state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
@@ -87,7 +88,9 @@ def frees_parameters_after_forward(module: Any) -> bool:
 
 
 def run_experts_one_by_one(config: Any) -> None:
-    """Have a transformers configuration that chose grouped products for its experts (`experts_implementation`) choose
-    a loop over experts instead. transformers 5 keeps the choice in a private attribute."""
+    """Set `experts_implementation` of a transformers configuration to a loop over experts, if it is grouped products.
+
+    transformers 5 stores it in a private attribute.
+    """
     if vars(config).get("_experts_implementation_internal") == "grouped_mm":
         vars(config)["_experts_implementation_internal"] = "eager"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fastlora.compat.dynamo import is_held_by_a_module
+from fastlora.compat.dynamo import is_static_input
 from fastlora.compat.tracing import statically_known_true
 
 
@@ -43,4 +43,4 @@ def static_input_indices(gm: fx.GraphModule) -> frozenset[int]:
     """Return the positions of the graph's inputs that are attributes of modules, not arguments of the call: parameters,
     buffers, and the tensors of quantized weights."""
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    return frozenset(i for i, node in enumerate(inputs) if is_held_by_a_module(node))
+    return frozenset(i for i, node in enumerate(inputs) if is_static_input(node))

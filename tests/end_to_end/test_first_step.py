@@ -49,7 +49,7 @@ def x() -> Tensor:
 
 def compiled(model: Any, **options: Any) -> FirstStep:
     """Compile the model with a check of its first step; return that check."""
-    first: FirstStep = fastlora.compile(model, verify="first-step", **options)._compiled_call_impl._first
+    first: FirstStep = fastlora.compile(model, verify="first-step", **options)._compiled_call_impl._first_step
     return first
 
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from fastlora.checking.agreement import STEPS, Compared, Rounding, Steps, compare, rounding, unlike
+from fastlora.checking.agreement import STEPS, Compared, Rounding, Steps, compare, float64_mismatch, rounding_of
 from fastlora.checking.check import agree
 from fastlora.checking.trial import Step
 from fastlora.errors import FastLoRAError
 from fastlora.frontend.options import Options
 from fastlora.frontend.session import Session
 
-FLOAT32 = rounding([torch.float32], tensor_cores=False)
+FLOAT32 = rounding_of([torch.float32], tensor_cores=False)
 TRUE = torch.tensor([3.0, 4.0], dtype=torch.float64)
 HALF = Rounding(2**-7, 2**-7)
 
@@ -100,12 +100,12 @@ def test_one_that_is_not_finite_leaves_others_to_be_judged() -> None:
     ],
 )
 def test_the_coarsest_dtype_says_what_rounding_is(dtypes: list[Any], tensor_cores: bool, floor: float) -> None:
-    assert rounding(dtypes, tensor_cores).floor == floor
+    assert rounding_of(dtypes, tensor_cores).floor == floor
 
 
 def test_what_is_far_from_eager_in_float64_is_another_computation() -> None:
-    assert unlike(step(0.1), step()) is None
-    assert "60%" in str(unlike(step(0.6), step()))
+    assert float64_mismatch(step(0.1), step()) is None
+    assert "60%" in str(float64_mismatch(step(0.6), step()))
 
 
 class Rehearsed:
@@ -115,13 +115,13 @@ class Rehearsed:
         self.model, self.dtypes, self.notes = nn.Linear(2, 1, bias=False), {torch.float32}, []
         self._errors, self._exact, self.taken = errors, exact, 0
 
-    def step(self, slots: Any, exact: bool = False, shaken: int = 0) -> Step:
+    def step(self, slots: Any, exact: bool = False, seed: int = 0) -> Step:
         if exact and not self._exact:
             raise ArithmeticError("no float64")
         if not slots:
             return step(0.0 if exact else 1e-3)
         self.taken += 1
-        return step(self._errors[shaken])
+        return step(self._errors[seed])
 
 
 def judged(trial: Any) -> Any:

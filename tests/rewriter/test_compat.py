@@ -28,7 +28,7 @@ def test_a_change_is_reported_in_a_line(monkeypatch):
     monkeypatch.setattr("fastlora.compat.autograd.graph_task_id", lambda: 0)
     assert run.failures() == [
         "fastlora.compat.autograd (graph_task_id, NO_BACKWARD): "
-        "ChangedError: expected that there is no backward outside of one"
+        "ChangedError: expected that no backward is running by default"
     ]
 
 

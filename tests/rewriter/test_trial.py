@@ -37,7 +37,7 @@ def test_steps_of_one_random_state_are_the_same() -> None:
 def test_nothing_is_dropped_where_masks_would_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     model = dropping()
     trial = Trial(model, (), batch())
-    monkeypatch.setattr(trial, "_drops", False)
+    monkeypatch.setattr(trial, "_keep_dropout", False)
     one, other = steps(trial, 1, 2)
     assert torch.equal(one.loss, other.loss)
     assert torch.equal(one.loss, model.eval()(**batch()).loss.detach())
@@ -69,10 +69,10 @@ def test_experts_that_are_multiplied_together_run_one_by_one_in_float64() -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_shaken_steps_differ_a_little_and_begin_alike_in_float64(dtype: torch.dtype) -> None:
+def test_perturbed_steps_differ_slightly_and_start_equal_in_float64(dtype: torch.dtype) -> None:
     trial = Trial(build("llama", dtype), (), batch())
-    plain, one, same, other = (trial.step({}, shaken=shaken) for shaken in (0, 1, 1, 2))
-    exact = [trial.step({}, exact=True, shaken=shaken) for shaken in (0, 1)]
+    plain, one, same, other = (trial.step({}, seed=seed) for seed in (0, 1, 1, 2))
+    exact = [trial.step({}, exact=True, seed=seed) for seed in (0, 1)]
     assert torch.equal(one.loss, same.loss)
     for far in (plain, other):
         name = next(name for name in one.gradients if "lora_A" in name)

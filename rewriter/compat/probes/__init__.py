@@ -1,5 +1,4 @@
-"""A probe for each private API in `fastlora.compat`: it uses the API, and fails if that no longer means the same.
+"""Probes of the private APIs in `fastlora.compat`: each uses an API, and fails if it behaves differently than expected.
 
-`run.failures()` runs all of them. There is one module of probes for each module of `compat`, and one probe for each of
-its names.
+`run.failures()` runs all of them. Each module of `compat` has a module of probes, with a probe for each name.
 """

@@ -14,7 +14,7 @@ PROBES, probe = collector()
 
 
 @probe("dispatch_keys")
-def _keys_tell_plain_tensors_from_others() -> None:
+def _keys_distinguish_plain_tensors() -> None:
     x, y = torch.ones(2), torch.ones(3, 4)
     key = calls.dispatch_keys(x).raw_repr()
     expect(key == calls.dispatch_keys(y).raw_repr(), "plain tensors have the same keys")
@@ -28,23 +28,23 @@ def _operators_run_below_autograd() -> None:
     with calls.below_autograd():
         expect(not (x * 2).requires_grad, "a result below autograd has no history")
     with torch.no_grad(), calls.below_views():
-        expect(not x.view(1, 2)._is_view(), "a result below views is no view")
+        expect(not x.view(1, 2)._is_view(), "a result below views is not a view")
 
 
 @probe("keeps_graph")
-def _a_retained_graph_is_told() -> None:
+def _retain_graph_is_reported() -> None:
     kept: list[bool] = []
     x = torch.ones(2, requires_grad=True)
     for retain in (True, False):
         y = x * 2
         y.register_hook(lambda _: kept.append(calls.keeps_graph()))
         y.sum().backward(retain_graph=retain)
-    expect(kept == [True, False], "a backward tells whether it keeps the graph")
+    expect(kept == [True, False], "whether a backward retains the graph is reported")
 
 
 @probe("profiler_is_enabled")
-def _the_profiler_is_told() -> None:
-    expect(calls.profiler_is_enabled() is False, "nothing records outside of the profiler")
+def _profiler_state_is_reported() -> None:
+    expect(calls.profiler_is_enabled() is False, "the profiler is off by default")
 
 
 @probe("assert_async")
@@ -67,11 +67,13 @@ def _devices_and_streams_are_numbers() -> None:
 
 
 @probe("is_contiguous_or_false", "is_fake")
-def _questions_about_tensors() -> None:
+def _contiguous_and_fake_tensors_are_recognized() -> None:
     x = torch.ones(2, 3)
-    expect(calls.is_contiguous_or_false(x) and not calls.is_contiguous_or_false(x.t()), "layouts are told")
+    expect(
+        calls.is_contiguous_or_false(x) and not calls.is_contiguous_or_false(x.t()), "contiguous tensors are recognized"
+    )
     with torch._subclasses.FakeTensorMode() as mode:
-        expect(calls.is_fake(mode.from_tensor(x)) and not calls.is_fake(x), "fake tensors are told from others")
+        expect(calls.is_fake(mode.from_tensor(x)) and not calls.is_fake(x), "fake tensors are recognized")
 
 
 class _Doubled(torch.autograd.Function):
@@ -92,7 +94,7 @@ def _a_function_is_applied() -> None:
 
 
 @probe("layout_check")
-def _layouts_are_told_apart() -> None:
+def _layouts_are_distinguished() -> None:
     x, w = torch.zeros(3, 8), torch.zeros(3, 8)
     check = calls.layout_check([x, w])
     expect(check(torch.ones(3, 8), torch.ones(3, 8)), "tensors of the same layouts pass")
@@ -109,4 +111,4 @@ def _layouts_are_told_apart() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expect(not check(x, w), "tensors under autocast do not pass")
     expect(not check(x, x), "one tensor twice does not pass")
-    expect(not calls.layout_check([x, x])(x, x), "nor where it was there twice")
+    expect(not calls.layout_check([x, x])(x, x), "one tensor twice never passes")

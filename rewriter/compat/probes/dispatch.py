@@ -14,12 +14,12 @@ from fastlora.compat.probes.probe import collector, expect
 PROBES, probe = collector()
 
 
-class _Nothing(TorchDispatchMode):
+class _NoOpMode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
 
 
-class _Sees(torch.Tensor):
+class _CountsOverrides(torch.Tensor):
     """Counts the calls of its function override."""
 
     calls = 0
@@ -32,22 +32,22 @@ class _Sees(torch.Tensor):
 
 def _calls_of_override() -> int:
     """Return how often the override is called for one operation."""
-    t, before = torch.zeros(1).as_subclass(_Sees), _Sees.calls
+    t, before = torch.zeros(1).as_subclass(_CountsOverrides), _CountsOverrides.calls
     torch.neg(t)
-    return _Sees.calls - before
+    return _CountsOverrides.calls - before
 
 
 @probe("dispatch_modes", "disable_modes", "TorchDispatchMode")
-def _modes_are_counted_and_can_be_left() -> None:
+def _modes_are_counted_and_can_be_disabled() -> None:
     before = dispatch.dispatch_modes()
-    with _Nothing():
-        expect(dispatch.dispatch_modes() == before + 1, "one more mode is active inside of a mode")
+    with _NoOpMode():
+        expect(dispatch.dispatch_modes() == before + 1, "a mode is counted inside it")
         with dispatch.disable_modes():
             expect(dispatch.dispatch_modes() == 0, "no mode is active while modes are disabled")
 
 
 @probe("functorch_interpreter")
-def _transforms_are_seen() -> None:
+def _transforms_are_detected() -> None:
     found: list[bool] = []
 
     def function(x: torch.Tensor) -> torch.Tensor:
@@ -55,8 +55,8 @@ def _transforms_are_seen() -> None:
         return x.sum()
 
     torch.func.vmap(function)(torch.zeros(2, 2))
-    expect(dispatch.functorch_interpreter() is None, "no transform is active outside of one")
-    expect(found == [True], "a transform is active inside of one")
+    expect(dispatch.functorch_interpreter() is None, "no transform is active by default")
+    expect(found == [True], "a transform is active inside it")
 
 
 @probe("function_overrides_are_enabled", "disable_function_overrides", "enable_function_overrides")
@@ -64,9 +64,9 @@ def _overrides_can_be_switched() -> None:
     expect(dispatch.function_overrides_are_enabled() and _calls_of_override(), "overrides are called by default")
     with dispatch.disable_function_overrides():
         expect(not _calls_of_override(), "overrides are not called while they are disabled")
-        expect(not dispatch.function_overrides_are_enabled(), "that they are disabled can be asked")
+        expect(not dispatch.function_overrides_are_enabled(), "that they are disabled is reported")
         with dispatch.enable_function_overrides():
-            expect(_calls_of_override(), "overrides are called again where they are enabled")
+            expect(_calls_of_override(), "overrides are called if they are enabled again")
 
 
 @probe("make_wrapper_subclass", "forbid_data_pointer")
@@ -89,7 +89,7 @@ def _a_subclass_without_memory_can_be_made() -> None:
 
 
 @probe("is_wrapper_subclass")
-def _wrapper_subclasses_are_told_apart() -> None:
+def _wrapper_subclasses_are_recognized() -> None:
     class Pair(torch.Tensor):
         def __tensor_flatten__(self) -> Any: ...
 
@@ -108,7 +108,7 @@ def _grouped_products_have_an_older_name() -> None:
 
 
 @probe("function_modes_change_results")
-def _a_default_device_is_no_mode_that_matters() -> None:
+def _default_device_is_ignored() -> None:
     class Nothing(torch.overrides.TorchFunctionMode):
         pass
 
@@ -116,26 +116,32 @@ def _a_default_device_is_no_mode_that_matters() -> None:
     with torch.device("cpu"):
         expect(not dispatch.function_modes_change_results(), "a default device does not count")
     with Nothing():
-        expect(dispatch.function_modes_change_results(), "any other mode counts")
+        expect(dispatch.function_modes_change_results(), "other modes count")
 
 
 @probe("schema_of", "OpOverload", "OpOverloadPacket", "HigherOrderOperator")
 def _operators_have_schemas() -> None:
     aten = torch.ops.aten
     expect(isinstance(aten.add.Tensor, dispatch.OpOverload), "an operator is an OpOverload")
-    expect(isinstance(aten.add, dispatch.OpOverloadPacket), "one without overload is an OpOverloadPacket")
+    expect(isinstance(aten.add, dispatch.OpOverloadPacket), "a packet is an OpOverloadPacket")
     tagged = torch.ops.higher_order.tag_activation_checkpoint
     expect(isinstance(tagged, dispatch.HigherOrderOperator), "a checkpoint in a graph is a HigherOrderOperator")
-    expect(tagged.name() == "tag_activation_checkpoint", "it has that name")
+    expect(tagged.name() == "tag_activation_checkpoint", "its name is tag_activation_checkpoint")
     view, add = dispatch.schema_of(aten.view.default), dispatch.schema_of(aten.add_.Tensor)
-    expect(view.returns[0].alias_info is not None and not view.is_mutable, "a view says so and writes to nothing")
-    expect(add.is_mutable and add.arguments[0].alias_info is not None, "an in-place operator says what it writes to")
+    expect(
+        view.returns[0].alias_info is not None and not view.is_mutable,
+        "a view aliases its argument and writes to nothing",
+    )
+    expect(
+        add.is_mutable and add.arguments[0].alias_info is not None,
+        "the schema of an in-place operator has its mutated argument",
+    )
 
 
 @probe("tree_leaves", "tree_map", "tree_map_only")
-def _containers_are_walked() -> None:
+def _pytrees_are_mapped() -> None:
     tree: Any = {"a": [1, (2, "b")]}
-    expect(dispatch.tree_leaves(tree) == [1, 2, "b"], "leaves come in order")
+    expect(dispatch.tree_leaves(tree) == [1, 2, "b"], "leaves are in order")
     expect(dispatch.tree_map(lambda each: each * 2, tree) == {"a": [2, (4, "bb")]}, "every leaf is mapped")
     expect(
         dispatch.tree_map_only(int, lambda each: -each, tree) == {"a": [-1, (-2, "b")]}, "leaves of a type are mapped"

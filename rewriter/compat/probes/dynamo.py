@@ -15,8 +15,8 @@ from fastlora.compat.probes.probe import collector, expect
 PROBES, probe = collector()
 
 
-class _Collects:
-    """A backend that keeps the graphs that it is given."""
+class _GraphCollector:
+    """A backend that keeps the graphs it compiles."""
 
     def __init__(self) -> None:
         self.graphs: list[fx.GraphModule] = []
@@ -37,11 +37,11 @@ def _settings_have_their_names() -> None:
 
 
 @probe("OptimizedModule")
-def _compiled_modules_are_told_apart() -> None:
+def _compiled_modules_are_recognized() -> None:
     module = nn.ReLU()
     made: Any = torch.compile(module, backend="eager")
     expect(isinstance(made, dynamo.OptimizedModule), "torch.compile returns an OptimizedModule")
-    expect(made._orig_mod is module, "it holds the module")
+    expect(made._orig_mod is module, "_orig_mod is the module")
 
 
 @probe("BackendCompilerFailed")
@@ -52,7 +52,7 @@ def _errors_of_backends_are_wrapped() -> None:
     try:
         torch.compile(lambda x: x * 2, backend=backend)(torch.ones(2))
     except dynamo.BackendCompilerFailed as failure:
-        expect(isinstance(failure.inner_exception, ValueError), "the error of the backend is in it")
+        expect(isinstance(failure.inner_exception, ValueError), "inner_exception is the error of the backend")
     else:
         expect(False, "an error in a backend is raised")
 
@@ -67,7 +67,7 @@ def _errors_of_operations_are_wrapped() -> None:
 
 
 @probe("INLINE_ATTRIBUTE")
-def _another_function_is_traced() -> None:
+def _inline_attribute_is_traced() -> None:
     def called(x: torch.Tensor) -> torch.Tensor:
         return x * 2
 
@@ -77,22 +77,22 @@ def _another_function_is_traced() -> None:
     expect(called(torch.ones(1)).item() == 2.0, "a call that is not traced runs the function itself")
 
 
-@probe("current_frame", "is_held_by_a_module")
-def _graphs_say_what_they_are_of() -> None:
-    backend, layer = _Collects(), nn.Linear(2, 2)
-    expect(dynamo.current_frame() is None, "nothing is compiled outside of a backend")
+@probe("current_frame", "is_static_input")
+def _frames_and_static_inputs_are_recorded() -> None:
+    backend, layer = _GraphCollector(), nn.Linear(2, 2)
+    expect(dynamo.current_frame() is None, "no frame is compiled outside of a backend")
     torch.compile(lambda x: layer(x), backend=backend)(torch.ones(1, 2))
-    expect(isinstance(backend.frames[0], int), "the code that is compiled has a number")
+    expect(isinstance(backend.frames[0], int), "the compiled frame has an id")
     inputs = [node for node in backend.graphs[0].graph.nodes if node.op == "placeholder"]
-    held = [dynamo.is_held_by_a_module(node) for node in inputs]
-    expect(sum(held) == 2 and len(held) == 3, "weight and bias are a module's, the argument is not")
+    static = [dynamo.is_static_input(node) for node in inputs]
+    expect(sum(static) == 2 and len(static) == 3, "weight and bias are static inputs, the argument is not")
 
 
 @probe("checkpoint_context")
-def _a_checkpoint_keeps_its_context() -> None:
+def _context_fn_of_a_checkpoint_is_kept() -> None:
     from torch.utils.checkpoint import noop_context_fn
 
-    backend = _Collects()
+    backend = _GraphCollector()
 
     def context() -> Any:
         return noop_context_fn()

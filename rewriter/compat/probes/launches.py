@@ -17,15 +17,15 @@ _ORDER = (
 
 
 @probe("has_launch_hooks")
-def _nothing_listens() -> None:
-    expect(launches.has_launch_hooks() is False, "nothing listens to launches by default")
+def _no_launch_hooks_by_default() -> None:
+    expect(launches.has_launch_hooks() is False, "there are no launch hooks by default")
 
 
 @probe("launch", "direct_launch")
-def _launchers_hand_on_what_they_take() -> None:
-    """The C function behind a launcher has no signature, so the call of it is read."""
+def _launchers_pass_arguments_in_order() -> None:
+    """Read the source of the call, as the C function of a launcher has no signature."""
     source = inspect.getsource(CudaLauncher.__call__)
     places = [source.find(name, source.index("self.launch(")) for name in _ORDER]
-    expect(places == sorted(places) and min(places) >= 0, f"a launcher hands on {', '.join(_ORDER)}")
+    expect(places == sorted(places) and min(places) >= 0, f"a launcher passes {', '.join(_ORDER)} in this order")
     names = CudaLauncher.__init__.__code__.co_names
-    expect({"global_scratch_size", "profile_scratch_size"} <= set(names), "a launcher knows its scratch sizes")
+    expect({"global_scratch_size", "profile_scratch_size"} <= set(names), "a launcher has its scratch sizes")

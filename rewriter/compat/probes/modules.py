@@ -17,7 +17,7 @@ PROBES, probe = collector()
 
 
 @probe("compiled_call", "set_compiled_call", "uncompiled_call")
-def _a_slot_takes_the_place_of_a_modules_code() -> None:
+def _compiled_call_slot_replaces_the_call() -> None:
     module, x = nn.ReLU(), torch.ones(1)
     expect(modules.compiled_call(module) is None, "the slot is empty at first")
 
@@ -25,11 +25,11 @@ def _a_slot_takes_the_place_of_a_modules_code() -> None:
         return 2 * modules.uncompiled_call(module)(x)
 
     modules.set_compiled_call(module, twice)
-    expect(modules.compiled_call(module) is twice and module(x).item() == 2.0, "what is in the slot is called")
+    expect(modules.compiled_call(module) is twice and module(x).item() == 2.0, "the function in the slot is called")
     expect(modules.compiled_call(copy.deepcopy(module)) is None, "a copy has an empty slot")
-    expect(not module.state_dict(), "the slot is no part of the state dict")
+    expect(not module.state_dict(), "the slot is not in the state dict")
     modules.set_compiled_call(module, None)
-    expect(module(x).item() == 1.0, "the module's own code runs again once the slot is empty")
+    expect(module(x).item() == 1.0, "the module itself runs if the slot is empty")
 
 
 @probe("module_of_call")
@@ -39,7 +39,7 @@ def _the_calling_module_is_found() -> None:
     modules.set_compiled_call(module, lambda x: found.append(modules.module_of_call(1)))
     module(torch.ones(1))
     expect(found == [module], "the module is found in the frame of its __call__")
-    expect(modules.module_of_call(0) is None, "there is none in another frame")
+    expect(modules.module_of_call(0) is None, "no module is found in another frame")
 
 
 @probe("hooks_of")
@@ -62,31 +62,33 @@ def _hooks_are_listed() -> None:
 
 
 @probe("global_hooks_exist")
-def _hooks_on_all_modules_are_seen() -> None:
+def _global_hooks_are_detected() -> None:
     before = modules.global_hooks_exist()
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:
-        expect(modules.global_hooks_exist(), "a hook on all modules is seen")
+        expect(modules.global_hooks_exist(), "a global hook is detected")
     finally:
         handle.remove()
-    expect(modules.global_hooks_exist() == before, "it is gone once it was removed")
+    expect(modules.global_hooks_exist() == before, "a removed hook is not detected")
 
 
 @probe("children_of", "parameters_of")
-def _parts_are_listed() -> None:
+def _children_and_parameters_are_listed() -> None:
     module = nn.Sequential(nn.Linear(1, 1, bias=False))
     expect(modules.children_of(module) == {"0": module[0]}, "children are listed by name")
-    expect(modules.parameters_of(module[0]) == {"weight": module[0].weight, "bias": None}, "parameters are, too")
+    expect(
+        modules.parameters_of(module[0]) == {"weight": module[0].weight, "bias": None}, "parameters are listed by name"
+    )
 
 
 @probe("Dropout")
-def _dropouts_have_a_base() -> None:
+def _dropouts_have_a_base_class() -> None:
     expect(isinstance(nn.Dropout(0.5), modules.Dropout) and nn.Dropout(0.5).p == 0.5, "nn.Dropout has p")
-    expect(isinstance(nn.Dropout2d(0.5), modules.Dropout), "nn.Dropout2d is one, too")
+    expect(isinstance(nn.Dropout2d(0.5), modules.Dropout), "nn.Dropout2d has the same base")
 
 
 @probe("frees_parameters_after_forward")
-def _the_state_of_fsdp_is_known() -> None:
+def _fsdp_state_has_parameter_groups() -> None:
     if not torch.distributed.is_available():
         return
     from torch.distributed.fsdp import FSDPModule
@@ -100,7 +102,7 @@ def _the_state_of_fsdp_is_known() -> None:
     )
     for frees in (True, False):
         module = SimpleNamespace(_get_fsdp_state=lambda frees=frees: _state(frees))
-        expect(modules.frees_parameters_after_forward(module) is frees, "a group says whether it frees parameters")
+        expect(modules.frees_parameters_after_forward(module) is frees, "the group has whether it frees parameters")
 
 
 def _state(frees: bool) -> Any:
@@ -108,9 +110,9 @@ def _state(frees: bool) -> Any:
 
 
 @probe("run_experts_one_by_one")
-def _the_choice_for_experts_is_known() -> None:
+def _experts_implementation_is_replaced() -> None:
     transformers: Any = sys.modules.get("transformers")
-    if transformers is None:  # nothing that is loaded has such a configuration
+    if transformers is None:  # not installed or not imported
         return
     config = transformers.PretrainedConfig(experts_implementation="grouped_mm")
     modules.run_experts_one_by_one(config)

@@ -1,4 +1,4 @@
-"""What a probe is: a function that uses one private API and calls `expect` on what it finds."""
+"""Probes: functions that use a private API and call `expect` on the results."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ Probe = Callable[[], None]
 
 
 class ChangedError(Exception):
-    """A private API no longer means what fastlora takes it to mean."""
+    """A private API does not behave as fastlora expects."""
 
 
 def expect(condition: object, meaning: str) -> None:
-    """Raise `ChangedError` with what was expected, unless the condition holds."""
+    """Raise `ChangedError` with the expected `meaning`, unless the condition holds."""
     if not condition:
         raise ChangedError(f"expected that {meaning}")
 
 
 def collector() -> tuple[dict[str, Probe], Callable[..., Callable[[Probe], Probe]]]:
-    """Return an empty table of probes and the decorator that puts a probe into it, under the names it is about."""
+    """Return an empty table of probes, and a decorator that adds a probe to it under the names that it covers."""
     table: dict[str, Probe] = {}
 
     def probe(*names: str) -> Callable[[Probe], Probe]:
-        def enter(function: Probe) -> Probe:
+        def add(function: Probe) -> Probe:
             table.update(dict.fromkeys(names, function))
             return function
 
-        return enter
+        return add
 
     return table, probe

@@ -18,32 +18,32 @@ AREAS = (
     "tracing",
     *(["launches"] if find_spec("triton") is not None else []),
 )
-"""The modules of `fastlora.compat`; the probes of each are in a module of the same name. `launches` needs Triton."""
+"""The modules of `fastlora.compat`, each with a module of probes of the same name. `launches` requires Triton."""
 
 
 def probes(area: str) -> dict[str, Probe]:
-    """Return the probes of one module of `fastlora.compat`, by the names that they are about."""
+    """Return the probes of one module of `fastlora.compat`, by the names that they cover."""
     table: dict[str, Probe] = import_module(f"fastlora.compat.probes.{area}").PROBES
     return table
 
 
 def failure(probe: Probe) -> str | None:
-    """Run a probe; return what is wrong, None if the API is as expected."""
+    """Run a probe; return what is wrong, or None if the API behaves as expected."""
     try:
         with torch.random.fork_rng(devices=[]):
             probe()
-    except Exception as problem:  # a private API may fail in any way once it has changed
+    except Exception as problem:  # a private API that has changed may raise anything
         return f"{type(problem).__name__}: {problem}".partition("\n")[0]
     return None
 
 
 def failures() -> list[str]:
-    """Run every probe; return what is wrong with the private APIs of the installed PyTorch, in a line each."""
+    """Run all probes; return a line for each private API that does not behave as expected."""
     found: list[str] = []
     for area in AREAS:
         try:
             table = probes(area)
-        except Exception as problem:  # an alias of something that is gone
+        except Exception as problem:  # an alias of a missing API
             found.append(f"fastlora.compat.{area} cannot be imported: {type(problem).__name__}: {problem}")
             continue
         for probe in dict.fromkeys(table.values()):

@@ -70,11 +70,11 @@ def _transforms_are_calls_in_a_graph() -> None:
 
     nodes = _traced(torch.func.grad(function), torch.ones(2))
     names = [str(getattr(node.target, "__name__", "")) for node in nodes if tracing.is_of_functorch(node)]
-    expect(any(name.endswith("_increment_nesting") for name in names), "a transform begins with a call")
+    expect(any(name.endswith("_increment_nesting") for name in names), "a transform starts with a call")
     expect(any(name.endswith("_decrement_nesting") for name in names), "a transform ends with a call")
     targets = [node.target for node in nodes]
-    expect(tracing.disable_saved_tensors_hooks in targets, "hooks on saved tensors are disabled inside of it")
-    expect(tracing.enable_saved_tensors_hooks in targets, "they are enabled again behind it")
+    expect(tracing.disable_saved_tensors_hooks in targets, "hooks on saved tensors are disabled inside a transform")
+    expect(tracing.enable_saved_tensors_hooks in targets, "they are enabled again after a transform")
 
 
 @probe("FakeTensor", "FakeTensorMode", "ShapeEnv")

@@ -1,4 +1,4 @@
-"""Run a model, then put its state and all random states back to what they were."""
+"""Running a model and restoring its state and all random states afterwards."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from torch import nn
 
 
 @contextmanager
-def untouched(model: nn.Module, *others: object) -> Iterator[None]:
-    """Restore the model when the block ends or raises: what its modules and their configurations hold, what `others`
-    hold, and the random states.
+def preserve_state(model: nn.Module, *others: object) -> Iterator[None]:
+    """Restore a model when the block ends or raises: the attributes of its modules, of their configurations and of
+    `others`, and the random states.
 
     This covers every attribute, and the entries of attributes that are dicts, lists or sets: parameters, buffers,
-    hooks, training flags, compiled-call slots. A tensor is restored by identity only. If the block may write into one,
-    put a stand-in in its place first.
+    hooks, training flags, compiled-call slots. Tensors are restored by identity only: if the block may write to one,
+    replace it by a copy first.
     """
-    kept = [(each, copy.copy(each)) for holder in (*holders(model), *others) for each in containers(holder)]
-    states = _RandomStates.now()
+    saved = [(each, copy.copy(each)) for owner in (*modules_and_configs(model), *others) for each in containers(owner)]
+    states = _RandomStates.current()
     try:
         yield
     finally:
-        for container, before in kept:
-            _refill(container, before)
+        for container, before in saved:
+            _restore(container, before)
         states.restore()
-        torch.clear_autocast_cache()  # an enclosing autocast region keeps casts of the stand-ins
+        torch.clear_autocast_cache()  # an enclosing autocast region has cached casts of replaced tensors
 
 
-def holders(model: nn.Module) -> list[Any]:
+def modules_and_configs(model: nn.Module) -> list[Any]:
     """Return the modules of a model and their configurations, each once."""
     found: dict[int, Any] = {}
     for module in model.modules():
-        for holder in (module, getattr(module, "config", None)):
-            if hasattr(holder, "__dict__"):
-                found[id(holder)] = holder
+        for each in (module, getattr(module, "config", None)):
+            if hasattr(each, "__dict__"):
+                found[id(each)] = each
     return list(found.values())
 
 
-def containers(holder: object) -> Iterator[Any]:
-    """Yield the attributes of an object as a dict, then each attribute that is a dict, a list or a set itself."""
-    yield vars(holder)
-    yield from (value for value in list(vars(holder).values()) if isinstance(value, (dict, list, set)))
+def containers(owner: object) -> Iterator[Any]:
+    """Yield the attribute dictionary of an object, then each attribute that is a dict, a list or a set itself."""
+    yield vars(owner)
+    yield from (value for value in list(vars(owner).values()) if isinstance(value, (dict, list, set)))
 
 
-def _refill(container: Any, before: Any) -> None:
-    if _same(container, before):  # the usual case; a write would make compiled code check its guards again
+def _restore(container: Any, before: Any) -> None:
+    if _has_same_entries(container, before):  # usually; a write would make compiled code check its guards again
         return
     container.clear()
     if isinstance(container, list):
@@ -60,13 +60,13 @@ def _refill(container: Any, before: Any) -> None:
         container.update(before)
 
 
-def _same(container: Any, before: Any) -> bool:
+def _has_same_entries(container: Any, before: Any) -> bool:
     if len(container) != len(before) or isinstance(container, set):
         return bool(container == before)
     if isinstance(container, list):
-        return all(now is then for now, then in zip(container, before, strict=True))
+        return all(new is old for new, old in zip(container, before, strict=True))
     pairs = zip(container.items(), before.items(), strict=True)
-    return all(key == its and value is then for (key, value), (its, then) in pairs)
+    return all(key == old_key and value is old for (key, value), (old_key, old) in pairs)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class _RandomStates:
     numpy: Any
 
     @classmethod
-    def now(cls) -> _RandomStates:
+    def current(cls) -> _RandomStates:
         gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         numpy = sys.modules.get("numpy")
         return cls(torch.get_rng_state(), gpus, random.getstate(), numpy and numpy.random.get_state())
