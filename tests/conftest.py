@@ -19,7 +19,7 @@ FAST = (
     r"tests/kernels/test_(semantic_op|kernel_cache|call_site)\.py",
     r"tests/kernels/.*\[pytorch-.*check_gradcheck\]",
     r"tests/patterns/test_(lora|norm|rotary|mlp|loss)_patterns\.py",
-    r"tests/rewriter/test_(view|rulebook|rule_lint|rule_messages|closed_patterns|mistaken_rules|legality|passes)\.py",
+    r"tests/rewriter/test_(view|rulebook|rule_lint|rule_messages|pattern_messages|pattern_defaults|rule_lint_mutations|legality|passes)\.py",
     r"tests/models/test_equal_to_eager\.py::test_float32_step_equals_eager\[llama-train\]",
     r"tests/models/test_explain_and_report\.py::test_(json_and_html|sites_name|the_printed)",
     r"tests/tools/test_(loss_comparison|loss_masking|dataset_reading|output_folder)\.py",

@@ -1,4 +1,4 @@
-"""A head with an adapter: its loss never has the logits, and gradients are eager's."""
+"""A head with an adapter: its loss never computes the logits, and gradients equal eager's."""
 
 from __future__ import annotations
 
@@ -77,8 +77,7 @@ def test_the_heads_adapter_trains_above_a_frozen_layer() -> None:
     assert loss_of(model) == (1, 1)
 
 
-def test_kept_logits_are_refused_after_the_next_step() -> None:
-    """The adapter has changed by then."""
+def test_reading_old_logits_after_a_step_raises() -> None:
     model = fastlora.compile(build())
     outputs = model(**batch())
     outputs.loss.backward()
@@ -88,7 +87,7 @@ def test_kept_logits_are_refused_after_the_next_step() -> None:
 
 
 @pytest.mark.parametrize("lora", [{"dropout": 0.5}, {"lora_bias": True}], ids=str)
-def test_what_the_loss_does_not_take_runs_as_it_is(lora: dict[str, Any]) -> None:
+def test_unsupported_adapters_run_unfused(lora: dict[str, Any]) -> None:
     model = build(**lora)
     expected = step(model, batch())
     fastlora.compile(model)
@@ -96,7 +95,7 @@ def test_what_the_loss_does_not_take_runs_as_it_is(lora: dict[str, Any]) -> None
     assert not isinstance(model(**batch()).logits, DeferredLogits)
 
 
-def test_adapters_may_be_switched_off_and_evaluated() -> None:
+def test_adapters_can_be_disabled_and_evaluated() -> None:
     eager = build()
     model = fastlora.compile(copy.deepcopy(eager))
     for prepare in (lambda m: m.disable_adapter(), lambda _: torch.no_grad()):

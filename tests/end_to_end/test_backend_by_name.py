@@ -1,4 +1,4 @@
-"""`torch.compile(model, backend="fastlora")`, with nothing imported."""
+"""`torch.compile(model, backend="fastlora")` works without importing fastlora."""
 
 import subprocess
 import sys
@@ -36,7 +36,7 @@ def test_a_model_traced_whole_equals_eager_and_its_loss_is_fused(family):
     assert report.coverage["loss"].fused > 0
 
 
-def test_inductor_compiles_what_is_left(monkeypatch):
+def test_inductor_compiles_the_rest_of_the_graph(monkeypatch):
     model = build("llama", lora_bias=False)
     eager = step(model, batch())
     found = step(fastlora.compile(model, lower="inductor"), batch())

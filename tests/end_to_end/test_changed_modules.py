@@ -1,4 +1,4 @@
-"""What happens to modules after they were compiled is heeded: hooks, forwards, classes, numbers, replicas, wrappers."""
+"""Changes to modules after compilation take effect: hooks, forwards, classes, attributes, replicas, wrappers."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_numbers_that_change_become_inputs_of_the_graph() -> None:
 
 
 class Layer(nn.Module):
-    """A layer whose code depends on a number that no tracer can take for an input."""
+    """A layer whose code depends on a number that cannot be traced as an input."""
 
     def __init__(self, flavour: str) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ def test_layers_past_the_recompile_limit_count_as_not_fused(monkeypatch: pytest.
 
 
 def replicate(module: nn.Module) -> Any:
-    """What nn.parallel.replicate does, on one device."""
+    """Replicate a module as nn.parallel.replicate does, on one device."""
     modules = list(module.modules())
     copies: list[Any] = [m._replicate_for_data_parallel() for m in modules]  # type: ignore[operator]
     at = {m: i for i, m in enumerate(modules)}
@@ -217,7 +217,7 @@ def replicate(module: nn.Module) -> Any:
     return copies[0]
 
 
-def test_replicas_run_their_own_modules() -> None:
+def test_data_parallel_replicas_run_their_own_modules() -> None:
     losses = []
     for compiled in (False, True):
         model = build("llama")
@@ -274,7 +274,7 @@ def test_a_model_inside_a_wrapper_is_fused_as_by_itself() -> None:
         assert not [note for note in report.notes if "KV cache" in note]
 
 
-def test_a_replaced_forward_gets_no_unknown_keyword() -> None:
+def test_a_replaced_forward_gets_no_use_cache() -> None:
     model: Any = fastlora.compile(build("llama"))
     expected = step(model, batch())
     forward = model.forward
@@ -291,7 +291,7 @@ def test_a_replaced_forward_gets_no_unknown_keyword() -> None:
     assert relative(model(batch(), 2.0), 2.0 * expected.loss) < 1e-6
 
 
-def test_a_head_that_is_saved_has_its_loss_fused() -> None:
+def test_a_head_in_modules_to_save_has_its_loss_fused() -> None:
     expected = step(build("llama", modules_to_save=["lm_head"]), batch())
     model = fastlora.compile(build("llama", modules_to_save=["lm_head"]))
     assert_equal(step(model, batch()), expected)
@@ -346,6 +346,6 @@ def test_a_head_that_cannot_defer_is_reported_with_the_reason() -> None:
         (lambda: fastlora.explain(build("llama"), batch()), r"explain\(model, \*\*batch\)"),  # type: ignore[arg-type]
     ],
 )
-def test_what_cannot_be_meant_is_refused_in_one_sentence(call: Callable[[], Any], message: str) -> None:
+def test_invalid_arguments_are_refused_in_one_sentence(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(FastLoRAError, match=message):
         call()

@@ -1,4 +1,4 @@
-"""`fastlora.check` finds a compiled step that is not eager's, passes one that is, and leaves nothing behind."""
+"""`fastlora.check` finds wrong compiled steps, accepts right ones, and restores all state."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def wrongly_silu(gate, up):
 
 
 class Gated(nn.Module):
-    """Gates by an approximation of GELU; normalises by running statistics, and draws in every way there is."""
+    """A gated model with approximate GELU, running statistics, and every kind of random numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ def test_autocast_is_off_in_float64() -> None:
     assert loss.float64 == pytest.approx(float(model(x()).detach()), rel=1e-6)
 
 
-def test_an_unknown_model_is_right(gated: Gated) -> None:
+def test_a_custom_model_is_right(gated: Gated) -> None:
     found = fastlora.check(gated, x=x())
     assert found, str(found)
     assert found.compared == 8
@@ -126,7 +126,7 @@ def test_quantised_weights_are_compared_with_eager_alone() -> None:
     assert all(each.eager_error is None and 0 < each.bound < 1e-3 for each in found.worst)
 
 
-def test_a_checkpoint_with_reentry_needs_a_whole_backward(gated: Gated) -> None:
+def test_reentrant_checkpoints_are_checked(gated: Gated) -> None:
     class Checkpointed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -142,7 +142,7 @@ def test_a_checkpoint_with_reentry_needs_a_whole_backward(gated: Gated) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_weights_that_a_module_holds_twice_are_checked() -> None:
+def test_tied_weights_are_checked() -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -158,7 +158,7 @@ def test_weights_that_a_module_holds_twice_are_checked() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_nothing_is_dropped() -> None:
+def test_on_a_gpu_dropout_is_off() -> None:
     model = build("llama", dropout=0.1).cuda()
     inputs = {name: value.cuda() for name, value in batch().items()}
     states = torch.cuda.get_rng_state_all()
@@ -191,12 +191,12 @@ def test_a_wrong_rule_is_found_without_float64(gated: Gated, monkeypatch: pytest
     assert fastlora.check(gated, x=x())
 
 
-def test_a_tolerance_is_what_may_differ(gated: Gated) -> None:
+def test_the_tolerance_is_the_allowed_error(gated: Gated) -> None:
     assert fastlora.check(gated, rules=[wrongly_silu], tolerance=1.0, x=x())
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_a_gradient_on_one_side_alone_is_found(gated: Gated, compiled: bool) -> None:
+def test_a_gradient_in_only_one_step_is_found(gated: Gated, compiled: bool) -> None:
     gated.cuts_where_compiled = compiled
     found = fastlora.check(gated, x=x())
     assert not found
@@ -205,7 +205,7 @@ def test_a_gradient_on_one_side_alone_is_found(gated: Gated, compiled: bool) -> 
     assert f"gate.weight: got a gradient in the {'eager' if compiled else 'compiled'} step alone" in str(found)
 
 
-def test_overflow_is_right_where_eager_has_it(gated: Gated) -> None:
+def test_overflow_is_right_where_eager_overflows(gated: Gated) -> None:
     gated.down.weight.data[0, 0] = 1e30
     assert not torch.isfinite(gated(x()))
     found = fastlora.check(gated, x=x())
@@ -225,7 +225,7 @@ def test_a_batch_without_labels_is_refused() -> None:
         fastlora.check(build("llama"), **inputs)
 
 
-def test_a_loss_may_be_made_of_what_the_model_returns() -> None:
+def test_loss_fn_computes_the_loss_from_the_output() -> None:
     inputs = batch()
     labels = inputs.pop("labels")
 
@@ -271,7 +271,7 @@ def _sharded(model: Gated) -> Gated:
 
 
 def state(model: nn.Module) -> dict[str, Any]:
-    """All that may not change, by identity where that matters, and by value."""
+    """Return all state that must not change, by identity or by value."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {
         "tensors": {name: id(t) for name, t in tensors.items()},
@@ -304,7 +304,7 @@ def assert_same(now: Any, before: Any) -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_nothing_is_left_behind(gated: Gated, compiled: bool, fails: bool) -> None:
+def test_a_check_restores_all_state(gated: Gated, compiled: bool, fails: bool) -> None:
     gated(x()).backward()
     if compiled:
         fastlora.compile(gated)
@@ -326,7 +326,7 @@ def test_nothing_is_left_behind(gated: Gated, compiled: bool, fails: bool) -> No
     assert (gated.calls, gated.seen, hooked, given.grad) == (0, [], [], None)
 
 
-def test_a_failing_compilation_leaves_nothing_behind(gated: Gated) -> None:
+def test_a_failing_compilation_restores_all_state(gated: Gated) -> None:
     @rule(ops.glu, anchor="sigmoid", attrs={"activation": _failing, "out_dtype": dtype_of()})
     def failing(gate, up):
         return (gate * sigmoid(1.702 * gate)) * up

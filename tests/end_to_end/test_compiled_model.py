@@ -1,4 +1,4 @@
-"""Everything else a user does with a model goes on as before once it is compiled."""
+"""A compiled model can be saved, copied, merged, evaluated and generated from like any other."""
 
 import copy
 import gc
@@ -38,7 +38,7 @@ def test_compile_returns_the_same_object_with_the_same_class_and_keys(model):
     ]
 
 
-def test_disable_gives_back_the_eager_model_bit_for_bit(model):
+def test_disable_restores_the_eager_model_bit_for_bit(model):
     before = step(model, batch())
     fastlora.compile(model)
     step(model, batch())
@@ -193,7 +193,7 @@ def test_training_builds_no_kv_cache_in_a_nested_decoder():
     assert model(input_ids=ids, labels=ids, use_cache=True).past_key_values is not None
 
 
-def test_a_model_of_ones_own_is_compiled_whole():
+def test_a_custom_model_without_blocks_is_one_region():
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -216,7 +216,7 @@ def test_a_model_of_ones_own_is_compiled_whole():
     assert coverage["loss"].fused == 1
 
 
-def test_blocks_that_are_classes_of_pytorch_are_compiled():
+def test_blocks_that_are_pytorch_classes_are_compiled():
     torch.manual_seed(0)
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
     x = torch.randn(2, 5, 16)
@@ -241,12 +241,12 @@ def test_bad_arguments_are_named_with_their_value(model, arguments, words):
         fastlora.compile(model, **arguments)
 
 
-def test_compiling_what_torch_compile_wrapped_says_what_to_do(model):
+def test_compiling_a_torch_compile_wrapper_is_an_error(model):
     with pytest.raises(fastlora.FastLoRAError, match="_orig_mod"):
         fastlora.compile(torch.compile(model))
 
 
-def test_strict_raises_for_a_candidate_that_stays(model):
+def test_strict_raises_for_a_candidate_that_is_not_fused(model):
     fastlora.compile(model, strict=True, rules=[r for r in fastlora.default_rules() if r.name != "rotary"])
     step(model, batch())  # without the rule there is no candidate
 
@@ -263,7 +263,7 @@ def test_strict_raises_for_a_candidate_that_stays(model):
 
 
 class InPieces(nn.Module):
-    """A block that TorchDynamo breaks in two."""
+    """A block with a graph break."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -276,8 +276,8 @@ class InPieces(nn.Module):
 
 
 @pytest.mark.parametrize("failure", [AssertionError, fastlora.FastLoRAError])
-def test_a_later_piece_that_cannot_be_traced_runs_as_it_was(failure, monkeypatch):
-    """The first has run by then; but what fastlora itself refuses is raised."""
+def test_code_after_a_graph_break_may_run_uncompiled(failure, monkeypatch):
+    """The code before the break has run by then. Errors of fastlora itself are raised."""
     torch.manual_seed(0)
     model = nn.Sequential(InPieces(), InPieces())
     x = torch.randn(3, 8)
@@ -306,7 +306,7 @@ def test_a_later_piece_that_cannot_be_traced_runs_as_it_was(failure, monkeypatch
 
 
 def test_a_compiled_model_is_freed_with_its_last_reference():
-    """TorchDynamo keeps compiled code, and with it what compiled it, for longer."""
+    """TorchDynamo keeps compiled code and its backend longer than the model."""
     model = fastlora.compile(build("llama"))
     model(**batch()).loss.backward()
     alive = [weakref.ref(model), *(weakref.ref(p) for p in model.parameters())]

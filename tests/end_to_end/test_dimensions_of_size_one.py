@@ -1,4 +1,4 @@
-"""A size that is one in order to be broadcast is not taken for one that changes, or not for long."""
+"""A size of one that is broadcast is not traced as a dynamic size, or only until that fails."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROWS, HEADS, LENGTH = 2, 4, 6
 
 
 class Block(nn.Module):
-    """Takes a mask of rows, or of scores of which all heads have one."""
+    """A block with a mask of rows, or one of scores that all heads share."""
 
     def __init__(self, breaks: bool) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Stack(nn.Module):
 
 
 @pytest.mark.parametrize("breaks", [False, True])
-def test_results_are_eagers_and_nothing_runs_twice(breaks: bool) -> None:
+def test_results_equal_eager_and_nothing_runs_twice(breaks: bool) -> None:
     torch.manual_seed(0)
     model, scores = Stack(breaks), torch.randn(ROWS, HEADS, LENGTH, LENGTH)
     expected = torch.autograd.grad(model(scores), list(model.parameters()))
@@ -51,7 +51,7 @@ def test_results_are_eagers_and_nothing_runs_twice(breaks: bool) -> None:
         assert [float(block.calls) for block in model.blocks] == [calls] * 3
 
 
-def test_a_shape_that_fits_nothing_is_an_error_once() -> None:
+def test_an_invalid_shape_raises_once() -> None:
     model = Stack(breaks=False)
     fastlora.compile(model)
     with pytest.raises(RuntimeError, match=r"shape|size"):

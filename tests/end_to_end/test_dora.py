@@ -1,4 +1,4 @@
-"""DoRA: a block is one graph, as with LoRA, and gradients are eager's."""
+"""DoRA: each block is one graph, as with LoRA, and gradients equal eager's."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_checkpointing_recomputes_with_the_same_masks(reentrant: bool) -> None:
         assert relative(mine.gradients[name], gradient) <= 4e-6, name
 
 
-def test_a_compiled_model_leaves_no_trace_of_itself() -> None:
+def test_disabling_restores_the_model() -> None:
     functions = dequantize_module_weight, transpose
     before = [dict(vars(function)) for function in functions]
     model = dora().eval()

@@ -1,4 +1,4 @@
-"""Mixtures of experts with LoRA on the experts' parameters: gradients are eager's, and what is left has a reason."""
+"""Experts with LoRA on their parameters: gradients equal eager's, and unfused experts are reported with a reason."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_gradients_equal_eager_and_every_site_is_fused(family: str) -> None:
 @pytest.mark.parametrize("adapter", [torch.float32, bf16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rounded_gradients_are_as_precise_as_eager(family: str, adapter: torch.dtype) -> None:
-    """In the median, as a token that rounding sends to another expert makes a large error of either."""
+    """Medians are compared, as a token that rounding routes to another expert makes a large error."""
     model = build(family, dtype=bf16, adapter=adapter)
     exact, batches = one_by_one(double(model)), [batch(seed=seed) for seed in range(6)]
     truths = [step(exact, inputs) for inputs in batches]
@@ -47,7 +47,7 @@ def test_rounded_gradients_are_as_precise_as_eager(family: str, adapter: torch.d
 
 @pytest.mark.parametrize("dtype", [torch.float32, bf16], ids=str)
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_autocast_leaves_the_products_of_experts_as_they_are(family: str, dtype: torch.dtype) -> None:
+def test_autocast_does_not_change_the_products_of_experts(family: str, dtype: torch.dtype) -> None:
     model = build(family, dtype=dtype, adapter=torch.float32)
     truth = step(one_by_one(double(model)), batch())
     expected = step(model, batch(), autocast=bf16)
@@ -60,7 +60,7 @@ def test_autocast_leaves_the_products_of_experts_as_they_are(family: str, dtype:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_checkpointing(family: str, reentrant: bool) -> None:
+def test_checkpointed_experts_equal_eager(family: str, reentrant: bool) -> None:
     model = build(family).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model.enable_input_require_grads()
@@ -70,7 +70,7 @@ def test_checkpointing(family: str, reentrant: bool) -> None:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_experts_that_are_trained_themselves_get_their_gradients(family: str) -> None:
+def test_trained_experts_get_gradients(family: str) -> None:
     model = build(family)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora" in name or "experts" in name)
@@ -79,29 +79,29 @@ def test_experts_that_are_trained_themselves_get_their_gradients(family: str) ->
     assert_equal(step(fastlora.compile(model, strict=family not in GATED_OTHERWISE), batch()), expected)
 
 
-def test_adapters_on_layers_beside_those_on_parameters() -> None:
+def test_adapters_on_layers_and_on_parameters_together() -> None:
     model = build("mixtral", target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     expected = step(model, batch())
     assert_equal(step(fastlora.compile(model, strict=True), batch()), expected)
     assert lora_of(model)[:2] == (SITES + 4 * LAYERS,) * 2
 
 
-def test_one_parameter_of_two() -> None:
+def test_an_adapter_on_one_of_two_parameters() -> None:
     model = build("qwen3_moe", target_parameters=["down_proj"])
     expected = step(model, batch())
     assert_equal(step(fastlora.compile(model, strict=True), batch()), expected)
     assert lora_of(model) == (LAYERS, LAYERS, [])
 
 
-def test_lengths_may_change() -> None:
+def test_sequence_lengths_may_change() -> None:
     model = fastlora.compile(build("mixtral"), strict=True)
     plain = build("mixtral")
     for length in (16, 9, 12, 7):
         assert_equal(step(model, batch(length)), step(plain, batch(length)))
 
 
-def test_experts_of_other_devices() -> None:
-    """Their tokens come last, and belong to none of the groups here."""
+def test_expert_parallel_models_skip_tokens_of_other_devices() -> None:
+    """Such tokens come last, and belong to no group."""
     model = build("mixtral")
     spread = [module for module in model.modules() if hasattr(module, "_is_expert_parallel")]
     if not spread:
@@ -123,7 +123,7 @@ def test_experts_of_other_devices() -> None:
 
 
 def test_nothing_as_large_as_the_weights_is_saved() -> None:
-    """But for the parameters themselves: eager keeps the sums, but for the first one, whose input has no gradient."""
+    """Eager saves the sum of weight and adapter, except for the first layer, whose input requires no gradient."""
     model = build("mixtral")
     weights = [p for name, p in model.named_parameters() if name.endswith(tuple(PARAMETERS))]
     sizes, own = {p.numel() for p in weights}, {p.data_ptr() for p in weights}
@@ -169,8 +169,8 @@ def two(model: Any) -> Any:
     ],
     ids=["batched", "loop", "two adapters"],
 )
-def test_what_is_not_fused_has_a_reason(implementation: str, prepare: Any, seen: int, reason: str) -> None:
-    """Of a loop, one frame of PEFT's serves both parameters of a layer, and is traced for each."""
+def test_unfused_experts_are_reported_with_a_reason(implementation: str, prepare: Any, seen: int, reason: str) -> None:
+    """In a loop over experts, PEFT's frame runs, and is traced, for each parameter of a layer."""
     model = prepare(build("mixtral", implementation))
     expected = step(model, batch())
     fastlora.compile(model)
@@ -181,7 +181,7 @@ def test_what_is_not_fused_has_a_reason(implementation: str, prepare: Any, seen:
     assert all(reason in each for each in found[2])
 
 
-def test_a_model_that_is_no_longer_compiled_is_what_it_was() -> None:
+def test_disabling_restores_the_eager_experts() -> None:
     model = build("gpt_oss")
     before = step(model, batch())
     step(fastlora.compile(model), batch())

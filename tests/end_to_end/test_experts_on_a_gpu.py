@@ -1,4 +1,4 @@
-"""Mixtures of experts with LoRA on the experts' parameters, on a GPU, in bfloat16 beside a float64 step."""
+"""Experts with LoRA on their parameters on a GPU, in bfloat16 against a float64 step."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def on_gpu(inputs: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_no_further_from_the_truth_than_eagers(family: str, adapter: torch.dtype) -> None:
-    """In the median, as a token that rounding sends to another expert makes a large error of either."""
+def test_gradients_are_as_accurate_as_eagers(family: str, adapter: torch.dtype) -> None:
+    """Medians are compared, as a token that rounding routes to another expert makes a large error."""
     eager = build(family, dtype=torch.bfloat16, adapter=adapter).cuda()
     model = fastlora.compile(copy.deepcopy(eager), strict=family not in GATED_OTHERWISE)
     exact = one_by_one(double(copy.deepcopy(eager)))
@@ -38,7 +38,7 @@ def test_gradients_are_no_further_from_the_truth_than_eagers(family: str, adapte
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "no-cudagraphs"])
-def test_a_model_trains_as_eager_does(mode: str) -> None:
+def test_a_model_trains_like_eager(mode: str) -> None:
     eager = build("mixtral", dtype=torch.bfloat16, adapter=torch.float32).cuda()
     model = fastlora.compile(copy.deepcopy(eager), mode=mode)
     losses = []
@@ -54,7 +54,7 @@ def test_a_model_trains_as_eager_does(mode: str) -> None:
     assert lora_of(model)[1:] == (SITES, [])
 
 
-def test_products_for_which_the_host_would_wait_are_left_alone() -> None:
+def test_products_that_would_synchronize_are_not_fused() -> None:
     model = build("mixtral").cuda()
     inputs = on_gpu(batch())
     expected = step(model, inputs)

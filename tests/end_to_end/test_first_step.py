@@ -1,4 +1,4 @@
-"""A compiled model whose first step is checked trains as one that is not, or, where that is wrong, as eager does."""
+"""A model whose first step is checked trains as without the check, or, if the step is wrong, as in eager mode."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def compiled(model: Any, **options: Any) -> FirstStep:
 
 
 def trained(model: nn.Module, autocast: bool, steps: int = 3, **inputs: Any) -> Iterator[Tensor]:
-    """Losses, gradients and random states of some steps that change the weights."""
+    """Return losses, gradients and random states of some steps that update the weights."""
     torch.manual_seed(5)
     for _ in range(steps):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -111,7 +111,7 @@ def test_the_report_counts_the_steps_of_the_training_alone() -> None:
     assert "calls ran uncompiled" in notes[0]
 
 
-def test_a_wrong_step_is_taken_eagerly_and_so_are_all_others() -> None:
+def test_after_a_wrong_step_the_model_runs_eagerly() -> None:
     models = [gated(), gated()]
     first = compiled(models[0], rules=[wrongly_silu])
     with pytest.warns(UserWarning, match=r"continues in eager mode(.|\n)*gate.weight: error"):
@@ -122,7 +122,7 @@ def test_a_wrong_step_is_taken_eagerly_and_so_are_all_others() -> None:
     assert all(torch.equal(one, other) for one, other in zip(mine, its, strict=True))
 
 
-def test_a_check_does_not_use_up_the_graph_of_its_arguments() -> None:
+def test_a_check_does_not_free_the_graph_of_its_arguments() -> None:
     model, given = gated(), x().requires_grad_()
     first = compiled(model)
     model(given.exp(), labels=1.0).backward()  # of which a check must not use up the graph
@@ -132,7 +132,7 @@ def test_a_check_does_not_use_up_the_graph_of_its_arguments() -> None:
     assert given.grad is not None
 
 
-def test_calls_that_train_nothing_are_not_checked() -> None:
+def test_calls_without_gradients_are_not_checked() -> None:
     model = gated()
     first = compiled(model)
     with torch.no_grad():
@@ -142,7 +142,7 @@ def test_calls_that_train_nothing_are_not_checked() -> None:
     assert first.agreement
 
 
-def test_a_loss_may_come_later_or_never() -> None:
+def test_the_check_waits_for_a_call_with_a_loss() -> None:
     model = gated()
     first = compiled(model)
     with warnings.catch_warnings():
@@ -160,7 +160,7 @@ def test_a_loss_may_come_later_or_never() -> None:
     assert first.agreement is None
 
 
-def test_a_step_that_cannot_be_repeated_goes_on_compiled() -> None:
+def test_a_step_that_cannot_be_checked_stays_compiled() -> None:
     model = gated()
     first = compiled(model)
     with pytest.warns(UserWarning, match="could not be checked"):

@@ -12,7 +12,7 @@ import fastlora
 
 GB = 10**9
 CARD = 48 * GB
-"""Of which a driver and the CUDA context take some hundred megabytes."""
+"""The memory of the card, of which the driver and the CUDA context take a few hundred megabytes."""
 LAYERS, LENGTH = 80, 2048
 
 pytestmark = pytest.mark.skipif(
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def stack() -> nn.Module:
-    """With random weights, the same in every layer, as it takes minutes to draw and to quantise all."""
+    """Return a stack of layers with the same random weights, as drawing and quantizing all would take minutes."""
     from peft import LoraConfig, get_peft_model
     from quantised_models import Format
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,4 +1,4 @@
-"""A budget of activations changes what a step keeps, and no bit of what it computes."""
+"""A memory budget changes what a step saves, and no bit of its results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LAYERS = 3
 
 @pytest.fixture
 def copies(monkeypatch: pytest.MonkeyPatch) -> LateCopies:
-    """Tensors of any size move, on the CPU."""
+    """Offload tensors of any size, on the CPU."""
     streams = LateCopies()
     monkeypatch.setattr(activation_offload, "MIN_BYTES", 1)
     monkeypatch.setattr(memory_budget, "MAX_PENDING", 0)
@@ -38,7 +38,7 @@ def assert_equal_steps(mine, plain) -> None:
 
 
 def kept_bytes(model, given) -> int:
-    """What autograd keeps on the device: what it is given, without weights, and without what has moved."""
+    """Return the bytes that autograd saves on the device, without weights and offloaded tensors."""
     alive: dict[int, int] = {}
     held = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -55,14 +55,14 @@ def kept_bytes(model, given) -> int:
 
 @cache
 def plain_steps(family) -> list[Step]:
-    """Three steps of one batch without a budget."""
+    """Return three steps of one batch without a budget."""
     model = fastlora.compile(build(family))
     return [step(model, batch()) for _ in range(3)]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "bert"])
 @pytest.mark.parametrize("budget", [0, "6KB", "1GB"])
-def test_steps_have_equal_bits(copies, family, budget):
+def test_steps_are_bit_identical(copies, family, budget):
     mine = fastlora.compile(build(family), memory_budget=budget)
     for plain in plain_steps(family):
         assert_equal_steps(step(mine, batch()), plain)
@@ -109,8 +109,8 @@ def test_layers_over_budget_recompute_where_copies_are_slow(copies):
         assert any(words in note for note in fastlora.report(model).notes), fastlora.report(model).notes
 
 
-def test_scales_of_weights_are_not_taken_for_activations(copies):
-    """They are more than two tokens are, and a layer of decoded weights computes as much."""
+def test_scales_of_quantized_weights_are_not_offloaded(copies):
+    """They are larger than the activations of two tokens, and are inputs of the graph."""
     over_codes = quantised("llama", Format(nested=False))
     found = []
     for model in (decoded(over_codes), over_codes):
@@ -121,13 +121,13 @@ def test_scales_of_weights_are_not_taken_for_activations(copies):
     assert found[0] == found[1]
 
 
-def test_on_a_cpu_what_can_be_made_again_is_not_kept():
+def test_on_a_cpu_recomputable_activations_are_not_saved():
     model = fastlora.compile(build("llama"), memory_budget=0)
     step(model, batch())
     assert any("0 moved" not in note for note in fastlora.report(model).notes)
 
 
-def test_a_budget_under_gradient_checkpointing_is_reported_unused(copies):
+def test_a_budget_with_gradient_checkpointing_is_noted_as_unused(copies):
     given = batch()
     model = build("llama")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -137,7 +137,7 @@ def test_a_budget_under_gradient_checkpointing_is_reported_unused(copies):
     assert any("gradient checkpointing" in note for note in fastlora.report(model).notes)
 
 
-def test_weights_that_changed_before_the_backward_are_noticed():
+def test_weights_written_before_the_backward_raise():
     model = fastlora.compile(build("llama"), memory_budget=0)
     first, second = model(**batch()).loss, model(**batch(seed=1)).loss
     first.backward()
@@ -149,7 +149,7 @@ def test_weights_that_changed_before_the_backward_are_noticed():
         second.backward()
 
 
-def test_forwards_without_a_backward_leak_nothing():
+def test_forwards_without_backward_leak_no_memory():
     def alive() -> int:
         gc.collect()
         return sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
@@ -163,7 +163,7 @@ def test_forwards_without_a_backward_leak_nothing():
     assert alive() <= before
 
 
-def test_weights_without_memory_of_their_own_are_looked_into(copies):
+def test_storages_of_wrapper_subclass_weights_are_kept(copies):
     model = build("llama")
     layer = model.base_model.model.model.layers[1].mlp.gate_proj.base_layer
     weight = layer.weight.detach()
@@ -175,7 +175,7 @@ def test_weights_without_memory_of_their_own_are_looked_into(copies):
     assert memory_budget._addresses([layer.weight]) == parts
 
 
-def test_where_hooks_are_forbidden_nothing_moves(copies):
+def test_nothing_is_offloaded_where_hooks_are_disabled(copies):
     model = fastlora.compile(build("llama"), memory_budget=0)
     with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
         step(model, batch())

@@ -1,4 +1,4 @@
-"""On a GPU, what moves to the host and back, beside everything else that runs there, has the bits that it had."""
+"""On a GPU, offloaded activations are bit-identical when they come back, next to everything else that runs there."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def losses_and_gradients(budget: str | int | None, dtype: torch.dtype, steps: in
 
 @pytest.mark.parametrize("budget", [0, "100KB", "1GB"])
 @pytest.mark.parametrize("ahead", [0, 30_000])
-def test_training_has_equal_bits(budget: str | int, ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_is_bit_identical(budget: str | int, ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activation_offload, "MIN_BYTES", 1)
     monkeypatch.setattr(activation_offload, "PREFETCH_BYTES", ahead)
     monkeypatch.setattr(memory_budget, "MAX_PENDING", 0)

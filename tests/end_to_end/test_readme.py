@@ -1,4 +1,4 @@
-"""What the README says can be done, done; its figure, its commands and its numbers are those of the pages behind it."""
+"""The README's examples run, and its figure, commands and numbers match the pages that they come from."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def test_options_in_the_table_are_accepted() -> None:
         fastlora.compile(torch.nn.Linear(2, 2), **eval(f"dict({option})"))
 
 
-def test_the_readme_counts_the_examples_that_are_shipped() -> None:
+def test_the_readme_has_the_number_of_shipped_examples() -> None:
     (count,) = re.findall(r"on (\d+) instruction examples", README)
     data = ROOT / "tools" / "data" / "instructions.jsonl"
     assert int(count) == len(data.read_text().splitlines())
 
 
-def test_the_readme_counts_the_types_of_the_coverage_page() -> None:
+def test_the_readme_has_the_number_of_covered_model_types() -> None:
     equal, whole = re.findall(r"each of (\d+) types: .*?, (\d+) are fused entirely", README)[0]
     page = (ROOT / "docs" / "results" / "coverage.md").read_text()
     assert f"| of them equal when compiled | {equal} | {equal} |" in page

@@ -1,4 +1,4 @@
-"""Training steps whose regions are replayed as CUDA graphs, beside eager ones."""
+"""Training steps whose regions are replayed as CUDA graphs, against eager ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEPS = 2 * (RUNS_BEFORE + 2)
 
 
 def train(model: nn.Module, lengths: list[int], accumulate: int = 1, autocast: bool = False) -> list[Tensor]:
-    """The losses of some steps, each on a batch of its own."""
+    """Return the losses of some steps, each on another batch."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for i in range(STEPS):
@@ -37,7 +37,7 @@ def train(model: nn.Module, lengths: list[int], accumulate: int = 1, autocast: b
 @pytest.mark.parametrize("lengths", [[16], [16, 24]], ids=["one length", "two lengths"])
 @pytest.mark.parametrize("accumulate", [1, 2], ids=["", "accumulated"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "bert"])
-def test_losses_are_eagers_while_regions_are_replayed(
+def test_losses_of_replayed_regions_equal_eager(
     family: str, accumulate: int, lengths: list[int], autocast: bool
 ) -> None:
     eager = build(family).cuda()
@@ -50,7 +50,7 @@ def test_losses_are_eagers_while_regions_are_replayed(
 
 
 def test_launches_that_a_gpu_waits_for_are_replayed_by_default() -> None:
-    """Which those of a tiny model are; not where they were not to be."""
+    """A tiny model waits for launches; with mode="no-cudagraphs" it is not replayed."""
     for mode, replays in (("default", True), ("no-cudagraphs", False)):
         model = fastlora.compile(build("llama").cuda(), mode=mode)
         train(model, [16])
@@ -62,8 +62,8 @@ def _captures(model: nn.Module) -> int:
     return sum(graph.replayer.captured for graph in graphs if graph.replayer is not None)
 
 
-def test_quantised_weights_are_read_where_they_lie() -> None:
-    """And not copied for every replay; layers of the same shapes have recordings of their own."""
+def test_quantized_weights_are_read_in_place() -> None:
+    """They are not copied for every replay, and layers of the same shapes have separate captures."""
     from quantised_models import Format
     from quantised_models import build as build_quantised
 
@@ -73,7 +73,7 @@ def test_quantised_weights_are_read_where_they_lie() -> None:
     assert torch.allclose(torch.stack(found), torch.stack(expected), rtol=1e-4)
     assert _captures(model) >= 2
     for graph in model._compiled_call_impl.session.graphs:
-        recordings = graph.replayer._captures.values() if graph.replayer is not None else ()
-        for recording in filter(None, recordings):
-            copied = [recording._static[i] for i in recording._activations]
+        captures = graph.replayer._captures.values() if graph.replayer is not None else ()
+        for capture in filter(None, captures):
+            copied = [capture._inputs[i] for i in capture._copied]
             assert not any(t.dtype is torch.uint8 for t in copied)

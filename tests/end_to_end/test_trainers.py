@@ -1,4 +1,4 @@
-"""Hugging Face Trainer and TRL see the same losses with and without fastlora."""
+"""Hugging Face Trainer and TRL have the same losses with and without fastlora."""
 
 import copy
 
@@ -13,7 +13,7 @@ from fastlora.tools.builtin_model import build_tokenizer
 
 
 class Losses(TrainerCallback):
-    """Keeps the logged loss of every step."""
+    """Records the logged loss of every step."""
 
     def __init__(self) -> None:
         self.values: list[float] = []
@@ -123,7 +123,7 @@ def test_trl_supervised_losses_equal_eager_ones(tmp_path):
 
 
 def test_gradients_survive_a_step_under_autocast_inside_the_graph():
-    """Accelerate puts the autocast region into the model's forward; a whole-model trace then holds it as nodes."""
+    """Accelerate adds autocast to the model's forward, so a whole-model trace contains it as nodes."""
     model = build("llama")
     inputs = {**batch(), "use_cache": False}
 
@@ -144,7 +144,7 @@ def test_gradients_survive_a_step_under_autocast_inside_the_graph():
             assert difference < 0.06, name
 
 
-def test_a_head_that_the_trainer_bypasses_is_no_missed_loss(tmp_path):
+def test_a_head_that_the_trainer_bypasses_is_not_a_miss(tmp_path):
     """TRL's trainers read the head's weight and fuse the loss themselves."""
     model = fastlora.compile(build("llama"))
     model(**batch()).loss.backward()

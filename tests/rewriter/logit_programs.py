@@ -1,7 +1,7 @@
-"""Random programs over a head's logits, which run the same on ordinary and on deferred ones.
+"""Random programs over a head's logits, which run the same on ordinary and on deferred logits.
 
-A program is a list of steps. Each reads the logits or what earlier steps made of them, by position, and may add a
-value, a term of the loss, an observation, a hook or a write. What comes out is everything that a caller can see.
+A program is a list of steps. Each reads the logits or values of earlier steps, by position, and may add a value, a term
+of the loss, an observation, a hook or a write. The result is everything that a caller can observe.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROWS = (2, 3)
 
 
 class Sink(torch.autograd.Function):
-    """Passes its inputs on, as DDP's does."""
+    """An autograd function that passes its inputs on, as DDP's does."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: torch.Tensor) -> Any:
@@ -48,7 +48,7 @@ class OwnCrossEntropy(torch.autograd.Function):
 
 @dataclass
 class World:
-    """What a program has made so far."""
+    """The state of a running program."""
 
     values: list[torch.Tensor]
     losses: list[torch.Tensor] = field(default_factory=list)
@@ -225,7 +225,7 @@ programs = st.lists(st.tuples(step, st.integers(0, 9), st.integers(0, 11)), min_
 
 
 def run(program: list[Any], hidden: torch.Tensor, head: Any, parameters: list[torch.Tensor]) -> dict[str, Any]:
-    """Everything that can be seen of a program on `head(hidden)`: values, gradients, observations, and its error."""
+    """Run a program on `head(hidden)`; return everything observable: values, gradients, observations, and its error."""
     torch.manual_seed(0)
     world = World([])
     result: dict[str, Any] = {}

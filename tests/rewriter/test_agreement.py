@@ -1,4 +1,4 @@
-"""What is rounding and what is wrong, of steps made by hand."""
+"""Checks tell rounding errors from wrong gradients, on synthetic steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HALF = Rounding(2**-7, 2**-7)
 
 
 def step(error: float = 0.0, loss: float = 2.0, **others: torch.Tensor) -> Step:
-    """A step with a gradient `w` that is off by `error`, relative."""
+    """Return a step whose gradient `w` has the relative error `error`."""
     return Step(torch.tensor(loss), {"w": TRUE + error * torch.tensor([0.0, 5.0]), **others})
 
 
@@ -32,7 +32,7 @@ def of(name: str, runs: list[Steps], within: Rounding = FLOAT32) -> Compared:
     return found
 
 
-def test_an_error_may_be_a_quarter_more_than_eagers() -> None:
+def test_an_error_may_exceed_eagers_by_a_quarter() -> None:
     runs = [Steps(step(mine), step(1e-3), step()) for mine in (1.24e-3, 1.6e-3)]
     assert of("w", runs[:1]).right
     assert not of("w", runs[1:]).right
@@ -40,25 +40,25 @@ def test_an_error_may_be_a_quarter_more_than_eagers() -> None:
     assert of("w", runs[:1]).eager_error == pytest.approx(1e-3)
 
 
-def test_a_quarter_of_the_error_of_all_eager_gradients_is_rounding() -> None:
+def test_the_floor_is_a_quarter_of_the_total_eager_error() -> None:
     mine, its, true = (step(error, b=TRUE * factor) for error, factor in ((1e-2, 1.001), (1e-2, 1.0), (0.0, 1.0)))
     assert of("b", [Steps(mine, its, true)]).right
     assert not of("b", [Steps(step(b=TRUE * 1.001), step(b=TRUE), true)]).right
 
 
-def test_losses_are_compared_in_the_same_way() -> None:
+def test_losses_are_compared_like_gradients() -> None:
     assert of("the loss", [Steps(step(loss=2.00001), step(), step())]).right
     assert not of("the loss", [Steps(step(loss=2.001), step(), step())]).right
     assert of("the loss", [Steps(step(loss=2.002), step(loss=2.002), step())]).right
 
 
-def test_without_float64_the_dtype_says_what_is_usual() -> None:
+def test_without_float64_the_bound_depends_on_the_dtype() -> None:
     for within, right, wrong in ((FLOAT32, 1.5e-4, 2e-4), (HALF, 0.12, 0.15)):
         assert of("w", [Steps(step(right), step(), None)], within).right
         assert not of("w", [Steps(step(wrong), step(), None)], within).right
 
 
-def test_what_others_leave_when_they_cancel_is_their_rounding() -> None:
+def test_a_cancelling_gradient_is_bounded_by_the_largest_one() -> None:
     nothing = {"mine": torch.full((2,), 4e-8), "its": torch.full((2,), 1e-9), "true": torch.zeros(2)}
     mine, its, true = (step(b=value) for value in nothing.values())
     assert of("b", [Steps(mine, its, true)]).right
@@ -75,14 +75,12 @@ def test_what_others_leave_when_they_cancel_is_their_rounding() -> None:
         (1.0, math.nan, math.nan, False),
     ],
 )
-def test_what_is_not_finite_may_be_so_where_eager_or_float64_is(
-    mine: float, its: float, true: float, right: bool
-) -> None:
+def test_overflow_is_right_where_eager_or_float64_overflows(mine: float, its: float, true: float, right: bool) -> None:
     values = (torch.tensor([1.0, value]) for value in (mine, its, true))
     assert of("b", [Steps(*(step(b=value) for value in values))]).right is right
 
 
-def test_one_that_is_not_finite_leaves_others_to_be_judged() -> None:
+def test_an_infinite_gradient_does_not_hide_errors_in_others() -> None:
     overflown = torch.tensor([1.0, math.inf])
     found = [Steps(step(mine, b=overflown), step(b=overflown), step(b=overflown)) for mine in (1e-6, 1e-3)]
     assert of("w", found[:1]).right
@@ -99,17 +97,17 @@ def test_one_that_is_not_finite_leaves_others_to_be_judged() -> None:
         ([torch.float16], False, 2**-10),
     ],
 )
-def test_the_coarsest_dtype_says_what_rounding_is(dtypes: list[Any], tensor_cores: bool, floor: float) -> None:
+def test_rounding_is_that_of_the_coarsest_dtype(dtypes: list[Any], tensor_cores: bool, floor: float) -> None:
     assert rounding_of(dtypes, tensor_cores).floor == floor
 
 
-def test_what_is_far_from_eager_in_float64_is_another_computation() -> None:
+def test_float64_far_from_eager_is_reported_as_a_mismatch() -> None:
     assert float64_mismatch(step(0.1), step()) is None
     assert "60%" in str(float64_mismatch(step(0.6), step()))
 
 
 class Rehearsed:
-    """Stands for a trial: steps with these errors, one after another, and eager ones between them."""
+    """A fake trial: steps with the given errors, one after another, and eager steps without."""
 
     def __init__(self, errors: list[float], exact: bool = True) -> None:
         self.model, self.dtypes, self.notes = nn.Linear(2, 1, bias=False), {torch.float32}, []
@@ -128,7 +126,7 @@ def judged(trial: Any) -> Any:
     return agree(trial, {trial.model: print}, Session(Options()))
 
 
-def test_bad_luck_is_no_error() -> None:
+def test_an_error_in_a_single_step_is_not_wrong() -> None:
     trial = Rehearsed([2e-3] * 3 + [1e-3] * (STEPS - 3))
     found = judged(trial)
     assert found
@@ -136,7 +134,7 @@ def test_bad_luck_is_no_error() -> None:
     assert found.worst[0].error == pytest.approx(1e-3)
 
 
-def test_what_is_wrong_most_of_the_time_is() -> None:
+def test_an_error_in_most_steps_is_wrong() -> None:
     trial = Rehearsed([2e-3] * 5 + [1e-3] * (STEPS - 5))
     found = judged(trial)
     assert not found
@@ -144,13 +142,13 @@ def test_what_is_wrong_most_of_the_time_is() -> None:
     assert "w: error of eager 1.0e-03, error 2.0e-03, bound" in str(found)
 
 
-def test_what_is_right_at_once_is_not_repeated() -> None:
+def test_a_right_step_is_not_repeated() -> None:
     trial = Rehearsed([1e-3])
     assert judged(trial)
     assert trial.taken == 1
 
 
-def test_why_there_is_no_float64_is_said() -> None:
+def test_the_reason_for_skipping_float64_is_reported() -> None:
     found = judged(Rehearsed([1e-3], exact=False))
     assert found
     assert "ArithmeticError: no float64" in found.skipped[0]
@@ -160,7 +158,7 @@ def test_why_there_is_no_float64_is_said() -> None:
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_a_step_without_any_gradient_is_wrong_if_the_other_has_some(compiled: bool) -> None:
+def test_missing_all_gradients_is_wrong(compiled: bool) -> None:
     trial: Any = Rehearsed([0.0], exact=False)
     trial.step = lambda slots, **_: step() if bool(slots) is compiled else Step(torch.tensor(2.0), {})
     found = judged(trial)
@@ -169,7 +167,7 @@ def test_a_step_without_any_gradient_is_wrong_if_the_other_has_some(compiled: bo
     assert (found.extra if compiled else found.missing) == ["w"]
 
 
-def test_what_could_not_be_judged_is_said() -> None:
+def test_gradients_too_small_to_judge_are_reported() -> None:
     trial: Any = Rehearsed([])
     trial.model = nn.Linear(2, 1)
     trial.step = lambda slots, **_: step(faint=torch.full((2,), 1e-9))
@@ -179,7 +177,7 @@ def test_what_could_not_be_judged_is_said() -> None:
     assert any("2 trained parameters got no gradient" in note and "bias" in note for note in found.notes)
 
 
-def test_another_computation_in_float64_is_no_judge() -> None:
+def test_a_mismatching_float64_step_is_not_used() -> None:
     trial: Any = Rehearsed([])
     trial.step = lambda slots, exact=False: Step(torch.tensor(2.0), {"w": -TRUE if exact else TRUE})
     found = judged(trial)
@@ -188,7 +186,7 @@ def test_another_computation_in_float64_is_no_judge() -> None:
     assert "differ from eager's by 200%" in found.skipped[0]
 
 
-def test_nothing_to_compare_is_not_right() -> None:
+def test_a_model_without_gradients_is_refused() -> None:
     trial: Any = Rehearsed([0.0])
     trial.step = lambda *_, **__: Step(torch.tensor(1.0), {})
     with pytest.raises(FastLoRAError, match="nothing to compare"):

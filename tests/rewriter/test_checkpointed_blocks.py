@@ -1,4 +1,4 @@
-"""Blocks that checkpoint themselves, compiled: gradients, and what a forward does to buffers, are eager's."""
+"""Compiled blocks that checkpoint themselves have the gradients and buffers of eager."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def adapted(reentrant: bool) -> Any:
 
 
 def trained(model: Any, x: Tensor) -> dict[str, Tensor]:
-    """Gradients after a step, and buffers."""
+    """Return the gradients after a step, and the buffers."""
     for _ in range(2):
         model.zero_grad()
         model(x).backward()
@@ -63,7 +63,7 @@ def trained(model: Any, x: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("leads_back", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_batch_statistics_may_change_before_a_block_is_recomputed(reentrant: bool, leads_back: bool) -> None:
-    """And with reentry a block has gradients only where what it reads has one, as in eager."""
+    """With reentrant checkpoints a block has gradients only if one of its inputs requires one, as in eager."""
     eager = adapted(reentrant)
     model = fastlora.compile(copy.deepcopy(eager))
     x = torch.randn(5, 8, requires_grad=leads_back)
@@ -75,7 +75,7 @@ def test_batch_statistics_may_change_before_a_block_is_recomputed(reentrant: boo
     assert fastlora.report(model).coverage["lora"].fused == 3
 
 
-def test_an_activation_that_changes_before_a_block_is_recomputed_is_refused_where_eager_refuses_it() -> None:
+def test_a_changed_activation_raises_on_recomputation_as_in_eager() -> None:
     def refuses(model: Any) -> bool:
         x = torch.randn(5, 8)
         loss = model(x)
@@ -116,7 +116,7 @@ class Selective(nn.Module):
         return made
 
 
-def test_a_selective_checkpoint_chooses_what_to_keep() -> None:
+def test_a_selective_checkpoint_policy_is_respected() -> None:
     eager = nn.ModuleList([Selective(), Selective()])
     model = fastlora.compile(copy.deepcopy(eager), defer_logits=False)
     gradients, x = [], torch.randn(5, 8)

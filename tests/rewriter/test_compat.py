@@ -1,4 +1,4 @@
-"""Every private API that fastlora relies on is there, and means what it is taken to mean."""
+"""Every private API that fastlora uses exists and behaves as expected."""
 
 from importlib import import_module
 
@@ -13,7 +13,7 @@ PROBES = [(area, name) for area in run.AREAS for name in run.probes(area)]
 
 
 @pytest.mark.parametrize(("area", "name"), PROBES, ids=[f"{area}.{name}" for area, name in PROBES])
-def test_a_private_api_means_what_it_did(area, name):
+def test_a_private_api_behaves_as_expected(area, name):
     assert run.failure(run.probes(area)[name]) is None
 
 
@@ -32,7 +32,7 @@ def test_a_change_is_reported_in_a_line(monkeypatch):
     ]
 
 
-def test_an_api_that_is_gone_is_reported_in_a_line(monkeypatch):
+def test_a_missing_api_is_reported_in_a_line(monkeypatch):
     def probes(area: str) -> None:
         raise AttributeError("module 'torch._C' has no attribute '_current_graph_task_id'")
 
@@ -51,6 +51,6 @@ def test_probes_print_nothing_and_leave_no_state(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_failed_expectation_says_what_was_expected():
+def test_a_failed_expectation_states_the_expectation():
     with pytest.raises(ChangedError, match="expected that one is two"):
         expect(1 == 2, "one is two")

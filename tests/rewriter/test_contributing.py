@@ -1,6 +1,7 @@
-"""What a contributor has to touch: a new spelling is one line in one file, a new gated activation one place in four.
+"""Extensions take few edits: a new spelling one line in one file, a new gated activation one place in each of four
+files.
 
-Both are tried for real, on a copy of the package with the lines that a contributor would write.
+Both are done on a copy of the package, with the lines that a contributor would write.
 """
 
 from __future__ import annotations
@@ -49,12 +50,12 @@ MISH_GATE = {
     "kernels/triton/glu.py": [
         ('ACTIVATIONS = ("silu", "gelu", "gelu_tanh")', 'ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "mish")'),
         (
-            "    else:\n        share, density = _sigmoid(z)\n",
+            "    else:\n        cdf, density = _sigmoid(z)\n",
             '    elif ACTIVATION == "mish":\n'
             "        grown = tl.maximum(z, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(z)))  # softplus\n"
-            "        share = 2.0 / (1.0 + tl.exp(-2.0 * grown)) - 1.0\n"
-            "        slope = share + z / (1.0 + tl.exp(-z)) * (1.0 - share * share)\n"
-            "    else:\n        share, density = _sigmoid(z)\n",
+            "        cdf = 2.0 / (1.0 + tl.exp(-2.0 * grown)) - 1.0\n"
+            "        slope = cdf + z / (1.0 + tl.exp(-z)) * (1.0 - cdf * cdf)\n"
+            "    else:\n        cdf, density = _sigmoid(z)\n",
         ),
     ],
     "patterns/mlp.py": [
@@ -115,7 +116,7 @@ for mine, its in zip((y, dgate, dup), (expected.detach(), *gradients)):
 
 
 def edited(folder: Path, edits: dict[str, list[tuple[str, str]]]) -> Path:
-    """A copy of the package in which those lines are written."""
+    """Return a copy of the package with these lines added."""
     for name, source in FOLDERS.items():
         for path in (ROOT / source).rglob("*.py"):
             text = path.read_text()

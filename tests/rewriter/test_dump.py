@@ -1,4 +1,4 @@
-"""What can be asked of fastlora about each graph: log lines, files that run, a runnable program in the report."""
+"""Dumped graphs are files that run, log lines name what was fused, and reports contain runnable programs."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ torch.save(runpy.run_path(sys.argv[1])["run"](), sys.argv[2])
 
 
 def run_file(path: Path) -> tuple[list[Any], list[Any]]:
-    """The outputs and gradients of a dumped graph, in a fresh process."""
+    """Return the outputs and gradients of a dumped graph, run in a new process."""
     results = path.with_suffix(".pt")
     environment = {name: value for name, value in os.environ.items() if name != "FASTLORA_DUMP"}
     subprocess.run([sys.executable, "-c", LOSSES, str(path), str(results)], check=True, env=environment)
@@ -61,7 +61,7 @@ def test_dumped_graphs_run_and_are_equal(tmp_path, monkeypatch, checkpointing):
     assert any(line.startswith("pass raise_ops: ") for line in lines)
 
 
-def test_a_head_that_defers_its_logits_is_dumped_as_well(tmp_path, monkeypatch):
+def test_a_graph_with_deferred_logits_is_dumped(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTLORA_DUMP", str(tmp_path))
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 9))
     loss = torch.nn.CrossEntropyLoss()
@@ -83,7 +83,7 @@ def test_a_head_that_defers_its_logits_is_dumped_as_well(tmp_path, monkeypatch):
     assert_equal(after[1], before[1])
 
 
-def test_nothing_is_written_unless_asked(tmp_path, monkeypatch):
+def test_nothing_is_dumped_by_default(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FASTLORA_DUMP", raising=False)
     model = fastlora.compile(build("llama"))
@@ -91,7 +91,7 @@ def test_nothing_is_written_unless_asked(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+def test_an_unwritable_dump_folder_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FASTLORA_DUMP", str(tmp_path / "file"))
     with pytest.raises(fastlora.FastLoRAError, match=r"FASTLORA_DUMP=.*file: cannot be written"):
@@ -127,8 +127,8 @@ model(**batch()).loss.backward()
 
 
 @pytest.mark.parametrize("setting", ["fastlora", "+fastlora", None])
-def test_torch_logs_shows_what_is_asked_for(setting):
-    """Without fastlora having registered anything with PyTorch."""
+def test_torch_logs_selects_the_level(setting):
+    """fastlora registers nothing with PyTorch's logging."""
     environment = {name: value for name, value in os.environ.items() if name != "TORCH_LOGS"}
     environment |= {} if setting is None else {"TORCH_LOGS": setting}
     program = PROGRAM.format(tests=str(Path(__file__).parents[1]))
@@ -137,7 +137,7 @@ def test_torch_logs_shows_what_is_asked_for(setting):
     assert ("raise_ops" in done.stderr) == (setting == "+fastlora")
 
 
-def test_a_second_graph_of_a_region_is_logged_as_a_recompilation(caplog, monkeypatch):
+def test_a_second_graph_is_logged_as_a_recompilation(caplog, monkeypatch):
     lines: list[str] = []
 
     class Keeps(logging.Handler):

@@ -1,4 +1,4 @@
-"""What a graph does besides computing values: which inputs a node writes, what shares memory, which modes hold."""
+"""The effects of nodes: which inputs they write to, which values share memory, and which modes are active."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _node(graph: fx.Graph, name: str) -> fx.Node:
 
 
 def _written(write: Callable[[Tensor], object]) -> bool:
-    """Whether the input of `write` is found to be written."""
+    """Return whether the input of `write` is found to be written."""
 
     def function(x: Tensor) -> Tensor:
         kept = x * 2
@@ -35,7 +35,7 @@ def _written(write: Callable[[Tensor], object]) -> bool:
 
 
 @pytest.mark.parametrize("name", WRITES)
-def test_a_write_is_found_through_whatever_view_it_goes(name: str) -> None:
+def test_writes_are_found_through_any_view(name: str) -> None:
     assert _written(WRITES[name])
 
 
@@ -57,7 +57,7 @@ READS: dict[str, Callable[[Tensor], object]] = {
 
 
 @pytest.mark.parametrize("name", READS)
-def test_what_only_reads_is_no_write(name: str) -> None:
+def test_reads_are_not_writes(name: str) -> None:
     assert not _written(READS[name])
 
 
@@ -96,8 +96,8 @@ ALIASES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", ALIASES)
-def test_a_view_shares_the_memory_of_what_it_views(name: str) -> None:
-    """Writing to the source is writing to the view, and the other way round."""
+def test_a_view_aliases_its_base(name: str) -> None:
+    """A write to the base writes to the view, and the other way round."""
 
     def function(x: Tensor) -> Any:
         source = x * 2
@@ -142,7 +142,7 @@ def test_an_autograd_functions_result_aliases_what_its_forward_returns(function:
     assert bool(view.mutations.writers(_node(view.graph, "y"))) is shares
 
 
-def test_an_unrelated_write_is_not_blamed_on_others() -> None:
+def test_unrelated_values_are_not_written() -> None:
     def function(x: Tensor) -> Any:
         first, second = x * 2, x * 3
         second[0] = 1.0
@@ -154,8 +154,8 @@ def test_an_unrelated_write_is_not_blamed_on_others() -> None:
     assert mutations.writers(_node(view.graph, "second"))
 
 
-def test_what_cannot_be_probed_counts_as_a_write() -> None:
-    """An operator whose effect cannot be seen on fake tensors may do anything."""
+def test_a_node_that_cannot_be_probed_counts_as_a_write() -> None:
+    """An operator that cannot run on fake tensors may have any effect."""
     graph = fx.Graph()
     x = graph.placeholder("x")
     x.meta["example_value"] = torch.empty(2, 3)
@@ -183,7 +183,7 @@ def test_an_operator_with_a_mutable_schema_is_a_write() -> None:
 
 
 def test_a_higher_order_kernel_launch_is_a_write() -> None:
-    """TorchDynamo traces a user's Triton kernel to a higher-order op that writes to its arguments."""
+    """TorchDynamo traces a user's Triton kernel as a higher-order op that writes to its arguments."""
     from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
 
     graph = fx.Graph()
@@ -213,7 +213,7 @@ def _modes_of(function: Callable[..., Any], *names: str) -> list[Any]:
     return [found[_node(gm.graph, name)] for name in names]
 
 
-def test_gradient_modes_are_known_inside_and_after_a_region() -> None:
+def test_gradient_modes_are_tracked_inside_and_after_regions() -> None:
     def function(x: Tensor) -> Any:
         before = x * 2
         with torch.no_grad():
@@ -228,7 +228,7 @@ def test_gradient_modes_are_known_inside_and_after_a_region() -> None:
     assert before == after
 
 
-def test_autocast_regions_are_told_apart_and_nest() -> None:
+def test_autocast_regions_are_distinguished_and_nest() -> None:
     def function(x: Tensor) -> Any:
         before = x * 2
         with torch.autocast("cpu", dtype=bf16):
@@ -249,8 +249,9 @@ def test_autocast_regions_are_told_apart_and_nest() -> None:
     assert len({before, first, inner, second}) == 4
 
 
-def test_no_region_is_entered_to_know_its_effects(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Autocast keeps what it has cast of weights until its outermost region ends: with one left open, forever."""
+def test_probing_enters_no_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast caches casts of weights until its outermost region ends, so one that is left open would keep them
+    forever."""
 
     def function(x: Tensor, w: Tensor) -> Tensor:
         with torch.autograd.graph.disable_saved_tensors_hooks("a reason"), torch.autocast("cpu", dtype=bf16):
@@ -266,7 +267,7 @@ def test_no_region_is_entered_to_know_its_effects(monkeypatch: pytest.MonkeyPatc
     assert torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is None
 
 
-def test_inference_regions_are_known() -> None:
+def test_inference_mode_regions_are_tracked() -> None:
     def function(x: Tensor) -> Any:
         before = x * 2
         with torch.inference_mode():
@@ -277,7 +278,7 @@ def test_inference_regions_are_known() -> None:
     assert before != within
 
 
-def test_the_mode_around_the_graph_is_where_it_starts() -> None:
+def test_a_graph_starts_in_the_enclosing_mode() -> None:
     with torch.no_grad():
         (mode,) = _modes_of(lambda x: x * 2, "mul")
     (other,) = _modes_of(lambda x: x * 2, "mul")
@@ -285,7 +286,7 @@ def test_the_mode_around_the_graph_is_where_it_starts() -> None:
 
 
 def test_torch_func_transforms_are_neither_probed_nor_rewritten() -> None:
-    """Their begin and end change what runs afterwards, and an op inside sees one tensor where there are several."""
+    """Running their start or end would change later code, and an op inside sees one tensor for several."""
 
     def function(x: Tensor, w: Tensor) -> Tensor:
         return torch.vmap(lambda row: rms_norm(row, w))(x) + rms_norm(x, w)

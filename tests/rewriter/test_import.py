@@ -1,4 +1,4 @@
-"""Importing fastlora loads nothing else, and its public names are there all the same."""
+"""Importing fastlora imports no other library, and all public names are available."""
 
 import ast
 import pickle
@@ -16,7 +16,7 @@ HEAVY = ("torch", "triton", "sympy", "numpy", "transformers", "peft")
 
 
 def loaded_after(*command: str) -> set[str]:
-    """The packages in `sys.modules` of a fresh process after a statement."""
+    """Return the packages in `sys.modules` of a new process after a statement."""
     report = "import atexit, sys; atexit.register(lambda: print('loaded', *sys.modules, file=sys.stderr))"
     done = subprocess.run(
         [sys.executable, "-c", f"{report}\n{command[0]}", *command[1:]], capture_output=True, text=True, check=True
@@ -38,7 +38,7 @@ def test_help_and_version_load_no_library(arguments):
     assert not loaded & set(HEAVY)
 
 
-def test_an_error_class_loads_no_library():
+def test_importing_an_error_class_loads_no_library():
     assert not loaded_after("from fastlora import FastLoRAError, StrictError") & set(HEAVY)
 
 
@@ -56,7 +56,7 @@ def test_each_public_name_is_listed_for_type_checkers_and_at_run_time():
 
 
 @pytest.mark.parametrize("name", fastlora.__all__)
-def test_a_public_name_is_what_its_module_defines(name):
+def test_public_names_are_the_objects_of_their_modules(name):
     value = getattr(fastlora, name)
     assert value is getattr(sys.modules[f"fastlora.{fastlora._DEFINED_IN[name]}"], name)
     assert value is pickle.loads(pickle.dumps(value))
@@ -65,7 +65,7 @@ def test_a_public_name_is_what_its_module_defines(name):
 
 @pytest.mark.parametrize("first", ["", "fastlora.rule\n"], ids=["the module first", "the function first"])
 def test_no_submodule_replaces_a_public_name(first):
-    """Python binds a submodule to its package, where `fastlora.rule` is the function that users call."""
+    """Python sets a submodule as an attribute of its package, but `fastlora.rule` is the function that users call."""
     modules = [module.name for module in pkgutil.iter_modules(fastlora.__path__)]
     assert set(modules) & set(fastlora.__all__) == {"rule"}
     imports = "\n".join(f"import fastlora.{module}" for module in modules)
@@ -78,7 +78,7 @@ def test_a_misspelled_name_is_an_attribute_error():
         fastlora.compiel  # noqa: B018
 
 
-def test_the_version_is_the_distributions(capsys):
+def test_the_version_is_that_of_the_distribution(capsys):
     from importlib.metadata import version
 
     from fastlora.tools.cli import main

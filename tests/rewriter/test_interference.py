@@ -1,5 +1,5 @@
-"""A layer that anything may happen to: writes through views, copies, detached and rounded values, regions without
-gradients, results that escape. Whatever is claimed then, outputs and gradients have to be eager's."""
+"""Random interference with a layer keeps results equal: writes through views, copies, detached and rounded values,
+regions without gradients, escaping results."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _assigned(line: str) -> str:
 
 
 def _disturbed(choose: Callable[[int], int]) -> str:
-    """The source of the layer with one to three disturbances."""
+    """Return the source of the layer with one to three random disturbances."""
     lines = ["kept = []", *LAYER]
     for _ in range(1 + choose(3)):
         at = 2 + choose(len(lines) - 2)
@@ -109,7 +109,7 @@ def _inputs(dtype: torch.dtype, trains: Callable[[], bool]) -> list[Tensor]:
 
 @hypothesis.settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @hypothesis.given(data=st.data())
-def test_whatever_happens_to_a_layer_its_results_are_eagers(data: st.DataObject) -> None:
+def test_random_interference_with_a_layer_keeps_results_equal(data: st.DataObject) -> None:
     source = _disturbed(lambda n: data.draw(st.integers(0, n - 1)))
     hypothesis.note(source)
     scope: dict[str, Any] = {"torch": torch, "F": F}
@@ -124,7 +124,7 @@ def test_whatever_happens_to_a_layer_its_results_are_eagers(data: st.DataObject)
     outcome.assert_close(3e-6 if dtype == f32 and "bfloat16" not in source else 0.1)
 
 
-def test_an_undisturbed_layer_is_claimed_from_end_to_end() -> None:
+def test_a_layer_without_interference_is_fully_fused() -> None:
     scope: dict[str, Any] = {"torch": torch, "F": F}
     body = "\n    ".join([*LAYER, "return loss"])
     exec(f"def function({', '.join(NAMES)}):\n    {body}\n", scope)

@@ -1,4 +1,4 @@
-"""The legality checks ESCAPES, ORDER, EFFECT and MODE, by matches that only they refuse."""
+"""The legality checks ESCAPES, ORDER, EFFECT and MODE, on matches that no other check refuses."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ BF16 = X.detach().to(bf16).requires_grad_()
 
 
 def _adapted(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """An adapted layer without any cast at its end."""
+    """Return an adapted layer without a cast of its result."""
     return F.linear(x, w) + F.linear(F.linear(x, a), b) * 2.0
 
 
 # ---- ESCAPES
 
 
-def test_an_intermediate_that_is_returned_refuses_the_match() -> None:
+def test_a_returned_intermediate_refuses_the_match() -> None:
     def function(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         active = F.silu(gate)
         return active * up, active
@@ -39,7 +39,7 @@ def test_an_intermediate_that_is_returned_refuses_the_match() -> None:
     outcome.assert_identical()
 
 
-def test_an_intermediate_that_is_returned_by_an_identity_refuses_the_match() -> None:
+def test_an_intermediate_returned_through_an_identity_refuses_it() -> None:
     def function(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         active = F.silu(gate)
         return active * up, active.contiguous().float()
@@ -49,8 +49,8 @@ def test_an_intermediate_that_is_returned_by_an_identity_refuses_the_match() -> 
     outcome.assert_identical()
 
 
-def test_a_shared_cast_stays_for_its_other_users() -> None:
-    """It is cheap, so it may be computed for them alone; the norm is replaced all the same."""
+def test_a_shared_cast_is_kept_for_other_users() -> None:
+    """A cast is cheap, so the norm is replaced and the cast is computed for its other users."""
 
     def function(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         h = x.float()
@@ -64,8 +64,8 @@ def test_a_shared_cast_stays_for_its_other_users() -> None:
 # ---- ORDER
 
 
-def test_an_output_used_before_an_input_exists_refuses_the_match() -> None:
-    """The sum is used to make the weight of its own norm."""
+def test_an_output_used_before_an_input_refuses_the_match() -> None:
+    """The weight of the norm is computed from the sum before it."""
 
     def function(x: Tensor, y: Tensor) -> Tensor:
         total = x + y
@@ -78,7 +78,7 @@ def test_an_output_used_before_an_input_exists_refuses_the_match() -> None:
 
 
 def test_an_op_is_inserted_before_the_first_use_of_any_output() -> None:
-    """The residual sum is used before its norm is; both stay where their users find them."""
+    """The residual sum is used before its norm."""
 
     def function(x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         total = x + y
@@ -119,8 +119,8 @@ def test_a_write_after_the_first_read_refuses_the_match(written: str) -> None:
     outcome.assert_identical()
 
 
-def test_a_write_within_the_match_before_the_first_read_is_fine() -> None:
-    """Although the match has begun by then."""
+def test_a_write_in_the_match_before_the_first_read_is_allowed() -> None:
+    """The write is after the first node of the match."""
 
     def function(gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate * 1.5, up * 1.5
@@ -133,7 +133,7 @@ def test_a_write_within_the_match_before_the_first_read_is_fine() -> None:
     outcome.assert_close()
 
 
-def test_a_write_before_the_match_is_fine() -> None:
+def test_a_write_before_the_match_is_allowed() -> None:
     def function(gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate * 1.5, up * 1.5
         up.add_(1)
@@ -144,8 +144,8 @@ def test_a_write_before_the_match_is_fine() -> None:
     outcome.assert_close()
 
 
-def test_a_write_between_the_op_and_a_members_first_read_refuses_the_match() -> None:
-    """The first layer's result is used before the second one's weight has its value, so they cannot be a group."""
+def test_a_write_between_the_op_and_the_first_read_refuses_it() -> None:
+    """The first layer's result is used before the second layer's weight is written, so they cannot be grouped."""
 
     def function(x: Tensor, *layers: Tensor) -> tuple[Tensor, Tensor]:
         q = _adapted(x, *layers[:3])
@@ -184,7 +184,7 @@ def test_a_later_write_to_the_result_refuses_the_match() -> None:
     outcome.assert_identical()
 
 
-def test_a_write_inside_a_checkpoint_counts() -> None:
+def test_a_write_inside_a_checkpoint_refuses_the_match() -> None:
     from torch.utils.checkpoint import checkpoint
 
     def write(x: Tensor) -> Tensor:
@@ -255,7 +255,7 @@ def test_a_match_does_not_span_autocast_modes() -> None:
     "region", [torch.no_grad, lambda: torch.autocast("cpu", dtype=bf16)], ids=["no_grad", "autocast"]
 )
 def test_an_op_is_not_placed_in_another_mode_than_its_nodes(region: Any) -> None:
-    """The sum's first use is in a region that the norm is not in; there it would lose its gradients."""
+    """The sum is first used in a region without gradients, and the norm is outside."""
 
     def function(x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         total = x + y

@@ -1,4 +1,4 @@
-"""The legality checks AUTOGRAD, METADATA, GUARDS and SUBCLASS, and rounding, by matches that only they refuse."""
+"""The legality checks AUTOGRAD, METADATA, GUARDS and SUBCLASS, and rounding, on matches that no other check refuses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BF16 = X.detach().to(bf16).requires_grad_()
 
 
 def _toy(name: str, forward: Any, schema: str = "(Tensor x) -> (Tensor y)") -> SemanticOp:
-    """An op that claims to be tanh."""
+    """Return an op whose formula is tanh."""
     return register_op(
         f"toy_{name}",
         family="toy",
@@ -57,7 +57,7 @@ def _without_gradient(gm: fx.GraphModule, target: Any) -> None:
             node.meta["example_value"] = node.meta["example_value"].detach()
 
 
-def test_a_result_that_takes_no_gradient_gets_none() -> None:
+def test_a_match_without_gradients_is_not_given_any() -> None:
     import operator
 
     gm, _ = trace(lambda gate, up: F.silu(gate) * up, (X, Y))
@@ -67,8 +67,8 @@ def test_a_result_that_takes_no_gradient_gets_none() -> None:
     assert made.refused[0][1].code is Code.AUTOGRAD
 
 
-def test_every_output_requires_a_gradient_where_it_did() -> None:
-    """The sum of two frozen values requires none, though its norm does."""
+def test_requires_grad_of_outputs_does_not_change() -> None:
+    """The sum of two frozen values requires no gradient, although its norm does."""
 
     def function(x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         total = x + y
@@ -79,7 +79,7 @@ def test_every_output_requires_a_gradient_where_it_did() -> None:
     outcome.assert_close()
 
 
-def test_a_frozen_member_of_a_group_stays_without_gradient() -> None:
+def test_a_frozen_layer_is_not_grouped_with_trained_ones() -> None:
     frozen = [t.detach() for t in OTHER]
     outcome = analyse(lambda x, *layers: (lora(x, *layers[:3]), lora(x, *layers[3:])), X.detach(), *LAYER, *frozen)
     assert [t.requires_grad for t in outcome.rewritten.outputs] == [True, False]
@@ -108,7 +108,7 @@ def test_an_op_with_other_metadata_is_refused(reason: str) -> None:
 
 
 def test_transposed_heads_stay_transposed() -> None:
-    """What follows may depend on strides: `view` fails on others."""
+    """Later nodes may depend on strides, as `view` does."""
     x = randn(2, 4, 3, 8)
     tables = randn(4, 8, grad=False), randn(4, 8, seed=1, grad=False)
     outcome = analyse(
@@ -122,7 +122,7 @@ def test_transposed_heads_stay_transposed() -> None:
 
 
 def _guards_added(function: Any, inputs: Sequence[Any], dynamic: Sequence[tuple[int, int]], rules: Any) -> list[str]:
-    """The guards that rewriting adds, for a function some of whose sizes (input, dimension) are dynamic."""
+    """Return the guards that rewriting adds to a function with these dynamic (input, dimension) pairs."""
     added: list[str] = []
 
     def backend(gm: fx.GraphModule, given: list[Any]) -> Any:
@@ -183,7 +183,7 @@ DYNAMIC = {
 
 
 @pytest.mark.parametrize("name", DYNAMIC)
-def test_looking_for_matches_narrows_no_shape(name: str) -> None:
+def test_matching_adds_no_guards_on_shapes(name: str) -> None:
     function, inputs, dynamic = DYNAMIC[name]
     assert _guards_added(function, inputs, dynamic, default_rules()) == []
 
@@ -191,7 +191,7 @@ def test_looking_for_matches_narrows_no_shape(name: str) -> None:
 # ---- rounding
 
 
-def test_where_a_norm_rounds_is_an_argument_of_the_op() -> None:
+def test_the_rounding_of_a_norm_is_an_argument_of_the_op() -> None:
     def early(x: Tensor, w: Tensor) -> Tensor:
         h = x.float()
         return w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
@@ -208,8 +208,8 @@ def test_where_a_norm_rounds_is_an_argument_of_the_op() -> None:
         assert torch.equal(outcome.eager.outputs[0], outcome.rewritten.outputs[0])
 
 
-def test_a_result_rounded_before_it_is_read_stays_rounded() -> None:
-    """The gate of a bfloat16 model with float32 adapters is a bfloat16 value, not the float32 sum behind it."""
+def test_an_explicit_cast_of_a_result_still_rounds() -> None:
+    """In a bfloat16 model with float32 adapters, the gate is rounded to bfloat16 after the float32 sum."""
 
     def function(x: Tensor, *layers: Tensor) -> Tensor:
         return F.silu(lora(x, *layers[:3])) * lora(x, *layers[3:])
@@ -227,7 +227,7 @@ def test_a_result_rounded_before_it_is_read_stays_rounded() -> None:
 
 
 class Rough(Tensor):
-    """A matrix that is multiplied by whole numbers only; all else is done to the tensor that it is made of."""
+    """A wrapper subclass of a matrix that rounds to integers in products, and nowhere else."""
 
     inner: Tensor
 
@@ -255,7 +255,7 @@ class Rough(Tensor):
         return cls(result) if keeps else result
 
 
-def test_products_of_a_subclass_are_its_own() -> None:
+def test_tensor_subclasses_are_not_fused() -> None:
     w, a, b = LAYER
     outcome = analyse(lora, X, Rough(w), a, b)
     assert "l_weight_ is of the tensor subclass Rough" in outcome.turned_down()

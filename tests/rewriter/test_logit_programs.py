@@ -1,4 +1,4 @@
-"""Programs over logits see the same values, gradients and errors whether the logits are deferred or not."""
+"""Programs over logits have the same values, gradients and errors with ordinary and with deferred logits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastlora.frontend.session import Options, Session
 
 
 class Adapted(nn.Module):
-    """A head with an adapter, which is a region of its own."""
+    """A head with an adapter, which is a region by itself."""
 
     def __init__(self, head: nn.Linear) -> None:
         super().__init__()
@@ -51,7 +51,8 @@ def _same(found: Any, expected: Any) -> bool:
 
 
 def compare(program: list[Any], hidden: torch.Tensor, head: nn.Module, deferring: Any, copies: nn.Module) -> None:
-    """`head` is any that gives logits which are no view: a linear layer with a bias makes a view of a sum."""
+    """Compare a program on deferred logits and on `head`, whose logits must not be a view, as those of a linear layer
+    with a bias."""
     parameters = [p for p in head.parameters() if p.requires_grad]
     mirrored = [p for p in copies.parameters() if p.requires_grad]
     expected = lp.run(program, hidden, lambda h: head(h).clone(), parameters)
@@ -64,7 +65,7 @@ def compare(program: list[Any], hidden: torch.Tensor, head: nn.Module, deferring
 
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(program=lp.programs, bias=st.booleans(), frozen=st.booleans())
-def test_a_plain_head(program: list[Any], bias: bool, frozen: bool) -> None:
+def test_programs_over_the_logits_of_a_plain_head(program: list[Any], bias: bool, frozen: bool) -> None:
     hidden, head = _build(bias, frozen)
     copied = copy.deepcopy(head)
     compare(program, hidden, head, HeadGate(copied, Session(Options())), copied)
@@ -72,7 +73,7 @@ def test_a_plain_head(program: list[Any], bias: bool, frozen: bool) -> None:
 
 @pytest.fixture(scope="module")
 def adapted() -> tuple[nn.Module, nn.Module]:
-    """A model with an adapter on its head, eager and compiled."""
+    """Return a model with an adapter on its head, eager and compiled."""
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -93,7 +94,7 @@ def adapted() -> tuple[nn.Module, nn.Module]:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(program=lp.programs)
-def test_a_head_with_an_adapter(adapted: tuple[nn.Module, nn.Module], program: list[Any]) -> None:
+def test_programs_over_the_logits_of_an_adapted_head(adapted: tuple[nn.Module, nn.Module], program: list[Any]) -> None:
     eager, compiled = adapted
     eager.zero_grad()
     compiled.zero_grad()
@@ -103,8 +104,8 @@ def test_a_head_with_an_adapter(adapted: tuple[nn.Module, nn.Module], program: l
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(program=lp.programs)
-def test_logits_that_leave_a_graph_with_a_loss(whole: tuple[nn.Module, Any], program: list[Any]) -> None:
-    """Traced whole, by `torch.compile(backend="fastlora")`, with a loss on the same logits inside."""
+def test_programs_over_logits_that_escape_a_graph(whole: tuple[nn.Module, Any], program: list[Any]) -> None:
+    """The model is traced whole, with a loss on the same logits inside."""
     eager, run = whole
     gradients = []
     hidden, _ = _build(False, False)

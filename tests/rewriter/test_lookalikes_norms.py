@@ -1,4 +1,4 @@
-"""Graphs that look like RMSNorm or LayerNorm and are none, or hold only a smaller piece of it."""
+"""Graphs that resemble RMSNorm or LayerNorm are not fused, or only a smaller part of them is."""
 
 from __future__ import annotations
 
@@ -259,12 +259,12 @@ LOOKALIKES = [
 
 
 @pytest.mark.parametrize("case", LOOKALIKES, ids=str)
-def test_what_only_looks_like_a_norm_stays(case: Lookalike) -> None:
+def test_norm_lookalikes_are_not_fused(case: Lookalike) -> None:
     case.check()
 
 
-def test_a_norm_of_a_narrowed_value_does_not_read_the_wide_one() -> None:
-    """The op may norm the narrow value or leave it; it may not skip the rounding."""
+def test_a_norm_of_a_rounded_value_reads_the_rounded_value() -> None:
+    """The op may read the rounded value, but must not skip the rounding."""
 
     def function(x: Tensor, w: Tensor) -> Tensor:
         h = x.to(bf16)
@@ -276,15 +276,15 @@ def test_a_norm_of_a_narrowed_value_does_not_read_the_wide_one() -> None:
 
 
 @pytest.mark.parametrize("size", [(1,), (3, 1)], ids=str)
-def test_a_weight_that_does_not_fit_stays_out_of_the_norm_of_a_sum(size: tuple[int, ...]) -> None:
+def test_a_weight_of_another_shape_is_not_fused_with_a_sum(size: tuple[int, ...]) -> None:
     outcome = analyse(lambda x, y, w: rms_norm(x + y, w), X, Y, randn(*size))
     assert all(match.arguments["weight"] is None for match in outcome.chosen)
     outcome.assert_close()
 
 
 @pytest.mark.parametrize("name", WRITES)
-def test_a_norm_whose_input_is_overwritten_later_is_left_alone(name: str) -> None:
-    """Eager keeps a float32 copy for its backward; the op would keep the very tensor that changes."""
+def test_a_norm_whose_input_is_overwritten_is_not_fused(name: str) -> None:
+    """Eager saves a float32 copy for its backward; the op would save the tensor that is overwritten."""
 
     def function(x: Tensor, w: Tensor) -> Tensor:
         x = x * 1.5
@@ -295,8 +295,8 @@ def test_a_norm_whose_input_is_overwritten_later_is_left_alone(name: str) -> Non
     Lookalike(name, function, (BF16, W), missed="in place").check()
 
 
-def test_a_norm_whose_normalised_value_has_a_hook_keeps_the_hook() -> None:
-    """The hook's gradient is eager's; at most the norm before the weight is claimed."""
+def test_a_hook_on_the_normalized_value_is_kept() -> None:
+    """The hook gets eager's gradient, so at most the norm before the weight is fused."""
     outcome = analyse(hooked_normalised, X, W, fullgraph=False)
     assert set(outcome.ops) <= {"rms_norm"}
     outcome.assert_close()

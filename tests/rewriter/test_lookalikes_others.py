@@ -1,4 +1,4 @@
-"""Graphs that look like a gated unit, a gated MLP or a loss on a vocabulary, and are none."""
+"""Graphs that resemble a gated unit, a gated MLP or a loss over a vocabulary are not fused."""
 
 from __future__ import annotations
 
@@ -184,17 +184,17 @@ LOSSES = [
 
 
 @pytest.mark.parametrize("case", GLUS, ids=str)
-def test_what_only_looks_like_a_gated_unit_stays(case: Lookalike) -> None:
+def test_gated_unit_lookalikes_are_not_fused(case: Lookalike) -> None:
     case.check()
 
 
 @pytest.mark.parametrize("case", LOSSES, ids=str)
-def test_what_only_looks_like_a_loss_on_a_vocabulary_stays(case: Lookalike) -> None:
+def test_vocabulary_loss_lookalikes_are_not_fused(case: Lookalike) -> None:
     case.check()
 
 
-def test_an_activation_that_gates_nothing_is_no_candidate() -> None:
-    """A strict compilation would fail on it, and the report would call it missed."""
+def test_an_activation_without_a_gate_is_not_a_candidate() -> None:
+    """Otherwise a strict compilation would raise, and reports would list it as missed."""
     for function in (
         lambda x, w: rms_norm(F.silu(x), w),
         lambda x, w: F.gelu(x) * 2.0 + w,
@@ -202,7 +202,7 @@ def test_an_activation_that_gates_nothing_is_no_candidate() -> None:
         assert not analyse(function, GATE, randn(16)).misses
 
 
-def test_logits_divided_by_zero_stay_what_they_are() -> None:
+def test_logits_divided_by_zero_are_not_fused() -> None:
     outcome = analyse(lambda x, w, labels: F.cross_entropy(F.linear(x, w) / 0.0, labels), *LOSS)
     assert outcome.rewritten.outputs[0].isnan()
     assert outcome.eager.outputs[0].isnan()
@@ -217,7 +217,7 @@ def _mlp(x: Tensor, *weights: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("narrow", ["gate", "up"])
-def test_an_mlp_whose_gate_broadcasts_is_not_fused_as_a_whole(narrow: str) -> None:
+def test_an_mlp_with_a_broadcast_gate_is_not_one_op(narrow: str) -> None:
     column = (randn(1, 16, grad=False), randn(4, 16, seed=2), randn(1, 4))
     layers = (column, ADAPTED) if narrow == "gate" else (ADAPTED, column)
     outcome = analyse(_mlp, GATE, *layers[0], *layers[1], randn(16, 24, grad=False), randn(4, 24), randn(16, 4))
@@ -225,7 +225,7 @@ def test_an_mlp_whose_gate_broadcasts_is_not_fused_as_a_whole(narrow: str) -> No
     outcome.assert_close()
 
 
-def test_an_escaping_hidden_product_is_not_part_of_one_mlp() -> None:
+def test_an_mlp_whose_hidden_product_escapes_is_not_one_op() -> None:
     def function(x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
         hidden = F.silu(lora(x, *weights[:3])) * lora(x, *weights[3:6])
         return lora(hidden, *weights[6:]), hidden

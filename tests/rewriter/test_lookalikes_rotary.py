@@ -1,4 +1,4 @@
-"""Graphs that look like a rotary embedding and are none, or hold only a smaller one."""
+"""Graphs that resemble a rotary embedding are not fused, or only a smaller part of them is."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ ROTARIES = [
 
 
 @pytest.mark.parametrize("case", ROTARIES, ids=str)
-def test_what_only_looks_like_a_rotary_embedding_stays(case: Lookalike) -> None:
+def test_rotary_lookalikes_are_not_fused(case: Lookalike) -> None:
     case.check()
 
 

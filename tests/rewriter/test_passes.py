@@ -1,4 +1,4 @@
-"""The ordered list of passes: each is recorded with its time and counts, and further ones run after it."""
+"""The ordered list of passes: each is recorded with its time and counts, and further passes run after it."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def test_each_pass_records_its_name_seconds_and_counts() -> None:
     assert _counts(made, "explain_near_misses") == [{"missed": 0}]
 
 
-def test_every_match_is_chosen_or_refused_in_the_end() -> None:
+def test_every_match_is_either_chosen_or_refused() -> None:
     (made,) = analyse(two_layers, X, *LAYER, *OTHER).rewrites
     assert not made.proposed
     assert not made.legal
     assert {id(m) for m in made.accepted} <= {id(m) for m in made.chosen} | {id(m) for m, _ in made.refused}
 
 
-def test_a_further_pass_sees_the_rewritten_graph() -> None:
+def test_further_passes_see_the_rewritten_graph() -> None:
     seen: list[str] = []
 
     def look(state: Rewrite) -> Counts:
@@ -55,7 +55,7 @@ def test_a_further_pass_sees_the_rewritten_graph() -> None:
     assert not any("silu" in target for target in seen)
 
 
-def test_the_bodies_of_checkpointed_regions_run_through_the_same_passes() -> None:
+def test_checkpointed_bodies_run_through_the_same_passes() -> None:
     from torch.utils.checkpoint import checkpoint
 
     def function(x: Tensor, *layer: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""TorchDynamo traces shims for functions of PEFT that it cannot trace, only while a region runs compiled."""
+"""TorchDynamo traces shims in place of PEFT functions that it cannot trace, only while a region runs compiled."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def stand_in(function: Any) -> Any:
         return getattr(function, MARK)
 
 
-def test_functions_are_marked_inside_only() -> None:
+def test_shims_are_set_only_inside_the_block() -> None:
     before = [dict(vars(function)) for function in FUNCTIONS]
     with use_peft_shims():
         with use_peft_shims():
@@ -44,7 +44,7 @@ def test_functions_are_marked_inside_only() -> None:
     assert [dict(vars(function)) for function in FUNCTIONS] == before
 
 
-def test_the_last_thread_takes_the_marks_away() -> None:
+def test_the_last_thread_removes_the_shims() -> None:
     entered, go_on = threading.Event(), threading.Event()
 
     def stay() -> None:
@@ -63,7 +63,7 @@ def test_the_last_thread_takes_the_marks_away() -> None:
     assert not any(marked())
 
 
-def test_a_function_that_is_marked_already_keeps_its_mark() -> None:
+def test_an_existing_inline_attribute_is_kept() -> None:
     def own(module: Any) -> Any:
         return module.weight
 
@@ -83,7 +83,7 @@ class Quantised(nn.Parameter):
         return self.data * 3
 
 
-def test_plain_weights_are_handed_out_and_all_others_are_the_functions_business() -> None:
+def test_only_plain_weights_bypass_the_original_function() -> None:
     weight_of = stand_in(dequantize_module_weight)
     for weight in (nn.Parameter(torch.ones(2)), torch.ones(2)):
         assert weight_of(SimpleNamespace(weight=weight)) is weight
@@ -95,7 +95,7 @@ def test_plain_weights_are_handed_out_and_all_others_are_the_functions_business(
         weight_of(SimpleNamespace(weight=1))
 
 
-def test_a_weight_of_4_bits_is_decoded_and_stays_where_it_is() -> None:
+def test_a_4_bit_weight_is_dequantized_on_its_device() -> None:
     layer = Format().layer(nn.Linear(64, 8))
     weight = layer.weight
     decoded = stand_in(dequantize_module_weight)(layer)
@@ -103,7 +103,7 @@ def test_a_weight_of_4_bits_is_decoded_and_stays_where_it_is() -> None:
     assert torch.equal(decoded, dequantize_module_weight(layer))
 
 
-def test_a_weight_that_is_packed_for_evaluation_is_the_functions_business() -> None:
+def test_a_packed_weight_is_passed_to_the_original_function() -> None:
     def counted(module: Any) -> Any:
         calls.append(module)
         return (
@@ -122,7 +122,7 @@ def test_a_weight_that_is_packed_for_evaluation_is_the_functions_business() -> N
     assert calls == [layer]
 
 
-def test_a_function_that_decodes_otherwise_keeps_weights_of_4_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_dequantization_disables_the_4_bit_shim(monkeypatch: pytest.MonkeyPatch) -> None:
     def halved(module: Any) -> Any:
         weight = dequantize_module_weight(module)
         return weight if type(weight) in (torch.Tensor, nn.Parameter) and weight is module.weight else weight / 2
@@ -133,14 +133,14 @@ def test_a_function_that_decodes_otherwise_keeps_weights_of_4_bits(monkeypatch: 
     assert torch.equal(weight_of(layer), halved(layer))
 
 
-def test_a_cache_is_emptied_if_there_is_something_in_it() -> None:
+def test_a_nonempty_cache_is_cleared() -> None:
     for kept in ({}, {"weight-norm": 1}):
         layer = SimpleNamespace(_dora_cache=dict(kept))
         stand_in(DoraLinearLayer._cache_clear)(layer)
         assert layer._dora_cache == {}
 
 
-def test_a_transpose_is_what_it_was_but_for_a_parameter_that_nobody_sees() -> None:
+def test_the_transpose_shim_returns_no_parameter() -> None:
     transposed_if = stand_in(transpose)
     tensor, parameter = torch.randn(2, 3, requires_grad=True), nn.Parameter(torch.randn(2, 3))
     assert transposed_if(tensor, False) is tensor
@@ -153,7 +153,7 @@ def test_a_transpose_is_what_it_was_but_for_a_parameter_that_nobody_sees() -> No
 
 
 def wrapped(experts: int = 2, dtype: torch.dtype = torch.float32, second: bool = False) -> ParamWrapper:
-    """A layer with adapters on both of its parameters, the last of which may have two."""
+    """Return a layer with adapters on both of its parameters; the last one may have two."""
     torch.manual_seed(0)
     layer = Experts(experts).to(dtype)
     options: dict[str, Any] = {"config": LoraConfig(init_lora_weights=False), "r": 2, "lora_alpha": 4}
@@ -202,7 +202,7 @@ def nothing(wrapper: ParamWrapper) -> None:
 @pytest.mark.parametrize("prepare", [nothing, merged, disabled, trained], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("options", [{}, {"second": True}, {"experts": 1}, {"dtype": torch.bfloat16}], ids=str)
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
-def test_an_adapted_parameter_is_what_it_was_to_the_last_bit(autocast: bool, options: Any, prepare: Any) -> None:
+def test_the_parameter_shim_is_bit_identical(autocast: bool, options: Any, prepare: Any) -> None:
     found = []
     for run in (ParamWrapper.forward, stand_in(ParamWrapper.forward)):
         wrapper = wrapped(**options)
@@ -215,7 +215,7 @@ def test_an_adapted_parameter_is_what_it_was_to_the_last_bit(autocast: bool, opt
 
 
 @pytest.mark.parametrize("second", [False, True], ids=["one adapter", "two adapters"])
-def test_an_adapted_parameter_is_one_graph_and_stays_a_parameter(second: bool) -> None:
+def test_an_adapted_parameter_is_traced_as_one_graph(second: bool) -> None:
     wrapper = wrapped(second=second)
     expected = evaluated(ParamWrapper.forward, wrapper)
     before = {name: id(p) for name, p in wrapper.named_parameters()}
@@ -229,7 +229,7 @@ def test_an_adapted_parameter_is_one_graph_and_stays_a_parameter(second: bool) -
     assert type(wrapper.get_base_layer()) is Experts
 
 
-def test_finding_that_out_leaves_random_numbers_as_they_were() -> None:
+def test_making_shims_does_not_change_random_states() -> None:
     peft_shims._cache.clear()
     before = torch.get_rng_state()
     stand_in(ParamWrapper.forward)
@@ -245,14 +245,12 @@ def with_more(module: Any, dtype: Any) -> Any:
 
 
 def kept(weight: Any, fan_in_fan_out: bool) -> Any:
-    """Whose gradient finds its way back."""
+    """Return a parameter that gets a gradient."""
     return weight.T if fan_in_fan_out else weight
 
 
 @pytest.mark.parametrize("function", [copied, with_more, kept], ids=lambda f: f.__name__)
-def test_a_function_that_does_something_else_is_left_alone(
-    function: FunctionType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_changed_function_has_no_shim(function: FunctionType, monkeypatch: pytest.MonkeyPatch) -> None:
     known = peft_shims._SHIMS
     made = [(function.__module__, function.__name__, make) for _, _, make in known]
     monkeypatch.setitem(sys.modules, function.__module__, SimpleNamespace(**{function.__name__: function}))
@@ -261,7 +259,7 @@ def test_a_function_that_does_something_else_is_left_alone(
         assert not hasattr(function, MARK)
 
 
-def test_libraries_that_are_not_there_are_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_libraries_are_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peft_shims, "_SHIMS", (("no_such_library.utils", "weight_of", peft_shims._shim_dequantize),))
     with use_peft_shims():
         assert not any(marked())

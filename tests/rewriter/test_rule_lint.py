@@ -1,4 +1,4 @@
-"""A rule that cannot be right is an error where it is defined, with file and line; a right one is found and used."""
+"""Invalid rules are errors at their definition, with file and line; valid rules of third parties are used."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastlora.match.rule import dtype_of, fuse, group, rule
 
 
 def _declare(name: str, schema: str, outputs: int = 1) -> SemanticOp:
-    """An op that is only spoken of, never run."""
+    """Return an op that is declared and never run."""
     nothing: Callable[..., Any] = lambda *_, **__: ()  # noqa: E731
     return register_op(
         f"lint_{name}",
@@ -193,7 +193,7 @@ WRONG: list[tuple[Callable[[], None], str]] = [
 
 
 @pytest.mark.parametrize(("define", "reason"), WRONG, ids=lambda value: getattr(value, "__name__", ""))
-def test_a_rule_that_cannot_be_right_is_an_error_at_its_definition(define: Callable[[], None], reason: str) -> None:
+def test_an_invalid_rule_is_an_error_at_its_definition(define: Callable[[], None], reason: str) -> None:
     with pytest.raises(fastlora.RuleError, match=re.escape(reason)) as error:
         define()
     path, line = re.match(r"(.*?):(\d+): ", str(error.value)).groups()  # type: ignore[union-attr]
@@ -202,8 +202,8 @@ def test_a_rule_that_cannot_be_right_is_an_error_at_its_definition(define: Calla
     assert start <= int(line) < start + len(lines)
 
 
-def test_alternatives_of_different_operations_may_come_in_any_order() -> None:
-    """Neither hides the other: no value is both a tanh and a sum."""
+def test_alternatives_of_different_operations_have_any_order() -> None:
+    """No value is both a tanh and a sum, so neither hides the other."""
 
     @rule(ONE)
     def good(x):
@@ -239,7 +239,7 @@ def _cap_is_positive(match):
     return match.value("cap") > 0 or "its cap is not positive"
 
 
-def test_a_third_partys_rule_is_found_and_used() -> None:
+def test_a_third_party_rule_is_found_and_used() -> None:
     outcome = analyse(
         lambda x: 30.0 * torch.tanh(x / 30.0), randn(2, 8), rules=[*default_rules(), softcap], verify=True
     )
@@ -257,14 +257,14 @@ def test_a_third_partys_rule_is_found_and_used() -> None:
     ],
     ids=["two caps", "a negative cap", "no cap"],
 )
-def test_a_third_partys_near_miss_is_explained(function: Callable[[Tensor], Tensor], reason: str) -> None:
+def test_a_third_party_near_miss_is_explained(function: Callable[[Tensor], Tensor], reason: str) -> None:
     outcome = analyse(function, randn(2, 8), rules=[softcap])
     assert not outcome.ops
     assert reason in outcome.missed()
     outcome.assert_identical()
 
 
-def test_a_third_partys_rule_sees_the_dtypes_of_the_trace() -> None:
+def test_a_third_party_rule_sees_the_traced_dtypes() -> None:
     cast_op = register_op(
         "third_party_widening",
         family="toy",
@@ -288,7 +288,7 @@ def test_a_third_partys_rule_sees_the_dtypes_of_the_trace() -> None:
     outcome.assert_close(1e-3)
 
 
-def test_a_third_partys_op_need_not_save_anything() -> None:
+def test_a_third_party_op_may_save_nothing() -> None:
     doubled = register_op(
         "third_party_double",
         family="toy",

@@ -1,4 +1,4 @@
-"""What is given as `rules`, and what packages bring as some, are rules, or an error says what they are."""
+"""`rules` and entry points of packages must be lists of rules, or an error says what they are."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastlora.patterns import RULES, norms
 
 
 @pytest.mark.parametrize("rules", [[], RULES, tuple(RULES), iter(RULES)], ids=["none", "list", "tuple", "iterator"])
-def test_rules_are_a_list_of_rules(rules: Any) -> None:
+def test_lists_of_rules_are_accepted(rules: Any) -> None:
     assert check_rules(rules) in ([], RULES)
 
 
@@ -46,7 +46,7 @@ def test_rules_are_a_list_of_rules(rules: Any) -> None:
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_are_no_rules_is_told_with_the_remedy(rules: Any, said: str) -> None:
+def test_anything_else_is_an_error_with_the_remedy(rules: Any, said: str) -> None:
     with pytest.raises(fastlora.FastLoRAError, match=re.escape(said)):
         check_rules(rules)
 

@@ -1,4 +1,4 @@
-"""A step that can be repeated: in float64, without dropout, with parameters moved a little, and always the same."""
+"""A step can be repeated: in float64, without dropout, with perturbed parameters, and with equal results."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def dropping() -> nn.Module:
     return model
 
 
-def test_steps_of_one_random_state_are_the_same() -> None:
+def test_steps_with_the_same_random_state_are_equal() -> None:
     one, same, other = steps(Trial(dropping(), (), batch()), 1, 1, 2)
     assert torch.equal(one.loss, same.loss)
     assert not torch.equal(one.loss, other.loss)
 
 
-def test_nothing_is_dropped_where_masks_would_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_is_off_where_masks_would_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     model = dropping()
     trial = Trial(model, (), batch())
     monkeypatch.setattr(trial, "_keep_dropout", False)
@@ -53,7 +53,7 @@ def test_dropout_is_the_same_in_float64() -> None:
     assert all(relative(g, exact.gradients[name]) < 1e-5 for name, g in eager.gradients.items())
 
 
-def test_experts_that_are_multiplied_together_run_one_by_one_in_float64() -> None:
+def test_grouped_experts_run_one_by_one_in_float64() -> None:
     import transformers
 
     config = transformers.MixtralConfig(
@@ -82,7 +82,7 @@ def test_perturbed_steps_differ_slightly_and_start_equal_in_float64(dtype: torch
     assert relative(one.loss, exact[1].loss) < rounding
 
 
-def test_adapters_that_are_zero_have_gradients_in_both_halves() -> None:
+def test_zero_adapters_get_gradients_for_both_matrices() -> None:
     model = build("llama")
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -95,7 +95,7 @@ def test_adapters_that_are_zero_have_gradients_in_both_halves() -> None:
     assert not any(p.any() for name, p in model.named_parameters() if "lora_B" in name)
 
 
-def test_a_small_loss_in_float16_leaves_gradients() -> None:
+def test_gradients_of_a_small_float16_loss_are_not_zero() -> None:
     class Faint(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -109,7 +109,7 @@ def test_a_small_loss_in_float16_leaves_gradients() -> None:
     assert relative(gradient, torch.full((4,), 1024e-8)) < 1e-2
 
 
-def test_nothing_but_the_model_gets_gradients_or_is_written_to() -> None:
+def test_a_step_writes_to_nothing_outside_the_trial() -> None:
     class Keeping(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -130,7 +130,7 @@ def test_nothing_but_the_model_gets_gradients_or_is_written_to() -> None:
 
 
 @pytest.mark.parametrize("output", [None, {}, {"loss": None}, torch.ones(2, requires_grad=True), torch.ones(())])
-def test_what_is_no_loss_is_refused(output: Any) -> None:
+def test_an_invalid_loss_is_an_error(output: Any) -> None:
     model = nn.Linear(1, 1)
     model.forward = lambda: output
     with pytest.raises(NoLossError):

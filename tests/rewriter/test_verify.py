@@ -1,4 +1,4 @@
-"""Verification refuses a rule that claims another computation, and passes those that claim the right one."""
+"""Verification refuses rules whose op computes something else, and accepts correct rules."""
 
 from __future__ import annotations
 
@@ -127,8 +127,8 @@ def test_a_rule_that_claims_another_computation_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_without_verification_the_wrong_rule_would_pass(name: str) -> None:
-    """So it is verification that refuses it, not a legality check."""
+def test_without_verification_a_wrong_rule_is_applied(name: str) -> None:
+    """No legality check refuses it."""
     make, function, inputs = WRONG[name]
     assert analyse(function, *inputs, rules=[make()]).ops
 
@@ -156,8 +156,8 @@ def _tanh_backward(wanted: Any, grads: list[Tensor], x: Tensor, scale: float) ->
     return {"x": grads[0] * scale * (1 - x.tanh() ** 2)}
 
 
-def test_a_wrong_backward_is_refused_by_the_name_of_its_gradient() -> None:
-    """The reference is right, and the forward; only the formula of the gradient is not."""
+def test_a_wrong_backward_is_refused_naming_the_gradient() -> None:
+    """Only the formula of the gradient is wrong."""
     wrong = _toy(
         "backward", lambda x, scale: (x.tanh() * scale,), lambda wanted, grads, x, scale: {"x": grads[0] * scale}
     )
@@ -174,7 +174,7 @@ def test_a_forward_that_is_less_exact_than_the_matched_nodes_is_refused() -> Non
 
 
 def test_a_match_is_verified_with_its_own_constants() -> None:
-    """The first one happens to be right; that says nothing about the second."""
+    """The first match is right by chance, the second one is not."""
     doubling = register_op(
         "verified_doubling",
         family="toy",
@@ -249,15 +249,15 @@ def test_a_right_rule_passes_verification(name: str) -> None:
     assert set(expected) <= set(outcome.ops)
 
 
-def test_a_number_that_the_graph_takes_is_one_in_replays() -> None:
-    """A norm's eps, of several values in one process."""
+def test_symbolic_numbers_are_replayed_with_their_hint() -> None:
+    """The eps of a norm, with several values in one process."""
     outcome = analyse(rms_norm, X, W, 0.5, verify=True, dynamic=True)
     assert outcome.ops == ["rms_norm"], outcome.turned_down()
     assert not isinstance(outcome.chosen[0].arguments["eps"], float)
     outcome.assert_close()
 
 
-def test_verification_leaves_random_numbers_as_they_were() -> None:
+def test_verification_does_not_change_random_states() -> None:
     torch.manual_seed(5)
     random.seed(5)
     before = torch.get_rng_state(), random.getstate()
@@ -279,7 +279,7 @@ def test_verification_leaves_random_numbers_as_they_were() -> None:
     assert random.getstate() == before[1]
 
 
-def test_verification_leaves_parameters_and_gradients_alone() -> None:
+def test_verification_does_not_change_parameters_or_gradients() -> None:
     w = W.detach().clone().requires_grad_()
     before = w.detach().clone()
     outcome = analyse(rms_norm, X, w, verify=True)
@@ -288,13 +288,13 @@ def test_verification_leaves_parameters_and_gradients_alone() -> None:
     assert w.grad is None
 
 
-def test_verification_works_where_gradients_are_off() -> None:
+def test_verification_works_with_gradients_disabled() -> None:
     with torch.no_grad():
         outcome = analyse(lambda x, y: F.silu(x) * y, X.detach(), Y.detach(), verify=True)
     assert outcome.ops == ["glu"]
 
 
-def test_verification_works_under_an_ambient_autocast() -> None:
+def test_verification_works_under_autocast() -> None:
     def function(x: Tensor, *layer: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=bf16):
             return lora(x, *layer)
@@ -305,8 +305,8 @@ def test_verification_works_under_an_ambient_autocast() -> None:
     assert inside.ops == ambient.ops == ["lora_linear"]
 
 
-def test_a_gelu_that_is_a_gelu_passes() -> None:
-    """The control of the refusals above: the same op, rightly claimed."""
+def test_a_correct_gelu_rule_passes_verification() -> None:
+    """The counterpart of the refusals above."""
 
     @rule(ops.glu, attrs={"activation": "gelu", "out_dtype": dtype_of()})
     def right(gate, up):

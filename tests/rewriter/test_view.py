@@ -1,4 +1,4 @@
-"""The canonical view: one meaning for many spellings, identities that are transparent, and casts by their effect."""
+"""The canonical view: one term for many spellings, identities that are skipped, and casts by their effect."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_a_stack_of_matrices_is_transposed_in_its_last_two_dimensions(
         lambda x, y: x.to(torch.float64).view(torch.int64),
     ],
 )
-def test_what_means_something_else_has_no_meaning(function: Callable[[Tensor, Tensor], Any]) -> None:
+def test_unsupported_calls_have_no_term(function: Callable[[Tensor, Tensor], Any]) -> None:
     term = _term(function, X, Y)
     assert term is None or term.op in ("transposed",)
 
@@ -181,7 +181,7 @@ IDENTITIES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", IDENTITIES)
-def test_an_identity_is_transparent(name: str) -> None:
+def test_identities_are_skipped(name: str) -> None:
     def function(x: Tensor) -> Any:
         source = x + 2
         return torch.tanh(IDENTITIES[name](source)), source
@@ -212,7 +212,7 @@ OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_changes_anything_is_no_identity(name: str) -> None:
+def test_a_call_that_changes_anything_is_not_an_identity(name: str) -> None:
     view, node = _result(lambda x: OTHERS[name](x), X)
     assert all(view.producer(node) is not placeholder for placeholder in view.graph.find_nodes(op="placeholder"))
 
@@ -237,14 +237,14 @@ def test_a_change_of_dtype_is_a_cast_however_it_is_spelled(cast: Callable[[Tenso
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8, torch.bool], ids=str)
-def test_a_change_to_whole_numbers_is_no_cast(dtype: torch.dtype) -> None:
-    """It cuts off fractions and gradients, so no op may look through it."""
+def test_a_conversion_to_integers_is_not_a_cast(dtype: torch.dtype) -> None:
+    """It drops fractions and gradients, so no op may skip it."""
     assert _term(lambda x: x.to(dtype), X) is None
     assert _term(lambda x: x.to(torch.float32), X.to(dtype)) is None
 
 
 @pytest.mark.parametrize("copy", [lambda x: x.clone(), lambda x: x * 1.0, lambda x: x.view(2, 3, 8)])
-def test_a_copy_that_stops_gradients_is_another_value(copy: Callable[[Tensor], Tensor]) -> None:
+def test_a_detached_copy_is_another_value(copy: Callable[[Tensor], Tensor]) -> None:
     def function(x: Tensor) -> Any:
         with torch.no_grad():
             return copy(x)
@@ -255,7 +255,7 @@ def test_a_copy_that_stops_gradients_is_another_value(copy: Callable[[Tensor], T
 
 
 def test_dtypes_come_from_the_trace_not_from_arguments() -> None:
-    """Under autocast a layer of float32 arguments gives bfloat16, so the cast after it is real."""
+    """Under autocast a layer with float32 arguments returns bfloat16, so the cast after it is not a no-op."""
 
     def function(x: Tensor, w: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=bf16):
@@ -303,7 +303,7 @@ def test_parts_of_the_last_dimension_are_slices_with_bounds(
     assert torch.equal(function(X), X[..., start:stop:step])
 
 
-def test_parts_of_other_dimensions_are_no_slices() -> None:
+def test_slices_of_other_dimensions_have_no_term() -> None:
     for function in (
         lambda x: x.chunk(2, 0)[1],
         lambda x: x.split(1, 1)[1],
@@ -314,7 +314,7 @@ def test_parts_of_other_dimensions_are_no_slices() -> None:
         assert _term(function, X) is None
 
 
-def test_an_unknown_last_size_gives_no_bounds() -> None:
+def test_slices_of_an_unknown_size_have_no_bounds() -> None:
     x = randn(2, 3, 8)
     torch._dynamo.mark_dynamic(x, 2)
     torch._dynamo.reset()
@@ -341,7 +341,7 @@ def test_reading_a_graph_does_not_change_it() -> None:
     assert gm.code == before
 
 
-def test_sizes_are_equal_only_if_they_always_are() -> None:
+def test_sizes_are_known_equal_only_if_they_always_are() -> None:
     assert known_equal(3, 3)
     assert not known_equal(3, 4)
     sizes: list[Any] = []
@@ -364,7 +364,7 @@ def test_sizes_are_equal_only_if_they_always_are() -> None:
     assert len(sizes) == 2
 
 
-def test_an_overlaid_op_is_seen_at_its_root_only() -> None:
+def test_a_raised_op_is_seen_only_at_its_root() -> None:
     from fastlora.patterns.mlp import glu
 
     view, node = _result(lambda x, y: F.silu(x) * y, X, Y)

@@ -1,4 +1,4 @@
-"""Replaying regions gives what running them gives, and writes to nothing that the caller holds."""
+"""Replayed regions return what running them returns, and never write to tensors of the caller."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from fastlora.runtime.cuda_graphs import RUNS_BEFORE, GraphReplayer
 
 
-def test_results_and_gradients_are_those_of_the_graph() -> None:
+def test_replayed_results_and_gradients_equal_the_graphs() -> None:
     region = Region()
     region.warm(rows())
     for seed in range(3):
@@ -29,7 +29,7 @@ def test_results_and_gradients_are_those_of_the_graph() -> None:
         assert_equal(list(found), truth)
 
 
-def test_a_kind_is_run_forward_and_backward_before_it_is_recorded() -> None:
+def test_inputs_run_forward_and_backward_before_capture() -> None:
     region = Region()
     for _ in range(2 * RUNS_BEFORE):
         y, _, _ = region.replays(*region.arguments(rows()))
@@ -42,7 +42,7 @@ def test_a_kind_is_run_forward_and_backward_before_it_is_recorded() -> None:
     assert region.replays.captured == 1
 
 
-def test_parameters_that_are_changed_in_place_are_read_anew() -> None:
+def test_replays_read_updated_parameters() -> None:
     region = Region()
     region.warm(rows())
     before = gradients(region, region.replays, rows())
@@ -53,7 +53,7 @@ def test_parameters_that_are_changed_in_place_are_read_anew() -> None:
     assert_equal(after, gradients(region, region.run, rows()))
 
 
-def test_buffers_are_read_where_they_lie() -> None:
+def test_buffers_are_read_in_place() -> None:
     held, w = torch.randn(4, 4), nn.Parameter(torch.randn(4, 4))
     replays = GraphReplayer(
         lambda x, q, w: (torch.tanh(x @ q) @ w,), Rerun(), lambda _: None, static_inputs=frozenset([1])
@@ -70,7 +70,7 @@ def test_buffers_are_read_where_they_lie() -> None:
 
 
 @pytest.mark.parametrize("other", ["length", "value", "frozen input", "moved parameter"])
-def test_inputs_of_another_kind_are_not_replayed(other: str) -> None:
+def test_inputs_with_another_key_are_not_replayed(other: str) -> None:
     region = Region()
     region.warm(rows())
     x, power = rows(5 if other == "length" else 3, grad=other != "frozen input"), 3 if other == "value" else 2
@@ -81,7 +81,7 @@ def test_inputs_of_another_kind_are_not_replayed(other: str) -> None:
     assert torch.equal(y, region.run(*region.arguments(x, power))[0])
 
 
-def test_a_second_batch_before_the_backward_of_the_first_leaves_that_ones_memory_alone() -> None:
+def test_a_second_batch_does_not_overwrite_the_pending_first_one() -> None:
     region = Region()
     region.warm(rows())
     first, second = rows(seed=1), rows(seed=2)
@@ -92,8 +92,8 @@ def test_a_second_batch_before_the_backward_of_the_first_leaves_that_ones_memory
     assert all(torch.allclose(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_a_forward_does_not_overwrite_what_later_recordings_have_saved() -> None:
-    """Their results may lie where it puts what it needs only for a moment."""
+def test_a_replay_does_not_overwrite_later_captures() -> None:
+    """The results of later captures may use memory that it needs temporarily."""
     first, second = Region(), Region()
     second.recorder = second.replays.recorder = first.recorder
     for region in (first, second):
@@ -110,7 +110,7 @@ def test_a_forward_does_not_overwrite_what_later_recordings_have_saved() -> None
     assert first.runs == 1
 
 
-def test_results_that_were_dropped_make_way_for_the_next_batch() -> None:
+def test_a_capture_is_reusable_once_its_results_are_deleted() -> None:
     region = Region()
     region.warm(rows())
     for _ in range(2):
@@ -119,7 +119,7 @@ def test_results_that_were_dropped_make_way_for_the_next_batch() -> None:
     assert region.runs == 0
 
 
-def test_what_the_caller_holds_is_never_written_to() -> None:
+def test_replays_never_write_to_returned_tensors() -> None:
     region = Region()
     region.warm(rows())
     held = []
@@ -133,7 +133,7 @@ def test_what_the_caller_holds_is_never_written_to() -> None:
     assert_equal(held[0], copies)
 
 
-def test_gradients_add_up_over_batches() -> None:
+def test_gradients_accumulate_over_batches() -> None:
     region = Region()
     region.warm(rows())
     expected = [torch.zeros_like(p) for p in region.parameters]
@@ -149,7 +149,7 @@ def test_gradients_add_up_over_batches() -> None:
         assert torch.allclose(p.grad, total)
 
 
-def test_a_retained_graph_can_be_run_through_twice_and_a_freed_one_cannot() -> None:
+def test_a_second_backward_requires_retain_graph() -> None:
     region = Region()
     region.warm(rows())
     x = rows()
@@ -171,7 +171,7 @@ def test_second_derivatives_are_refused() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_sees_the_same_tensors_in_every_run(reentrant: bool) -> None:
+def test_nothing_is_replayed_under_saved_tensor_hooks(reentrant: bool) -> None:
     region = Region()
     region.warm(rows())
 
@@ -191,7 +191,7 @@ def _backward(y: Tensor, x: Tensor) -> Tensor:
     return x.grad
 
 
-def test_no_recording_begins_inside_a_backward() -> None:
+def test_nothing_is_captured_inside_a_backward() -> None:
     region = Region()
     for _ in range(RUNS_BEFORE):
         region.replays(*region.arguments(rows()))[0].sum().backward()
@@ -200,7 +200,7 @@ def test_no_recording_begins_inside_a_backward() -> None:
     assert not region.replays._captures
 
 
-def test_parameters_hooks_see_each_gradient_once() -> None:
+def test_hooks_of_parameters_run_once() -> None:
     region = Region()
     seen: list[Tensor] = []
     region.trained.register_hook(seen.append)
@@ -211,8 +211,8 @@ def test_parameters_hooks_see_each_gradient_once() -> None:
     assert len(seen) == 1
 
 
-def test_the_backward_does_not_run_under_the_autocast_of_the_forward() -> None:
-    """A product in float32 inside of an autocast region has its gradients in float32."""
+def test_the_backward_is_captured_without_autocast() -> None:
+    """A float32 product inside an autocast region has float32 gradients."""
 
     def run(x: Tensor, w: Tensor) -> tuple[Tensor]:
         with torch.autocast("cpu", enabled=False):

@@ -1,4 +1,4 @@
-"""Where rules come from, and what regions a model is cut into."""
+"""Which regions a model is divided into, which rules apply by default, and how graph breaks and progress are shown."""
 
 from importlib.metadata import EntryPoint
 
@@ -8,11 +8,12 @@ from tiny_models import FAMILIES, build
 from torch import nn
 
 import fastlora
+from fastlora.frontend.progress import progress
 from fastlora.frontend.regions import find_regions
 
 
 def test_packages_add_rules_by_entry_point(monkeypatch):
-    """Either a list of rules, or a module that has one under the name RULES."""
+    """An entry point is a list of rules, or a module with a list named RULES."""
     entries = [
         EntryPoint("a", "fastlora.patterns.norms", "fastlora.patterns"),
         EntryPoint("b", "fastlora.patterns.rotary:RULES", "fastlora.patterns"),
@@ -38,7 +39,7 @@ def test_every_layer_is_a_region_and_the_head_is_in_none(family):
     assert len(inside) == len(set(inside))
 
 
-def test_leaves_in_a_sequence_are_no_blocks():
+def test_single_layers_in_a_sequence_are_not_blocks():
     assert [region.name for region in find_regions(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))] == [""]
 
 
@@ -52,9 +53,21 @@ class Routed(nn.Module):
         return self.layer(x) * sizes[0]
 
 
-def test_a_report_explains_what_could_not_be_traced() -> None:
+def test_graph_breaks_are_reported_with_their_reason() -> None:
     model = fastlora.compile(nn.ModuleList([Routed(), Routed()]), defer_logits=False)
     model[0](torch.randn(3, 4)).sum().backward()
     (reason,) = fastlora.report(model).breaks
     assert "dependent on the data of Tensor inputs" in reason
     assert "\n" not in reason
+
+
+def test_the_progress_line_appears_on_terminals_and_is_erased(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with progress("compiling layers.0"):
+        pass
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with progress("compiling layers.0"):
+        assert "fastlora: compiling layers.0" in capsys.readouterr().err
+    assert capsys.readouterr().err == "\r\033[2K"

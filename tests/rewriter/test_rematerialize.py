@@ -1,4 +1,4 @@
-"""What an op alone reads of a norm is not kept for its backward, but made again there, bit for bit."""
+"""Outputs of norms that only one op reads are recomputed in the backward, bit for bit, instead of being saved."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def saved(run: Callable[..., Any], inputs: list[Any]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("function", "inputs"), CASES, ids=[f.__name__ for f, _ in CASES])
-def test_results_have_equal_bits_and_the_norms_output_is_not_kept(
+def test_rematerialized_norms_are_bit_identical_and_not_saved(
     function: Callable[..., Any], inputs: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -85,12 +85,12 @@ def test_results_have_equal_bits_and_the_norms_output_is_not_kept(
         assert not any(t.shape == norm.shape and torch.allclose(t, norm) for t in after)
 
 
-def test_what_others_read_as_well_is_kept_as_it_is() -> None:
+def test_an_output_with_other_users_is_not_rematerialized() -> None:
     gm, _ = rewritten(also_returned, (X, W, *LAYER))
     assert not list(recomputable_arguments(gm.graph))
 
 
-def test_a_changed_input_of_the_norm_is_noticed() -> None:
+def test_an_in_place_write_to_the_norms_input_raises() -> None:
     gm, given = rewritten(after_a_sum, (X, R, W, *LAYER))
     y, total = lower(gm, given, "eager", "default")(*fresh((X, R, W, *LAYER)))
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_a_changed_input_of_the_norm_is_noticed() -> None:
         y.sum().backward()
 
 
-def test_an_argument_that_is_not_kept_cannot_be_made_again() -> None:
+def test_only_saved_arguments_can_be_rematerialized() -> None:
     from fastlora.kernels.core.call_site import call_site
     from fastlora.kernels.core.semantic_op import DerivedArgument
     from fastlora.kernels.ops import glu, rms_norm
@@ -108,8 +108,8 @@ def test_an_argument_that_is_not_kept_cannot_be_made_again() -> None:
         call_site(glu, [None] * 4, [(DerivedArgument("weights", None, rms_norm), [])])
 
 
-def test_a_norm_that_saves_nothing_is_not_made_again() -> None:
-    """Where neither its input nor its weight has a gradient, keeping the input would save no memory."""
+def test_a_norm_without_gradients_is_not_rematerialized() -> None:
+    """If neither its input nor its weight requires a gradient, saving the input would save no memory."""
     frozen = [t.detach() if isinstance(t, Tensor) else t for t in (X, W)]
     gm, _ = rewritten(alone, (*frozen, *LAYER))
     assert not list(recomputable_arguments(gm.graph))

@@ -1,7 +1,7 @@
-"""Legal variations of spelling change neither what is claimed nor what is computed.
+"""Equivalent spellings change neither what is fused nor the results.
 
-A `Writer` writes the source of a function with a random spelling of every step; with no choices left it writes the
-plain one. Functions hold two or three families on inputs of their own, their statements shuffled into each other.
+A `Writer` writes the source of a function with a random spelling of every step, or the plain one without choices.
+Functions contain two or three families with separate inputs, and their statements are interleaved.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ RESHAPES = ["{x}.view({x}.shape)", "{x}.reshape({x}.shape)", "{x}.view(*{x}.size
 
 @dataclass
 class Writer:
-    """Writes statements, each into a variable of its own."""
+    """Writes statements, each assigned to a new variable."""
 
     prefix: str
     choose: Callable[[int], int]
@@ -52,7 +52,7 @@ class Writer:
         return name
 
     def same(self, x: str) -> str:
-        """The same value, now and then through an identity."""
+        """Return the same value, sometimes through an identity."""
         spellings = [*IDENTITIES, *RESHAPES] if self.reshapes else IDENTITIES
         return x if self.choose(3) < 2 else self.one_of(*[spelling.format(x=x) for spelling in spellings])
 
@@ -77,7 +77,7 @@ class Writer:
         return self.one_of(f"{x}.to(torch.float32)", f"{x}.float()", f"{x}.to(dtype=torch.float32)")
 
     def cast_like(self, x: str, like: str) -> str:
-        """A cast to the dtype of `like`; one that names a value of the graph would be another use of it."""
+        """Return a cast to the dtype of `like` that does not use a value of the graph."""
         if like.startswith(self.prefix):
             return self.let(f"{x}.to({like}.dtype)")
         return self.one_of(f"{x}.to({like}.dtype)", f"{x}.type_as({like})", f"{x}.to({like})")
@@ -160,7 +160,7 @@ def loss(write: Writer, x: str, weight: str, labels: str) -> str:
 
 @dataclass(frozen=True)
 class Family:
-    """A family: how it is written, the ops that it becomes, and its inputs."""
+    """A family: how it is written, the ops that replace it, and its inputs."""
 
     write: Callable[..., str]
     ops: tuple[str, ...]
@@ -211,7 +211,7 @@ def _compiled(source: str) -> Callable[..., Any]:
 
 
 def _source(bodies: list[list[str]], results: list[str], names: list[str], pick: Callable[[int], int]) -> str:
-    """The function whose statements are those of the bodies, each in its order."""
+    """Return a function with the statements of these bodies, interleaved but in order."""
     queues, lines = [list(body) for body in bodies], []
     while any(queues):
         alive = [queue for queue in queues if queue]
@@ -225,7 +225,7 @@ def _plain(_: int) -> int:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_plain_spelling_of_each_family_is_claimed(name: str) -> None:
+def test_the_plain_spelling_of_each_family_is_fused(name: str) -> None:
     family = FAMILIES[name]
     inputs = family.inputs(f32)
     names = [f"{name}_{i}" for i in range(len(inputs))]
@@ -239,7 +239,7 @@ def test_the_plain_spelling_of_each_family_is_claimed(name: str) -> None:
 
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @hypothesis.given(data=st.data())
-def test_any_legal_spelling_is_claimed_and_computes_the_same(data: st.DataObject) -> None:
+def test_any_equivalent_spelling_is_fused_and_equal(data: st.DataObject) -> None:
     def choose(n: int) -> int:
         return data.draw(st.integers(0, n - 1))
 
@@ -269,7 +269,7 @@ def test_any_legal_spelling_is_claimed_and_computes_the_same(data: st.DataObject
 
 
 def _drawn(inputs: Sequence[Tensor], data: st.DataObject, dynamic: int | None) -> list[Tensor]:
-    """The inputs with a random choice of those that train, the first one's size dynamic."""
+    """Return inputs of which a random selection requires gradients, with a dynamic size of the first one."""
     drawn = []
     for tensor in inputs:
         trains = tensor.is_floating_point() and (tensor.requires_grad and data.draw(st.booleans()))

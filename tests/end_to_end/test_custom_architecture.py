@@ -1,4 +1,4 @@
-"""Nothing is known by its name: an architecture, a LoRA class and an op that only this file has are fused as well."""
+"""Nothing is matched by name: a custom architecture, LoRA class and op are fused as well."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Stratum(nn.Module):
 
 
 class Delta(nn.Module):
-    """A language model, if one knows what to look for."""
+    """A language model whose modules have unusual names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Delta(nn.Module):
         return F.cross_entropy(guesses[:, :-1].reshape(-1, WORDS), words[:, 1:].reshape(-1))
 
 
-def test_an_unheard_of_architecture_is_fused_entirely() -> None:
+def test_a_custom_architecture_is_fully_fused() -> None:
     torch.manual_seed(0)
     model = Delta()
     words = torch.randint(0, WORDS, (2, 9))
@@ -144,7 +144,7 @@ class Squared(nn.Module):
         return self.down(active * active)
 
 
-def test_an_op_and_a_rule_of_ones_own_are_used() -> None:
+def test_custom_ops_and_rules_are_used() -> None:
     torch.manual_seed(0)
     model, x = Squared(), torch.randn(5, WIDTH)
     expected = torch.autograd.grad(model(x).sin().sum(), list(model.parameters()))

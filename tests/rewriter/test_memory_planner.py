@@ -21,12 +21,12 @@ def kept(calls: list[Activations], decisions: list[Decision]) -> int:
     ("text", "size"),
     [("8GiB", 8 << 30), ("1.5 MB", 1_500_000), ("700", 700), (0, 0), (12, 12), ("3B", 3), (None, None)],
 )
-def test_budgets_are_read_with_their_units(text: str | int | None, size: int | None) -> None:
+def test_budgets_are_parsed_with_units(text: str | int | None, size: int | None) -> None:
     assert parse_bytes(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1GiB", -1, 1.5, True, "1 gb"])
-def test_what_is_no_budget_is_named(text: object) -> None:
+def test_an_invalid_budget_is_an_error(text: object) -> None:
     with pytest.raises(FastLoRAError, match="memory_budget must be"):
         parse_bytes(text)  # type: ignore[arg-type]
 
@@ -48,7 +48,7 @@ def test_what_is_no_budget_is_named(text: object) -> None:
         (0, 0.0, [KEEP_LEAST] * 4),
     ],
 )
-def test_what_costs_nothing_comes_first(budget: int, bytes_per_flop: float, expected: list[Decision]) -> None:
+def test_free_savings_are_planned_first(budget: int, bytes_per_flop: float, expected: list[Decision]) -> None:
     assert plan(LAYERS, budget, bytes_per_flop) == expected
 
 
@@ -57,7 +57,7 @@ def test_what_costs_nothing_comes_first(budget: int, bytes_per_flop: float, expe
     st.integers(0, 999),
     st.floats(0, 9),
 )
-def test_the_budget_is_met_by_no_more_than_it_takes(
+def test_plans_meet_the_budget_with_no_unneeded_saving(
     drawn: list[tuple[int, int, float]], budget: int, bytes_per_flop: float
 ) -> None:
     calls = [Activations(saved, min(saved, recomputable), flops) for saved, recomputable, flops in drawn]

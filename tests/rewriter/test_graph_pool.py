@@ -1,4 +1,4 @@
-"""No replay overwrites what another one's backward still wants, in whatever order layers and batches come."""
+"""No replay overwrites memory that a pending backward reads, in any order of layers and batches."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fastlora.runtime.captured_region import CapturedRegion
 from fastlora.runtime.cuda_graphs import GraphReplayer
 
 Batch = tuple[Tensor, Tensor, Tensor]
-"""Its input, and its result from replayed layers and from layers that run as they are."""
+"""The input of a batch, and its results with and without replays."""
 
 
 class Layer:
-    """Makes values that only its forward needs, and saves others."""
+    """A layer with values that only its forward needs, and values that it saves."""
 
     def __init__(self, recorder: Taped) -> None:
         self.parameters = [nn.Parameter(torch.randn(8, 8) / 2), nn.Parameter(torch.randn(8, 8) / 2)]
@@ -33,7 +33,7 @@ class Layer:
 
 
 class Training:
-    """Batches of several lengths through layers in several orders, up to three of which are open at a time."""
+    """Batches of several lengths through layers in several orders, with up to three pending backwards."""
 
     def __init__(self, seed: int) -> None:
         torch.manual_seed(seed)
@@ -75,7 +75,7 @@ class Training:
 
 @pytest.fixture(autouse=True)
 def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many forwards were replayed."""
+    """Return how many forwards were replayed."""
     count, call = [0], CapturedRegion.__call__
 
     def counted(recording: CapturedRegion, args: Any) -> Any:
@@ -87,14 +87,14 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_open_batches_keep_what_their_backward_wants(seed: int, replayed: list[int]) -> None:
+def test_pending_batches_keep_their_saved_tensors(seed: int, replayed: list[int]) -> None:
     training = Training(seed)
     training.run(60)
     assert training.wrong == 0
     assert replayed[0] > 20
 
 
-def test_without_the_rule_the_tape_shows_memory_being_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_can_replay_memory_is_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Taped, "can_replay", lambda *_: True)
     wrong = 0
     for seed in range(4):

@@ -1,7 +1,7 @@
-"""A thousand rules with one mistake each: all are errors where they are defined, which name the mistake.
+"""About a thousand rules with one mutation each are errors where they are defined, which name the mistake.
 
-Rules that are right are changed in one thing: a name in the tree of a pattern, an argument of a decorator, a value in
-`attrs`, what a function takes or returns.
+A mutation changes one thing in a valid rule: a name in the pattern, an argument of a decorator, a value in `attrs`, a
+parameter or the result of a function.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import fastlora
 
 
 @pytest.mark.parametrize("written", RIGHT, ids=lambda written: written.function.__name__)
-def test_rules_without_a_mistake_are_defined(written: Written) -> None:
+def test_unmutated_rules_are_valid(written: Written) -> None:
     assert written.define().name == written.function.__name__
 
 
@@ -30,7 +30,7 @@ def _where(function: Callable[..., Any]) -> str:
 
 
 def _cases(count: int) -> Iterator[tuple[str, Written, str]]:
-    """So many mistaken rules, each kind of mistake about as often as any other."""
+    """Return this many mutated rules, with about the same number of each kind of mutation."""
     rng = random.Random(0)
     for number in range(count):
         kind = list(MISTAKES)[number % len(MISTAKES)]
@@ -40,7 +40,7 @@ def _cases(count: int) -> Iterator[tuple[str, Written, str]]:
         yield kind, *rng.choice(changed)
 
 
-def test_a_thousand_mistakes_are_errors_where_they_are_written() -> None:
+def test_every_mutated_rule_is_an_error_at_its_line() -> None:
     seen: Counter[str] = Counter()
     for kind, written, said in _cases(1000):
         try:

@@ -1,4 +1,4 @@
-"""Importing fastlora and compiling a model change no attribute of the libraries around it."""
+"""Importing fastlora and compiling a model change no attribute of other libraries."""
 
 import subprocess
 import sys
@@ -54,7 +54,7 @@ if config is not None:
 """
 
 
-def test_importing_and_compiling_changes_nothing_around(tmp_path):
+def test_importing_and_compiling_change_no_global_state(tmp_path):
     tests = str(Path(__file__).parents[1])
     subprocess.run([sys.executable, "-c", PROGRAM.format(tests=tests)], check=True, cwd=tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""By default a region is captured as CUDA graphs only where the device was seen waiting for the host."""
+"""By default a region is captured as CUDA graphs only if the device was seen waiting for the host."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastlora.runtime.replay_choice import BYTES_PER_SECOND, COPIES_PER_REPLAY, 
 
 @dataclass
 class Timed:
-    """A stopwatch that has been told what it will find; None for a device that is not through."""
+    """A stopwatch with preset times; None for a device that has not finished."""
 
     found: tuple[float, float] | None
 
@@ -38,10 +38,10 @@ def run(region: Region, times: int, n: int = 3) -> None:
 
 
 WAITING, BUSY = (3.0, 3.1), (3.0, 5.0)
-"""Seconds of the host and the device for a device that waits, and for one that is behind."""
+"""Seconds on the host and on the device, for a device that waits for launches, and for one that is busy."""
 
 
-def test_a_region_that_the_device_waits_for_is_recorded() -> None:
+def test_a_region_that_the_device_waits_for_is_captured() -> None:
     region = Region(ReplayTimer(paced(*[WAITING] * TIMED_RUNS)))
     run(region, 1 + TIMED_RUNS)
     assert not region.replays.captured
@@ -53,7 +53,7 @@ def test_a_region_that_the_device_waits_for_is_recorded() -> None:
     assert region.runs == 0
 
 
-def test_a_region_that_keeps_the_device_busy_is_not_recorded_nor_timed_again() -> None:
+def test_a_region_that_keeps_the_device_busy_is_not_captured() -> None:
     region = Region(ReplayTimer(paced(*[BUSY] * TIMED_RUNS)))
     run(region, 10)
     assert region.replays.captured == 0
@@ -61,14 +61,14 @@ def test_a_region_that_keeps_the_device_busy_is_not_recorded_nor_timed_again() -
 
 
 @pytest.mark.parametrize(("share", "recorded"), [(0.9, 0), (1.1, 1)])
-def test_what_takes_no_longer_than_the_copies_of_a_replay_is_not_recorded(share: float, recorded: int) -> None:
+def test_a_region_faster_than_its_copies_is_not_captured(share: float, recorded: int) -> None:
     seconds = share * COPIES_PER_REPLAY * rows(5).nbytes / BYTES_PER_SECOND
     region = Region(ReplayTimer(paced(*[(seconds, seconds)] * TIMED_RUNS)))
     run(region, 2 + TIMED_RUNS, n=5)
     assert region.replays.captured == recorded
 
 
-def test_single_runs_do_not_decide() -> None:
+def test_the_decision_uses_medians() -> None:
     region = Region(ReplayTimer(paced(WAITING, BUSY, BUSY)))
     run(region, 5)
     assert region.replays.captured == 0
@@ -77,7 +77,7 @@ def test_single_runs_do_not_decide() -> None:
     assert region.replays.captured == 1
 
 
-def test_runs_that_the_device_has_not_finished_do_not_count() -> None:
+def test_unfinished_runs_do_not_count() -> None:
     region = Region(ReplayTimer(paced(None, None, *[WAITING] * TIMED_RUNS)))
     run(region, 2 + TIMED_RUNS)
     assert not region.replays.captured
@@ -85,7 +85,7 @@ def test_runs_that_the_device_has_not_finished_do_not_count() -> None:
     assert region.replays.captured == 1
 
 
-def test_layers_of_one_shape_share_what_is_known_and_shapes_do_not() -> None:
+def test_layers_share_timings_by_shape() -> None:
     timer = ReplayTimer(paced(*[WAITING] * TIMED_RUNS, *[BUSY] * TIMED_RUNS))
     first, second = Region(timer), Region(timer)
     run(first, 1 + TIMED_RUNS)
@@ -95,7 +95,7 @@ def test_layers_of_one_shape_share_what_is_known_and_shapes_do_not() -> None:
     assert first.replays.captured == 0
 
 
-def test_what_cannot_be_replayed_is_no_news_unless_replays_were_asked_for() -> None:
+def test_refusals_are_noted_only_if_replays_are_requested() -> None:
     notes: list[str] = []
     replays = GraphReplayer(lambda x, w: (x @ w, w * 2), Region().recorder, notes.append, ReplayTimer(paced()))
     for _ in range(5):
@@ -104,7 +104,7 @@ def test_what_cannot_be_replayed_is_no_news_unless_replays_were_asked_for() -> N
     assert replays.captured == 0
 
 
-def test_inputs_that_are_too_large_to_copy_are_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inputs_too_large_to_copy_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastlora.runtime.cuda_graphs.MAX_COPIED", 3 * 4 * 4 - 1)
     region = Region()
     run(region, 4)

@@ -1,4 +1,4 @@
-"""What is saved for the backward comes back from the host as it went, and in time."""
+"""Offloaded activations come back unchanged and in time, and writes to them are detected."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Moving:
-    """A offloader with copies that end late, and a function of a few layers whose saved tensors move."""
+    """An offloader whose copies end late, and a function of a few layers whose saved tensors are offloaded."""
 
     def __init__(self) -> None:
         self.streams, self.notes, self.seen = LateCopies(), [], []
@@ -51,7 +51,7 @@ def expected(x: Tensor, layers: int = 3) -> Tensor:
 
 
 @pytest.mark.parametrize("settled", [False, True])
-def test_gradients_have_the_same_bits(settled: bool) -> None:
+def test_gradients_are_bit_identical(settled: bool) -> None:
     run, x = Moving(), rows()
     y = run(x)
     if settled:
@@ -61,7 +61,7 @@ def test_gradients_have_the_same_bits(settled: bool) -> None:
     assert run.seen == [x.nbytes] * 6
 
 
-def test_memory_is_free_when_its_copy_is_through_and_not_before() -> None:
+def test_device_memory_is_freed_once_the_copy_is_done() -> None:
     run = Moving()
     y = run(rows())
     originals = [weakref.ref(each.original) for each in run.offloader._copying]
@@ -79,14 +79,14 @@ def test_memory_is_free_when_its_copy_is_through_and_not_before() -> None:
     assert all(each() is None for each in originals)
 
 
-def test_what_is_still_here_does_not_come_back() -> None:
+def test_a_storage_still_on_the_device_is_not_copied_back() -> None:
     run, x = Moving(), rows()
     y = run(x)
     torch.autograd.grad(y.sum(), x)
     assert run.comings == 0
 
 
-def test_what_comes_before_is_on_its_way_when_something_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_a_storage_prefetches_the_previous_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activation_offload, "PREFETCH_BYTES", 2 * 80)
     run, x = Moving(), rows()
     y = run(x)
@@ -112,7 +112,7 @@ def _chain(node):  # type: ignore[no-untyped-def]
         node = node.next_functions[0][0]
 
 
-def test_views_of_one_memory_move_once() -> None:
+def test_views_of_one_storage_are_copied_once() -> None:
     streams = LateCopies()
     offloader, seen = ActivationOffloader(streams, lambda _: None), []
     x = rows(6)
@@ -129,7 +129,7 @@ def test_views_of_one_memory_move_once() -> None:
     assert torch.equal(found, torch.autograd.grad(y, x)[0])
 
 
-def test_a_second_backward_reads_the_host_again() -> None:
+def test_a_second_backward_copies_from_the_host_again() -> None:
     run, x = Moving(), rows()
     y = run(x)
     run.offloader.free_copied(0)
@@ -139,7 +139,7 @@ def test_a_second_backward_reads_the_host_again() -> None:
     assert run.comings == 12
 
 
-def test_parameters_and_what_others_hold_stay() -> None:
+def test_parameters_and_excluded_storages_are_not_offloaded() -> None:
     streams = LateCopies()
     offloader, seen = ActivationOffloader(streams, lambda _: None), []
     weight, mask, x = torch.nn.Parameter(torch.randn(4, 4)), torch.randn(5, 4), rows()
@@ -153,7 +153,7 @@ def test_parameters_and_what_others_hold_stay() -> None:
 
 
 def changed(settle_before: bool = False, settle_after: bool = False) -> tuple[Tensor, Tensor]:
-    """An input, and what is made of its double, which is saved, moves, and is changed then."""
+    """Return an input and a result for which twice the input is saved, offloaded and then written to."""
     offloader, x = ActivationOffloader(LateCopies(), lambda _: None), rows()
     with offloader.hooks(set(), lambda _: None, offload=True):
         inner = x * 2
@@ -168,18 +168,18 @@ def changed(settle_before: bool = False, settle_after: bool = False) -> tuple[Te
 
 
 @pytest.mark.parametrize("settled", [False, True])
-def test_a_change_before_the_copy_is_through_is_no_silent_error(settled: bool) -> None:
+def test_a_write_before_the_copy_is_done_raises(settled: bool) -> None:
     _, y = changed(settle_after=settled)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
 
-def test_a_change_after_the_copy_does_no_harm() -> None:
+def test_a_write_after_the_copy_is_harmless() -> None:
     x, y = changed(settle_before=True)
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], 2 * (x * 2).cos())
 
 
-def test_without_room_on_the_host_tensors_stay_and_it_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_host_is_noted_and_tensors_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     run, x = Moving(), rows()
 
     def refuse(memory: Tensor) -> None:
@@ -191,7 +191,7 @@ def test_without_room_on_the_host_tensors_stay_and_it_is_noted(monkeypatch: pyte
     assert run.streams.log == []
 
 
-def test_memory_that_a_copy_still_writes_to_is_not_given_away() -> None:
+def test_memory_of_a_pending_copy_is_not_reused() -> None:
     run = Moving()
     y = run(rows())
     run.offloader.free_copied(0)
@@ -205,7 +205,7 @@ def test_memory_that_a_copy_still_writes_to_is_not_given_away() -> None:
     assert all(copy.over for copy in run.streams.open)
 
 
-def test_complex_numbers_stay_as_their_views_may_be_conjugates() -> None:
+def test_complex_tensors_are_not_offloaded() -> None:
     streams = LateCopies()
     offloader = ActivationOffloader(streams, lambda _: None)
     x = torch.randn(4, dtype=torch.complex64, requires_grad=True)
@@ -217,10 +217,8 @@ def test_complex_numbers_stay_as_their_views_may_be_conjugates() -> None:
 
 @pytest.mark.parametrize("small", [1, 10**9])
 @pytest.mark.parametrize("moves", [False, True])
-def test_a_change_of_what_stays_is_no_silent_error_either(
-    small: int, moves: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Autograd leaves that to whoever has hooks."""
+def test_a_write_to_a_kept_tensor_raises(small: int, moves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd does not check the versions of saved tensors with hooks."""
     monkeypatch.setattr(activation_offload, "MIN_BYTES", small)
     offloader, x, weight = (
         ActivationOffloader(LateCopies(), lambda _: None),
@@ -235,7 +233,7 @@ def test_a_change_of_what_stays_is_no_silent_error_either(
         torch.autograd.grad(y.sum(), x)
 
 
-def test_a_forward_without_a_backward_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forward_without_backward_frees_all_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activation_offload, "MIN_BYTES", 10**9)  # so that results that are saved stay
     run = Moving()
     y = run(rows())
@@ -245,7 +243,7 @@ def test_a_forward_without_a_backward_leaves_nothing_behind(monkeypatch: pytest.
     assert result() is None
 
 
-def test_a_negative_view_comes_back_as_one() -> None:
+def test_a_negative_view_stays_negative() -> None:
     offloader = ActivationOffloader(LateCopies(), lambda _: None)
     view, x = torch.randn(5, 4, dtype=torch.complex64).conj().imag, rows()
     assert view.is_neg()
@@ -255,7 +253,7 @@ def test_a_negative_view_comes_back_as_one() -> None:
     assert torch.equal(torch.autograd.grad(y, x)[0], view)
 
 
-def test_threads_may_settle_at_once() -> None:
+def test_offloading_is_thread_safe() -> None:
     class Slow(LateCopies):
         def is_done(self, end: Copy) -> bool:
             time.sleep(0.001)

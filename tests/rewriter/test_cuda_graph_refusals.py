@@ -1,4 +1,4 @@
-"""What is not captured, what is not replayed, and when captures are dropped."""
+"""Which graphs are not captured, which captures are not replayed, and when captures are freed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from fastlora.runtime.graph_pool import CudaGraphRecorder
     "has two results with gradients",
     "has none",
 ])  # fmt: skip
-def test_graphs_that_cannot_be_replayed_say_so_once(run: Callable[..., Any]) -> None:
+def test_a_graph_that_cannot_be_captured_is_noted_once(run: Callable[..., Any]) -> None:
     notes: list[str] = []
     replays = GraphReplayer(run, Rerun(), notes.append)
     w = nn.Parameter(torch.randn(4, 4))
@@ -42,7 +42,7 @@ def test_graphs_that_cannot_be_replayed_say_so_once(run: Callable[..., Any]) -> 
     assert list(replays._captures.values()) == [None]
 
 
-def test_a_graph_of_frozen_parameters_alone_has_no_backward_to_replay_and_says_nothing() -> None:
+def test_a_graph_without_gradients_is_neither_captured_nor_noted() -> None:
     notes: list[str] = []
     replays = GraphReplayer(lambda x, w: (x @ w,), Rerun(), notes.append)
     for _ in range(5):
@@ -51,7 +51,7 @@ def test_a_graph_of_frozen_parameters_alone_has_no_backward_to_replay_and_says_n
     assert replays.captured == 0
 
 
-def test_a_graph_that_cannot_be_recorded_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_whose_capture_fails_runs_uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -64,7 +64,7 @@ def test_a_graph_that_cannot_be_recorded_runs_as_it_is(monkeypatch: pytest.Monke
     assert "not permitted" in region.notes[0]
 
 
-def test_parameters_that_move_with_every_call_are_not_counted_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_counted_keys_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_KEYS", 5)
     region = Region()
     for n in range(1, 10):
@@ -73,7 +73,7 @@ def test_parameters_that_move_with_every_call_are_not_counted_for_ever(monkeypat
 
 
 @pytest.mark.parametrize("change", ["written to", "moved"])
-def test_a_parameter_that_changes_before_the_backward_is_refused(change: str) -> None:
+def test_a_parameter_written_before_the_backward_raises(change: str) -> None:
     region = Region()
     region.warm(rows())
     y, _, _ = region.replays(*region.arguments(rows()))
@@ -86,7 +86,7 @@ def test_a_parameter_that_changes_before_the_backward_is_refused(change: str) ->
         y.sum().backward()
 
 
-def test_a_graph_whose_buffers_change_before_its_backward_is_not_recorded() -> None:
+def test_a_graph_whose_buffers_change_is_not_captured() -> None:
     buffer, w = torch.ones(4), nn.Parameter(torch.randn(4, 4))
     replays = GraphReplayer(lambda x, b, w: ((x + b) @ w,), Rerun(), lambda _: None, static_inputs=frozenset([1]))
     for _ in range(RUNS_BEFORE + 3):
@@ -96,7 +96,7 @@ def test_a_graph_whose_buffers_change_before_its_backward_is_not_recorded() -> N
     assert not replays.captured
 
 
-def test_tensors_that_wrap_others_are_left_alone() -> None:
+def test_wrapper_subclasses_are_not_captured() -> None:
     from torch.testing._internal.two_tensor import TwoTensor
 
     def run(x: Tensor, w: Tensor) -> tuple[Tensor]:
@@ -111,7 +111,7 @@ def test_tensors_that_wrap_others_are_left_alone() -> None:
     assert not replays._captures
 
 
-def test_quantised_weights_in_buffers_are_not_copied_in_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantized_weights_in_buffers_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_INTEGERS", 15)
     replays = GraphReplayer(lambda x, q: (x @ q.float(),), Rerun(), lambda _: None)
     for _ in range(RUNS_BEFORE + 2):
@@ -119,7 +119,7 @@ def test_quantised_weights_in_buffers_are_not_copied_in_every_call(monkeypatch: 
     assert not replays.captured
 
 
-def test_forgotten_recordings_are_freed_after_their_backward() -> None:
+def test_cleared_captures_are_freed_after_their_backward() -> None:
     region = Region()
     region.warm(rows())
     held = weakref.ref(next(iter(region.replays._captures.values())))
@@ -136,7 +136,7 @@ def test_forgotten_recordings_are_freed_after_their_backward() -> None:
     assert held() is None
 
 
-def test_recordings_are_forgotten_with_the_model_and_by_disable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captures_are_cleared_with_the_model_and_by_disable(monkeypatch: pytest.MonkeyPatch) -> None:
     import fastlora
     from fastlora.frontend.session import Session
 
@@ -151,7 +151,7 @@ def test_recordings_are_forgotten_with_the_model_and_by_disable(monkeypatch: pyt
     assert kept in forgotten[1:]
 
 
-def test_memory_that_recordings_may_take_is_limited() -> None:
+def test_the_memory_of_captures_is_limited() -> None:
     region = Region()
     region.recorder.is_full = True
     region.warm(rows())
@@ -159,7 +159,7 @@ def test_memory_that_recordings_may_take_is_limited() -> None:
     assert "of the device's memory" in region.notes[0]
 
 
-def test_only_so_many_shapes_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_captured_shapes_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_CAPTURES", 2)
     region = Region()
     for n in (2, 3, 4, 5):
@@ -170,7 +170,7 @@ def test_only_so_many_shapes_are_recorded(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(set(region.notes)) == 1
 
 
-def test_nothing_is_recorded_on_a_cpu() -> None:
+def test_nothing_is_captured_on_a_cpu() -> None:
     region = Region()
     region.replays.recorder = CudaGraphRecorder()
     for _ in range(5):

@@ -94,8 +94,8 @@ def test_a_replay_in_the_traced_dtype_includes_the_expression() -> None:
     outcome.assert_close(2e-2)
 
 
-def test_what_a_rule_with_an_expression_finds_is_not_the_op_for_other_rules() -> None:
-    """A group, or a rule that fuses ops, would read the op's output where there is minus that."""
+def test_matches_with_an_expression_are_not_raised() -> None:
+    """A group or a fusing rule would otherwise read the op's output, without the expression."""
     adapter = (randn(24, 16, grad=False), randn(4, 16), randn(24, 4))
 
     def plain(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -133,13 +133,13 @@ def test_what_a_rule_with_an_expression_finds_is_not_the_op_for_other_rules() ->
         ("neg", "'neg' is not a function of outputs"),
     ],
 )
-def test_an_expression_that_cannot_be_right_is_an_error(result: Any, reason: str) -> None:
+def test_an_invalid_expression_is_an_error(result: Any, reason: str) -> None:
     with pytest.raises(fastlora.RuleError, match=re.escape(reason)) as error:
         negated(result)
     assert str(error.value).startswith(f"{__file__}:")
 
 
-def test_an_op_whose_outputs_are_lists_takes_no_expression() -> None:
+def test_an_op_with_list_outputs_takes_no_expression() -> None:
     with pytest.raises(fastlora.RuleError, match="whose outputs are lists"):
 
         @rule(ops.rotary_group, result=lambda y: -y)
@@ -155,14 +155,14 @@ def test_an_op_whose_outputs_are_lists_takes_no_expression() -> None:
     ],
     ids=["dtype", "shape"],
 )
-def test_what_is_checked_is_what_was_recorded(result: Callable[..., Any]) -> None:
-    """A function that does something else when it is recorded deceives nobody."""
+def test_the_recorded_expression_is_used_everywhere(result: Callable[..., Any]) -> None:
+    """The function may return something else when it is called again."""
     outcome = analyse(lambda x, y: -(F.silu(x) * y), X, Y, rules=[negated(result)])
     assert not outcome.chosen
     assert [refusal.code for _, refusal in outcome.refused] == [Code.METADATA]
 
 
-def test_an_expression_has_no_optional_argument_and_no_integers() -> None:
+def test_expressions_take_no_optional_arguments_or_integers() -> None:
     with pytest.raises(fastlora.RuleError, match="result= reads 'bias', which may be None"):
 
         @rule(ops.lora_linear, result=lambda y, bias: y * bias)

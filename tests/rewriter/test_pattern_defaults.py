@@ -1,4 +1,4 @@
-"""A pattern matches what it says and nothing else: what it does not mention has its default."""
+"""Patterns match only what they mention: every other argument must have its default."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def any_swish(gate, up):
 
 
 @pytest.mark.parametrize("beta", [1.0, 1], ids=str)
-def test_an_argument_may_be_given_its_default(beta: float) -> None:
+def test_a_pattern_may_mention_an_argument_with_its_default(beta: float) -> None:
     outcome = analyse(lambda x, y: _swish(x, beta) * y, X, Y, rules=[default_swish])
     assert outcome.ops == ["glu"]
     outcome.assert_close()
@@ -58,7 +58,7 @@ def test_an_argument_may_be_given_its_default(beta: float) -> None:
     ],
     ids=["another number", "a truth value", "none is the default", "a size"],
 )
-def test_an_argument_that_a_pattern_does_not_mention_has_its_default(function: Any, reason: str) -> None:
+def test_unmentioned_arguments_must_have_their_defaults(function: Any, reason: str) -> None:
     outcome = analyse(function, X, Y, rules=[default_swish])
     assert not outcome.ops
     assert reason in outcome.missed()
@@ -70,14 +70,14 @@ def test_a_predicate_accepts_any_constant() -> None:
     assert outcome.ops == ["glu"]
 
 
-def test_a_number_of_the_graph_is_no_default() -> None:
+def test_a_symbolic_number_is_not_a_default() -> None:
     outcome = analyse(lambda x, y: _swish(x, x.shape[0]) * y, X, Y, rules=[default_swish], dynamic=True)
     assert not outcome.ops
     outcome.assert_identical()
 
 
-def test_what_is_spelled_after_a_rule_closes_it_too() -> None:
-    """A second spelling adds an argument; the rule, which does not mention it, takes only its default."""
+def test_later_spellings_are_also_matched_with_defaults() -> None:
+    """A second spelling adds an argument, which the earlier rule does not mention."""
 
     def first(x):
         return F.silu(x)
@@ -98,7 +98,7 @@ def test_what_is_spelled_after_a_rule_closes_it_too() -> None:
     assert not analyse(lambda x, y: second(x, 2) * y, X, Y, rules=[later]).ops
 
 
-def test_spellings_with_other_defaults_have_none() -> None:
+def test_arguments_with_different_defaults_have_none() -> None:
     def one(x, beta=1.0):
         return x
 
@@ -130,7 +130,7 @@ def test_spellings_with_other_defaults_have_none() -> None:
         ("tanh", "input scale", (len,), "'tanh' has no argument 'scale', but input"),
     ],
 )
-def test_a_spelling_that_cannot_be_right_is_an_error(op: str, signature: str, targets: Any, reason: str) -> None:
+def test_an_invalid_spelling_is_an_error(op: str, signature: str, targets: Any, reason: str) -> None:
     before = signature_of(op)
     with pytest.raises(fastlora.RuleError, match=re.escape(f"spell({op!r}, {signature!r}): ")) as error:
         spell(op, signature, *targets)
@@ -178,7 +178,7 @@ def _terms(function: Function) -> list[Any]:
     return [term for node in view.producers() if (term := view.term(node)) is not None]
 
 
-def test_terms_have_the_arguments_that_patterns_are_told_of() -> None:
+def test_terms_have_the_declared_arguments() -> None:
     terms = [term for function in TERMS for term in _terms(function)]
     for term in terms:
         signature = signature_of(term.op)
@@ -191,7 +191,7 @@ def test_terms_have_the_arguments_that_patterns_are_told_of() -> None:
     assert read <= {term.op for term in terms}
 
 
-def test_a_signature_reads_as_it_is_written() -> None:
+def test_a_signature_prints_as_written() -> None:
     assert str(parse("input other alpha=1 rounding=none dim=(1,2)")) == "input other alpha=1 rounding='none' dim=(1, 2)"
 
 
@@ -221,7 +221,7 @@ NAME = "activation"
         ({"activation": lambda match: match.slice_of("gate")}, "'gate' is not a slice in this match"),
     ],
 )
-def test_a_computed_attribute_that_cannot_be_right_is_an_error(attrs: dict[str, Any], reason: str) -> None:
+def test_an_invalid_computed_attribute_is_an_error(attrs: dict[str, Any], reason: str) -> None:
     made = _computing(**attrs)
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=re.escape(reason)) as error:
         analyse(lambda x, y: F.silu(x) * y * 2.0, X, Y, rules=[made])

@@ -1,4 +1,4 @@
-"""Graphs that look like a LoRA adapter and are none: they stay as they are to the last bit, and reports say why."""
+"""Graphs that resemble a LoRA adapter stay bit-identical, and reports say why they are not fused."""
 
 from __future__ import annotations
 
@@ -250,18 +250,18 @@ LOOKALIKES = [
 
 
 @pytest.mark.parametrize("case", LOOKALIKES, ids=str)
-def test_what_only_looks_like_an_adapter_stays(case: Lookalike) -> None:
+def test_adapter_lookalikes_are_not_fused(case: Lookalike) -> None:
     case.check()
 
 
-def test_a_result_that_is_written_to_later_is_the_ops_own() -> None:
-    """As where a block adds attention to what its MLP gave."""
+def test_a_fused_output_may_be_written_to_in_place() -> None:
+    """A block adds attention to the output of its MLP in place."""
     Lookalike("the result is written in place", mutated_result, LAYER, ("lora_linear",)).check()
 
 
 @pytest.mark.parametrize("name", WRITES)
-def test_an_input_written_between_base_and_adapter_is_not_read_once(name: str) -> None:
-    """The base reads the old values, the adapter the new ones; the adapter alone is legal."""
+def test_an_input_written_between_base_and_adapter_is_not_fused(name: str) -> None:
+    """The base reads the old values, the adapter the new ones; fusing the adapter alone is legal."""
 
     def function(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
         x = x * 1.5

@@ -1,6 +1,6 @@
-"""Prints, as JSON, the kernels that a compiled tiny model is expected to launch on an H100: {kernel: launches}.
+"""Print, as JSON, the kernels that a compiled tiny model is predicted to launch on an H100: {kernel: launches}.
 
-Runs in a process of its own, as kernels that are defined for Triton's interpreter cannot be recorded.
+Run it in a separate process: kernels that are defined for Triton's interpreter cannot be recorded.
 """
 
 import json
@@ -19,15 +19,15 @@ model = build("llama").bfloat16()
 head, expected, losses = model.get_output_embeddings(), [], []
 
 
-def foresee(_, gm):
+def collect_calls(_, gm):
     expected.extend(op_calls(gm))
     losses.append(loss_call(gm, head))
 
 
-compile_graph._compile_kernels = foresee
+compile_graph._compile_kernels = collect_calls
 fastlora.compile(model)
 model(**batch(16)).loss.backward()
-devices.take_for(devices.Gpu((9, 0), 132))
+devices.set_meta_gpu(devices.Gpu((9, 0), 132))
 with implementations.for_precompilation(), precompile.recorded() as launches:
     for call in (*expected, next(call for call in losses if call is not None)):
         run_on_meta(call)

@@ -1,4 +1,4 @@
-"""What people do with a model's logits beside its own loss gives eager's loss, gradients and observations."""
+"""Uses of a model's logits outside its own loss have eager's losses, gradients and observations."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ FUSED_OUTSIDE: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] =
 
 
 def observe(model: nn.Module, use: Use) -> dict[str, Any]:
-    """The loss, all gradients and whatever else a use hands out."""
+    """Return the loss, all gradients and the observations of a use."""
     model.zero_grad()
     torch.manual_seed(0)
     result = use(model, batch())
@@ -155,7 +155,7 @@ def traced_whole(model: nn.Module) -> Any:
 
 @pytest.mark.parametrize("name", USES)
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain head", "adapted head"])
-def test_uses_of_logits_are_eagers(name: str, adapted: bool) -> None:
+def test_uses_of_logits_equal_eager(name: str, adapted: bool) -> None:
     targets = {"target_modules": ["q_proj", "lm_head"]} if adapted else {}
     expected = observe(build("llama", **targets), USES[name])
     assert_alike(observe(in_place(build("llama", **targets)), USES[name]), expected)
@@ -188,7 +188,7 @@ def test_losses_outside_of_the_model_are_fused(name: str) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 7])
-def test_a_batch_without_a_label_leaves_the_adapters_alone(count: int) -> None:
+def test_a_batch_without_labels_gives_zero_gradients(count: int) -> None:
     def use(model: nn.Module, b: dict[str, torch.Tensor]) -> torch.Tensor:
         b["labels"][:] = -100
         return model(**b, num_items_in_batch=torch.tensor(count)).loss
@@ -214,7 +214,7 @@ def process_group() -> Iterator[None]:
 
 @pytest.mark.parametrize("options", [{"find_unused_parameters": True}, {"static_graph": True}, {}], ids=str)
 @pytest.mark.parametrize("outside", [False, True], ids=["wrapped after", "wrapped before"])
-def test_under_data_parallelism_own_losses_are_eagers(options: dict[str, bool], outside: bool) -> None:
+def test_losses_outside_a_ddp_model_equal_eager(options: dict[str, bool], outside: bool) -> None:
     def use(model: nn.Module, b: dict[str, torch.Tensor]) -> torch.Tensor:
         out = model(**b)
         return out.loss + 0.5 * entropy(out.logits)
@@ -234,7 +234,7 @@ def test_under_data_parallelism_own_losses_are_eagers(options: dict[str, bool], 
 @pytest.mark.parametrize("inside", [True, False], ids=["own loss", "loss outside"])
 @pytest.mark.parametrize("head_apart", [False, True])
 @pytest.mark.parametrize("reshard", [False, True])
-def test_a_sharded_heads_weight_may_be_freed_after_forward(reshard: bool, head_apart: bool, inside: bool) -> None:
+def test_the_weight_of_a_sharded_head_may_be_freed(reshard: bool, head_apart: bool, inside: bool) -> None:
     def use(model: nn.Module, b: dict[str, torch.Tensor]) -> torch.Tensor:
         if inside:
             return model(**b).loss

@@ -1,4 +1,4 @@
-"""The ways in which a graph compiler is silently wrong here, each with the rule that keeps us from it."""
+"""Ways in which a graph compiler can be silently wrong, each with a test that it is not."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ from fastlora.logits.deferred_logits import DeferredLogits
 
 
 def traced(function, *inputs):
-    """What TorchDynamo hands over for a function, and the function run through fastlora's backend."""
+    """Return the graph that TorchDynamo traces for a function, and the result of fastlora's backend."""
     graphs = []
 
     def capture(gm, examples):
@@ -51,7 +51,7 @@ def test_t1_in_place_operations_without_users_survive_the_pass():
     assert fastlora.report().coverage["norm"].fused
 
 
-def test_t2_dropout_in_a_checkpointed_region_of_a_graph_is_recomputed_with_its_mask():
+def test_t2_dropout_in_a_checkpoint_is_recomputed_with_its_mask():
     torch.manual_seed(0)
     norm = Norm(8)
     linear = nn.Linear(8, 8)
@@ -85,7 +85,7 @@ def test_t5_a_second_derivative_through_a_fused_op_raises():
         torch.autograd.grad(y.square().sum(), x, create_graph=True)
 
 
-def test_t8_the_kernels_folder_hides_no_other_package():
+def test_t8_the_kernels_folder_shadows_no_package():
     root = Path(__file__).parents[2]
     program = (
         f"import sys; sys.path.insert(0, {str(root)!r}); import transformers, kernels; "
@@ -97,7 +97,7 @@ def test_t8_the_kernels_folder_hides_no_other_package():
     subprocess.run([sys.executable, "-c", program], check=True, cwd="/")
 
 
-def test_t9_a_block_whose_class_is_pytorchs_own_is_compiled():
+def test_t9_blocks_that_are_pytorch_classes_are_compiled():
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
     fastlora.compile(encoder)
     encoder(torch.randn(2, 3, 8)).sum().backward()
@@ -140,7 +140,7 @@ def test_t11_generation_and_evaluation_use_up_no_recompiles():
     assert fastlora.report(model).graphs == graphs
 
 
-def test_t12_compiled_blocks_keep_the_causal_attention_without_a_mask():
+def test_t12_compiled_blocks_keep_causal_attention_without_a_mask():
     model = fastlora.compile(build("llama"))
     inputs = {key: value for key, value in batch().items() if key != "attention_mask"}
     step(model, inputs)
@@ -161,15 +161,15 @@ def test_t13_a_training_step_makes_no_logits(whole):
     assert not output.logits.lazy.is_computed
 
 
-def test_t14_rewritten_graphs_are_python_that_names_its_operators():
+def test_t14_rewritten_graphs_are_readable_python():
     gm = traced(Norm(8), torch.randn(2, 8))
     fastlora.rewrite.pipeline.rewrite(gm, fastlora.default_rules())
     assert str(ops.rms_norm.target) in gm.code
     compile(gm.code, "graph", "exec")
 
 
-def test_compiling_inside_a_checkpoint_leaves_no_trace_in_what_it_records(monkeypatch):
-    """A checkpoint counts the tensors that are saved; the first call, which compiles, may not save more than others."""
+def test_compiling_inside_a_checkpoint_is_not_recorded(monkeypatch):
+    """A checkpoint counts saved tensors, so the first call, which compiles, must not save more than others."""
     monkeypatch.setattr("fastlora.graph.effects._PROBED", {})
     monkeypatch.setattr("fastlora.rewrite.verify._VERIFIED", {})
     model = build("gpt_neox", dropout=0.1)

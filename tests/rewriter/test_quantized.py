@@ -1,4 +1,4 @@
-"""Products of 4-bit weights are read as linear layers while rules look, and run as traced if none takes them."""
+"""Products of 4-bit weights are read as linear layers during matching, and restored if no rule fuses them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WIDTH, RANK = 128, 4
 
 
 class Layer(nn.Module):
-    """An adapted layer, and one without an adapter, of 4-bit weights."""
+    """An adapted layer, and one without an adapter, with 4-bit weights."""
 
     def __init__(self, kept: Format, bias: bool = False) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Checkpointed(Layer):
 
 
 def traced(layer: nn.Module, requires_grad: bool = True) -> tuple[fx.GraphModule, list[Any]]:
-    """The graph that a backend is given, and its inputs."""
+    """Return the graph that a backend gets, and its inputs."""
     seen: list[Any] = []
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
@@ -55,7 +55,7 @@ def traced(layer: nn.Module, requires_grad: bool = True) -> tuple[fx.GraphModule
 
 
 def results(run: Any, inputs: list[Any]) -> list[torch.Tensor]:
-    """The output, and the gradients of all that has one."""
+    """Return the output, and the gradients of all leaves."""
     leaves = [t for t in inputs if t.requires_grad]
     output = run(*inputs)[0]
     return [output, *torch.autograd.grad(output.square().sum(), leaves)]
@@ -73,7 +73,7 @@ def close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize("kept", [Format(), Format(nested=False), Format(storage=torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_products_that_no_rule_takes_are_put_back(kept: Format, requires_grad: bool, bias: bool) -> None:
+def test_unmatched_products_are_restored(kept: Format, requires_grad: bool, bias: bool) -> None:
     gm, inputs = traced(Layer(kept, bias), requires_grad)
     before = [(node.op, str(node.target)) for node in gm.graph.nodes]
     expected = results(gm.forward, inputs)
@@ -88,7 +88,7 @@ def test_products_that_no_rule_takes_are_put_back(kept: Format, requires_grad: b
 
 @pytest.mark.parametrize("layer", [Layer, Checkpointed])
 @pytest.mark.parametrize("requires_grad", [True, False])
-def test_the_adapted_product_is_claimed_and_no_decoded_weight_is_a_value(layer: Any, requires_grad: bool) -> None:
+def test_a_fused_product_leaves_no_dequantized_weight(layer: Any, requires_grad: bool) -> None:
     gm, inputs = traced(layer(Format(), bias=True), requires_grad)
     expected = results(gm.forward, inputs)
     rewrite(gm, default_rules())
@@ -107,7 +107,7 @@ class Normed(Layer):
         return super().forward(torch.nn.functional.rms_norm(x, (WIDTH,), eps=1e-6))
 
 
-def test_a_norm_before_the_product_is_made_again_as_it_is_before_a_plain_one() -> None:
+def test_a_norm_before_a_quantized_product_is_rematerialized() -> None:
     gm, inputs = traced(Normed(Format()))
     expected = results(gm.forward, inputs)
     rewrite(gm, default_rules())
@@ -115,7 +115,7 @@ def test_a_norm_before_the_product_is_made_again_as_it_is_before_a_plain_one() -
     assert close(results(lower(gm, inputs, "eager", "default"), inputs), expected)
 
 
-def test_products_that_a_graph_begins_with_are_claimed() -> None:
+def test_products_of_graph_inputs_are_fused() -> None:
     kept = Format(nested=False)
     layers: Any = [kept.layer(nn.Linear(WIDTH, WIDTH, bias=False)) for _ in range(2)]
     a, b = (nn.Parameter(0.1 * torch.randn(shape)) for shape in ((RANK, WIDTH), (WIDTH, RANK)))
@@ -135,7 +135,7 @@ def test_products_that_a_graph_begins_with_are_claimed() -> None:
     assert close([found], [expected])
 
 
-def test_casts_that_only_the_product_read_go_with_it() -> None:
+def test_casts_that_only_the_product_reads_are_erased() -> None:
     layer: Any = Format(nested=False).layer(nn.Linear(WIDTH, WIDTH))
     a, b = (nn.Parameter(0.1 * torch.randn(shape)) for shape in ((RANK, WIDTH), (WIDTH, RANK)))
     packed, scales, bias = layer.weight.data, layer.weight.quant_state.absmax, layer.bias.detach()
@@ -159,7 +159,7 @@ def test_casts_that_only_the_product_read_go_with_it() -> None:
 
 
 def doubled(backward: fx.Graph) -> None:
-    """Another gradient."""
+    """Change the gradient."""
     product = next(node for node in backward.nodes if getattr(node.target, "__name__", None) == "matmul")
     with backward.inserting_after(product):
         other = backward.call_function(torch.mul, (product, 2.0))
@@ -167,13 +167,13 @@ def doubled(backward: fx.Graph) -> None:
 
 
 def otherwise_decoded(backward: fx.Graph) -> None:
-    """Another weight."""
+    """Change the weight."""
     decoded = next(node for node in backward.nodes if "dequantize_4bit" in str(node.target))
     decoded.args = (*decoded.args[:3], "fp4", *decoded.args[4:])
 
 
 @pytest.mark.parametrize("change", [doubled, otherwise_decoded])
-def test_functions_with_another_backward_are_left_alone(change: Any) -> None:
+def test_functions_with_another_backward_are_not_replaced(change: Any) -> None:
     gm, _ = traced(Layer(Format()))
     for name, body in gm.named_children():
         if name.startswith("bwd_body"):
@@ -182,7 +182,7 @@ def test_functions_with_another_backward_are_left_alone(change: Any) -> None:
     assert propose(gm) == []
 
 
-def test_another_compiler_gets_the_products_as_they_were_traced() -> None:
+def test_inductor_gets_the_products_as_traced() -> None:
     gm, _ = traced(Layer(Format()))
     rewrite(gm, default_rules(), reads_quantized=False)
     assert calls([gm], dequantize_4bit.target) == 0
