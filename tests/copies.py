@@ -1,4 +1,4 @@
-"""A stand-in for copies between a GPU and its host, both of which are here; they end when they are waited for."""
+"""A fake for copies between a GPU and its host, both on the CPU; copies end when they are waited for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class Copy:
-    """A copy that is made when it ends."""
+    """A copy that is made only when it ends."""
 
     def __init__(self, to: torch.Tensor, of: torch.Tensor, after: Copy | None = None) -> None:
         self.to, self.of, self.after, self.over = to, of, after, False
@@ -22,7 +22,7 @@ class Copy:
 
 
 class LateCopies:
-    """Copies of which none ends before somebody waits for it, or `end` is called."""
+    """Copies that do not end before they are waited for, or `end` is called."""
 
     def __init__(self, bytes_per_flop: float = 1e9) -> None:
         self.ratio = bytes_per_flop

@@ -1,7 +1,7 @@
-"""A stand-in for CUDA graphs that has their memory: operators are taped on addresses, in pools that reuse what is free.
+"""A fake for CUDA graphs that models their memory: operators are recorded with addresses, in pools that reuse memory.
 
-What a recording has freed by its end, a later one may be given, and replaying the first then overwrites it, as on a
-GPU.
+Memory that a capture has freed by its end may be used by a later capture, which replaying the first one then
+overwrites, as on a GPU.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ ALIGNMENT = 1024
 
 
 class Block(np.ndarray):
-    """Memory that is in use as long as this is referred to, which a tensor that was made from it does."""
+    """Memory that is in use as long as this object, or a tensor that was made from it, is alive."""
 
 
 class Pool:
-    """Blocks of memory, those that were freed first first."""
+    """Blocks of memory, which are reused in the order in which they were freed."""
 
     def __init__(self) -> None:
         self._free: list[np.ndarray] = []
@@ -45,7 +45,7 @@ class Pool:
 
 
 class Tape(TorchDispatchMode):
-    """Runs operators, puts their results into a pool, and can do the same again at the same addresses."""
+    """Runs operators with their results in a pool, and replays them at the same addresses."""
 
     def __init__(self, pool: Pool) -> None:
         super().__init__()
@@ -56,10 +56,10 @@ class Tape(TorchDispatchMode):
         result = func(*args, **kwargs)
         if any(r.alias_info is not None for r in func._schema.returns):
             if any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments):
-                self._steps.append((func, *tree_map(self._unowned, (args, kwargs)), None))
+                self._steps.append((func, *tree_map(self._by_address, (args, kwargs)), None))
             return result
-        result = tree_map(self._placed, result)
-        self._steps.append((func, *tree_map(self._unowned, (args, kwargs, result))))
+        result = tree_map(self._in_pool, result)
+        self._steps.append((func, *tree_map(self._by_address, (args, kwargs, result))))
         return result
 
     def replay(self) -> None:
@@ -70,14 +70,14 @@ class Tape(TorchDispatchMode):
                     if isinstance(old, torch.Tensor):
                         old.copy_(new)
 
-    def _placed(self, t: Any) -> Any:
+    def _in_pool(self, t: Any) -> Any:
         if not isinstance(t, torch.Tensor) or t.numel() == 0:
             return t
         memory = torch.from_numpy(self._pool.allocate(t.nbytes)).view(t.dtype)
         return memory.as_strided(t.size(), torch.empty_like(t, device="meta").stride()).copy_(t)
 
-    def _unowned(self, t: Any) -> Any:
-        """A tensor of the pool by its address, which keeps no block in use."""
+    def _by_address(self, t: Any) -> Any:
+        """Return the same tensor of the pool without keeping its block in use."""
         if not isinstance(t, torch.Tensor):
             return t
         memory = self._pool.at.get(t.untyped_storage().data_ptr())
@@ -86,8 +86,8 @@ class Tape(TorchDispatchMode):
         return torch.from_numpy(memory).view(t.dtype).as_strided(t.size(), t.stride(), t.storage_offset())
 
 
-class Taped(GraphRecorder):
-    """Records on tapes, forwards and backwards in a pool each."""
+class TapeRecorder(GraphRecorder):
+    """Captures functions on tapes, with a pool for forwards and one for backwards."""
 
     is_full = False
 

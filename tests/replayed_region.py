@@ -1,4 +1,4 @@
-"""A region to replay, and a stand-in for CUDA graphs that runs what was recorded again, in the same memory."""
+"""A region to replay, and a fake for CUDA graphs that reruns captured functions into the same memory."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fastlora.runtime.graph_pool import GraphRecorder
 from fastlora.runtime.replay_choice import ReplayTimer
 
 
-class Rerun(GraphRecorder):
-    """Runs what was recorded again, and copies the results to where they were."""
+class RerunRecorder(GraphRecorder):
+    """Reruns captured functions, and copies the results into the memory of the first ones."""
 
     replaying = False
     is_full = False
@@ -26,7 +26,7 @@ class Rerun(GraphRecorder):
     def capture(self, function: Callable[[], Any], transient: bool) -> tuple[Any, Callable[[], None]]:
         result = function()
 
-        def again() -> None:
+        def replay() -> None:
             self.replaying = True
             with torch.enable_grad():
                 new = function()
@@ -35,11 +35,11 @@ class Rerun(GraphRecorder):
                 if isinstance(old, Tensor):
                     old.copy_(value)
 
-        return result, again
+        return result, replay
 
 
 class Region:
-    """Two layers with a parameter each, one of which is frozen; counts how often it runs other than in a replay."""
+    """Two layers, one of them frozen; counts the runs that are not replays."""
 
     def __init__(self, timer: ReplayTimer | None = None) -> None:
         torch.manual_seed(0)
@@ -47,7 +47,7 @@ class Region:
         self.trained, self.bias = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
         self.notes: list[str] = []
         self.runs = 0
-        self.recorder = Rerun()
+        self.recorder = RerunRecorder()
         self.replays = GraphReplayer(self.run, self.recorder, self.notes.append, timer)
 
     def run(self, x: Tensor, frozen: Tensor, trained: Tensor, bias: Tensor, power: int) -> tuple[Any, ...]:
@@ -63,7 +63,7 @@ class Region:
         return [self.trained, self.bias]
 
     def warm(self, x: Tensor, power: int = 2) -> None:
-        """Enough runs for the next one of the kind to be a replay."""
+        """Run often enough that the next run with the same key is a replay."""
         for _ in range(RUNS_BEFORE + 1):
             self.replays(*self.arguments(x, power))[0].sum().backward()
         for tensor in (x, *self.parameters):

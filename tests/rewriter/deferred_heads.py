@@ -22,12 +22,12 @@ class Heads:
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=bias, dtype=dtype).requires_grad_(not frozen)
         session = Session(Options())
         self.deferral_stats = session.deferral_stats
-        self.deferring = HeadGate(self.head, session)
+        self.deferred_head = HeadGate(self.head, session)
 
     def both(self, use, **autocast):
         """Return the results of `use` on ordinary and on deferred logits, each with the gradients of all its leaves."""
         results = []
-        for head in (self.head, self.deferring):
+        for head in (self.head, self.deferred_head):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast.get("autocast", False)):
                 value = use(head(self.hidden))
             wanted = [t for t in (self.hidden, *self.head.parameters()) if t.requires_grad]

@@ -19,7 +19,7 @@ VOCABULARY, WIDTH = 11, 4
 ROWS = (2, 3)
 
 
-class Sink(torch.autograd.Function):
+class PassThrough(torch.autograd.Function):
     """An autograd function that passes its inputs on, as DDP's does."""
 
     @staticmethod
@@ -31,7 +31,7 @@ class Sink(torch.autograd.Function):
         return gradients
 
 
-class OwnCrossEntropy(torch.autograd.Function):
+class CustomCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         p = z.double().softmax(-1)
@@ -47,7 +47,7 @@ class OwnCrossEntropy(torch.autograd.Function):
 
 
 @dataclass
-class World:
+class ProgramState:
     """The state of a running program."""
 
     values: list[torch.Tensor]
@@ -65,7 +65,7 @@ class World:
         return z.reshape(-1, z.shape[-1])
 
 
-Step = Callable[[World, torch.Tensor, int], Any]
+Step = Callable[[ProgramState, torch.Tensor, int], Any]
 
 
 def _mask(z: torch.Tensor) -> torch.Tensor:
@@ -73,7 +73,7 @@ def _mask(z: torch.Tensor) -> torch.Tensor:
     return (torch.arange(lead.numel()) % 3 != 1).reshape(lead)
 
 
-MAKES: dict[str, Step] = {
+VALUES: dict[str, Step] = {
     "slice": lambda w, z, k: z[..., :-1, :],
     "first": lambda w, z, k: z[0],
     "last": lambda w, z, k: z[-1:],
@@ -124,7 +124,7 @@ MAKES: dict[str, Step] = {
     "split and join": lambda w, z, k: torch.cat(z.split([1, z.shape[0] - 1])),
     "rows one by one": lambda w, z, k: torch.stack([row * 1.5 for row in z]),
     "expand": lambda w, z, k: z.unsqueeze(0).expand(2, *z.shape),
-    "sink": lambda w, z, k: Sink.apply(z)[0],
+    "sink": lambda w, z, k: PassThrough.apply(z)[0],
     "narrow": lambda w, z, k: z.narrow(0, k % z.shape[0], 1),
     "as strided": lambda w, z, k: z.as_strided((2, z.shape[-1]), (z.shape[-1], 1)),
     "no grad": lambda w, z, k: _without_grad(z),
@@ -136,7 +136,7 @@ def _without_grad(z: torch.Tensor) -> torch.Tensor:
         return z[..., :-1, :] * 1.0
 
 
-def _cross_entropy(w: World, z: torch.Tensor, k: int) -> torch.Tensor:
+def _cross_entropy(w: ProgramState, z: torch.Tensor, k: int) -> torch.Tensor:
     z = w.matrix(z)
     options = [
         {}, {"reduction": "sum"}, {"label_smoothing": 0.1}, {"ignore_index": 3}, {"label_smoothing": 1.5},
@@ -156,7 +156,7 @@ LOSSES: dict[str, Step] = {
     "integers of 32 bits": lambda w, z, k: F.cross_entropy(w.matrix(z), w.labels(len(w.matrix(z))).int()),
     "bytes": lambda w, z, k: F.cross_entropy(w.matrix(z), w.labels(len(w.matrix(z))).to(torch.uint8)),
     "probabilities": lambda w, z, k: F.cross_entropy(w.matrix(z), w.matrix(z).detach().softmax(-1)),
-    "own function": lambda w, z, k: OwnCrossEntropy.apply(w.matrix(z), w.labels(len(w.matrix(z)))),
+    "own function": lambda w, z, k: CustomCrossEntropy.apply(w.matrix(z), w.labels(len(w.matrix(z)))),
     "mean": lambda w, z, k: z.float().square().mean(),
     "entropy": lambda w, z, k: (z.softmax(-1) * z.log_softmax(-1)).sum(-1).mean(),
     "reentrant checkpoint": lambda w, z, k: checkpoint(lambda t: _cross_entropy(w, t, 0), z, use_reentrant=True),
@@ -165,13 +165,13 @@ LOSSES: dict[str, Step] = {
 }  # fmt: skip
 
 
-def _read(w: World, z: torch.Tensor, k: int) -> None:
+def _read(w: ProgramState, z: torch.Tensor, k: int) -> None:
     contexts = [torch.enable_grad, torch.no_grad, torch.inference_mode]
     with contexts[k % 3]():
         w.seen.append(z.argmax(-1).clone() if k % 2 else z.float().mean().clone())
 
 
-def _hook(w: World, z: torch.Tensor, k: int) -> None:
+def _hook(w: ProgramState, z: torch.Tensor, k: int) -> None:
     hooks = [
         lambda g: w.seen.append(g.double().sum()),
         lambda g: g * 2,
@@ -182,17 +182,17 @@ def _hook(w: World, z: torch.Tensor, k: int) -> None:
     z.register_hook(hooks[k % len(hooks)])
 
 
-def _retain(w: World, z: torch.Tensor, k: int) -> None:
+def _retain(w: ProgramState, z: torch.Tensor, k: int) -> None:
     z.retain_grad()
     w.retained.append(z)
 
 
-def _partial_gradient(w: World, z: torch.Tensor, k: int) -> None:
+def _partial_gradient(w: ProgramState, z: torch.Tensor, k: int) -> None:
     loss = _cross_entropy(w, z * 1.0 if k % 2 else z, 0)
     w.seen.append(torch.autograd.grad(loss, z, retain_graph=True)[0] + 0)
 
 
-DOES: dict[str, Step] = {
+EFFECTS: dict[str, Step] = {
     "read": _read,
     "hook": _hook,
     "retain": _retain,
@@ -219,7 +219,7 @@ def _in_place_without_grad(z: torch.Tensor) -> None:
         z.add_(0.5)
 
 
-KINDS: list[dict[str, Step]] = [MAKES, LOSSES, DOES]
+KINDS: list[dict[str, Step]] = [VALUES, LOSSES, EFFECTS]
 step = st.sampled_from([(i, name) for i, kind in enumerate(KINDS) for name in kind])
 programs = st.lists(st.tuples(step, st.integers(0, 9), st.integers(0, 11)), min_size=1, max_size=6)
 
@@ -227,7 +227,7 @@ programs = st.lists(st.tuples(step, st.integers(0, 9), st.integers(0, 11)), min_
 def run(program: list[Any], hidden: torch.Tensor, head: Any, parameters: list[torch.Tensor]) -> dict[str, Any]:
     """Run a program on `head(hidden)`; return everything observable: values, gradients, observations, and its error."""
     torch.manual_seed(0)
-    world = World([])
+    world = ProgramState([])
     result: dict[str, Any] = {}
     at = -1
     try:

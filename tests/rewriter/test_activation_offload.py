@@ -21,7 +21,7 @@ def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activation_offload, "MIN_BYTES", 1)
 
 
-class Moving:
+class Offloading:
     """An offloader whose copies end late, and a function of a few layers whose saved tensors are offloaded."""
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Moving:
         return x
 
     @property
-    def comings(self) -> int:
+    def copies_back(self) -> int:
         return sum(what == "to_device" for what, _ in self.streams.log)
 
 
@@ -50,19 +50,19 @@ def expected(x: Tensor, layers: int = 3) -> Tensor:
     return torch.autograd.grad(y.sum(), x)[0]
 
 
-@pytest.mark.parametrize("settled", [False, True])
-def test_gradients_are_bit_identical(settled: bool) -> None:
-    run, x = Moving(), rows()
+@pytest.mark.parametrize("copied", [False, True])
+def test_gradients_are_bit_identical(copied: bool) -> None:
+    run, x = Offloading(), rows()
     y = run(x)
-    if settled:
+    if copied:
         run.offloader.free_copied(0)
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected(x))
-    assert len(run.streams.log) == 6 + settled * 6
+    assert len(run.streams.log) == 6 + copied * 6
     assert run.seen == [x.nbytes] * 6
 
 
 def test_device_memory_is_freed_once_the_copy_is_done() -> None:
-    run = Moving()
+    run = Offloading()
     y = run(rows())
     originals = [weakref.ref(each.original) for each in run.offloader._copying]
     del y
@@ -80,29 +80,29 @@ def test_device_memory_is_freed_once_the_copy_is_done() -> None:
 
 
 def test_a_storage_still_on_the_device_is_not_copied_back() -> None:
-    run, x = Moving(), rows()
+    run, x = Offloading(), rows()
     y = run(x)
     torch.autograd.grad(y.sum(), x)
-    assert run.comings == 0
+    assert run.copies_back == 0
 
 
 def test_reading_a_storage_prefetches_the_previous_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activation_offload, "PREFETCH_BYTES", 2 * 80)
-    run, x = Moving(), rows()
+    run, x = Offloading(), rows()
     y = run(x)
     run.offloader.free_copied(0)
-    waits, comings = [], []
+    waits, copies_back = [], []
 
     def watch(*_: object) -> None:
         waits.append(run.streams.waits)
-        comings.append(run.comings)
+        copies_back.append(run.copies_back)
         run.streams.end()
 
     before = run.streams.waits
     for node in _chain(y.grad_fn):
         node.register_hook(watch)
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected(x))
-    assert comings == [3, 4, 5, 6, 6, 6]
+    assert copies_back == [3, 4, 5, 6, 6, 6]
     assert [w - before for w in waits] == [1] * 6  # all but the first had arrived
 
 
@@ -130,13 +130,13 @@ def test_views_of_one_storage_are_copied_once() -> None:
 
 
 def test_a_second_backward_copies_from_the_host_again() -> None:
-    run, x = Moving(), rows()
+    run, x = Offloading(), rows()
     y = run(x)
     run.offloader.free_copied(0)
     first = torch.autograd.grad(y.sum(), x, retain_graph=True)[0]
     second = torch.autograd.grad(y.sum(), x)[0]
     assert torch.equal(first, second)
-    assert run.comings == 12
+    assert run.copies_back == 12
 
 
 def test_parameters_and_excluded_storages_are_not_offloaded() -> None:
@@ -152,35 +152,35 @@ def test_parameters_and_excluded_storages_are_not_offloaded() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
 
 
-def changed(settle_before: bool = False, settle_after: bool = False) -> tuple[Tensor, Tensor]:
+def changed(copied_before_write: bool = False, copied_after_write: bool = False) -> tuple[Tensor, Tensor]:
     """Return an input and a result for which twice the input is saved, offloaded and then written to."""
     offloader, x = ActivationOffloader(LateCopies(), lambda _: None), rows()
     with offloader.hooks(set(), lambda _: None, offload=True):
         inner = x * 2
         y = inner.sin()
-    if settle_before:
+    if copied_before_write:
         offloader.free_copied(0)
     with torch.no_grad():
         inner.add_(1)
-    if settle_after:
+    if copied_after_write:
         offloader.free_copied(0)
     return x, y
 
 
-@pytest.mark.parametrize("settled", [False, True])
-def test_a_write_before_the_copy_is_done_raises(settled: bool) -> None:
-    _, y = changed(settle_after=settled)
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_write_before_the_copy_is_done_raises(copied: bool) -> None:
+    _, y = changed(copied_after_write=copied)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
 
 def test_a_write_after_the_copy_is_harmless() -> None:
-    x, y = changed(settle_before=True)
+    x, y = changed(copied_before_write=True)
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], 2 * (x * 2).cos())
 
 
 def test_a_full_host_is_noted_and_tensors_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    run, x = Moving(), rows()
+    run, x = Offloading(), rows()
 
     def refuse(memory: Tensor) -> None:
         raise RuntimeError("CUDA error: out of memory\nmore")
@@ -192,13 +192,13 @@ def test_a_full_host_is_noted_and_tensors_stay(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_memory_of_a_pending_copy_is_not_reused() -> None:
-    run = Moving()
+    run = Offloading()
     y = run(rows())
     run.offloader.free_copied(0)
     y = y * 1.0
     run.offloader.prefetch([y], headroom=10**9)
     torch.autograd.grad(y.sum(), y)  # no layer's backward runs, but what they would read is on its way
-    assert run.comings == 6
+    assert run.copies_back == 6
     assert not any(copy.over for copy in run.streams.open[6:])
     del y
     gc.collect()
@@ -235,7 +235,7 @@ def test_a_write_to_a_kept_tensor_raises(small: int, moves: bool, monkeypatch: p
 
 def test_a_forward_without_backward_frees_all_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activation_offload, "MIN_BYTES", 10**9)  # so that results that are saved stay
-    run = Moving()
+    run = Offloading()
     y = run(rows())
     result = weakref.ref(y)
     del y
@@ -259,7 +259,7 @@ def test_offloading_is_thread_safe() -> None:
             time.sleep(0.001)
             return super().is_done(end)
 
-    run = Moving()
+    run = Offloading()
     run.offloader.streams = run.streams = Slow()
     y = run(rows(), layers=10)
     run.streams.end()

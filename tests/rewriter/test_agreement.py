@@ -106,7 +106,7 @@ def test_float64_far_from_eager_is_reported_as_a_mismatch() -> None:
     assert "60%" in str(float64_mismatch(step(0.6), step()))
 
 
-class Rehearsed:
+class FakeTrial:
     """A fake trial: steps with the given errors, one after another, and eager steps without."""
 
     def __init__(self, errors: list[float], exact: bool = True) -> None:
@@ -127,7 +127,7 @@ def judged(trial: Any) -> Any:
 
 
 def test_an_error_in_a_single_step_is_not_wrong() -> None:
-    trial = Rehearsed([2e-3] * 3 + [1e-3] * (STEPS - 3))
+    trial = FakeTrial([2e-3] * 3 + [1e-3] * (STEPS - 3))
     found = judged(trial)
     assert found
     assert trial.taken == STEPS
@@ -135,7 +135,7 @@ def test_an_error_in_a_single_step_is_not_wrong() -> None:
 
 
 def test_an_error_in_most_steps_is_wrong() -> None:
-    trial = Rehearsed([2e-3] * 5 + [1e-3] * (STEPS - 5))
+    trial = FakeTrial([2e-3] * 5 + [1e-3] * (STEPS - 5))
     found = judged(trial)
     assert not found
     assert found.wrong == 1
@@ -143,13 +143,13 @@ def test_an_error_in_most_steps_is_wrong() -> None:
 
 
 def test_a_right_step_is_not_repeated() -> None:
-    trial = Rehearsed([1e-3])
+    trial = FakeTrial([1e-3])
     assert judged(trial)
     assert trial.taken == 1
 
 
 def test_the_reason_for_skipping_float64_is_reported() -> None:
-    found = judged(Rehearsed([1e-3], exact=False))
+    found = judged(FakeTrial([1e-3], exact=False))
     assert found
     assert "ArithmeticError: no float64" in found.skipped[0]
     assert "skipped: no step in float64" in str(found)
@@ -159,7 +159,7 @@ def test_the_reason_for_skipping_float64_is_reported() -> None:
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_missing_all_gradients_is_wrong(compiled: bool) -> None:
-    trial: Any = Rehearsed([0.0], exact=False)
+    trial: Any = FakeTrial([0.0], exact=False)
     trial.step = lambda slots, **_: step() if bool(slots) is compiled else Step(torch.tensor(2.0), {})
     found = judged(trial)
     assert not found
@@ -168,7 +168,7 @@ def test_missing_all_gradients_is_wrong(compiled: bool) -> None:
 
 
 def test_gradients_too_small_to_judge_are_reported() -> None:
-    trial: Any = Rehearsed([])
+    trial: Any = FakeTrial([])
     trial.model = nn.Linear(2, 1)
     trial.step = lambda slots, **_: step(faint=torch.full((2,), 1e-9))
     found = judged(trial)
@@ -178,7 +178,7 @@ def test_gradients_too_small_to_judge_are_reported() -> None:
 
 
 def test_a_mismatching_float64_step_is_not_used() -> None:
-    trial: Any = Rehearsed([])
+    trial: Any = FakeTrial([])
     trial.step = lambda slots, exact=False: Step(torch.tensor(2.0), {"w": -TRUE if exact else TRUE})
     found = judged(trial)
     assert found
@@ -187,7 +187,7 @@ def test_a_mismatching_float64_step_is_not_used() -> None:
 
 
 def test_a_model_without_gradients_is_refused() -> None:
-    trial: Any = Rehearsed([0.0])
+    trial: Any = FakeTrial([0.0])
     trial.step = lambda *_, **__: Step(torch.tensor(1.0), {})
     with pytest.raises(FastLoRAError, match="nothing to compare"):
         judged(trial)

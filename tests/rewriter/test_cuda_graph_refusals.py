@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from replayed_region import Region, Rerun, assert_equal, gradients, rows
+from replayed_region import Region, RerunRecorder, assert_equal, gradients, rows
 from torch import Tensor, nn
 
 from fastlora.runtime import cuda_graphs as module
@@ -34,7 +34,7 @@ from fastlora.runtime.graph_pool import CudaGraphRecorder
 ])  # fmt: skip
 def test_a_graph_that_cannot_be_captured_is_noted_once(run: Callable[..., Any]) -> None:
     notes: list[str] = []
-    replays = GraphReplayer(run, Rerun(), notes.append)
+    replays = GraphReplayer(run, RerunRecorder(), notes.append)
     w = nn.Parameter(torch.randn(4, 4))
     for _ in range(5):
         replays(rows(grad=False), w)
@@ -44,7 +44,7 @@ def test_a_graph_that_cannot_be_captured_is_noted_once(run: Callable[..., Any]) 
 
 def test_a_graph_without_gradients_is_neither_captured_nor_noted() -> None:
     notes: list[str] = []
-    replays = GraphReplayer(lambda x, w: (x @ w,), Rerun(), notes.append)
+    replays = GraphReplayer(lambda x, w: (x @ w,), RerunRecorder(), notes.append)
     for _ in range(5):
         replays(rows(grad=False), nn.Parameter(torch.randn(4, 4), requires_grad=False))
     assert notes == []
@@ -88,7 +88,9 @@ def test_a_parameter_written_before_the_backward_raises(change: str) -> None:
 
 def test_a_graph_whose_buffers_change_is_not_captured() -> None:
     buffer, w = torch.ones(4), nn.Parameter(torch.randn(4, 4))
-    replays = GraphReplayer(lambda x, b, w: ((x + b) @ w,), Rerun(), lambda _: None, static_inputs=frozenset([1]))
+    replays = GraphReplayer(
+        lambda x, b, w: ((x + b) @ w,), RerunRecorder(), lambda _: None, static_inputs=frozenset([1])
+    )
     for _ in range(RUNS_BEFORE + 3):
         y = replays(rows(), buffer, w)[0]
         buffer.add_(1)
@@ -103,7 +105,7 @@ def test_wrapper_subclasses_are_not_captured() -> None:
         return ((x @ w).to(torch.float32),)
 
     notes: list[str] = []
-    replays = GraphReplayer(run, Rerun(), notes.append)
+    replays = GraphReplayer(run, RerunRecorder(), notes.append)
     w = nn.Parameter(TwoTensor(torch.randn(4, 4), torch.randn(4, 4)))
     for _ in range(RUNS_BEFORE + 2):
         replays(rows(), w)
@@ -113,7 +115,7 @@ def test_wrapper_subclasses_are_not_captured() -> None:
 
 def test_quantized_weights_in_buffers_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_INTEGERS", 15)
-    replays = GraphReplayer(lambda x, q: (x @ q.float(),), Rerun(), lambda _: None)
+    replays = GraphReplayer(lambda x, q: (x @ q.float(),), RerunRecorder(), lambda _: None)
     for _ in range(RUNS_BEFORE + 2):
         replays(rows(), torch.ones(4, 4, dtype=torch.int8))[0].sum().backward()
     assert not replays.captured

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from replayed_region import Region, Rerun, assert_equal, gradients, rows
+from replayed_region import Region, RerunRecorder, assert_equal, gradients, rows
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -56,7 +56,7 @@ def test_replays_read_updated_parameters() -> None:
 def test_buffers_are_read_in_place() -> None:
     held, w = torch.randn(4, 4), nn.Parameter(torch.randn(4, 4))
     replays = GraphReplayer(
-        lambda x, q, w: (torch.tanh(x @ q) @ w,), Rerun(), lambda _: None, static_inputs=frozenset([1])
+        lambda x, q, w: (torch.tanh(x @ q) @ w,), RerunRecorder(), lambda _: None, static_inputs=frozenset([1])
     )
     for _ in range(RUNS_BEFORE + 1):
         replays(rows(), held, w)[0].sum().backward()
@@ -218,7 +218,7 @@ def test_the_backward_is_captured_without_autocast() -> None:
         with torch.autocast("cpu", enabled=False):
             return (x @ w,)
 
-    replays = GraphReplayer(run, Rerun(), lambda _: None)
+    replays = GraphReplayer(run, RerunRecorder(), lambda _: None)
     w = nn.Parameter(torch.randn(4, 4))
     for _ in range(RUNS_BEFORE + 2):
         x = rows()

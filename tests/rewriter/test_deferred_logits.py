@@ -104,10 +104,10 @@ def test_a_bias_added_to_logits_becomes_the_heads_bias(shape):
     assert_same(results)
     assert (heads.deferral_stats.fused, heads.deferral_stats.materialized) == (1, {})
     gradients = [
-        torch.autograd.grad(shifted(head(heads.hidden) + bias), bias)[0] for head in (heads.head, heads.deferring)
+        torch.autograd.grad(shifted(head(heads.hidden) + bias), bias)[0] for head in (heads.head, heads.deferred_head)
     ]
     assert relative(gradients[1], gradients[0]) < 1e-6
-    assert torch.equal((heads.deferring(heads.hidden) + bias) * 1.0, heads.head(heads.hidden) + bias)
+    assert torch.equal((heads.deferred_head(heads.hidden) + bias) * 1.0, heads.head(heads.hidden) + bias)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_keyword_arguments_keep_logits_deferred():
 
 def test_a_trained_bias_makes_logits_of_a_frozen_head_require_grad():
     heads = Heads()
-    logits = heads.deferring(heads.hidden).detach()
+    logits = heads.deferred_head(heads.hidden).detach()
     assert not logits.requires_grad
     assert (logits + torch.zeros(VOCABULARY, requires_grad=True)).requires_grad
 
@@ -149,12 +149,12 @@ def test_an_inference_tensor_can_be_added_to_logits():
     heads = Heads()
     with torch.inference_mode():
         bias = torch.ones(VOCABULARY)
-    assert torch.equal((heads.deferring(heads.hidden) + bias) * 1.0, heads.head(heads.hidden) + bias)
+    assert torch.equal((heads.deferred_head(heads.hidden) + bias) * 1.0, heads.head(heads.hidden) + bias)
 
 
 def test_an_in_place_write_to_an_added_bias_raises():
     heads, bias = Heads(), torch.zeros(VOCABULARY)
-    logits = heads.deferring(heads.hidden) + bias
+    logits = heads.deferred_head(heads.hidden) + bias
     bias.add_(1)
     with pytest.raises(fastlora.FastLoRAError, match="modified in place"):
         shifted(logits)
@@ -169,13 +169,13 @@ def test_a_frozen_head_passes_the_gradient_to_hidden_states():
 def test_under_autocast_logits_have_the_autocast_dtype():
     heads = Heads()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert heads.deferring(heads.hidden).dtype == torch.bfloat16
+        assert heads.deferred_head(heads.hidden).dtype == torch.bfloat16
     assert_same(heads.both(lambda z: shifted(z.float()), autocast=True), bound=1e-2)
 
 
 def test_a_loss_is_fused_after_reads_but_not_after_writes():
     heads = Heads()
-    logits = heads.deferring(heads.hidden)
+    logits = heads.deferred_head(heads.hidden)
     assert logits.argmax(-1).shape == (2, 5)
     shifted(logits)
     assert heads.deferral_stats.fused == 1
@@ -188,19 +188,19 @@ def test_a_loss_is_fused_after_reads_but_not_after_writes():
 def test_heads_without_gradients_or_with_hooks_are_not_deferred():
     heads = Heads()
     with torch.no_grad():
-        assert type(heads.deferring(heads.hidden)) is torch.Tensor
+        assert type(heads.deferred_head(heads.hidden)) is torch.Tensor
     heads.head.register_forward_hook(lambda module, inputs, output: output * 2)
-    assert torch.equal(heads.deferring(heads.hidden), heads.head(heads.hidden))
+    assert torch.equal(heads.deferred_head(heads.hidden), heads.head(heads.hidden))
 
 
 def test_only_plain_linear_vocabulary_heads_defer():
-    class Special(nn.Linear):
+    class DoubledLinear(nn.Linear):
         def forward(self, x):
             return super().forward(x) * 2.0
 
     assert deferral_problem(nn.Linear(8, 40)) is None
     assert deferral_problem(nn.Linear(40, 8)) is not None
-    assert deferral_problem(Special(8, 40)) is not None
+    assert deferral_problem(DoubledLinear(8, 40)) is not None
     assert deferral_problem(None) is not None
 
 
@@ -217,11 +217,11 @@ def test_modes_and_parametrizations_see_the_head():
 
     heads = Heads()
     with Doubled():
-        found, expected = heads.deferring(heads.hidden), heads.head(heads.hidden)
+        found, expected = heads.deferred_head(heads.hidden), heads.head(heads.hidden)
     assert type(found) is torch.Tensor
     assert torch.equal(found, expected)
     nn.utils.parametrizations.spectral_norm(heads.head)
-    assert type(heads.deferring(heads.hidden)) is torch.Tensor
+    assert type(heads.deferred_head(heads.hidden)) is torch.Tensor
 
 
 def test_invalid_inputs_raise_as_for_a_linear_layer():
@@ -231,10 +231,10 @@ def test_invalid_inputs_raise_as_for_a_linear_layer():
         torch.randn(2, 3, requires_grad=True),
     ):
         with pytest.raises(RuntimeError):
-            heads.deferring(wrong)
+            heads.deferred_head(wrong)
 
 
 def test_autocast_does_not_cast_float64():
     heads = Heads(dtype=torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert heads.deferring(heads.hidden).dtype is heads.head(heads.hidden).dtype is torch.float64
+        assert heads.deferred_head(heads.hidden).dtype is heads.head(heads.hidden).dtype is torch.float64

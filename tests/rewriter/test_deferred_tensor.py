@@ -25,7 +25,7 @@ def test_writes_to_logits_reach_views_but_not_copies():
 
 def test_detached_logits_have_no_gradient():
     heads = Heads()
-    logits = heads.deferring(heads.hidden)
+    logits = heads.deferred_head(heads.hidden)
     cut = logits.detach()
     assert not cut.requires_grad
     assert logits.requires_grad
@@ -34,7 +34,7 @@ def test_detached_logits_have_no_gradient():
 
 def test_reading_metadata_does_not_materialize():
     heads = Heads()
-    logits = heads.deferring(heads.hidden)
+    logits = heads.deferred_head(heads.hidden)
     assert isinstance(logits, torch.Tensor)
     assert (logits.shape, logits.ndim, logits.size(-1), logits.numel()) == ((2, 5, VOCABULARY), 3, VOCABULARY, 400)
     assert (logits.dtype, logits.device.type, len(logits)) == (torch.float32, "cpu", 2)
@@ -45,18 +45,18 @@ def test_logits_can_be_saved_copied_and_converted():
     heads = Heads()
     expected = heads.head(heads.hidden).detach()
     buffer = io.BytesIO()
-    torch.save(heads.deferring(heads.hidden).detach(), buffer)
+    torch.save(heads.deferred_head(heads.hidden).detach(), buffer)
     buffer.seek(0)
     assert torch.equal(torch.load(buffer), expected)
-    assert torch.equal(torch.from_numpy(heads.deferring(heads.hidden).detach().numpy()), expected)
-    assert torch.equal(copy.deepcopy(heads.deferring(heads.hidden).detach()), expected)
-    assert heads.deferring(heads.hidden).tolist() == expected.tolist()
-    assert heads.deferring(heads.hidden).topk(3).indices.equal(expected.topk(3).indices)
+    assert torch.equal(torch.from_numpy(heads.deferred_head(heads.hidden).detach().numpy()), expected)
+    assert torch.equal(copy.deepcopy(heads.deferred_head(heads.hidden).detach()), expected)
+    assert heads.deferred_head(heads.hidden).tolist() == expected.tolist()
+    assert heads.deferred_head(heads.hidden).topk(3).indices.equal(expected.topk(3).indices)
 
 
 def test_a_hook_on_logits_sees_their_gradient():
     heads, seen = Heads(), []
-    logits = heads.deferring(heads.hidden)
+    logits = heads.deferred_head(heads.hidden)
     logits.register_hook(lambda gradient: seen.append(gradient.shape))
     shifted(logits).backward()
     assert seen == [(2, 5, VOCABULARY)]
@@ -64,7 +64,7 @@ def test_a_hook_on_logits_sees_their_gradient():
 
 def test_reading_logits_after_a_weight_update_raises():
     heads = Heads()
-    logits = heads.deferring(heads.hidden)
+    logits = heads.deferred_head(heads.hidden)
     with torch.no_grad():
         heads.head.weight.add_(1.0)
     with pytest.raises(fastlora.FastLoRAError, match="defer_logits=False"):
@@ -75,7 +75,7 @@ def test_reading_logits_after_a_weight_update_raises():
 
 def test_a_second_backward_through_the_loss_gives_the_same_gradients():
     heads = Heads()
-    loss = shifted(heads.deferring(heads.hidden))
+    loss = shifted(heads.deferred_head(heads.hidden))
     first = torch.autograd.grad(loss, heads.hidden, retain_graph=True)[0]
     assert torch.equal(first, torch.autograd.grad(loss, heads.hidden)[0])
 
@@ -86,7 +86,7 @@ def test_gradients_are_right_with_function_overrides_disabled():
             return torch.add(F.cross_entropy(z.view(-1, VOCABULARY), LABELS.view(-1)), z.square().mean())
 
     heads = Heads()
-    assert isinstance(heads.deferring(heads.hidden), DeferredLogits)
+    assert isinstance(heads.deferred_head(heads.hidden), DeferredLogits)
     assert_same(heads.both(use))
 
 
@@ -117,7 +117,7 @@ def test_gradients_of_parameters_share_no_memory():
 
     assert_same(Heads(bias=True).both(use))
     kept = []
-    for head in ("head", "deferring"):
+    for head in ("head", "deferred_head"):
         heads = Heads()
         logits = getattr(heads, head)(heads.hidden)
         first, second = logits[:, :3], logits[:, 1:]
@@ -142,12 +142,12 @@ REFUSED = {
 def test_in_place_resizing_is_refused(name):
     heads = Heads()
     with pytest.raises(fastlora.FastLoRAError, match="defer_logits=False"):
-        REFUSED[name](heads.deferring(heads.hidden))
+        REFUSED[name](heads.deferred_head(heads.hidden))
 
 
 def test_writes_that_bypass_version_counters_are_detected():
     heads = Heads()
-    logits = heads.deferring(heads.hidden)
+    logits = heads.deferred_head(heads.hidden)
     shifted(logits).backward()
     heads.head.weight.data.mul_(1.5)
     with pytest.raises(fastlora.FastLoRAError, match="modified in place"):
@@ -167,7 +167,7 @@ def test_labels_and_indices_may_be_overwritten_after_use():
         return picked + shifted(z, LABELS)
 
     heads = Heads()
-    logits = heads.deferring(heads.hidden)
+    logits = heads.deferred_head(heads.hidden)
     logits.retain_grad()
     F.cross_entropy(logits.view(-1, VOCABULARY), labels.view(-1)).backward()
     labels.zero_()
@@ -180,7 +180,7 @@ def test_labels_and_indices_may_be_overwritten_after_use():
 
 def test_two_backwards_of_a_gradient_share_no_memory():
     heads = Heads()
-    logits = heads.deferring(heads.hidden)
+    logits = heads.deferred_head(heads.hidden)
     (gradient,) = torch.autograd.grad(shifted(logits), logits, retain_graph=True)
     (first,) = torch.autograd.grad(logits, heads.hidden, gradient, retain_graph=True)
     kept = first.clone()
@@ -202,7 +202,7 @@ def test_saved_tensor_hooks_can_read_logits():
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: (seen.append(t.detach().numpy().copy()), t)[1], lambda t: t
     ):
-        logits = heads.deferring(heads.hidden)
+        logits = heads.deferred_head(heads.hidden)
         loss = (logits * logits).sum()
     logits.register_hook(lambda g: seen.append(g.detach().numpy().copy()))
     logits.backward(torch.ones_like(logits), retain_graph=True)
@@ -213,7 +213,7 @@ def test_saved_tensor_hooks_can_read_logits():
 
 def test_a_logits_gradient_after_a_weight_update_raises():
     heads = Heads()
-    logits = heads.deferring(heads.hidden)
+    logits = heads.deferred_head(heads.hidden)
     logits.retain_grad()
     shifted(logits).backward()
     torch.optim.SGD(heads.head.parameters(), lr=1.0).step()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from memory_tape import Taped
+from memory_tape import TapeRecorder
 from torch import Tensor, nn
 
 from fastlora.runtime.captured_region import CapturedRegion
@@ -20,7 +20,7 @@ Batch = tuple[Tensor, Tensor, Tensor]
 class Layer:
     """A layer with values that only its forward needs, and values that it saves."""
 
-    def __init__(self, recorder: Taped) -> None:
+    def __init__(self, recorder: TapeRecorder) -> None:
         self.parameters = [nn.Parameter(torch.randn(8, 8) / 2), nn.Parameter(torch.randn(8, 8) / 2)]
         self.replays = GraphReplayer(self.run, recorder, note=lambda _: None)
 
@@ -38,7 +38,7 @@ class Training:
     def __init__(self, seed: int) -> None:
         torch.manual_seed(seed)
         self.random = random.Random(seed)
-        recorder = Taped()
+        recorder = TapeRecorder()
         self.layers = [Layer(recorder) for _ in range(3)]
         self.parameters = [p for layer in self.layers for p in layer.parameters]
         self.open: list[Batch] = []
@@ -95,7 +95,7 @@ def test_pending_batches_keep_their_saved_tensors(seed: int, replayed: list[int]
 
 
 def test_without_can_replay_memory_is_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Taped, "can_replay", lambda *_: True)
+    monkeypatch.setattr(TapeRecorder, "can_replay", lambda *_: True)
     wrong = 0
     for seed in range(4):
         training = Training(seed)

@@ -50,13 +50,13 @@ def _same(found: Any, expected: Any) -> bool:
     return bool(torch.allclose(torch.where(finite, mine, zero), torch.where(finite, its, zero), rtol=bound, atol=bound))
 
 
-def compare(program: list[Any], hidden: torch.Tensor, head: nn.Module, deferring: Any, copies: nn.Module) -> None:
+def compare(program: list[Any], hidden: torch.Tensor, head: nn.Module, deferred_head: Any, copies: nn.Module) -> None:
     """Compare a program on deferred logits and on `head`, whose logits must not be a view, as those of a linear layer
     with a bias."""
     parameters = [p for p in head.parameters() if p.requires_grad]
     mirrored = [p for p in copies.parameters() if p.requires_grad]
     expected = lp.run(program, hidden, lambda h: head(h).clone(), parameters)
-    found = lp.run(program, hidden.detach().clone().requires_grad_(), deferring, mirrored)
+    found = lp.run(program, hidden.detach().clone().requires_grad_(), deferred_head, mirrored)
     assert found.get("error") == expected.get("error")
     assert found.keys() == expected.keys()
     for name, value in expected.items():

@@ -92,7 +92,7 @@ ROTARIES = [
     ),
     Lookalike("the turned value is subtracted", lambda x, cos, sin: x * cos - rotate_half(x) * sin, (Q, *TABLES)),
     Lookalike(
-        "the turned value is doubled",
+        "the rotated value is doubled",
         lambda x, cos, sin: x * cos + 2 * rotate_half(x) * sin,
         (Q, *TABLES),
         missed="rotary",

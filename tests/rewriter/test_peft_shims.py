@@ -21,24 +21,24 @@ from fastlora.frontend import peft_shims
 from fastlora.frontend.peft_shims import use_peft_shims
 
 FUNCTIONS = (dequantize_module_weight, transpose, DoraLinearLayer._cache_clear, ParamWrapper.forward)
-MARK = "_torchdynamo_inline"
+INLINE_ATTRIBUTE = "_torchdynamo_inline"
 
 
-def marked() -> list[bool]:
-    return [hasattr(function, MARK) for function in FUNCTIONS]
+def have_shims() -> list[bool]:
+    return [hasattr(function, INLINE_ATTRIBUTE) for function in FUNCTIONS]
 
 
-def stand_in(function: Any) -> Any:
+def shim_of(function: Any) -> Any:
     with use_peft_shims():
-        return getattr(function, MARK)
+        return getattr(function, INLINE_ATTRIBUTE)
 
 
 def test_shims_are_set_only_inside_the_block() -> None:
     before = [dict(vars(function)) for function in FUNCTIONS]
     with use_peft_shims():
         with use_peft_shims():
-            assert all(marked())
-        assert all(marked())
+            assert all(have_shims())
+        assert all(have_shims())
     with pytest.raises(ValueError, match="from inside"), use_peft_shims():
         raise ValueError("from inside")
     assert [dict(vars(function)) for function in FUNCTIONS] == before
@@ -57,10 +57,10 @@ def test_the_last_thread_removes_the_shims() -> None:
     entered.wait()
     with use_peft_shims():
         pass
-    assert all(marked())
+    assert all(have_shims())
     go_on.set()
     thread.join()
-    assert not any(marked())
+    assert not any(have_shims())
 
 
 def test_an_existing_inline_attribute_is_kept() -> None:
@@ -76,7 +76,7 @@ def test_an_existing_inline_attribute_is_kept() -> None:
         del dequantize_module_weight._torchdynamo_inline
 
 
-class Quantised(nn.Parameter):
+class Quantized(nn.Parameter):
     __module__ = "torchao.somewhere"
 
     def dequantize(self) -> Any:  # type: ignore[override]
@@ -84,21 +84,21 @@ class Quantised(nn.Parameter):
 
 
 def test_only_plain_weights_bypass_the_original_function() -> None:
-    weight_of = stand_in(dequantize_module_weight)
+    dequantize = shim_of(dequantize_module_weight)
     for weight in (nn.Parameter(torch.ones(2)), torch.ones(2)):
-        assert weight_of(SimpleNamespace(weight=weight)) is weight
-    quantised = SimpleNamespace(weight=Quantised(torch.ones(2)))
-    assert torch.equal(weight_of(quantised), torch.full((2,), 3.0))
+        assert dequantize(SimpleNamespace(weight=weight)) is weight
+    quantised = SimpleNamespace(weight=Quantized(torch.ones(2)))
+    assert torch.equal(dequantize(quantised), torch.full((2,), 3.0))
     other = SimpleNamespace(W_q=1, weight=torch.ones(2), dequantize=lambda: "dequantised")
-    assert weight_of(other) == "dequantised"
+    assert dequantize(other) == "dequantised"
     with pytest.raises(TypeError, match=r"nn\.Parameter"):
-        weight_of(SimpleNamespace(weight=1))
+        dequantize(SimpleNamespace(weight=1))
 
 
 def test_a_4_bit_weight_is_dequantized_on_its_device() -> None:
     layer = Format().layer(nn.Linear(64, 8))
     weight = layer.weight
-    decoded = stand_in(dequantize_module_weight)(layer)
+    decoded = shim_of(dequantize_module_weight)(layer)
     assert layer.weight is weight
     assert torch.equal(decoded, dequantize_module_weight(layer))
 
@@ -112,13 +112,13 @@ def test_a_packed_weight_is_passed_to_the_original_function() -> None:
 
     calls: list[Any] = []
     layer = Format().layer(nn.Linear(64, 8))
-    weight_of = peft_shims._shim_dequantize(counted)  # type: ignore[arg-type]
-    assert weight_of is not None
+    dequantize = peft_shims._shim_dequantize(counted)  # type: ignore[arg-type]
+    assert dequantize is not None
     calls.clear()
-    weight_of(layer)
+    dequantize(layer)
     assert calls == []
     layer.weight.quant_state.packing_format_for_cpu = True  # type: ignore[union-attr]
-    weight_of(layer)
+    dequantize(layer)
     assert calls == [layer]
 
 
@@ -128,28 +128,28 @@ def test_another_dequantization_disables_the_4_bit_shim(monkeypatch: pytest.Monk
         return weight if type(weight) in (torch.Tensor, nn.Parameter) and weight is module.weight else weight / 2
 
     layer = Format().layer(nn.Linear(64, 8))
-    weight_of = peft_shims._shim_dequantize(halved)  # type: ignore[arg-type]
-    assert weight_of is not None
-    assert torch.equal(weight_of(layer), halved(layer))
+    dequantize = peft_shims._shim_dequantize(halved)  # type: ignore[arg-type]
+    assert dequantize is not None
+    assert torch.equal(dequantize(layer), halved(layer))
 
 
 def test_a_nonempty_cache_is_cleared() -> None:
     for kept in ({}, {"weight-norm": 1}):
         layer = SimpleNamespace(_dora_cache=dict(kept))
-        stand_in(DoraLinearLayer._cache_clear)(layer)
+        shim_of(DoraLinearLayer._cache_clear)(layer)
         assert layer._dora_cache == {}
 
 
 def test_the_transpose_shim_returns_no_parameter() -> None:
-    transposed_if = stand_in(transpose)
+    transpose_shim = shim_of(transpose)
     tensor, parameter = torch.randn(2, 3, requires_grad=True), nn.Parameter(torch.randn(2, 3))
-    assert transposed_if(tensor, False) is tensor
-    assert transposed_if(parameter, False) is parameter
-    assert transposed_if(tensor, True).grad_fn is not None
-    for turned in (transposed_if(parameter, True), transpose(parameter, True)):
+    assert transpose_shim(tensor, False) is tensor
+    assert transpose_shim(parameter, False) is parameter
+    assert transpose_shim(tensor, True).grad_fn is not None
+    for turned in (transpose_shim(parameter, True), transpose(parameter, True)):
         assert torch.equal(turned, parameter.T)
         assert turned.grad_fn is None
-    assert transposed_if(parameter, fan_in_fan_out=True).data_ptr() == parameter.data_ptr()
+    assert transpose_shim(parameter, fan_in_fan_out=True).data_ptr() == parameter.data_ptr()
 
 
 def wrapped(experts: int = 2, dtype: torch.dtype = torch.float32, second: bool = False) -> ParamWrapper:
@@ -204,7 +204,7 @@ def nothing(wrapper: ParamWrapper) -> None:
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 def test_the_parameter_shim_is_bit_identical(autocast: bool, options: Any, prepare: Any) -> None:
     found = []
-    for run in (ParamWrapper.forward, stand_in(ParamWrapper.forward)):
+    for run in (ParamWrapper.forward, shim_of(ParamWrapper.forward)):
         wrapper = wrapped(**options)
         prepare(wrapper)
         wrapper.get_base_layer().up.requires_grad_()
@@ -232,7 +232,7 @@ def test_an_adapted_parameter_is_traced_as_one_graph(second: bool) -> None:
 def test_making_shims_does_not_change_random_states() -> None:
     peft_shims._cache.clear()
     before = torch.get_rng_state()
-    stand_in(ParamWrapper.forward)
+    shim_of(ParamWrapper.forward)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -256,10 +256,10 @@ def test_a_changed_function_has_no_shim(function: FunctionType, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, function.__module__, SimpleNamespace(**{function.__name__: function}))
     monkeypatch.setattr(peft_shims, "_SHIMS", tuple(made))
     with use_peft_shims():
-        assert not hasattr(function, MARK)
+        assert not hasattr(function, INLINE_ATTRIBUTE)
 
 
 def test_missing_libraries_are_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peft_shims, "_SHIMS", (("no_such_library.utils", "weight_of", peft_shims._shim_dequantize),))
     with use_peft_shims():
-        assert not any(marked())
+        assert not any(have_shims())

@@ -158,7 +158,7 @@ def test_casts_that_only_the_product_reads_are_erased() -> None:
     assert close([found], [function(x)])
 
 
-def doubled(backward: fx.Graph) -> None:
+def gradient_doubled(backward: fx.Graph) -> None:
     """Change the gradient."""
     product = next(node for node in backward.nodes if getattr(node.target, "__name__", None) == "matmul")
     with backward.inserting_after(product):
@@ -166,13 +166,13 @@ def doubled(backward: fx.Graph) -> None:
     product.replace_all_uses_with(other, delete_user_cb=lambda user: user is not other)
 
 
-def otherwise_decoded(backward: fx.Graph) -> None:
+def dequantized_otherwise(backward: fx.Graph) -> None:
     """Change the weight."""
     decoded = next(node for node in backward.nodes if "dequantize_4bit" in str(node.target))
     decoded.args = (*decoded.args[:3], "fp4", *decoded.args[4:])
 
 
-@pytest.mark.parametrize("change", [doubled, otherwise_decoded])
+@pytest.mark.parametrize("change", [gradient_doubled, dequantized_otherwise])
 def test_functions_with_another_backward_are_not_replaced(change: Any) -> None:
     gm, _ = traced(Layer(Format()))
     for name, body in gm.named_children():
