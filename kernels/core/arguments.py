@@ -1,4 +1,4 @@
-"""Where the tensors and numbers that a call site is given stand among the arguments of its op."""
+"""Maps the tensors and numbers that a call site takes to the arguments of its op."""
 
 from __future__ import annotations
 
@@ -18,49 +18,50 @@ class Constant(NamedTuple):
 
 
 class Derived(NamedTuple):
-    """A value that is made of others by an op, or stands in for that."""
+    """A value that an op computes from others; with `quantized`, a `QuantizedWeight` that computes it when it is
+    read."""
 
     source: SemanticOp
     values: list[Any]
     quantized: bool
 
     def make(self, given: Sequence[Any]) -> Any:
-        values = [fill(each, given) for each in self.values]
+        values = [resolve(each, given) for each in self.values]
         if self.quantized:
             return QuantizedWeight(self.source, values)
         return self.source.as_tuple(compute(self.source, values))[0]
 
 
 Slot = int | list[Any] | Constant | Derived
-"""A place among what is given, a list of slots, or how to have the value otherwise."""
+"""Where a value comes from: an index among the call's inputs, a list of slots, a constant, or a derived value."""
 NONE = Constant(None)
 
 
-def fill(slot: Slot, given: Sequence[Any]) -> Any:
-    """Return the value that stands in a slot."""
+def resolve(slot: Slot, given: Sequence[Any]) -> Any:
+    """Return the value of a slot, for the inputs `given`."""
     if type(slot) is int:
         return given[slot]
     if type(slot) is list:
-        return [fill(each, given) for each in slot]
+        return [resolve(each, given) for each in slot]
     return slot.value if type(slot) is Constant else slot.make(given)  # type: ignore[union-attr]
 
 
-def fill_all(slots: Sequence[Slot], given: Sequence[Any]) -> list[Any]:
-    """Return the values that stand in several slots."""
+def resolve_all(slots: Sequence[Slot], given: Sequence[Any]) -> list[Any]:
+    """Return the values of several slots."""
     return [
-        given[slot] if type(slot) is int else slot.value if type(slot) is Constant else fill(slot, given)
+        given[slot] if type(slot) is int else slot.value if type(slot) is Constant else resolve(slot, given)
         for slot in slots
     ]
 
 
 class Arguments(NamedTuple):
-    """The arguments of an op, in the schema's order, in terms of what its call site is given.
+    """The arguments of an op in terms of the inputs of its call site: first tensors, then numbers.
 
     Attributes:
-        slots: where each argument stands.
-        leaves: the place of each tensor leaf of the op, None where there is none.
+        slots: the slot of each argument, in the schema's order.
+        leaves: for each tensor leaf of the op, its index among the inputs; None if it is no input.
         derived: the derived arguments, each with its slot.
-        tensors: how many tensors are given; numbers come after them.
+        tensors: the number of input tensors.
     """
 
     slots: list[Slot]
@@ -75,35 +76,35 @@ def bind(
     derived: Sequence[tuple[DerivedArgument, Sequence[Any]]],
     varies: Callable[[Any], bool],
 ) -> tuple[Arguments, list[Any]]:
-    """Tell what varies from call to call from the constants; return the arguments, and what to give a call site.
+    """Separate inputs, which vary from call to call, from constants; return the op's arguments, and the inputs.
 
     Args:
         op: the op.
         values: its arguments in the schema's order.
-        derived: arguments that another op makes, with that op's arguments.
-        varies: whether a value is no constant.
+        derived: arguments that another op computes, with that op's arguments.
+        varies: whether a value is an input, not a constant.
 
     Raises:
-        ValueError: for a derived argument that the op does not save or, quantized, does not read so.
+        ValueError: for a derived argument that the op does not save or, if it is quantized, does not read quantized.
     """
-    found = _Varying(varies)
+    found = _Inputs(varies)
     slots = found.slots(op.arguments, values)
     flat: Sequence[Any] = op.leaves.flat(slots)
     leaves = [leaf if isinstance(leaf, int) else None for leaf in flat]
-    made = []
-    for each, of_source in derived:
-        _insist(op, each)
-        slot = Derived(each.source, found.slots(each.source.arguments, of_source), each.quantized)
-        made.append((each, slot))
+    derived_slots = []
+    for each, source_values in derived:
+        _check_derived(op, each)
+        slot = Derived(each.source, found.slots(each.source.arguments, source_values), each.quantized)
+        derived_slots.append((each, slot))
         if each.quantized:
             at = op.names.index(each.argument)
             slots[at] = with_member(slots[at], each.member, slot)
-    given = [*found.tensors, *reversed(found.numbers)]  # numbers are in places counted from the end
-    return Arguments(slots, leaves, made, len(found.tensors)), given
+    given = [*found.tensors, *reversed(found.numbers)]  # numbers have negative indices
+    return Arguments(slots, leaves, derived_slots, len(found.tensors)), given
 
 
-class _Varying:
-    """The tensors and the numbers that vary, each once."""
+class _Inputs:
+    """Collects the distinct tensors and numbers that vary."""
 
     def __init__(self, varies: Callable[[Any], bool]) -> None:
         self.tensors: list[Any] = []
@@ -119,18 +120,18 @@ class _Varying:
         if not self._varies(value):
             return Constant(value)
         found = self.tensors if is_tensor else self.numbers
-        place = next((i for i, each in enumerate(found) if each is value), len(found))
-        if place == len(found):
+        index = next((i for i, each in enumerate(found) if each is value), len(found))
+        if index == len(found):
             found.append(value)
-        return place if is_tensor else -1 - place
+        return index if is_tensor else -1 - index
 
 
 def with_member(value: Any, member: int | None, new: Any) -> Any:
-    """Return `new` in place of `value`, or the list `value` with `new` in place of one of its members."""
+    """Return `new`, or the list `value` with `new` as its member at index `member`."""
     return new if member is None else [*value[:member], new, *value[member + 1 :]]
 
 
-def _insist(op: SemanticOp, derived: DerivedArgument) -> None:
+def _check_derived(op: SemanticOp, derived: DerivedArgument) -> None:
     if derived.argument not in (a.name for a in op.saved):
         raise ValueError(f"{op.name} does not save {derived.argument!r}, so there is no need to derive it")
     if derived.quantized and derived.argument not in op.policy.reads_quantized:

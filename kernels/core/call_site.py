@@ -1,11 +1,10 @@
-"""Calls of ops in a graph that runs eagerly: planned once for each layout of their tensors, then a few calls of C.
+"""Calls of ops with little overhead, for graphs that run eagerly.
 
-A call of an op has much to find out that is the same in the next: which implementation serves, what to save, which
-gradients to compute. So a `CallSite` is an op with its constants bound; it keeps a `Plan` for each layout of tensors
-that it has met, and finds it again by one check in C++. Where the implementation can be traced, the plan's forward and
-backward run what was recorded of an earlier call: kernel launches and PyTorch operators, and nothing else.
+A `CallSite` is an op with its constants bound. It keeps a `Plan` for each layout of input tensors, which says what to
+save and which gradients to compute, and finds it by one guard in C++. If the implementation is traceable, the plan's
+forward and backward replay the kernel launches and PyTorch operators of an earlier call, and do nothing else.
 
-Calls that the dispatcher has to see (fake tensors, tensor subclasses, modes, transforms of torch.func) go through the
+Calls that the dispatcher has to see (fake tensors, tensor subclasses, modes, torch.func transforms) go through the
 registered operator.
 """
 
@@ -19,30 +18,30 @@ import torch
 from fastlora.compat import calls
 from fastlora.compat import dispatch as compat_dispatch
 from fastlora.kernels.core import dispatch, implementations, recompute, shortcuts
-from fastlora.kernels.core.arguments import Arguments, bind, fill_all
+from fastlora.kernels.core.arguments import Arguments, bind, resolve_all
 from fastlora.kernels.core.plan import Plan, PlannedCall
 from fastlora.kernels.core.quantized_weight import dequantized
 from fastlora.kernels.core.semantic_op import DerivedArgument, SemanticOp
 
-MOST_PLANS = 256
-"""Plans of one call site; lengths that never come back are not to fill the memory."""
+MAX_PLANS = 256
+"""Plans that a call site keeps; a limit for sequence lengths that do not recur."""
 
 _apply = calls.apply_of(PlannedCall)
 
 
 class CallSite:
-    """An op with its constants bound, to be called with its tensors, and then its varying numbers, one by one.
+    """An op with its constants bound; call it with its tensors, followed by its numbers that vary.
 
-    It returns the op's outputs as a tuple, lists of them as lists; the one tensor of an op with one result as it is.
+    It returns a tuple of the op's outputs, in which lists stay lists; for an op with a single result, that tensor.
 
     Args:
         op: the op.
-        arguments: where the tensors and numbers of a call stand among the op's arguments.
+        arguments: how the inputs map to the op's arguments.
     """
 
     def __init__(self, op: SemanticOp, arguments: Arguments) -> None:
         self.op, self.arguments = op, arguments
-        self.__name__ = self.__qualname__ = op.name  # of a function, as graphs want their targets to be
+        self.__name__ = self.__qualname__ = op.name  # FX requires that call_function targets have a name
         self._tensors = arguments.tensors
         self._single, self._lists = len(op.result_names) == 1, any(a.is_list for a in op.outputs)
         self._plans: dict[Any, list[Plan]] = {}
@@ -73,8 +72,8 @@ class CallSite:
 
     def _plan(self, key: Any, tensors: tuple[torch.Tensor, ...], numbers: tuple[Any, ...]) -> Plan:
         plan = Plan(self.op, self.arguments, tensors, numbers, shortcuts.use.traces)
-        if shortcuts.use.plans and plan.check(*tensors):  # which fails where one of them is there twice
-            if self._made == MOST_PLANS:
+        if shortcuts.use.plans and plan.check(*tensors):  # fails if a tensor is passed twice
+            if self._made == MAX_PLANS:
                 self._plans.clear()
                 self._made = 0
             self._plans.setdefault(key, []).append(plan)
@@ -83,7 +82,7 @@ class CallSite:
 
     def _through_dispatcher(self, given: tuple[Any, ...]) -> Any:
         op = self.op
-        values = dequantized(fill_all(self.arguments.slots, given))
+        values = dequantized(resolve_all(self.arguments.slots, given))
         results = op.as_tuple(op.target(*values, *([[]] if op.policy.grads_in_forward else [])))
         return results[: len(op.outputs)] if len(op.result_names) > 1 else results[0]
 
@@ -94,16 +93,16 @@ def call_site(
     derived: Sequence[tuple[DerivedArgument, Sequence[Any]]] = (),
     varies: Callable[[Any], bool] = lambda value: isinstance(value, torch.Tensor),
 ) -> tuple[CallSite, list[Any]]:
-    """Bind the constants of a call of an op; return the call site and what to call it with.
+    """Bind the constants of a call of an op; return the call site and the inputs to call it with.
 
     Args:
         op: the op.
         values: its arguments in the schema's order.
-        derived: arguments that are made of other ops' arguments, with these.
-        varies: whether a value is no constant: a tensor, or what stands for one in a graph.
+        derived: arguments that other ops compute, with those ops' arguments.
+        varies: whether a value is an input, not a constant: by default a tensor; in a graph, a node.
 
     Raises:
-        ValueError: for a derived argument that the op does not save or, quantized, does not read so.
+        ValueError: for a derived argument that the op does not save or, if it is quantized, does not read quantized.
     """
     arguments, given = bind(op, values, derived, varies)
     return CallSite(op, arguments), given

@@ -1,13 +1,13 @@
-"""What an op costs at the least: floating-point operations, and bytes of device memory moved, each byte counted once.
+"""The minimum cost of an op: floating-point operations, and bytes of device memory moved, each byte counted once.
 
-Costs are formulas in the sizes of the op's docstring, T being tokens. M counts the members of a group (heads, for
-rotary; experts, for grouped layers), S is 1 if the base weights are trained and else 0 (of 4-bit weights, the size of a
-block; of a sum before a norm, 1 if an operand is dropped out), and `b` are the bytes of an activation's element, `w` of
-a weight's, `p` of an adapter's. A benchmark compares times with them:
+Costs are formulas in the sizes of the op's docstring, with T tokens. M is the number of members of a group (heads for
+rotary, experts for grouped layers). S is 1 if the base weights are trained, otherwise 0; for 4-bit weights it is the
+block size, for a sum before a norm it is 1 if an operand has dropout. An element of an activation has `b` bytes, of a
+weight `w`, of an adapter `p`. Benchmarks compare times with
 
     limit = max(flops / rate, bytes / bandwidth)
 
-for the rate of a large matrix product and the bandwidth of a large copy on the same machine.
+where rate is that of a large matrix product and bandwidth that of a large copy on the same machine.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Work:
 
     @cached_property
     def expressions(self) -> tuple[sympy.Expr, sympy.Expr]:
-        """The formulas of `flops` and `bytes` as sympy expressions; every name in them is a positive integer."""
+        """The formulas of `flops` and `bytes` as sympy expressions in positive integers."""
         names = {name: sympy.Symbol(name, positive=True, integer=True) for name in _NAMES}
         return sympy.sympify(self.flops, locals=names), sympy.sympify(self.bytes, locals=names)
 
     def at(self, sizes: dict[str, int]) -> tuple[float, float]:
-        """Operations and bytes for given sizes.
+        """Return operations and bytes for given sizes.
 
         Raises:
             ValueError: if a size is missing.
@@ -51,7 +51,7 @@ _NAMES = ("T", "H", "I", "K", "N", "R", "V", "D", "M", "S", "b", "w", "p")
 
 @dataclass(frozen=True)
 class Cost:
-    """The work of an op's forward, and of its backward for the gradients that LoRA wants: all but the base weights'."""
+    """The work of an op's forward, and of its backward for LoRA: all gradients but those of base weights."""
 
     forward: Work
     backward: Work

@@ -1,4 +1,4 @@
-"""What a device is, as far as kernels are chosen by it: whether they run there, and in which dtypes."""
+"""Properties of devices that determine which kernels run there."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import NamedTuple
 import torch
 
 OLDEST_CAPABILITY = (7, 0)
-HALVES = (torch.float16, torch.bfloat16)
-FLOATS = (torch.float32, *HALVES)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+FLOAT_DTYPES = (torch.float32, *HALF_DTYPES)
 
 
 @cache
 def runs_kernels(device: torch.device) -> bool:
-    """Whether Triton kernels run on the device; warns where a GPU is too old for them."""
+    """Return whether Triton kernels run on a CUDA device; warn if it is too old for them."""
     if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
         return False
     capability = torch.cuda.get_device_capability(device)
@@ -24,7 +24,7 @@ def runs_kernels(device: torch.device) -> bool:
         needed, found = (".".join(map(str, c)) for c in (OLDEST_CAPABILITY, capability))
         warnings.warn(
             f"fastlora's kernels need compute capability {needed}, and {torch.cuda.get_device_name(device)} has "
-            f"{found}: fused ops run on their PyTorch form there, which is right but not faster",
+            f"{found}: fused ops run their PyTorch implementation there, which is correct but not faster",
             stacklevel=2,
         )
         return False
@@ -32,53 +32,53 @@ def runs_kernels(device: torch.device) -> bool:
 
 
 class Gpu(NamedTuple):
-    """What kernels are chosen by: compute capability, and the number of streaming multiprocessors."""
+    """A GPU's compute capability and number of streaming multiprocessors."""
 
     capability: tuple[int, int]
     processors: int
 
 
 INTERPRETER = Gpu((9, 0), 4)
-"""Programs run one by one there, so a few are enough."""
-stand_in = INTERPRETER
-"""The GPU that tensors without memory are taken to be on; see `rehearsal.py`."""
+"""The GPU that Triton's interpreter emulates. It runs programs one by one, so a few are enough."""
+meta_gpu = INTERPRETER
+"""The GPU that meta tensors are assumed to be on; see `kernels/triton/precompile.py`."""
 
 
 @cache
 def real(device: torch.device) -> Gpu:
-    """What a CUDA device is."""
+    """Return the properties of a CUDA device."""
     return Gpu(torch.cuda.get_device_capability(device), torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def gpu(device: torch.device) -> Gpu:
-    """What a device is, or stands for."""
-    return real(device) if device.type == "cuda" else stand_in if device.type == "meta" else INTERPRETER
+    """Return the properties of a CUDA device, or of the GPU that a CPU or meta device is assumed to be."""
+    return real(device) if device.type == "cuda" else meta_gpu if device.type == "meta" else INTERPRETER
 
 
-def take_for(gpu: Gpu) -> None:
-    """Has tensors without memory be on such a GPU from now on."""
-    global stand_in
-    stand_in = gpu
+def set_meta_gpu(gpu: Gpu) -> None:
+    """Set the GPU that meta tensors are assumed to be on, in the whole process."""
+    global meta_gpu
+    meta_gpu = gpu
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability of a device."""
+    """Return the compute capability of a device."""
     return gpu(device).capability
 
 
 def computes(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether kernels compute in this dtype: floats of 16 and 32 bits, bfloat16 only where the GPU has it."""
-    return capability(device) >= (8, 0) if dtype is torch.bfloat16 else dtype in FLOATS
+    """Return whether kernels support a dtype: 16-bit and 32-bit floats, bfloat16 only if the GPU has it."""
+    return capability(device) >= (8, 0) if dtype is torch.bfloat16 else dtype in FLOAT_DTYPES
 
 
 def supported(*tensors: torch.Tensor | None) -> bool:
-    """Whether kernels can load and store these."""
-    for t in tensors:  # noqa: SIM110  (a generator takes longer)
+    """Return whether kernels support the dtypes of all tensors."""
+    for t in tensors:  # noqa: SIM110  (a generator is slower)
         if t is not None and not computes(t.dtype, t.device):
             return False
     return True
 
 
 def processors(device: torch.device) -> int:
-    """The streaming multiprocessors of a device."""
+    """Return the number of streaming multiprocessors of a device."""
     return gpu(device).processors

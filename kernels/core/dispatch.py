@@ -1,4 +1,4 @@
-"""How an op's implementation is called: below autograd and autocast, and past the dispatcher where that is the same."""
+"""How an op's implementation is called: below autograd and autocast, and bypassing the dispatcher where possible."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastlora.compat import dispatch as compat_dispatch
 
 
 def profiled(name: str, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
-    """Call a function; PyTorch's profiler sees it as the operator that it stands for, past the dispatcher as well."""
+    """Call a function under the operator's name in PyTorch's profiler, also if the dispatcher is bypassed."""
     if not calls.profiler_is_enabled():
         return function(*args, **named)
     with torch.profiler.record_function(f"fastlora::{name}"):
@@ -23,9 +23,9 @@ def profiled(name: str, function: Callable[..., Any], *args: Any, **named: Any) 
 
 
 def isolated(device: torch.device, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
-    """Call a function on a device, unseen by autograd, and without autocast, as ops state their dtypes.
+    """Call a function on a device without autograd and autocast, since ops have explicit dtypes.
 
-    It runs below what notes views as well: a result that was reshaped is no view of anything, and may be written to.
+    View tracking is off as well, so a result that was reshaped is not a view, and may be written to in place.
     """
     if device.type == "cuda" and several_gpus() and device.index != calls.current_device():
         with torch.cuda.device(device):
@@ -33,7 +33,7 @@ def isolated(device: torch.device, function: Callable[..., Any], *args: Any, **n
     with calls.below_views():
         if device.type == "meta" or not torch.is_autocast_enabled(device.type):
             return function(*args, **named)
-        torch.set_autocast_enabled(device.type, False)  # `torch.autocast` takes as long as the launch of some kernels
+        torch.set_autocast_enabled(device.type, False)  # `torch.autocast` takes as long as a kernel launch
         try:
             return function(*args, **named)
         finally:
@@ -41,14 +41,14 @@ def isolated(device: torch.device, function: Callable[..., Any], *args: Any, **n
 
 
 def can_bypass_dispatcher(tensors: Iterable[torch.Tensor | None]) -> bool:
-    """Return whether the dispatcher would do nothing, below autograd, but call an operator's kernel.
+    """Return whether the dispatcher, below autograd, would do nothing but call an operator's kernel.
 
-    That is so for plain tensors in memory, without a mode (fake tensors, tracing, counting) or transform of torch.func.
+    That is so for plain tensors without an active mode (fake tensors, tracing, counting) or torch.func transform.
     """
     if mode_is_active() or compat_dispatch.functorch_interpreter() is not None:
         return False
     plain, keys = _plain_keys(), calls.dispatch_keys
-    for t in tensors:  # noqa: SIM110  (a generator takes longer)
+    for t in tensors:  # noqa: SIM110  (a generator is slower)
         if t is not None and keys(t).raw_repr() not in plain:
             return False
     return True
@@ -63,7 +63,7 @@ _thread = _Thread()
 
 @contextmanager
 def ignoring_one_mode() -> Iterator[None]:
-    """Bypass the dispatcher, in this thread, although the one mode that is entered next is active: it only looks on."""
+    """Bypass the dispatcher, in this thread, although the mode that is entered next is active: it only observes."""
     _thread.ignored_modes += 1
     try:
         yield
@@ -72,7 +72,7 @@ def ignoring_one_mode() -> Iterator[None]:
 
 
 def mode_is_active() -> bool:
-    """Return whether a mode sees what the dispatcher is asked to do, and may do something else."""
+    """Return whether a dispatch mode is active that may change what operators do."""
     return compat_dispatch.dispatch_modes() > _thread.ignored_modes
 
 
@@ -80,7 +80,7 @@ _constants: list[torch.Tensor] = []
 
 
 def constant(t: torch.Tensor) -> torch.Tensor:
-    """Register a tensor that is made once and never changes."""
+    """Register a tensor that is created once and never written to."""
     _constants.append(t)
     return t
 
@@ -91,10 +91,7 @@ def is_constant(t: torch.Tensor) -> bool:
 
 
 def is_last_backward() -> bool:
-    """Return whether autograd frees what a node saved as soon as the running backward has left it.
-
-    Without `retain_graph` nothing else reads it.
-    """
+    """Return whether the running backward frees saved tensors, which it does without `retain_graph`."""
     return not calls.keeps_graph()
 
 
@@ -106,6 +103,6 @@ def several_gpus() -> bool:
 
 @cache
 def _plain_keys() -> frozenset[int]:
-    """The dispatch keys of plain tensors on the CPU and on GPUs."""
+    """Return the dispatch keys of plain tensors on the CPU and on GPUs."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return frozenset(calls.dispatch_keys(torch.empty(0, device=device)).raw_repr() for device in devices)

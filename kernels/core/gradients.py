@@ -1,4 +1,4 @@
-"""Which gradients a backward has to compute, and who gets each of them."""
+"""Which gradients a backward computes, and which arguments they belong to."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Wanted = dict[str, Any]
 
 @dataclass(frozen=True)
 class SharedGradients:
-    """Gradients that are one tensor: an operator may not return a tensor twice, nor one of its inputs.
+    """Arguments that share a gradient tensor, since an operator may not return a tensor twice, nor one of its inputs.
 
     Attributes:
-        names: the op's tensor arguments, in order; where some are shared, none is a list.
-        tied: arguments with one gradient, such as the operands of a sum; it is computed for the first.
+        names: the op's tensor arguments, in order; if any are shared, none is a list.
+        tied: arguments with equal gradients, such as the operands of a sum; it is computed for the first.
         passthrough: arguments whose gradient is the incoming one of the first output.
     """
 
@@ -31,28 +31,28 @@ class SharedGradients:
     passthrough: tuple[str, ...] = ()
 
     def to_compute(self, needs: Sequence[bool]) -> list[bool]:
-        """Return which gradients the backward operator computes, so that every needed one is there."""
-        asked = list(needs)
+        """Return which gradients the backward operator has to compute, given which ones are needed."""
+        flags = list(needs)
         for name in (*self.tied, *self.passthrough):
-            asked[self.names.index(name)] = False
+            flags[self.names.index(name)] = False
         if self.tied:
-            asked[self.names.index(self.tied[0])] = any(needs[self.names.index(name)] for name in self.tied)
-        return asked
+            flags[self.names.index(self.tied[0])] = any(needs[self.names.index(name)] for name in self.tied)
+        return flags
 
-    def hand_out(
+    def distribute(
         self,
         computed: Sequence[torch.Tensor],
-        asked: Sequence[bool],
+        to_compute: Sequence[bool],
         needs: Sequence[bool],
         incoming: torch.Tensor | None,
     ) -> list[torch.Tensor | None]:
-        """Return a gradient for each tensor leaf, None where none is needed, from those computed for `asked`."""
-        found = iter(computed)
-        results = [next(found) if ask else None for ask in asked]
+        """Return a gradient for each tensor leaf, None where none is needed, from those computed for `to_compute`."""
+        remaining = iter(computed)
+        results = [next(remaining) if flag else None for flag in to_compute]
         if self.tied:
-            one = results[self.names.index(self.tied[0])]
+            shared = results[self.names.index(self.tied[0])]
             for name in self.tied:
-                results[self.names.index(name)] = one if needs[self.names.index(name)] else None
+                results[self.names.index(name)] = shared if needs[self.names.index(name)] else None
         for name in self.passthrough:
             results[self.names.index(name)] = incoming if needs[self.names.index(name)] else None
         return results
@@ -71,7 +71,7 @@ def reachable(
         needs: the leaves that require gradients.
         grads: the incoming gradients, a flat list.
         leaves, outputs: the tensor leaves of the op's arguments and of its outputs.
-        read_by: arguments that one output alone depends on, with that output's position.
+        read_by: arguments that only one output depends on, with that output's position.
     """
     wanted = leaves.named(needs)
     for name, output in read_by.items():
@@ -83,4 +83,4 @@ def reachable(
         for name, need in wanted.items():
             if isinstance(need, list):
                 wanted[name] = [n and a for n, a in zip(need, alive, strict=True)]
-    return leaves.of_gradients(wanted, wanted)
+    return leaves.flat_gradients(wanted, wanted)

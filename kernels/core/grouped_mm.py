@@ -1,14 +1,14 @@
-"""Products of rows that are sorted by group, each by the matrix of its group, as the tokens of experts are.
+"""Grouped matrix products, of rows that are sorted by group, such as the tokens of experts.
 
     product:  y_t = s x_t W_e      for the rows t of group e, offs[e - 1] <= t < offs[e]
     outer:    G_e = s sum of l_t^T r_t over these rows; zero for a group without any
 
-Rows from the last offset on are in no group: tokens of experts that live elsewhere. Nobody may read them. What is in
-their place in a result is undefined, as in `torch._grouped_mm`'s, or zero where that is asked for.
+Rows from the last offset on are in no group, such as tokens of experts on other devices, and must not be read. The
+corresponding rows of results are undefined, as in `torch._grouped_mm`, or zero if requested.
 
-On GPUs `torch._grouped_mm` makes all products of bfloat16 at once, without waiting for the offsets. It wants rows to
-begin at multiples of 16 bytes. It has no float64 and, while tracing, nothing but bfloat16; everything else runs group
-by group here, on a CPU in any dtype, on a GPU after one wait for the offsets in each forward and backward.
+On GPUs `torch._grouped_mm` computes all bfloat16 products in one launch, without synchronizing on the offsets. It
+requires rows to be aligned to 16 bytes, does not support float64, and supports only bfloat16 while tracing. All other
+cases run group by group here: on a CPU in any dtype, on a GPU after one synchronization per forward and backward.
 
 Shapes: x (T, K), W (E, K, N), y (T, N), l (T, M), r (T, N), G (E, M, N), offs (E,) of integers.
 Source: first principles.
@@ -24,12 +24,12 @@ import torch
 from fastlora.compat.calls import is_fake
 from fastlora.compat.dispatch import grouped_mm
 
-_AT_ONCE = (8, 0)
-"""The compute capability from which on `torch._grouped_mm` runs."""
+_GROUPED_MM_CAPABILITY = (8, 0)
+"""The minimum compute capability of `torch._grouped_mm`."""
 
 
 def reference(x: torch.Tensor, matrices: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
-    """The products group by group, differentiable by autograd, in any dtype. Rows in no group are zero.
+    """Return the products, computed group by group, in any dtype, differentiable by autograd; zero for other rows.
 
     Raises:
         ValueError: if the offsets are not the ends of groups of x's rows.
@@ -47,94 +47,98 @@ def _ends(offs: torch.Tensor, rows: int) -> list[int]:
 
 
 def even_ends(given: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Offsets that give each group about as many of the rows of `x`; `offs` says how many groups there are."""
+    """Return offsets like `offs` that divide the rows of `x` evenly."""
     rows, offs = given["x"].shape[0], given["offs"]
     ends = [rows * (e + 1) // offs.shape[0] for e in range(offs.shape[0])]
     return torch.tensor(ends, dtype=offs.dtype, device=offs.device)
 
 
 def aligned(t: torch.Tensor) -> torch.Tensor:
-    """`t` if its rows, or else its columns, begin at multiples of 16 bytes and have no gaps; otherwise a copy whose
-    rows do, with zeros after them."""
+    """Return `t` if its rows or its columns are contiguous and aligned to 16 bytes; otherwise a copy with aligned rows,
+    padded with zeros."""
     unit = 16 // t.element_size()
     (rows, cols), (row_stride, col_stride) = t.shape[-2:], t.stride()[-2:]
-    lies = (col_stride == 1 and row_stride >= cols and row_stride % unit == 0) or (
+    is_aligned = (col_stride == 1 and row_stride >= cols and row_stride % unit == 0) or (
         row_stride == 1 and col_stride >= rows and col_stride % unit == 0
     )
-    apart = t.dim() == 2 or t.stride(0) % unit == 0
-    if lies and apart and t.data_ptr() % 16 == 0:
+    batch_is_aligned = t.dim() == 2 or t.stride(0) % unit == 0
+    if is_aligned and batch_is_aligned and t.data_ptr() % 16 == 0:
         return t
     padded = t.new_zeros(*t.shape[:-1], -(-cols // unit) * unit)
     return padded[..., :cols].copy_(t)
 
 
-def makes_at_once(like: torch.Tensor) -> bool:
-    """Whether products of tensors like this one are made by `torch._grouped_mm`."""
-    return like.is_cuda and like.dtype is torch.bfloat16 and torch.cuda.get_device_capability(like.device) >= _AT_ONCE
+def uses_grouped_mm(like: torch.Tensor) -> bool:
+    """Return whether products of tensors like this one are computed by `torch._grouped_mm`."""
+    supported = like.is_cuda and like.dtype is torch.bfloat16
+    return supported and torch.cuda.get_device_capability(like.device) >= _GROUPED_MM_CAPABILITY
 
 
 class Groups:
-    """The rows of each group in tensors that have as many rows and the dtype of `like`."""
+    """Grouped products of tensors with the number of rows and the dtype of `like`.
+
+    With `zero_rest`, results are zero in rows of no group.
+    """
 
     def __init__(self, offs: torch.Tensor, like: torch.Tensor, zero_rest: bool) -> None:
         self._offs, self._rows, self._zero_rest = offs, like.shape[0], zero_rest
-        self._asks_for_shapes = is_fake(like) or like.is_meta
-        self._at_once = not self._asks_for_shapes and makes_at_once(like)
+        self._only_shapes = is_fake(like) or like.is_meta
+        self._in_one_launch = not self._only_shapes and uses_grouped_mm(like)
 
     def product(self, x: torch.Tensor, matrices: torch.Tensor, alpha: float = 1.0) -> torch.Tensor:
-        """alpha x_t W_e. Returns (T, N)."""
-        if self._at_once:
-            return self._rested(_scaled(self._all(aligned(x), matrices), alpha))
+        """Return alpha x_t W_e, of shape (T, N)."""
+        if self._in_one_launch:
+            return self._zero_other_rows(_scaled(self._grouped_mm(aligned(x), matrices), alpha))
         y = x.new_empty(x.shape[0], matrices.shape[-1])
-        return self._rested(self._one_by_one(y, x, matrices, beta=0, alpha=alpha))
+        return self._zero_other_rows(self._group_by_group(y, x, matrices, beta=0, alpha=alpha))
 
     def add_product(
         self, total: torch.Tensor, x: torch.Tensor, matrices: torch.Tensor, alpha: float = 1.0
     ) -> torch.Tensor:
-        """Adds alpha x_t W_e to a result of `product`, in place."""
-        if self._at_once:
-            return self._rested(total.add_(self._all(aligned(x), matrices), alpha=alpha))
-        return self._one_by_one(total, x, matrices, beta=1, alpha=alpha)
+        """Add alpha x_t W_e to a result of `product` in place, and return it."""
+        if self._in_one_launch:
+            return self._zero_other_rows(total.add_(self._grouped_mm(aligned(x), matrices), alpha=alpha))
+        return self._group_by_group(total, x, matrices, beta=1, alpha=alpha)
 
     def outer(self, left: torch.Tensor, right: torch.Tensor, alpha: float = 1.0) -> torch.Tensor:
-        """alpha times the sum of l_t^T r_t over the rows of each group. Returns (E, M, N)."""
-        if self._at_once:
-            return _scaled(self._all(aligned(left).t(), right), alpha)
-        made = left.new_empty(self._offs.shape[0], left.shape[1], right.shape[1])
-        if not self._asks_for_shapes:
-            for each, one, other in zip(made.unbind(), self._parts(left), self._parts(right), strict=True):
-                if len(one):
-                    each.addmm_(one.t(), other, beta=0, alpha=alpha)
+        """Return alpha times the sum of l_t^T r_t over the rows of each group, of shape (E, M, N)."""
+        if self._in_one_launch:
+            return _scaled(self._grouped_mm(aligned(left).t(), right), alpha)
+        result = left.new_empty(self._offs.shape[0], left.shape[1], right.shape[1])
+        if not self._only_shapes:
+            for out, l_rows, r_rows in zip(result.unbind(), self._split(left), self._split(right), strict=True):
+                if len(l_rows):
+                    out.addmm_(l_rows.t(), r_rows, beta=0, alpha=alpha)
                 else:
-                    each.zero_()
-        return made
+                    out.zero_()
+        return result
 
     @cached_property
     def _sizes(self) -> list[int]:
-        """How many rows each group has, for which a GPU is waited for."""
+        """The number of rows of each group; synchronizes with the GPU."""
         ends = _ends(self._offs, self._rows)
         return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
-    def _parts(self, t: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The rows of each group, without those of none."""
+    def _split(self, t: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the rows of each group."""
         return t[: sum(self._sizes)].split(self._sizes)
 
-    def _one_by_one(self, y: torch.Tensor, x: torch.Tensor, matrices: torch.Tensor, **factors: Any) -> torch.Tensor:
-        if not self._asks_for_shapes:
-            for mine, its, matrix in zip(self._parts(y), self._parts(x), matrices.unbind(), strict=True):
-                if len(its):
-                    mine.addmm_(its, matrix, **factors)
+    def _group_by_group(self, y: torch.Tensor, x: torch.Tensor, matrices: torch.Tensor, **factors: Any) -> torch.Tensor:
+        if not self._only_shapes:
+            for y_rows, x_rows, matrix in zip(self._split(y), self._split(x), matrices.unbind(), strict=True):
+                if len(x_rows):
+                    y_rows.addmm_(x_rows, matrix, **factors)
         return y
 
-    def _all(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    def _grouped_mm(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         return grouped_mm(left, aligned(right), offs=self._offs.to(torch.int32)).contiguous()
 
-    def _rested(self, y: torch.Tensor) -> torch.Tensor:
-        """`y` with zeros in the rows of no group. Group by group that costs nothing where there are none."""
-        if self._at_once and self._zero_rest:
+    def _zero_other_rows(self, y: torch.Tensor) -> torch.Tensor:
+        """Zero the rows of no group in place: if requested, or always where it costs nothing, and return `y`."""
+        if self._in_one_launch and self._zero_rest:
             beyond = torch.arange(self._rows, device=y.device) >= self._offs[-1]
             return y.masked_fill_(beyond[:, None], 0)
-        if not self._at_once and not self._asks_for_shapes:
+        if not self._in_one_launch and not self._only_shapes:
             y[sum(self._sizes) :].zero_()
         return y
 

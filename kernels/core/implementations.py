@@ -1,10 +1,11 @@
-"""The implementations of an op, and which of them runs.
+"""The implementations of an op, and the selection among them.
 
 Every op has a PyTorch implementation, which runs anywhere and in any dtype. `kernels/triton` adds those for NVIDIA
-GPUs, and is imported when the first CUDA tensor meets an op. Each says for a call whether it serves the arguments at
-hand, and the first that does runs; forward and backward are chosen apart, as all of an op keep the same residuals.
+GPUs, and is imported when an op is first called with a CUDA tensor. The first implementation that supports the
+arguments of a call runs. Forward and backward are selected independently, since all implementations save the same
+residuals.
 
-Whatever runs, the results have the shapes, dtypes and strides of the PyTorch implementation's.
+Results of all implementations have the shapes, dtypes and strides of the PyTorch implementation's.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ class Implementation:
 
     Attributes:
         name: `pytorch`, `triton`, ...
-        forward, backward: take what the PyTorch implementation's take, by name. None for an op without a backward.
-        serves: whether the forward runs on these arguments, by name; None if it always does.
-        serves_backward: the same of the backward, which is asked with `wanted`, `grads` and what was saved.
-        restore: takes what was saved, by name, and makes the residuals that the op left out of it.
-        traceable: whether its calls of operators and kernels are the same for tensors of the same layouts, whatever
-            their values, so that they can be recorded and replayed.
+        forward, backward: take the same keyword arguments as those of the PyTorch implementation. backward is None for
+            an op without one.
+        serves: whether the forward supports these keyword arguments; None if it always does.
+        serves_backward: the same for the backward, whose arguments are `wanted`, `grads` and what was saved.
+        restore: takes what was saved, by keyword, and recomputes the residuals that were not saved.
+        traceable: whether its calls of operators and kernels depend only on the layouts of tensors, not on their
+            values, so that they can be recorded and replayed.
     """
 
     name: str
@@ -48,25 +50,25 @@ class Implementation:
 
 @dataclass
 class Implementations:
-    """The implementations of one op: the PyTorch one, and before it, in order of preference, those for a GPU."""
+    """The implementations of one op: those for GPUs in order of preference, with the PyTorch one as the fallback."""
 
     op: str
     pytorch: Implementation
     accelerated: list[Implementation] = field(default_factory=list)
 
     def forward(self, anchor: torch.Tensor, arguments: dict[str, Any]) -> Implementation:
-        """Return what runs a forward; `anchor` is any of the tensors."""
+        """Return the implementation that runs a forward; `anchor` is any of its tensors."""
         for each in self._candidates(anchor):
             if each.serves is not None and each.serves(**arguments):
                 return each
-        return self._otherwise()
+        return self._fallback()
 
     def backward(self, anchor: torch.Tensor, arguments: dict[str, Any]) -> Implementation:
-        """Return what runs a backward."""
+        """Return the implementation that runs a backward; `anchor` is any of its tensors."""
         for each in self._candidates(anchor):
             if each.serves_backward is not None and each.serves_backward(**arguments):
                 return each
-        return self._otherwise()
+        return self._fallback()
 
     def _candidates(self, anchor: torch.Tensor) -> list[Implementation]:
         on_gpu = (anchor.is_cuda and runs_kernels(anchor.device)) or (anchor.is_meta and _thread.precompiles)
@@ -75,7 +77,7 @@ class Implementations:
         _load()
         return [each for each in self.accelerated if restricted.to in (None, each.name)]
 
-    def _otherwise(self) -> Implementation:
+    def _fallback(self) -> Implementation:
         if restricted.to not in (None, self.pytorch.name):
             raise NotImplementedError(f"{self.op}: the {restricted.to} implementation does not serve these arguments")
         return self.pytorch
@@ -94,7 +96,7 @@ def only(name: str) -> Iterator[None]:
     """Run every op on its implementation of that name, on any device, for tests and benchmarks.
 
     Raises:
-        NotImplementedError: in a call that the implementation does not serve.
+        NotImplementedError: in a call that the implementation does not support.
     """
     before, restricted.to = restricted.to, name
     try:
@@ -112,7 +114,7 @@ _thread = _Thread()
 
 @contextmanager
 def for_precompilation() -> Iterator[None]:
-    """Choose implementations for tensors on the meta device, in this thread, as if they were on a GPU."""
+    """Select implementations for meta tensors, in this thread, as if they were on a GPU."""
     before, _thread.precompiles = _thread.precompiles, True
     try:
         yield
@@ -125,8 +127,8 @@ def _load() -> None:
     importlib.import_module("fastlora.kernels.triton")
 
 
-def laid_out(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return `t` with the strides that `empty_like` gives a tensor of its shape: a copy where it has others."""
+def with_strides_of(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return `t` with the strides of `empty_like(like)`, copied if it has others."""
     if t.is_contiguous() and like.is_contiguous():
         return t
     result = torch.empty_like(like, dtype=t.dtype)
@@ -134,5 +136,5 @@ def laid_out(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def contiguous(t: torch.Tensor) -> torch.Tensor:
-    """Return `t.contiguous()` without asking about symbolic sizes: what is not known to be contiguous is copied."""
+    """Return `t.contiguous()` without guarding on symbolic sizes: `t` is copied unless it is known to be contiguous."""
     return t if is_contiguous_or_false(t) else t.clone(memory_format=torch.contiguous_format)

@@ -1,7 +1,7 @@
-"""Registration: an op as two opaque, functional `torch.library` operators, connected by an autograd function.
+"""Registration of an op as two opaque, functional `torch.library` operators, connected by an autograd function.
 
-That is the one form which runs eagerly, under AOTAutograd and under Inductor alike, because nothing traces through it;
-and what the backward takes is exactly what is saved.
+In this form it works in eager mode, under AOTAutograd and under Inductor, since nothing traces through it, and exactly
+the arguments of the backward operator are saved.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastlora.kernels.core.semantic_op import SemanticOp
 
 KERNELS = Path(__file__).parents[1]
 REGISTERED: dict[Any, SemanticOp] = {}
-"""Every op by its `target`, which is what nodes of a graph call."""
+"""Every op by its `target`, the operator that nodes of a graph call."""
 
 
 def register_op(name: str, **declaration: Any) -> SemanticOp:
@@ -66,17 +66,17 @@ def _library(namespace: str) -> torch.library.Library:
 
 
 def _namespace(forward: Callable[..., Any]) -> str:
-    """The namespace of an op whose forward is defined there: one for all sources of this package, or one of a file."""
+    """Return the namespace of an op with this forward: a common one for this package, otherwise that of its file."""
     code = inspect.unwrap(forward.func if isinstance(forward, partial) else forward).__code__
     source = Path(code.co_filename)
-    if not source.is_file():  # as in a notebook
+    if not source.is_file():  # such as in a notebook
         return f"fastlora_{hashlib.sha256(code.co_code).hexdigest()[:10]}"
     return f"fastlora_{_cached_digest(KERNELS if source.is_relative_to(KERNELS) else source)}"
 
 
-def digest(place: Path) -> str:
+def digest(path: Path) -> str:
     """Return a digest of a file, or of all Python files of a folder."""
-    sources = sorted(place.rglob("*.py")) if place.is_dir() else [place]
+    sources = sorted(path.rglob("*.py")) if path.is_dir() else [path]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:10]
 
 
@@ -84,7 +84,7 @@ _cached_digest = cache(digest)
 
 
 def _differentiable(op: SemanticOp, *values: Any) -> Any:
-    """The op's kernel for autograd's dispatch key; residuals are returned with the outputs."""
+    """Run the op, with autograd if a gradient is needed; the kernel of the Autograd dispatch key."""
     tensors = op.leaves.flat(values)
     needed = any(t is not None and t.requires_grad for t in tensors)
     if needed and torch.is_grad_enabled() and not op.is_constant:
@@ -95,7 +95,7 @@ def _differentiable(op: SemanticOp, *values: Any) -> Any:
 
 
 class _Dispatched(torch.autograd.Function):
-    """Connects an op's forward and backward operators; the leaves of its tensor arguments come flat."""
+    """Connects an op's forward and backward operators; takes the op's tensor leaves as a flat list."""
 
     @staticmethod
     def forward(ctx: Any, op: SemanticOp, values: tuple[Any, ...], *tensors: torch.Tensor | None) -> Any:

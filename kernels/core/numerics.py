@@ -1,11 +1,11 @@
-"""Products and sums with as few roundings as possible, which the formulas of several ops are made of."""
+"""Products and sums with as few roundings as possible, shared by the PyTorch implementations."""
 
 from __future__ import annotations
 
 import torch
 
 Addend = tuple[torch.Tensor, torch.Tensor]
-"""A product that stays unevaluated until it is summed with others: (left, right) stands for left @ right."""
+"""An unevaluated product left @ right, as (left, right), to be summed with others."""
 
 
 def cast(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -14,7 +14,7 @@ def cast(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
 
 
 def rows(t: torch.Tensor) -> torch.Tensor:
-    """Return `t` with all dimensions but the last as one: (T, N) for T tokens."""
+    """Return `t` with all leading dimensions flattened to one: (T, N) for T tokens."""
     return t.reshape(-1, t.shape[-1])
 
 
@@ -31,8 +31,8 @@ def sum_rows(t: torch.Tensor) -> torch.Tensor:
 def sum_products(addends: list[Addend], dtype: torch.dtype) -> torch.Tensor:
     """Return the sum of the addends in `dtype`.
 
-    A partial sum has the widest dtype of the operands, so none is rounded more than autograd's, which is rounded to
-    `dtype`; and a product of that width joins the sum without a rounding of its own.
+    Partial sums have the widest of `dtype` and the operands' dtypes, and products of that dtype are added by `addmm`,
+    without a rounding of their own, so no sum is less accurate than autograd's, which is rounded to `dtype`.
     """
     (left, right), *others = addends
     total = left @ right

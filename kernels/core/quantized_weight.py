@@ -1,7 +1,7 @@
-"""Frozen matrices that are stored quantized: an op dequantizes one where it reads it, and not before.
+"""Frozen quantized matrices that ops dequantize only where they read them.
 
-So a dequantized matrix lives for one product, in the forward and again in the backward, and only the few bytes that it
-is made of are kept in between. However many layers there are, their matrices take the same memory one after the other.
+So a dequantized matrix exists during one product, in the forward and again in the backward, and only the quantized
+bytes are saved in between.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from fastlora.kernels.core.semantic_op import SemanticOp
 
 
 class QuantizedWeight:
-    """Stands in for a matrix: implementations ask its shape, dtype and device, and take the dequantized one by `to`.
+    """A quantized matrix with the attributes that implementations use: shape, dtype, device, and `to` to dequantize it.
 
     Attributes:
-        source: the op whose only output the matrix is.
+        source: the op that dequantizes the matrix, its only output.
         values: that op's arguments, in the schema's order.
         arguments: the same by name.
         shape, dtype: of the matrix.
@@ -36,7 +36,7 @@ class QuantizedWeight:
         return next(t.device for t in self.source.leaves.flat(self.values) if t is not None)
 
     def to(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the matrix, dequantized anew."""
+        """Dequantize the matrix and return it in `dtype`."""
         matrix: torch.Tensor = compute(self.source, self.values)
         return matrix if matrix.dtype is dtype else matrix.to(dtype)
 
@@ -48,7 +48,7 @@ class QuantizedWeight:
 
 
 def dequantized(values: Iterable[Any]) -> list[Any]:
-    """Return values, in lists as well, with every matrix in place of what stands in for it."""
+    """Return values with every `QuantizedWeight`, also in lists, replaced by its dequantized matrix."""
     return [
         value.to(value.dtype)
         if isinstance(value, QuantizedWeight)

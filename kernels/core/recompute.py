@@ -1,7 +1,7 @@
-"""Not saving what the backward can make again at a price: the widest activations, for one or two products of a layer.
+"""Recomputation in the backward of the widest activations, at the cost of one or two products of a layer.
 
-Unlike outputs that a graph is rewritten to recompute (`DerivedArgument`), which cost next to nothing, this is decided
-call by call, by how much memory is asked for.
+Unlike `DerivedArgument`, which recomputes cheap outputs and is decided when a graph is rewritten, this is decided call
+by call, from the memory budget.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastlora.kernels.core.semantic_op import SemanticOp
 
 @dataclass
 class NotSaved:
-    """What was not saved so far."""
+    """Counts the bytes that were not saved."""
 
     bytes: int = 0
 
@@ -30,12 +30,12 @@ class _Thread(threading.local):
 
 
 current = _Thread()
-"""This thread's state; `not_saved` is None where ops save what they can."""
+"""This thread's state; `not_saved` is None unless `recomputing` is active."""
 
 
 @contextmanager
 def recomputing() -> Iterator[NotSaved]:
-    """Have ops, in this thread, save nothing that their policy calls recomputable."""
+    """Have ops, in this thread, not save the residuals that their policy lists as recomputable."""
     before, current.not_saved = current.not_saved, NotSaved()
     try:
         yield current.not_saved
@@ -44,10 +44,10 @@ def recomputing() -> Iterator[NotSaved]:
 
 
 def restore(op: SemanticOp, named: dict[str, Any], anchor: torch.Tensor) -> dict[str, Any]:
-    """Return the residuals that were not saved, from what was, by name."""
+    """Recompute the residuals that were not saved from those that were; both are by name."""
     arguments = {name: named[name] for name in op.names}
     implementation = op.implementations.forward(anchor, arguments)
-    trace.insist_on(implementation.traceable)
+    trace.require_traceable(implementation.traceable)
     if implementation.restore is not None:
         return dict(zip(op.policy.recomputable, implementation.restore(**named), strict=True))
     results = dict(zip(op.result_names, implementation.forward(**arguments), strict=True))

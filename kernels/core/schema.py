@@ -1,4 +1,4 @@
-"""Schemas of ops: their arguments and results, and the flat list of tensors that autograd sees of them."""
+"""Schemas of ops: their arguments and results, and the flat lists of their tensors that autograd takes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ class Argument:
 
 
 def parse(schema: str) -> tuple[tuple[Argument, ...], tuple[Argument, ...]]:
-    """Splits `(Tensor x, float eps) -> (Tensor y)` into arguments and results; no defaults, no mutation."""
+    """Parse `(Tensor x, float eps) -> (Tensor y)` into arguments and results.
+
+    Raises:
+        ValueError: for defaults or mutated arguments.
+    """
     if "=" in schema or "!" in schema:
         raise ValueError(f"schema {schema!r}: an op takes every argument explicitly and mutates none")
     sides = [side.strip().removeprefix("(").removesuffix(")") for side in schema.split("->")]
@@ -44,7 +48,8 @@ def parse(schema: str) -> tuple[tuple[Argument, ...], tuple[Argument, ...]]:
 
 
 class Leaves:
-    """The tensors among some declared values, lists of them included, as the flat list that autograd sees."""
+    """Converts between the values of declared arguments and the flat list of their tensors, "leaves", that autograd
+    takes."""
 
     def __init__(self, declared: Sequence[Argument]) -> None:
         self.tensors = tuple(a for a in declared if a.is_tensor)
@@ -54,13 +59,13 @@ class Leaves:
         self._lists = sum(self._are_lists)
 
     def flat(self, values: Sequence[Any]) -> list[torch.Tensor | None]:
-        """The leaves of all declared `values`, in order."""
+        """Return the leaves of all declared `values`, in order."""
         if not self._lists:
             return [values[i] for i in self._at]
         return [leaf for i, many in zip(self._at, self._are_lists, strict=True) for leaf in _leaves(values[i], many)]
 
     def grouped(self, flat: Sequence[Any]) -> list[Any]:
-        """One entry per tensor argument again: all lists of one op have one length, as they run over one group."""
+        """Group leaves by tensor argument; all lists of an op have the same length, that of its group."""
         if not self._lists:
             return list(flat)
         length = (len(flat) - (len(self.tensors) - self._lists)) // self._lists
@@ -68,11 +73,12 @@ class Leaves:
         return [[next(leaves) for _ in range(length)] if many else next(leaves) for many in self._are_lists]
 
     def named(self, flat: Sequence[Any]) -> dict[str, Any]:
-        """The same by name."""
+        """Group leaves by tensor argument, by name."""
         return dict(zip(self.names, self.grouped(flat), strict=True))
 
-    def of_gradients(self, gradients: dict[str, Any], wanted: dict[str, Any]) -> list[Any]:
-        """The flat gradients out of those that a backward has by name; a list that is missing is all None."""
+    def flat_gradients(self, gradients: dict[str, Any], wanted: dict[str, Any]) -> list[Any]:
+        """Flatten the gradients that a backward returns by name; missing ones, and members of missing lists, are
+        None."""
         if not self._lists:
             return [gradients.get(name) for name in self.names]
         found = [gradients.get(name) for name in self.names]

@@ -1,6 +1,6 @@
-"""What a semantic op is: a named computation with a formula, a hand-derived backward, and implementations.
+"""Semantic ops: named computations with a reference formula, a hand-derived backward, and implementations.
 
-An op is declared once, in `kernels/formulas`, or by anybody with `fastlora.kernels.register_op`:
+An op is declared once, in `kernels/formulas` or in user code, with `fastlora.kernels.register_op`:
 
     rms_norm = register_op(
         "rms_norm", family="norm",
@@ -27,31 +27,30 @@ from fastlora.kernels.core.implementations import Implementation, Implementation
 from fastlora.kernels.core.schema import Argument, Leaves, parse
 
 SavedIf = Callable[[Wanted, dict[str, Any]], bool]
-"""Takes which gradients are wanted and the op's arguments and results by name; says whether to save a tensor."""
+"""Whether to save a tensor, from the wanted gradients and the op's arguments and results by name."""
 Sample = Callable[[dict[str, torch.Tensor]], torch.Tensor]
-"""Takes the op's other tensors by name; makes a meaningful value of one for which random numbers are none."""
+"""Returns a valid value of an argument for which random numbers are not, from the op's other tensors by name."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What may be done with an op's tensors beyond its formula, to save memory or work.
+    """Optimizations of memory and work that an op supports.
 
     Attributes:
-        grads_in_forward: the forward is told which gradients will be wanted (`wanted`) and may compute them on the
-            way; the backward is told (`may_overwrite`) whether it is the last to read them.
-        may_overwrite_saved: the backward is told (`may_overwrite`) whether nothing else reads the residuals that the
-            forward made, so that it may write its results into their memory.
-        recomputable: large residuals that can be left out of what is saved, and are then made again in the backward,
-            bit for bit, from the rest of it: by an implementation's `restore`, or else by its forward.
-        recompute_from: an op that makes this op's first output again from what this op saves for its own backward, and
-            how that op's arguments are called here; (None, {}) for this op itself. Readers of the output need not save
-            it.
-        reads_quantized: frozen matrices that every implementation reads through `QuantizedWeight` alone, so that the
-            dequantized weight is never kept.
-        outputs_mutable: outputs have memory of their own, which no implementation reads again: the graph may write to
-            them in place.
-        samples: how to make a meaningful value, for replays on random values, of an argument for which a random tensor
-            would be none.
+        grads_in_forward: the forward takes which gradients are wanted (`wanted`) and may compute them; the backward
+            takes whether nothing else reads these (`may_overwrite`).
+        may_overwrite_saved: the backward takes whether nothing else reads the saved residuals (`may_overwrite`), so
+        that
+            it may write its results to their memory.
+        recomputable: large residuals that need not be saved, since the backward can recompute them bit for bit from
+            other saved tensors: by an implementation's `restore`, or else by its forward.
+        recompute_from: an op that recomputes this op's first output from what this op saves, and what that op's
+            arguments are called here; (None, {}) for this op itself. Readers of the output need not save it.
+        reads_quantized: frozen matrices that all implementations accept as a `QuantizedWeight`, so that the dequantized
+            weight is never saved.
+        outputs_mutable: outputs have their own memory and are not saved, so the graph may write to them in place.
+        samples: how to make valid values, for verification on random inputs, of arguments for which a random tensor is
+            not.
     """
 
     grads_in_forward: bool = False
@@ -64,20 +63,20 @@ class Policy:
 
 
 class SemanticOp:
-    """A named computation with a formula, a hand-derived backward, and implementations.
+    """A named computation with a reference formula, a hand-derived backward, and implementations.
 
     Attributes:
         name, family: the op's name, and the family that reports count it under (`norm`, `lora`, ...).
         schema: its arguments and results; no argument has a default, and none is mutated.
-        arguments, outputs, residuals: the parsed schema. Residuals come after the outputs and carry no gradient.
-        reference: plain PyTorch from the arguments to the outputs, differentiable by autograd, in any dtype.
-        implementations: what can run; the PyTorch one is always there.
-        saves: what the backward takes, out of arguments, outputs and residuals.
-        traceable: whether the PyTorch implementation is; see `Implementation`.
-        policy: what may be done with its tensors.
-        choices: all the values of a string argument that has only these.
-        cost: the least work of a forward and a backward.
-        is_constant: whether it has no backward: results carry no gradient, as the model stops it there.
+        arguments, outputs, residuals: the parsed schema. Residuals are returned after the outputs, without gradients.
+        reference: computes the outputs in plain PyTorch, differentiable by autograd, in any dtype.
+        implementations: the PyTorch implementation and those for GPUs.
+        saves: the arguments, outputs and residuals that the backward takes.
+        traceable: whether the PyTorch implementation is traceable; see `Implementation`.
+        policy: the optimizations that it supports.
+        choices: the allowed values of string arguments.
+        cost: the minimum work of a forward and a backward.
+        is_constant: whether it has no backward; results then have no gradient.
         target, backward_target: the registered operators. `target` returns outputs and residuals.
     """
 
@@ -143,14 +142,12 @@ class SemanticOp:
         return results[0] if len(self.outputs) == 1 else results[: len(self.outputs)]
 
     def order(self, arguments: dict[str, Any]) -> list[Any]:
-        """Return what to call `target` with: `arguments` in the schema's order.
-
-        An optional tensor may be left out.
+        """Return `arguments` in the schema's order, for a call of `target`. Optional tensors may be omitted.
 
         Raises:
             TypeError: if an argument is unknown or missing.
         """
-        if not (self._required.issubset(arguments) and self._known.issuperset(arguments)):  # as Dynamo can trace it
+        if not (self._required.issubset(arguments) and self._known.issuperset(arguments)):  # traceable by Dynamo
             unknown, missing = set(arguments) - self._known, self._required - set(arguments)
             raise TypeError(f"{self.name}{self.schema}: unknown {sorted(unknown)}, missing {sorted(missing)}")
         values: list[Any] = [arguments.get(name) for name in self.names]
@@ -161,7 +158,7 @@ class SemanticOp:
         return [*values, []] if self.policy.grads_in_forward else values
 
     def as_tuple(self, results: Any) -> tuple[Any, ...]:
-        """Return what `target` returns as a tuple, also where it is one tensor."""
+        """Return the results of `target` as a tuple, also if it is a single tensor."""
         return results if len(self.result_names) > 1 else (results,)
 
     def implementation(
@@ -175,7 +172,7 @@ class SemanticOp:
         restore: Callable[..., tuple[torch.Tensor, ...]] | None = None,
         traceable: bool = False,
     ) -> None:
-        """Add an implementation, which runs on GPUs where it serves the arguments at hand; see `Implementation`."""
+        """Add an implementation, which runs on GPUs for the arguments that it supports; see `Implementation`."""
         self.implementations.accelerated.append(
             Implementation(name, forward, backward, serves, serves_backward, restore, traceable)
         )
@@ -191,16 +188,16 @@ class SemanticOp:
         return reachable(needs, grads, self.leaves, self.output_leaves, self._read_by)
 
     def shared_gradients(self, values: Sequence[Any]) -> SharedGradients:
-        """Return which gradients are one tensor in a call with these `values`, in the schema's order."""
+        """Return which gradients are shared in a call with these `values`, in the schema's order."""
         return self._shared if self._untied_at is None or values[self._untied_at] is None else self._untied
 
     def to_save(
         self, needs: Sequence[bool], values: Sequence[Any], results: Sequence[Any]
     ) -> tuple[list[Any], list[Any]]:
-        """Return what the backward takes: tensors, None where no wanted gradient reads one, and all else."""
+        """Return the tensors to save, None for those that no needed gradient reads, and the backward's constants."""
         named = self.named(values, results)
         dropped = self.not_saved(needs, named)
-        saved = [_nothing(named[a.name]) if a.name in dropped else named[a.name] for a in self.saved]
+        saved = [_none_like(named[a.name]) if a.name in dropped else named[a.name] for a in self.saved]
         return saved, self.constants_of(named)
 
     def named(self, values: Sequence[Any], results: Sequence[Any]) -> dict[str, Any]:
@@ -208,32 +205,32 @@ class SemanticOp:
         return dict(zip((*self.names, *self.result_names), (*values[: len(self.names)], *results), strict=True))
 
     def constants_of(self, named: dict[str, Any]) -> list[Any]:
-        """Return what the backward takes besides tensors, of arguments and results by name."""
+        """Return the backward's arguments besides tensors, from arguments and results by name."""
         return [*(_dtype(named[name]) for name in self.saved_if), *(named[a.name] for a in self.constants)]
 
     def not_saved(self, needs: Sequence[bool], named: dict[str, Any]) -> set[str]:
-        """Return what no wanted gradient reads, of all that `saves` names, given arguments and results by name."""
+        """Return the names in `saves` that no needed gradient reads, from arguments and results by name."""
         wanted = self.wanted(needs)
-        return {name for name, hold in self.saved_if.items() if not hold(wanted, named)}
+        return {name for name, is_saved in self.saved_if.items() if not is_saved(wanted, named)}
 
     def recompute_source(self) -> tuple[SemanticOp, list[str]] | None:
-        """Return the op that makes this one's first output again, and what its arguments are called here, in order."""
+        """Return the op that recomputes this one's first output, and the names of its arguments here, in order."""
         if self.policy.recompute_from is None:
             return None
-        op, others = self.policy.recompute_from
+        op, names = self.policy.recompute_from
         source = op or self
-        return source, [others.get(name, name) for name in source.names]
+        return source, [names.get(name, name) for name in source.names]
 
 
 class DerivedArgument(NamedTuple):
-    """An argument of an op that is the first output of another op, and can be made from that op's arguments.
+    """An argument of an op that is the first output of another op, and can be recomputed from that op's arguments.
 
     Attributes:
         argument: its name.
-        member: its place in a list of tensors; None if the argument is no list.
-        source: the op that makes it.
-        quantized: whether this op reads it quantized. Otherwise the forward has it, and only the backward makes it
-            again, so that it is not saved.
+        member: its index if the argument is a list of tensors, otherwise None.
+        source: the op that computes it.
+        quantized: whether this op reads it as a `QuantizedWeight`. Otherwise the forward takes the tensor, and only the
+            backward recomputes it, so that it is not saved.
     """
 
     argument: str
@@ -243,11 +240,11 @@ class DerivedArgument(NamedTuple):
 
 
 def _dtype(value: Any) -> torch.dtype | None:
-    """Return a tensor's dtype, or that of the tensors of a list."""
+    """Return the dtype of a tensor, or of the tensors in a list."""
     if isinstance(value, list):
         return next((t.dtype for t in value if t is not None), None)
     return None if value is None else value.dtype
 
 
-def _nothing(value: Any) -> list[None] | None:
+def _none_like(value: Any) -> list[None] | None:
     return [None] * len(value) if isinstance(value, list) else None

@@ -1,9 +1,9 @@
-"""What makes calls of ops cheap for the host, each of which can be left out to test or measure what it is for.
+"""Optimizations of host overhead, each of which can be disabled for tests and measurements.
 
-    plans           a call site keeps what it has found out about a call, for tensors of the same layouts
-    traces          what an implementation did on such tensors is recorded, and replayed
-    kernels         a launch finds its compiled kernel by a key of its own, not by Triton's
-    precompilation  a graph's kernels are compiled side by side before it runs
+    plans           call sites cache how to run a call, by the layouts of its tensors
+    traces          the operators and launches of an implementation are recorded, and replayed
+    kernels         launches find their compiled kernel by a cheaper key than Triton's
+    precompilation  a graph's kernels are compiled in parallel before it runs
 
 `fastlora bench step --contenders fastlora,fastlora-without-traces` measures one of them.
 """
@@ -16,15 +16,15 @@ from types import SimpleNamespace
 
 NAMES = ("plans", "traces", "kernels", "precompilation")
 use = SimpleNamespace(**dict.fromkeys(NAMES, True))
-"""Whether each is used, in the whole process."""
+"""Whether each is enabled, in the whole process."""
 
 
 @contextmanager
 def without(*names: str) -> Iterator[None]:
-    """Do without these shortcuts, in the whole process.
+    """Disable these optimizations, in the whole process.
 
     Raises:
-        ValueError: if there is no such shortcut.
+        ValueError: for an unknown name.
     """
     for name in names:
         if name not in NAMES:

@@ -1,13 +1,13 @@
-"""Records what an implementation does in one call as a straight line of calls, which others like it replay.
+"""Records the operators and kernel launches of one call of an implementation, to replay them in similar calls.
 
-An implementation finds out from shapes, strides and dtypes what to allocate, which products to make and which kernels
-to launch with what. That takes the host several times as long as the calls that come of it, and where layers are short,
-or their activations on their way to the host, the device waits for it. So the calls are recorded, PyTorch's operators
-as the dispatcher sees them and launches of kernels as `launched` is told, and written as a Python function with nothing
-else in it.
+An implementation decides from shapes, strides and dtypes what to allocate, which products to compute and which kernels
+to launch. On the host, that takes several times as long as the resulting calls themselves, so for small layers the
+device would wait. Therefore the calls are recorded, PyTorch operators by a dispatch mode and kernel launches by
+`record_launch`, and generated as a Python function that does nothing else.
 
-It serves tensors of the same layouts, dtypes and devices, which the caller checks, that start at multiples of 16 bytes.
-What the calls read has to be among the given tensors or come of earlier calls, or there is no such function.
+The function can be called with tensors of the same layouts, dtypes and devices, which the caller guards on, that are
+aligned to 16 bytes. Recorded calls may only read inputs, registered constants and results of earlier calls; otherwise
+there is no such function.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastlora.compat.dispatch import TorchDispatchMode, schema_of
 from fastlora.kernels.core import dispatch
 
 ALIGNMENT = 16
-"""Kernels are specialized to tensors that start at multiples of so many bytes."""
+"""The alignment in bytes of tensors that kernels are specialized to."""
 _PYTHON = {
     torch.ops.aten.empty.memory_format: torch.empty,
     torch.ops.aten.mm.default: torch.mm,
@@ -34,17 +34,17 @@ _PYTHON = {
     torch.ops.aten.cat.default: torch.cat,
     torch.ops.aten.split_with_sizes.default: torch.split_with_sizes,
 }
-"""What is called in place of operators, with the same arguments: the way to them is shorter there."""
-WRITERS: dict[type, Callable[[Any], tuple[Callable[..., Any], tuple[Any, ...]]]] = {}
-"""How to make a value of a type again: what it is written as, a function and its arguments."""
+"""Functions that replace operators in replays, with the same arguments: they have less overhead."""
+RECONSTRUCTORS: dict[type, Callable[[Any], tuple[Callable[..., Any], tuple[Any, ...]]]] = {}
+"""How generated code reconstructs a value of a type: returns a function and its arguments."""
 
 
-class Unknown(Exception):
-    """A call cannot be written down."""
+class Untraceable(Exception):
+    """A call cannot be replayed."""
 
 
 STREAM = object()
-"""Stands for the device's current stream among what a launch takes."""
+"""A placeholder for the device's current stream among the arguments of a launch."""
 
 
 def _never() -> bool:
@@ -52,7 +52,7 @@ def _never() -> bool:
 
 
 class Launch(NamedTuple):
-    """How to launch a kernel again: `function(*before, *args)`, unless `unfit()` says that something forbids it."""
+    """How to repeat a kernel launch: by `function(*before, *args)`, unless `unfit()` returns True."""
 
     function: Callable[..., Any]
     before: tuple[Any, ...] = ()
@@ -60,7 +60,7 @@ class Launch(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """A call: what it assigns, its text, the names that it reads, and whether it is only there for its results."""
+    """A line of generated code: the names that it assigns and reads, and whether it has no effect besides results."""
 
     results: tuple[str, ...]
     text: str
@@ -69,13 +69,13 @@ class _Line(NamedTuple):
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes calls down, and names what they take and give."""
+    """Generates code for the calls that it observes."""
 
     def __init__(self, inputs: Sequence[torch.Tensor]) -> None:
         super().__init__()
         self.lines: list[_Line] = []
         self.constants: dict[str, Any] = {}
-        self._knows_all = True
+        self._can_replay = True
         self._tensors: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
         self._reads: set[str] = set()
         self._device = inputs[0].device
@@ -85,35 +85,35 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        _thread.recorder = None  # what the operator does within is its own business
+        _thread.recorder = None  # the operator is replayed as a whole
         try:
             result = func(*args, **kwargs)
         finally:
             _thread.recorder = self
-        with self._writing():
+        with self._recording():
             self._operator(func, args, kwargs, result)
         return result
 
     def launch(self, launch: Launch | None, args: tuple[Any, ...]) -> None:
-        """Note a launch of a kernel."""
-        with self._writing():
+        """Record a kernel launch."""
+        with self._recording():
             if launch is None:
-                raise Unknown("it launches a kernel that was not launched before")
+                raise Untraceable("it launches a kernel for the first time")
             self._unfit[launch.unfit] = None
             before = [self.text(value) if value is not STREAM else "stream" for value in launch.before]
-            self._note((), f"{self._constant(launch.function)}({', '.join([*before, *map(self.text, args)])})", False)
+            self._add((), f"{self._constant(launch.function)}({', '.join([*before, *map(self.text, args)])})", False)
 
-    def give_up(self) -> None:
-        """Go on, without a replay in the end."""
-        self._knows_all = False
+    def disable_replay(self) -> None:
+        """Have `replay` return None."""
+        self._can_replay = False
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Go on where something cannot be written; there is no replay in the end."""
+    def _recording(self) -> Iterator[None]:
+        """Disable the replay if something in this context is untraceable."""
         try:
             yield
-        except Unknown:
-            self._knows_all = False
+        except Untraceable:
+            self._can_replay = False
 
     def _operator(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         given = [*map(self.text, args), *(f"{name}={self.text(value)}" for name, value in kwargs.items())]
@@ -122,20 +122,20 @@ class _Recorder(TorchDispatchMode):
         results = list(result) if several else [result]
         if not all(isinstance(t, torch.Tensor) for t in results):
             if not self._reads:
-                return  # a question that has nothing to do with tensors, such as for dtypes
-            raise Unknown(f"{func} gives what is no tensor")
+                return  # an operator that takes no tensors, such as for type promotion
+            raise Untraceable(f"{func} returns a value that is not a tensor")
         if any(t.device != self._device for t in results):
-            raise Unknown(f"{func} takes values to another device, where Python may look at them")
+            raise Untraceable(f"{func} copies values to another device, where Python code may depend on them")
         is_known = any(self._name(t) is not None for t in results)
         if is_known or schema_of(func).is_mutable:
-            self._note((), text, is_pure=False)
+            self._add((), text, is_pure=False)
             return
         names = tuple(f"t{len(self.lines)}_{i}" for i in range(len(results)))
-        self._note(names, text, is_pure=True, several=several)
+        self._add(names, text, is_pure=True, several=several)
         for name, t in zip(names, results, strict=True):
             self._tensors[id(t)] = weakref.ref(t), name
 
-    def _note(self, results: tuple[str, ...], text: str, is_pure: bool, several: bool = False) -> None:
+    def _add(self, results: tuple[str, ...], text: str, is_pure: bool, several: bool = False) -> None:
         left = f"{', '.join(results)}{',' * several} = " if results else ""
         self.lines.append(_Line(results, left + text, frozenset(self._reads), is_pure))
         self._reads.clear()
@@ -145,19 +145,19 @@ class _Recorder(TorchDispatchMode):
         return name if ref is not None and ref() is t else None
 
     def text(self, value: Any) -> str:
-        """Python's expression for a value."""
+        """Return a Python expression for a value."""
         if value is None or type(value) in (bool, int, str):
             return repr(value)
         if isinstance(value, torch.Tensor):
             name = self._name(value)
             if name is None and not dispatch.is_constant(value):
-                raise Unknown("it reads a tensor that is no argument")
+                raise Untraceable("it reads a tensor that is neither an input nor a constant")
             if name is None:
                 return self._constant(value)
             self._reads.add(name)
             return name
-        if type(value) in WRITERS:
-            function, args = WRITERS[type(value)](value)
+        if type(value) in RECONSTRUCTORS:
+            function, args = RECONSTRUCTORS[type(value)](value)
             return f"{self._constant(function)}({', '.join(map(self.text, args))})"
         if type(value) in (list, torch.Size):
             return f"[{', '.join(map(self.text, value))}]"
@@ -173,10 +173,10 @@ class _Recorder(TorchDispatchMode):
         return name
 
     def replay(self, inputs: int, result: Any) -> Callable[..., Any] | None:
-        """Return the function that makes the calls again, if there can be one."""
-        with self._writing():
+        """Return a function that repeats the calls, or None if that is impossible."""
+        with self._recording():
             returned = self.text(result)
-        if not self._knows_all:
+        if not self._can_replay:
             return None
         names = [f"i{i}" for i in range(inputs)]
         addresses = " | ".join(f"{name}.data_ptr()" for name in names)
@@ -190,7 +190,7 @@ class _Recorder(TorchDispatchMode):
         return scope["replay"]  # type: ignore[no-any-return]
 
     def _needed_lines(self) -> list[str]:
-        """The calls whose results are read, or that write; what is not read again is deleted at once."""
+        """Return the lines that have effects or whose results are used; names are deleted after their last use."""
         reads = set(self._reads)
         lines: list[str] = []
         for line in reversed(self.lines):
@@ -206,11 +206,11 @@ class _Recorder(TorchDispatchMode):
 
 
 def trace(function: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> tuple[Any, Callable[..., Any] | None]:
-    """Run a function on tensors; return its result, and what makes the same calls on others of their layouts.
+    """Run a function on tensors; return its result, and a function that replays its calls on tensors of equal layouts.
 
-    The latter is None where there can be none. It returns NotImplemented where it does not serve, such as for tensors
-    that do not start at multiples of 16 bytes. The function may ask its tensors for all but their values, at least in
-    ways that the dispatcher does not see, as `tolist` and `numpy` are on a CPU.
+    The latter is None if the calls cannot be replayed. It returns NotImplemented for tensors that are not aligned to 16
+    bytes, and if a launch is unfit. `function` must not depend on the values of its tensors, in particular not in ways
+    that the dispatcher does not see, such as `tolist` and `numpy` on a CPU.
     """
     if any(t.data_ptr() % ALIGNMENT for t in tensors):
         return function(*tensors), None
@@ -232,22 +232,22 @@ _thread = _Thread()
 
 
 def is_recording() -> bool:
-    """Return whether a recording is under way in this thread."""
+    """Return whether this thread is recording."""
     return _thread.recorder is not None
 
 
-def insist_on(traceable: bool) -> None:
-    """Keep a recording, if one is under way in this thread, from being replayed unless what runs now is traceable."""
+def require_traceable(traceable: bool) -> None:
+    """Disable the replay of this thread's recording, if any, unless the implementation that runs is traceable."""
     if _thread.recorder is not None and not traceable:
-        _thread.recorder.give_up()
+        _thread.recorder.disable_replay()
 
 
-def launched(launch: Launch | None, args: tuple[Any, ...]) -> None:
-    """Tell a recording, if one is under way in this thread, that a kernel was launched.
+def record_launch(launch: Launch | None, args: tuple[Any, ...]) -> None:
+    """Add a kernel launch to this thread's recording, if any.
 
     Args:
-        launch: how to launch it again; None if that is not known.
-        args: its arguments.
+        launch: how to repeat it; None if that is not known.
+        args: the kernel's arguments.
     """
     if _thread.recorder is not None:
         _thread.recorder.launch(launch, args)

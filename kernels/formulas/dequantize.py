@@ -2,16 +2,16 @@
 
     W_i = (code[q_i] * absmax[i // blocksize]).to(dtype)
 
-q_i is half a byte, the high half first, in row-major order; code has the 16 values of NF4 or FP4.  With double
-quantisation the scales are bytes themselves, decoded in float32 with a rounding after each step:
+q_i are 4-bit indices in row-major order, two per byte, high nibble first; code has the 16 values of NF4 or FP4.  With
+double quantization the scales are bytes themselves, decoded in float32 with a rounding after each step:
 
     absmax[j] = nested_code[scale_j] * nested_absmax[j // nested_blocksize] + offset
 
-Weights are frozen, so there is no backward; the gradient that reaches the matrix belongs to nobody.
+Weights are frozen, so there is no backward.
 
 Shapes: packed of rows * cols / 2 bytes, absmax of one entry per block, nested_code (256,), offset (), result
 (rows, cols).  Sources: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs" (2023) for NF4 and double
-quantisation; FP4 is bitsandbytes' sign, 2 exponent bits and 1 mantissa bit, scaled so that the largest is 1.
+quantization; FP4 is bitsandbytes' format of sign, 2 exponent bits and 1 mantissa bit, scaled to a maximum of 1.
 """
 
 from __future__ import annotations
@@ -37,10 +37,9 @@ _FP4 = (0.0, 0.0052083333333333, 2 / 3, 1.0, 1 / 3, 0.5, 1 / 6, 0.25)
 CODES = {"nf4": _NF4, "fp4": (*_FP4, *(-value for value in _FP4))}
 
 
-def _kept(make: Callable[[str, torch.device], torch.Tensor]) -> Callable[[str, torch.device], torch.Tensor]:
-    """Makes a table once for each format and device; but where a mode is active, which may have it made of tensors
-    without memory, every time."""
-    cached = cache(lambda *of: dispatch.constant(make(*of)))
+def _cached_table(make: Callable[[str, torch.device], torch.Tensor]) -> Callable[[str, torch.device], torch.Tensor]:
+    """Cache a table by format and device, except while a dispatch mode is active, which may make it a fake tensor."""
+    cached = cache(lambda *key: dispatch.constant(make(*key)))
 
     @wraps(make)
     def table(quant_type: str, device: torch.device) -> torch.Tensor:
@@ -49,21 +48,21 @@ def _kept(make: Callable[[str, torch.device], torch.Tensor]) -> Callable[[str, t
     return table
 
 
-@_kept
+@_cached_table
 def code(quant_type: str, device: torch.device) -> torch.Tensor:
-    """The 16 values of a format, in float32.
+    """Return the 16 values of a format, in float32.
 
     Raises:
         ValueError: for an unknown format.
     """
     if quant_type not in CODES:
-        raise ValueError(f"dequantize_4bit: quant_type {quant_type!r} is none of {', '.join(CODES)}")
+        raise ValueError(f"dequantize_4bit: quant_type must be one of {', '.join(CODES)}; got {quant_type!r}")
     return torch.tensor(CODES[quant_type], dtype=torch.float32, device=device)
 
 
-@_kept
+@_cached_table
 def pairs(quant_type: str, device: torch.device) -> torch.Tensor:
-    """The two values of each byte, (256, 2) in float32."""
+    """Return the two values of each byte, (256, 2) in float32."""
     byte = torch.arange(256, device=device)
     return code(quant_type, device)[torch.stack((byte >> 4, byte & 15), dim=-1)]
 
@@ -75,7 +74,7 @@ def scales(
     offset: torch.Tensor | None,
     nested_blocksize: int,
 ) -> torch.Tensor:
-    """The scale of each block, in float32."""
+    """Return the scale of each block, in float32."""
     if nested_absmax is None or nested_code is None:
         return absmax.float()
     block = torch.arange(absmax.numel(), device=absmax.device) // nested_blocksize
@@ -96,18 +95,18 @@ def reference(
     cols: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The decoded matrix, (rows, cols) in `dtype`."""
+    """Return the decoded matrix, (rows, cols) in `dtype`."""
     stored = packed.contiguous().view(torch.uint8).reshape(-1)
-    halves = torch.stack((stored >> 4, stored & 15), dim=-1).flatten()[: rows * cols]
+    indices = torch.stack((stored >> 4, stored & 15), dim=-1).flatten()[: rows * cols]
     block = torch.arange(rows * cols, device=packed.device) // blocksize
     scale = scales(absmax, nested_absmax, nested_code, offset, nested_blocksize)[block]
-    return (code(quant_type, packed.device)[halves.long()] * scale).to(dtype).view(rows, cols)
+    return (code(quant_type, packed.device)[indices.long()] * scale).to(dtype).view(rows, cols)
 
 
 def forward(
     packed: torch.Tensor, blocksize: int, quant_type: str, rows: int, cols: int, dtype: torch.dtype, **scaling: Any
 ) -> tuple[torch.Tensor]:
-    """The same, byte by byte and block by block."""
+    """Compute `reference` with one lookup per byte, and one scale per block."""
     stored = packed.contiguous().view(torch.uint8).reshape(-1)
     values = pairs(quant_type, packed.device)[stored.int()].flatten()
     scale = scales(**scaling)

@@ -1,12 +1,12 @@
-"""DoRA, an adapter whose rows have a magnitude of their own: on a linear layer, on any base value, and its norms.
+"""DoRA, which scales the rows of an adapted weight: a linear layer, the adapter on any base output, and the row norms.
 
     base = linear(x, W, b)                           every operand in base_dtype
     low  = linear(linear(x, A), B)                   every operand in lora_dtype
     y    = base + (m - 1) * (base - b) + m * s * low           m: one factor for each output feature
 
-PEFT takes m = magnitude / ||W + s B A||, the norm of each row, and no gradient flows into the norm.  `dora_norm` is
-that norm, `dora_linear` is y with all that it is made of, and `dora_add` the last line for a `base` and, in place of
-base - b, a `plain` that somebody else computed: behind a dropout, say, the two have different inputs.
+PEFT uses m = magnitude / ||W + s B A||, with the norm of each row, through which no gradient flows.  `dora_norm` is
+that norm, `dora_linear` is y, and `dora_add` is the last line for a given `base` and, in place of base - b, a given
+`plain`: with dropout, for example, the two have different inputs.
 
 With u = x W^T + s low the adapted layer is y = m * u + b, and
 
@@ -14,14 +14,14 @@ With u = x W^T + s low the adapted layer is y = m * u + b, and
 
     dora_add:  u = plain + s low       dbase = dy       dplain = dy * (m - 1)       dx, dA, dB: those of s low, from g
 
-u is made in float32 or wider and y rounded once, where eager rounds base, low and their difference with b before.
+u is computed in float32 or wider and y is rounded once, where eager also rounds base, low and base - b.
 
-Saved: u, which only dm reads, in the wider of base's and low's dtypes, where eager keeps both; s xa, one row of R per
+Saved: u, which only dm reads, in the wider of base's and low's dtypes, where eager saves both; s xa, one row of R per
 token; x if A or W is trained.
 
-The norm is made of a few rows of W + s B A at a time, in float32 or wider, where eager makes a unit matrix, B A, s B A
-and the sum, each as large as W or larger.  ||W||^2 + 2 s <W, BA> + s^2 ||BA||^2 would need no such matrix at all, but
-loses all its digits where W is about -s B A.
+The norm is computed from a few rows of W + s B A at a time, in float32 or wider, where eager materializes an identity
+matrix, B A, s B A and the sum, each at least as large as W.  ||W||^2 + 2 s <W, BA> + s^2 ||BA||^2 would need no such
+matrix at all, but cancels if W is close to -s B A.
 
 Shapes: x (..., K), W (N, K), b (N,), A (R, K), B (N, R), m (N,) or (1, N), base, plain and y (..., N).
 Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (2024).
@@ -39,10 +39,10 @@ from fastlora.kernels.core.gradients import Gradients, Wanted
 from fastlora.kernels.core.library import register_op
 from fastlora.kernels.core.numerics import cast, rows, sum_products, sum_rows
 from fastlora.kernels.core.semantic_op import Policy
-from fastlora.kernels.formulas.lora_linear import base_backward, carried, low_rank_backward
+from fastlora.kernels.formulas.lora_linear import base_backward, low_rank_backward, xa_scaling
 
 _SLICE = 1 << 22
-"""Elements of W + s B A that exist at a time."""
+"""Elements of W + s B A that are materialized at a time."""
 
 
 def _wide(*dtypes: torch.dtype) -> torch.dtype:
@@ -56,7 +56,7 @@ def reference(
     base_dtype: torch.dtype,
     **adapter: Any,
 ) -> torch.Tensor:
-    """The adapted layer as PEFT writes it. Returns y of shape (..., N) in `out_dtype`."""
+    """Compute the adapted layer as PEFT does. Return y of shape (..., N) in `out_dtype`."""
     base = F.linear(x.to(base_dtype), weight.to(base_dtype), cast(bias, base_dtype))
     plain = base if bias is None else base - bias
     return add_reference(base, plain, x, **adapter)
@@ -73,7 +73,7 @@ def add_reference(
     lora_dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """What PEFT adds to `base`. Returns y of base's shape in `out_dtype`."""
+    """Add to `base` what PEFT adds. Return y of base's shape in `out_dtype`."""
     m = scale.reshape(-1)
     low = F.linear(F.linear(x.to(lora_dtype), lora_a.to(lora_dtype)), lora_b.to(lora_dtype))
     return (base + ((m - 1) * plain + m * low * scaling)).to(out_dtype)
@@ -90,14 +90,14 @@ def _results(
     lora_dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y = m * u + rest, u and s xa, the latter two as they are kept."""
+    """Return y = m * u + rest, and the residuals u and s xa."""
     xa = F.linear(x.to(lora_dtype), lora_a.to(lora_dtype))
     low = F.linear(xa, lora_b.to(lora_dtype))
     wide = _wide(plain.dtype, lora_dtype, scale.dtype)
     m, u = scale.reshape(-1).to(wide), torch.add(plain.to(wide), low.to(wide), alpha=scaling)
     y = u * m if rest is None else torch.addcmul(rest.to(wide), u, m)
-    kept = rows(u).to(torch.promote_types(plain.dtype, lora_dtype))
-    return y.to(out_dtype), kept, rows(xa) * carried(scaling, lora_dtype)
+    saved_u = rows(u).to(torch.promote_types(plain.dtype, lora_dtype))
+    return y.to(out_dtype), saved_u, rows(xa) * xa_scaling(scaling, lora_dtype)
 
 
 def forward(
@@ -112,7 +112,7 @@ def forward(
 
 
 def _scaled(dy: torch.Tensor, scale: torch.Tensor, *dtypes: torch.dtype) -> torch.Tensor:
-    """dy * m, in the wider of the dtypes that the layer computes in."""
+    """Return dy * m in the widest of `dtypes`."""
     return (dy * scale.reshape(-1)).to(reduce(torch.promote_types, dtypes))
 
 
@@ -244,7 +244,7 @@ def norm_reference(
     sum_dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """||W + s B A|| of each row as PEFT computes it, without gradients. Returns (N,) in `out_dtype`."""
+    """Compute ||W + s B A|| of each row as PEFT does, without gradients. Return (N,) in `out_dtype`."""
     eye = torch.eye(lora_a.shape[1], dtype=lora_dtype, device=lora_a.device)
     product = F.linear(F.linear(eye, lora_a.to(lora_dtype)), lora_b.to(lora_dtype)).T
     total = weight.to(sum_dtype) + scaling * product.to(sum_dtype).detach()

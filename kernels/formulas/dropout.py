@@ -1,23 +1,23 @@
-"""Dropout whose mask is a function of a seed and of where an element stands, so that it need not be kept:
+"""Dropout whose mask is computed from a seed and the index of an element, so that it need not be saved:
 
     z = x * m (+ base)        m_i = 1 / (1 - p) if r_i >= p 2^32, else 0        r_i = random(seed, i), 32 bits
 
-i is an element's position in row-major order, whatever its strides are.  r_i is word i mod 4 of what the block cipher
-Philox-4x32-10 makes of the counter i div 4 under the key `seed`: ten rounds of
+i is an element's index in row-major order, independent of its strides.  r_i is word i mod 4 of the output of the
+counter-based generator Philox-4x32-10 for the counter i div 4 and the key `seed`: ten rounds of
 
     c0, c1, c2, c3 = hi(B c2) ^ c1 ^ k0,  lo(B c2),  hi(A c0) ^ c3 ^ k1,  lo(A c0)        k0 += U,  k1 += V
 
 on words of 32 bits, where hi and lo are the halves of a product.  The counter's words are the low and the high half of
 i div 4, then zeros, and the key's are those of the seed.
 
-Backward.  Dropout is linear, and its transpose is itself:
+Backward.  Dropout is linear and self-adjoint:
 
     dx = dz * m        dbase = dz
 
-so a layer behind it draws the mask again, and with `base` adds the dropped-out gradient onto another in one pass.
+so the backward recomputes the mask, and with `base` adds the masked gradient to another one in one pass.
 
-Saved: the seed.  m and x * m are made in float32 (the inverse of a rounded 1 - p, as in PyTorch) and rounded once, so
-z is what PyTorch's dropout gives for the same mask; 0 times inf and nan are nan there as here.
+Saved: the seed.  m and x * m are computed in float32 (1 / (1 - p) from a rounded 1 - p, as in PyTorch) and rounded
+once, so z equals PyTorch's dropout for the same mask; 0 times inf or nan is nan in both.
 
 Shapes: x, base and z (T, K) or any other; seed one int64.
 Sources: Srivastava et al., "Dropout" (2014); Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (2011).
@@ -40,17 +40,17 @@ _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _INCREMENTS = 0x9E3779B9, 0xBB67AE85
 _WORD = 0xFFFFFFFF
 SEEDS = 2**63 - 1
-"""Seeds are drawn from the integers below this."""
+"""Seeds are drawn from [0, SEEDS)."""
 
 Words = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def philox(counter: Words, key: tuple[torch.Tensor, torch.Tensor], rounds: int = 10) -> Words:
-    """Philox-4x32: four random words for each counter. All words are int64 tensors of values below 2^32."""
+    """Compute Philox-4x32: four random words for each counter. All words are int64 tensors of values below 2^32."""
     (c0, c1, c2, c3), (k0, k1) = counter, key
     a, b = _MULTIPLIERS
     for _ in range(rounds):
-        left, right = c0 * a, c2 * b  # modulo 2^64, and the shifts below read them as unsigned
+        left, right = c0 * a, c2 * b  # modulo 2^64; shifted and masked below as if unsigned
         c0 = ((right >> 32) & _WORD) ^ c1 ^ k0
         c2 = ((left >> 32) & _WORD) ^ c3 ^ k1
         c1, c3 = right & _WORD, left & _WORD
@@ -59,7 +59,7 @@ def philox(counter: Words, key: tuple[torch.Tensor, torch.Tensor], rounds: int =
 
 
 def random_words(seed: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """r of the module's docstring for each position, both int64."""
+    """Return r of the module's docstring for each index `position`, both int64."""
     counter, zero = position >> 2, torch.zeros_like(position)
     key = seed & _WORD, (seed >> 32) & _WORD
     first, second, third, fourth = philox((counter & _WORD, counter >> 32, zero, zero), key)
@@ -68,20 +68,22 @@ def random_words(seed: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
 
 
 def threshold(p: float) -> int:
-    """The words below it, of 2^32, are dropped."""
+    """Return the number below which a random word drops its element."""
     return round(p * 2**32)
 
 
 def inverse(p: float) -> float:
-    """1 / (1 - p), as float32 has it."""
+    """Return 1 / (1 - p), computed in float32."""
     return ctypes.c_float(1 / ctypes.c_float(1 - p).value).value
 
 
 def check(x: torch.Tensor, base: torch.Tensor | None, seed: torch.Tensor, p: float) -> None:
-    """Turns down what no mask can be drawn for.
+    """Check the arguments of the op.
 
     Raises:
-        ValueError: naming the argument.
+        ValueError: for a probability outside of [0, 1), a seed that is not one int64 on x's device, or a base of
+        another
+            shape.
     """
     if not 0 <= p < 1:
         raise ValueError(f"dropout: p={p} has to be at least 0 and less than 1; a layer that drops all can be left out")
@@ -94,8 +96,8 @@ def check(x: torch.Tensor, base: torch.Tensor | None, seed: torch.Tensor, p: flo
 
 
 def mask(like: torch.Tensor, seed: torch.Tensor, p: float, dtype: torch.dtype) -> torch.Tensor:
-    """m, in the shape of `like` and on its device."""
-    if is_fake(like):  # tracing asks for a shape, and the rounds are a hundred operators
+    """Return m in `dtype`, in the shape of `like` and on its device."""
+    if is_fake(like):  # only the shape matters, and the rounds are a hundred operators
         return like.new_empty(like.shape, dtype=dtype)
     words = random_words(seed.reshape(1), torch.arange(like.numel(), device=like.device))
     factor = inverse(p) if dtype is torch.float32 else 1 / (1 - p)
@@ -105,7 +107,7 @@ def mask(like: torch.Tensor, seed: torch.Tensor, p: float, dtype: torch.dtype) -
 def reference(
     x: torch.Tensor, base: torch.Tensor | None, seed: torch.Tensor, p: float, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    """Dropout with the mask of the seed, added to `base`. Returns z of x's shape in `out_dtype`, contiguous."""
+    """Apply dropout with the mask of the seed, and add `base`. Return z of x's shape in `out_dtype`, contiguous."""
     check(x, base, seed, p)
     wide = torch.promote_types(x.dtype, torch.float32)
     if base is not None:
@@ -149,17 +151,17 @@ def dropped_out(
     dtype: torch.dtype,
     base: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What another op makes of its input: x in `dtype` without a seed, else z by the form that runs on x's device."""
+    """Return dropout of x (+ base) in `dtype`, for other ops; without a seed, x in `dtype`."""
     if seed is None or p is None:
         return x.to(dtype)
     return dropout.target(x, base, seed, p, dtype)
 
 
 def check_argument(seed: torch.Tensor | None, p: float | None, x_dropped: torch.Tensor | None = None) -> None:
-    """Whether another op drops out its input in one way at most.
+    """Check the dropout arguments of another op.
 
     Raises:
-        ValueError: naming the arguments.
+        ValueError: if only one of seed and p is given, or a seed together with `x_dropped`.
     """
     if (seed is None) != (p is None):
         raise ValueError(f"seed={seed} with dropout={p}: give both to drop out the input, or neither")
@@ -168,7 +170,7 @@ def check_argument(seed: torch.Tensor | None, p: float | None, x_dropped: torch.
 
 
 def is_cheap(t: torch.Tensor) -> bool:
-    """Whether a kernel draws the masks of tensors like this; in PyTorch's integer arithmetic they cost too much."""
+    """Return whether a Triton kernel computes the masks of tensors like this; in PyTorch they are too slow."""
     if t.device.type != "cuda" or not runs_kernels(t.device):
         return False
     return computes(t.dtype, t.device)

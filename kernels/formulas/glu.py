@@ -11,10 +11,10 @@ Backward:
 
     dgate = dy * up * act'(gate)        dup = dy * act(gate)
 
-Saved: gate and up.  act(gate) is recomputed.  Half precision is widened to float32 and rounded once, where eager rounds
-after the activation as well.
+Saved: gate and up.  act(gate) is recomputed.  Half precision is computed in float32 and rounded once, where eager
+rounds after the activation as well.
 
-Shapes: gate, up and y (..., I); y and dgate are laid out in memory as gate is, dup as up.
+Shapes: gate, up and y (..., I); y and dgate have the strides of gate, dup those of up.
 Sources: Shazeer, "GLU Variants Improve Transformer" (2020); Hendrycks and Gimpel, "Gaussian Error Linear Units" (2016).
 """
 
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 from fastlora.kernels.core.cost import Cost, Work
 from fastlora.kernels.core.gradients import Gradients, Wanted
-from fastlora.kernels.core.implementations import laid_out
+from fastlora.kernels.core.implementations import with_strides_of
 from fastlora.kernels.core.library import register_op
 
 _CUBIC = 0.044715
@@ -83,7 +83,7 @@ def _known(activation: str) -> tuple[Elementwise, Elementwise]:
 
 
 def reference(gate: torch.Tensor, up: torch.Tensor, activation: str, out_dtype: torch.dtype) -> torch.Tensor:
-    """The gated unit as the models write it. Returns y in `out_dtype`."""
+    """Compute the gated unit as models do. Return y in `out_dtype`."""
     return (activate(gate, activation) * up).to(out_dtype)
 
 
@@ -93,7 +93,7 @@ def _wide(gate: torch.Tensor, up: torch.Tensor) -> torch.dtype:
 
 def forward(gate: torch.Tensor, up: torch.Tensor, activation: str, out_dtype: torch.dtype) -> tuple[torch.Tensor]:
     wide = _wide(gate, up)
-    return (laid_out((activate(gate.to(wide), activation) * up.to(wide)).to(out_dtype), gate),)
+    return (with_strides_of((activate(gate.to(wide), activation) * up.to(wide)).to(out_dtype), gate),)
 
 
 def backward(
@@ -103,9 +103,9 @@ def backward(
     z, dy = gate.to(wide), grads[0].to(wide)
     gradients: Gradients = {}
     if wanted["gate"]:
-        gradients["gate"] = laid_out((dy * up.to(wide) * derivative(z, activation)).to(gate.dtype), gate)
+        gradients["gate"] = with_strides_of((dy * up.to(wide) * derivative(z, activation)).to(gate.dtype), gate)
     if wanted["up"]:
-        gradients["up"] = laid_out((dy * activate(z, activation)).to(up.dtype), up)
+        gradients["up"] = with_strides_of((dy * activate(z, activation)).to(up.dtype), up)
     return gradients
 
 

@@ -1,7 +1,7 @@
-"""LayerNorm, alone and with the residual addition before it.
+"""LayerNorm, alone and with the preceding residual addition.
 
-    h = x.to(compute)                     for add_layer_norm x is the sum, residual + x, rounded to its own dtype;
-                                          `residual_add.py` has it, and the dropout that x may go through before
+    h = x.to(compute)                     for add_layer_norm, x is the sum residual + x, rounded to its own dtype; see
+                                          `residual_add.py`, also for dropout of x before the addition
     m = mean(h)                           over the last dimension, one number per row
     r = rsqrt(mean((h - m)^2) + eps)      the same
     n = (h - m) * r
@@ -11,14 +11,14 @@ Backward, with g = dy * w:
 
     dh = r * (g - mean(g) - n * mean(g * n))        dw = sum over rows of dy * n        db = sum over rows of dy
 
-because dn = r * (dh - mean(dh) - n * mean(n * dh)), a symmetric map: it projects a row off the constants and off n, the
-two directions that a shift and a scaling of the row, which leave n alone, would move it in.  Saved: x, m and r (two
-numbers per row).  n is recomputed, which costs a subtraction and a multiplication and saves a tensor of x's size.  For
-the sum, both operands receive dh plus the gradient that the sum itself receives; x that times its mask, if it has one.
+because dn = r * (dh - mean(dh) - n * mean(n * dh)) is a symmetric map: the projection orthogonal to the constants and
+to n, since shifting and scaling a row leave n unchanged.  Saved: x, m and r (two numbers per row).  n is recomputed,
+which costs a subtraction and a multiplication and saves a tensor of x's size.  For the sum, the gradient of residual is
+dh plus the gradient of the sum itself, and that of x the same times the dropout mask, if any.
 
-Shapes: x (..., H), weight and bias (H,) or None, seed one int64; y is contiguous, as torch's own layer_norm makes it,
-and dx is laid out in memory as x, or the sum, is.
-`compute` is x's dtype, or float32 where that is narrower: half precision is rounded once, at the end.
+Shapes: x (..., H), weight and bias (H,) or None, seed one int64; y is contiguous, as in torch's own layer_norm, and dx
+has the strides of x, or of the sum.
+`compute` is x's dtype, or float32 if that is narrower: half precision is rounded once, at the end.
 Source: Ba, Kiros and Hinton, "Layer Normalization" (2016).
 """
 
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 from fastlora.kernels.core.cost import Cost, Work
 from fastlora.kernels.core.gradients import Gradients
-from fastlora.kernels.core.implementations import contiguous, laid_out
+from fastlora.kernels.core.implementations import contiguous, with_strides_of
 from fastlora.kernels.core.library import register_op
 from fastlora.kernels.core.semantic_op import Policy
 from fastlora.kernels.formulas import residual_add
@@ -46,7 +46,7 @@ def _compute_dtype(x: torch.Tensor) -> torch.dtype:
 def reference(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    """LayerNorm over the last dimension. Returns y of x's shape in `out_dtype`."""
+    """Compute LayerNorm over the last dimension. Return y of x's shape in `out_dtype`."""
     compute = _compute_dtype(x)
     weight, bias = (t if t is None else t.to(compute) for t in (weight, bias))
     return F.layer_norm(x.to(compute), x.shape[-1:], weight, bias, eps).to(out_dtype)
@@ -55,7 +55,7 @@ def reference(
 def forward(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, out_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns y and the residuals mean and rstd, of shape (..., 1) in the dtype of the computation."""
+    """Return y and the residuals mean and rstd, of shape (..., 1) in the compute dtype."""
     h = contiguous(x.to(_compute_dtype(x)))
     mean = h.mean(-1, keepdim=True)
     centered = h - mean  # before squaring: mean(h^2) - m^2 would cancel
@@ -69,7 +69,7 @@ def forward(
 
 
 def _backward(
-    wants_dh: bool,
+    needs_dh: bool,
     wanted: dict[str, bool],
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -78,7 +78,7 @@ def _backward(
     mean: torch.Tensor,
     rstd: torch.Tensor,
 ) -> tuple[torch.Tensor | None, Gradients]:
-    """The gradient of h, in the dtype of the computation, and those of weight and bias."""
+    """Return the gradient of h, in the compute dtype, and those of weight and bias."""
     n = (x.to(rstd.dtype) - mean) * rstd
     g = dy.to(rstd.dtype)
     gradients: Gradients = {}
@@ -86,7 +86,7 @@ def _backward(
         gradients["weight"] = _sum_rows(g * n).to(weight.dtype)
     if bias is not None and wanted["bias"]:
         gradients["bias"] = _sum_rows(g).to(bias.dtype)
-    if not wants_dh:
+    if not needs_dh:
         return None, gradients
     if weight is not None:
         g = g * weight
@@ -109,7 +109,7 @@ def backward(
     **_: Any,
 ) -> Gradients:
     dh, gradients = _backward(wanted["x"], wanted, grads[0], x, weight, bias, mean, rstd)
-    return {**gradients, "x": dh if dh is None else laid_out(dh.to(x.dtype), x)}
+    return {**gradients, "x": dh if dh is None else with_strides_of(dh.to(x.dtype), x)}
 
 
 layer_norm = register_op(
@@ -137,10 +137,10 @@ def add_reference(
     dropout: float | None = None,
     **attributes: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm of the sum, and the sum, which goes on as the residual stream.
+    """Return the norm of the sum, and the sum, which is the new residual stream.
 
     Raises:
-        ValueError: if only one of `seed` and `dropout` is given, or no mask can be drawn from them.
+        ValueError: if only one of `seed` and `dropout` is given, or they are invalid.
     """
     total = residual_add.reference(residual, x, seed, dropout)
     return reference(total, **attributes), total

@@ -1,10 +1,10 @@
-"""Experts, or other grouped layers, whose matrices have low-rank adapters, without the sums of the two.
+"""Experts, or other grouped layers, with LoRA, without merging the adapters into the weights.
 
     W' = W + s (left @ right)                        one matrix for each of E experts
     y_t = x_t W'_e^T                                 for the tokens t of expert e, which are sorted by expert
 
-is what PEFT and transformers compute, W' being made in every forward, and its gradient in every backward though W is
-frozen. Here nothing of W's size is made:
+is what PEFT and transformers compute: they materialize W' in every forward, and its gradient in every backward though W
+is frozen. Here nothing of W's size is materialized:
 
     xa_t = x_t A_e^T        y_t = x_t W_e^T + s xa_t B_e^T
 
@@ -12,14 +12,14 @@ Backward, dxa being only R wide, each product over the rows of an expert:
 
     dxa = s dy B        dB = dy^T (s xa)        dA = dxa^T x        dx = dy W + dxa A        dW = dy^T x
 
-Matrices lie in either of two ways. With `out_first`, W is (E, N, K), left is B, (E, N, R), and right is A, (E, R, K);
-otherwise each is the transpose: W is (E, K, N), left is A^T, (E, K, R), and right is B^T, (E, R, N).
+Matrices have one of two layouts. With `out_first`, W is (E, N, K), left is B, (E, N, R), and right is A, (E, R, K);
+otherwise each is transposed: W is (E, K, N), left is A^T, (E, K, R), and right is B^T, (E, R, N).
 
-Rounding: eager rounds W', here xa is rounded, and y once more after its first product. Everything has one dtype, to
-which the graph casts before. An expert without tokens has gradients of zeros, as in eager.
+Rounding: eager rounds W'; here xa is rounded, and y once more after its first product. All operands have the same
+dtype. An expert without tokens has gradients of zeros, as in eager.
 
-Saved: s xa, one row of R per token, if B is trained; x if A or W is. In float16 a factor above 1 is left to dB, as in
-`lora_linear.py`.
+Saved: s xa, one row of R per token, if B is trained; x if A or W is. In float16 a scaling above 1 is applied to dB
+instead, as in `lora_linear.py`.
 
 Shapes: x (T, K), y (T, N), offs (E,), the ends of the experts' tokens, int32 or int64. Rows from the last offset on are
 in no group: those of y and of dx are zero with `zero_rest`, otherwise undefined (`grouped_mm.py`).
@@ -38,7 +38,7 @@ from fastlora.kernels.core.gradients import Gradients, Wanted
 from fastlora.kernels.core.grouped_mm import Groups
 from fastlora.kernels.core.library import register_op
 from fastlora.kernels.core.semantic_op import Policy
-from fastlora.kernels.formulas.lora_linear import carried, remainder
+from fastlora.kernels.formulas.lora_linear import b_scaling, xa_scaling
 
 
 def reference(
@@ -51,16 +51,16 @@ def reference(
     out_first: bool,
     zero_rest: bool,
 ) -> torch.Tensor:
-    """The adapted experts as PEFT and transformers compute them. Returns y of shape (T, N), zero in no group's rows."""
+    """Compute the adapted experts as PEFT and transformers do. Return y of shape (T, N), zero in rows of no group."""
     total = torch.baddbmm(weight, left, right, alpha=scaling)
     return grouped_mm.reference(x, total.mT if out_first else total, offs)
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, offs: torch.Tensor) -> None:
-    """What can be told without looking at values.
+    """Check dimensions and dtypes; the values of offs are not checked.
 
     Raises:
-        ValueError: if dimensions or dtypes do not fit.
+        ValueError: if dimensions or dtypes do not match.
     """
     if x.dim() != 2 or offs.dim() != 1 or any(t.dim() != 3 for t in (weight, left, right)):
         raise ValueError("x has to be (T, K), offs (E,), and weight, left and right three-dimensional")
@@ -73,12 +73,12 @@ def _check(x: torch.Tensor, weight: torch.Tensor, left: torch.Tensor, right: tor
 
 
 def _factors(left: torch.Tensor, right: torch.Tensor, out_first: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (E, R, K) and B (E, N, R)."""
+    """Return A (E, R, K) and B (E, N, R)."""
     return (right, left) if out_first else (left.mT, right.mT)
 
 
 def _names(out_first: bool) -> tuple[str, str]:
-    """Which arguments hold A and B."""
+    """Return the names of the arguments that hold A and B."""
     return ("right", "left") if out_first else ("left", "right")
 
 
@@ -98,7 +98,7 @@ def forward(
     xa = groups.product(x, a.mT)
     y = groups.product(x, weight.mT if out_first else weight)
     y = groups.add_product(y, xa, b.mT, alpha=scaling)
-    return y, xa * carried(scaling, x.dtype)
+    return y, xa * xa_scaling(scaling, x.dtype)
 
 
 def backward(
@@ -118,7 +118,7 @@ def backward(
     dy = grads[0]
     groups = Groups(offs, dy, zero_rest)
     a, b = _factors(left, right, out_first)
-    for_a, for_b = _names(out_first)
+    name_a, name_b = _names(out_first)
     gradients: Gradients = {}
 
     def outer(out_side: torch.Tensor, in_side: torch.Tensor | None, alpha: float = 1.0) -> torch.Tensor:
@@ -127,13 +127,13 @@ def backward(
 
     if wanted["weight"]:
         gradients["weight"] = outer(dy, x)
-    if wanted[for_b]:
-        gradients[for_b] = outer(dy, xa, remainder(scaling, dy.dtype))
-    if not (wanted[for_a] or wanted["x"]):
+    if wanted[name_b]:
+        gradients[name_b] = outer(dy, xa, b_scaling(scaling, dy.dtype))
+    if not (wanted[name_a] or wanted["x"]):
         return gradients
     dxa = groups.product(dy, b, alpha=scaling)
-    if wanted[for_a]:
-        gradients[for_a] = outer(dxa, x)
+    if wanted[name_a]:
+        gradients[name_a] = outer(dxa, x)
     if wanted["x"]:
         dx = groups.product(dy, weight if out_first else weight.mT)
         gradients["x"] = groups.add_product(dx, dxa, a)

@@ -1,17 +1,16 @@
-"""Several adapted linear layers of one input, as q, k, v or gate, up:  y_i = base_i(x) + s_i low_i(x).
+"""Several LoRA layers with a shared input, such as q, k, v or gate, up:  y_i = base_i(x) + s_i low_i(x).
 
-Each member is `lora_linear` without dropout or with one of its own seed, with its roundings; `lora_linear.py` has the
-formulas.
+Each member is a `lora_linear`, with its roundings, optionally with dropout from a seed of its own; `lora_linear.py` has
+the formulas.
 
-Backward.  The members' parameters have the gradients they have alone, and the input sums over the members:
+Backward.  The gradients of parameters are those of `lora_linear`, and the input gradient is the sum over the members:
 
     dx = sum over i of (dy_i W_i + (dxa_i A_i) * m_i)        m_i = 1 without dropout
 
-as one chain of products that add onto each other, where eager makes 2n tensors of x's size and adds them up. A masked
-product joins the others in a pass of its own.
-A member whose output received no gradient is left out: it costs nothing, and its parameters get none.
+as one chain of products that are added onto each other, where eager materializes 2n tensors of x's size. Adding a
+masked product takes an extra pass. Members whose output received no gradient are skipped.
 
-Saved: x once, if any W or A is trained; s_i xa_i side by side, one row of the sum of R_i per token.
+Saved: x once, if any W or A is trained; s_i xa_i concatenated, one row of the sum of R_i per token.
 
 Shapes: x (..., K), W_i (N_i, K), A_i (R_i, K), B_i (N_i, R_i), y_i (..., N_i).  Members may differ in N and in R; the
 cost is that of M members of one R, with N the sum of theirs.
@@ -37,7 +36,7 @@ _LISTS = (*single.PARAMETERS, "scaling", "seed", "dropout")
 
 
 def _members(lists: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
-    """One dict of a member's values from each position of the lists."""
+    """Yield a dict of each member's values."""
     for values in zip(*lists.values(), strict=True):
         yield dict(zip(lists, values, strict=True))
 
@@ -56,7 +55,7 @@ def reference(
     seed: list[torch.Tensor | None],
     dropout: list[float | None],
 ) -> list[torch.Tensor]:
-    """The adapted layers as PEFT writes them. Returns one y of shape (..., N) in `out_dtype` for each."""
+    """Compute the adapted layers as PEFT does. Return one y of shape (..., N) in `out_dtype` for each."""
     dtypes: dict[str, Any] = {"base_dtype": base_dtype, "lora_dtype": lora_dtype, "out_dtype": out_dtype}
     lists: list[list[Any]] = [weight, bias, lora_a, lora_b, lora_bias, scaling, seed, dropout]
     members = _members(dict(zip(_LISTS, lists, strict=True)))
@@ -81,17 +80,17 @@ def backward(
     **lists: list[Any],
 ) -> Gradients:
     lists["xa"] = list(xa.split([a.shape[0] for a in lists["lora_a"]], dim=1))
-    wants = _members({name: wanted[name] for name in single.PARAMETERS})
+    wanted_of_members = _members({name: wanted[name] for name in single.PARAMETERS})
     gradients: dict[str, list[torch.Tensor | None]] = {name: [] for name in single.PARAMETERS}
     addends: list[Addend] = []
     masked: list[tuple[Addend, torch.Tensor, float]] = []
-    for dy, want, member in zip(grads[0], wants, _members(lists), strict=True):
+    for dy, wanted_of_member, member in zip(grads[0], wanted_of_members, _members(lists), strict=True):
         of_member: Gradients = {}
         seed, p = member.pop("seed"), member.pop("dropout")
         if dy is not None:
-            z = dropped_out(x, seed, p, lora_dtype) if x is not None and want["lora_a"] else None
+            z = dropped_out(x, seed, p, lora_dtype) if x is not None and wanted_of_member["lora_a"] else None
             of_member, dx, dz = single.parts_backward(
-                want, wanted["x"], dy, x, z, base_dtype=base_dtype, lora_dtype=lora_dtype, **member
+                wanted_of_member, wanted["x"], dy, x, z, base_dtype=base_dtype, lora_dtype=lora_dtype, **member
             )
             addends += dx if seed is not None else dx + dz
             masked += [(low, seed, p) for low in dz] if seed is not None else []

@@ -1,28 +1,28 @@
-"""A linear layer with a low-rank adapter, as PEFT computes it, and the adapter alone.
+"""A linear layer with LoRA, as PEFT computes it, and the adapter alone.
 
     base = linear(x, W, b)                           every operand in base_dtype
     xa   = z A^T        low = linear(xa, B, c)       every operand in lora_dtype; z is x, or x after dropout
     y    = (base + low * s).to(out_dtype)            the sum in the widest of the three dtypes
 
-so the roundings are eager's, in eager's order: float32 adapters on a bfloat16 base compute in float32, and under
-autocast all of it is bfloat16, but for a float32 sum where the base's result is cast to join a float32 residual stream.
-`lora_add` is the last line for any `base` that somebody else computed.
+so the roundings are eager's, in eager's order: float32 adapters on a bfloat16 base compute in float32; under autocast
+everything is bfloat16, except for a float32 sum if the base layer's output is cast for a float32 residual stream.
+`lora_add` is the last line for a given `base`.
 
 Backward, with the low-rank path factored through dxa, which is only R wide:
 
     dW = dy^T x         db = sum dy          dx = dy W
     dB = dy^T (s xa)    dc = s sum dy        dxa = s dy B        dA = dxa^T z        dz = dxa A
 
-s multiplies what is only R wide, so dy * s, as large as y, is never made.  Without dropout z is x and
-dx = dy W + dxa A: the second product adds onto the first where their dtypes agree.
+s is applied to tensors that are only R wide, so dy * s, as large as y, is never materialized.  Without dropout z is x
+and dx = dy W + dxa A, where the second product is added onto the first if their dtypes agree.
 
-Dropout comes in two ways.  A z that somebody else has dropped out, `x_dropped`, has a gradient of its own.  With a
-`seed` and a probability, `dropout`, z is x * m with the mask m of `dropout.py`, made here and not kept: the backward
-makes it again for dA, and dx = dy W + (dxa A) * m, the mask and the sum in one pass.
+There are two kinds of dropout.  A given z, `x_dropped`, has a gradient of its own.  With a `seed` and a probability,
+`dropout`, z is x * m with the mask m of `dropout.py`, which is not saved: the backward recomputes z for dA, and
+dx = dy W + (dxa A) * m is masked and summed in one pass.
 
-Saved: s xa, one row of R per token, which saves dB from recomputing it; z only if A is trained, x only if z is made of
-x or W is trained.  A frozen base behind dropout, or an adapter with a frozen A, saves no activation but s xa.  In
-float16 a factor above 1 is left to B and dB: s xa may be too large a number for it where xa and y are not.
+Saved: s xa, one row of R per token, for dB; z only if A is trained, x only if W is trained or z is computed from x and
+A is trained.  A frozen base with dropout, or an adapter with a frozen A, saves no activation but s xa.  In float16 a
+scaling above 1 is applied to B and dB instead, since s xa may overflow where xa and y do not.
 
 Shapes: x and z (..., K), W (N, K), b and c (N,), A (R, K), B (N, R), y (..., N), xa (T, R) for T tokens.
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021).
@@ -62,7 +62,7 @@ def reference(
     seed: torch.Tensor | None = None,
     dropout: float | None = None,
 ) -> torch.Tensor:
-    """The adapted layer as PEFT writes it. Returns y of shape (..., N) in `out_dtype`."""
+    """Compute the adapted layer as PEFT does. Return y of shape (..., N) in `out_dtype`."""
     masks.check_argument(seed, dropout, x_dropped)
     base = F.linear(x.to(base_dtype), weight.to(base_dtype), cast(bias, base_dtype))
     z = x if x_dropped is None else x_dropped
@@ -81,7 +81,7 @@ def add_reference(
     seed: torch.Tensor | None = None,
     dropout: float | None = None,
 ) -> torch.Tensor:
-    """The adapter's contribution added to `base`. Returns y of base's shape in `out_dtype`."""
+    """Add the adapter's output to `base`. Return y of base's shape in `out_dtype`."""
     masks.check_argument(seed, dropout)
     if seed is not None and dropout is not None:
         x = masks.reference(x, None, seed, dropout, lora_dtype)
@@ -91,19 +91,19 @@ def add_reference(
 
 
 def _sum(base: torch.Tensor, low: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """base + low in `dtype`, rounded to it once."""
+    """Return base + low, rounded to `dtype` once."""
     wide = torch.promote_types(torch.promote_types(base.dtype, low.dtype), dtype)
     return (base.to(wide) + low).to(dtype)
 
 
-def carried(scaling: float, dtype: torch.dtype) -> float:
-    """The factor that xa is kept with, in the dtype of the adapter."""
+def xa_scaling(scaling: float, dtype: torch.dtype) -> float:
+    """Return the part of the scaling that is applied to the saved xa, for adapters of this dtype."""
     return 1.0 if dtype is torch.float16 and abs(scaling) > 1 else scaling
 
 
-def remainder(scaling: float, dtype: torch.dtype) -> float:
-    """What that leaves of the scaling."""
-    return scaling if carried(scaling, dtype) != scaling else 1.0
+def b_scaling(scaling: float, dtype: torch.dtype) -> float:
+    """Return the part of the scaling that is applied to B and dB: what `xa_scaling` leaves."""
+    return scaling if xa_scaling(scaling, dtype) != scaling else 1.0
 
 
 def add_forward(
@@ -121,7 +121,7 @@ def add_forward(
     masks.check_argument(seed, dropout)
     xa = F.linear(dropped_out(x, seed, dropout, lora_dtype), lora_a.to(lora_dtype))
     low = F.linear(xa, lora_b.to(lora_dtype), cast(lora_bias, lora_dtype))
-    return _sum(base, low * scaling, out_dtype), rows(xa) * carried(scaling, lora_dtype)
+    return _sum(base, low * scaling, out_dtype), rows(xa) * xa_scaling(scaling, lora_dtype)
 
 
 def forward(
@@ -139,14 +139,14 @@ def forward(
 
 def base_backward(
     wanted: Wanted,
-    wants_x: bool,
+    needs_x: bool,
     dy: torch.Tensor,
     x: torch.Tensor | None,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     base_dtype: torch.dtype,
 ) -> tuple[Gradients, list[Addend]]:
-    """The gradients of W and b, and the addend of dx if it is wanted, from dy (T, N)."""
+    """Return the gradients of W and b, and a list with the addend of dx, empty unless `needs_x`, from dy (T, N)."""
     dy = dy.to(base_dtype)
     gradients: Gradients = {}
     if wanted["weight"]:
@@ -154,12 +154,12 @@ def base_backward(
         gradients["weight"] = (dy.t() @ rows(x).to(base_dtype)).to(weight.dtype)
     if bias is not None and wanted["bias"]:
         gradients["bias"] = sum_rows(dy).to(bias.dtype)
-    return gradients, [(dy, weight.to(base_dtype))] if wants_x else []
+    return gradients, [(dy, weight.to(base_dtype))] if needs_x else []
 
 
 def low_rank_backward(
     wanted: Wanted,
-    wants_z: bool,
+    needs_z: bool,
     dy: torch.Tensor,
     z: torch.Tensor | None,
     xa: torch.Tensor,
@@ -169,25 +169,28 @@ def low_rank_backward(
     scaling: float,
     lora_dtype: torch.dtype,
 ) -> tuple[Gradients, list[Addend]]:
-    """The gradients of A, B and c, and the addend of dz if it is wanted, from dy (T, N) and xa as it is kept."""
+    """Return the gradients of A, B and c, and a list with the addend of dz, empty unless `needs_z`.
+
+    dy is (T, N), and xa the saved residual (T, R).
+    """
     dy = dy.to(lora_dtype)
     gradients: Gradients = {}
     if wanted["lora_b"]:
-        gradients["lora_b"] = scaled_product(dy.t(), xa, remainder(scaling, lora_dtype)).to(lora_b.dtype)
+        gradients["lora_b"] = scaled_product(dy.t(), xa, b_scaling(scaling, lora_dtype)).to(lora_b.dtype)
     if lora_bias is not None and wanted["lora_bias"]:
         gradients["lora_bias"] = (sum_rows(dy) * scaling).to(lora_bias.dtype)
-    if not (wanted["lora_a"] or wants_z):
+    if not (wanted["lora_a"] or needs_z):
         return gradients, []
     dxa = scaled_product(dy, lora_b.to(lora_dtype), scaling)
     if wanted["lora_a"]:
         assert z is not None
         gradients["lora_a"] = (dxa.t() @ rows(z).to(lora_dtype)).to(lora_a.dtype)
-    return gradients, [(dxa, lora_a.to(lora_dtype))] if wants_z else []
+    return gradients, [(dxa, lora_a.to(lora_dtype))] if needs_z else []
 
 
 def parts_backward(
     wanted: Wanted,
-    wants_x: bool,
+    needs_x: bool,
     dy: torch.Tensor,
     x: torch.Tensor | None,
     z: torch.Tensor | None,
@@ -197,18 +200,19 @@ def parts_backward(
     bias: torch.Tensor | None,
     **adapter: Any,
 ) -> tuple[Gradients, list[Addend], list[Addend]]:
-    """The gradients of an adapted layer's `PARAMETERS`, and the addends of dx and of dz if these are wanted."""
+    """Return the gradients of an adapted layer's `PARAMETERS`, and the addends of dx and of dz, empty unless
+    `needs_x`."""
     dy = rows(dy)
-    gradients, dx = base_backward(wanted, wants_x, dy, x, weight, bias, base_dtype)
-    low_gradients, dz = low_rank_backward(wanted, wants_x, dy, z, xa, **adapter)
+    gradients, dx = base_backward(wanted, needs_x, dy, x, weight, bias, base_dtype)
+    low_gradients, dz = low_rank_backward(wanted, needs_x, dy, z, xa, **adapter)
     return gradients | low_gradients, dx, dz
 
 
 def projection_backward(
-    wanted: Wanted, wants_x: bool, dy: torch.Tensor, x: torch.Tensor | None, xa: torch.Tensor, **layer: Any
+    wanted: Wanted, needs_x: bool, dy: torch.Tensor, x: torch.Tensor | None, xa: torch.Tensor, **layer: Any
 ) -> tuple[Gradients, list[Addend]]:
-    """The same where z is x: all addends are dx's."""
-    gradients, dx, dz = parts_backward(wanted, wants_x, dy, x, x, xa, **layer)
+    """Do what `parts_backward` does if z is x; return the gradients of parameters, and all addends of dx."""
+    gradients, dx, dz = parts_backward(wanted, needs_x, dy, x, x, xa, **layer)
     return gradients, dx + dz
 
 
@@ -230,18 +234,18 @@ def backward(
 ) -> Gradients:
     dy = rows(grads[0])
     shape = (*grads[0].shape[:-1], weight.shape[1])
-    dropped = x_dropped_dtype is not None
-    z = x_dropped if dropped else x
+    has_dropped = x_dropped_dtype is not None
+    z = x_dropped if has_dropped else x
     if z is not None and wanted["lora_a"]:
         z = dropped_out(z, seed, dropout, adapter["lora_dtype"])
     gradients, dx = base_backward(wanted, wanted["x"], dy, x, weight, bias, base_dtype)
-    low_gradients, dz = low_rank_backward(wanted, wanted["x_dropped" if dropped else "x"], dy, z, xa, **adapter)
+    low_gradients, dz = low_rank_backward(wanted, wanted["x_dropped" if has_dropped else "x"], dy, z, xa, **adapter)
     gradients |= low_gradients
     if wanted["x"] and seed is not None:
         base, low = (left @ right for left, right in (*dx, *dz))
         gradients["x"] = dropped_out(low, seed, dropout, x_dtype, base).reshape(shape)
     elif wanted["x"]:
-        gradients["x"] = sum_products(dx if dropped else dx + dz, x_dtype).reshape(shape)
+        gradients["x"] = sum_products(dx if has_dropped else dx + dz, x_dtype).reshape(shape)
     if x_dropped_dtype is not None and wanted["x_dropped"]:
         gradients["x_dropped"] = sum_products(dz, x_dropped_dtype).reshape(shape)
     return gradients

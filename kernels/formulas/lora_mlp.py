@@ -1,21 +1,21 @@
-"""The gated MLP with adapters on its three layers:  y = down(act(gate(x)) * up(x)).
+"""The gated MLP with LoRA on its three layers:  y = down(act(gate(x)) * up(x)).
 
     g = gate(x)    u = up(x)                   `lora_linear` each, in proj_dtype
     h = (act(g) * u).to(hidden_dtype)          `glu`
     y = down(h)                                `lora_linear`, in out_dtype
 
-The formulas and the roundings are those of `lora_linear.py` and `glu.py`; this op exists for what it need not keep.
+The formulas and the roundings are those of `lora_linear.py` and `glu.py`; this op saves fewer activations.
 
 Backward, with dh, dg and du the gradients of h, g and u:
 
     dh = dy Wd + dxa_d Ad          dg, du from dh by the gated unit
     dx = dg Wg + dxa_g Ag + du Wu + dxa_u Au          as one chain of products
 
-and each layer's parameters as if it stood alone.  dh is only computed if something before `down` wants it.
+and the gradients of parameters are those of `lora_linear`.  dh is only computed if a gradient before `down` is needed.
 
-Saved: x, g, u, and s xa of each layer (rows of R, those of gate and up side by side).  h, as wide as g and u, is
-recomputed from them.  x only if a W or an A of gate or up is trained; and then g and u, by far the largest, can be
-spared at the price of their two products.
+Saved: g, u, s xa of each layer (rows of R, those of gate and up concatenated), and x if a W or an A of gate or up is
+trained.  h, as large as g and u, is recomputed from these.  If x is saved, g and u, by far the largest, can be
+recomputed instead, which costs their two products.
 
 Shapes: x (..., H), Wg and Wu (I, H), Wd (H', I), y (..., H').  Source: Shazeer, "GLU Variants Improve Transformer"
 (2020), with the adapters of Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021).
@@ -49,17 +49,17 @@ _PARAMETERS = ", ".join(f"{kind} {p}_{name}" for p in PROJECTIONS for name, kind
 
 
 def of(projection: str, values: dict[str, Any], names: tuple[str, ...] = tuple(_TYPES)) -> dict[str, Any]:
-    """The values of one of the three layers, under the names that `lora_linear` knows them by."""
+    """Return the arguments of one of the three layers, by their names in `lora_linear`."""
     return {name: values[f"{projection}_{name}"] for name in names}
 
 
-def wants_of(projection: str, wanted: Wanted) -> Wanted:
-    """Which gradients are wanted of one of the three layers' parameters."""
+def wanted_of(projection: str, wanted: Wanted) -> Wanted:
+    """Return which gradients of one layer's parameters are wanted, by their names in `lora_linear`."""
     return of(projection, wanted, single.PARAMETERS)
 
 
 def gradients_of(projection: str, gradients: Gradients) -> Gradients:
-    """The gradients of one of the three layers' parameters, under the names that this op knows them by."""
+    """Return the gradients of one layer's parameters by their names in this op, from those in `lora_linear`."""
     return {f"{projection}_{name}": gradient for name, gradient in gradients.items()}
 
 
@@ -73,7 +73,7 @@ def reference(
     out_dtype: torch.dtype,
     **parameters: Any,
 ) -> torch.Tensor:
-    """The MLP as the models and PEFT write it. Returns y in `out_dtype`."""
+    """Compute the MLP as models and PEFT do. Return y in `out_dtype`."""
 
     def project(projection: str, z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         layer = of(projection, parameters)
@@ -122,24 +122,24 @@ def backward(
     ranks = [len(saved[f"{p}_lora_a"]) for p in INNER]
     saved["gate_xa"], saved["up_xa"] = inner_xa.split(ranks, dim=1)
 
-    def through(projection: str, wants_z: bool, dy: torch.Tensor, z: torch.Tensor | None) -> list[Addend]:
+    def layer_backward(projection: str, needs_z: bool, dy: torch.Tensor, z: torch.Tensor | None) -> list[Addend]:
         layer = of(projection, saved, (*_TYPES, "xa"))
-        found, dz = single.projection_backward(
-            wants_of(projection, wanted), wants_z, dy, z, base_dtype=base_dtype, lora_dtype=lora_dtype, **layer
+        of_layer, dz = single.projection_backward(
+            wanted_of(projection, wanted), needs_z, dy, z, base_dtype=base_dtype, lora_dtype=lora_dtype, **layer
         )
-        gradients.update(gradients_of(projection, found))
+        gradients.update(gradients_of(projection, of_layer))
         return dz
 
-    wants = {p: wanted["x"] or any(wants_of(p, wanted).values()) for p in INNER}
+    needs = {p: wanted["x"] or any(wanted_of(p, wanted).values()) for p in INNER}
     hidden = None
     if wanted["down_weight"] or wanted["down_lora_a"]:
         (hidden,) = glu.forward(gate, up, activation, hidden_dtype)
-    dhidden = through("down", any(wants.values()), grads[0], hidden)
+    dhidden = layer_backward("down", any(needs.values()), grads[0], hidden)
     if not dhidden:
         return gradients
     dh = sum_products(dhidden, hidden_dtype).reshape(gate.shape)
-    inner = glu.backward(wants, [dh], gate, up, activation)
-    addends = [a for p in INNER if wants[p] for a in through(p, wanted["x"], inner[p], x)]
+    inner = glu.backward(needs, [dh], gate, up, activation)
+    addends = [a for p in INNER if needs[p] for a in layer_backward(p, wanted["x"], inner[p], x)]
     if wanted["x"]:
         gradients["x"] = sum_products(addends, x_dtype).reshape(*gate.shape[:-1], saved["gate_weight"].shape[1])
     return gradients

@@ -1,20 +1,20 @@
-"""RMSNorm, alone and with the residual addition before it.
+"""RMSNorm, alone and with the preceding residual addition.
 
-    h = x.to(compute)                     for add_rms_norm x is the sum, residual + x, rounded to its own dtype;
-                                          `residual_add.py` has it, and the dropout that x may go through before
+    h = x.to(compute)                     for add_rms_norm, x is the sum residual + x, rounded to its own dtype; see
+                                          `residual_add.py`, also for dropout of x before the addition
     r = rsqrt(mean(h^2) + eps)            over the last dimension, one number per row
-    n = (h * r).to(norm_dtype)            models differ in whether the weight meets n before or after this rounding
-    y = (n * (offset + w)).to(out_dtype)  offset is 0, or 1 for models that store the weight's distance from one
+    n = (h * r).to(norm_dtype)            models differ in whether they multiply by w before or after this rounding
+    y = (n * (offset + w)).to(out_dtype)  offset is 0, or 1 for models that store the weight minus 1
 
 Backward, with g = dy * (offset + w):
 
     dh = r * (g - n * mean(g * n))        dw = sum over rows of dy * n
 
 because dr/dh = -r^3 h / H.  Saved: x and r (one number per row).  n is recomputed, which costs one multiplication and
-saves a tensor of x's size.  For the sum, both operands receive dh plus the gradient that the sum itself receives; x
-that times its mask, if it has one.
+saves a tensor of x's size.  For the sum, the gradient of residual is dh plus the gradient of the sum itself, and that
+of x the same times the dropout mask, if any.
 
-Shapes: x (..., H), weight (H,) or None, seed one int64; y and dx are laid out in memory as x, or the sum, is.
+Shapes: x (..., H), weight (H,) or None, seed one int64; y and dx have the strides of x, or of the sum.
 Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
 """
 
@@ -26,7 +26,7 @@ import torch
 
 from fastlora.kernels.core.cost import Cost, Work
 from fastlora.kernels.core.gradients import Gradients
-from fastlora.kernels.core.implementations import laid_out
+from fastlora.kernels.core.implementations import with_strides_of
 from fastlora.kernels.core.library import register_op
 from fastlora.kernels.core.semantic_op import Policy
 from fastlora.kernels.formulas import residual_add
@@ -52,9 +52,9 @@ def forward(
     scale_dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """RMSNorm as the models write it.
+    """Compute RMSNorm as models do.
 
-    Returns y of x's shape in `out_dtype`, and the residual rstd, of shape (..., 1) in `compute_dtype`.
+    Return y of x's shape in `out_dtype`, and the residual rstd, of shape (..., 1) in `compute_dtype`.
     """
     h = x.to(compute_dtype)
     rstd = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
@@ -64,13 +64,13 @@ def forward(
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor | None, **attributes: Any) -> torch.Tensor:
-    """y alone."""
+    """Return y only."""
     return forward(x, weight, **attributes)[0]
 
 
 def _backward(
-    wants_dh: bool,
-    wants_dw: bool,
+    needs_dh: bool,
+    needs_dw: bool,
     dy: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -78,12 +78,12 @@ def _backward(
     offset: float,
     scale_dtype: torch.dtype,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The gradients of h and of the weight, computed in rstd's dtype."""
+    """Return the gradients of h and of the weight, computed in rstd's dtype."""
     compute = rstd.dtype
     n = x.to(compute) * rstd
     g = dy.to(compute)
-    dw = (g * n).reshape(-1, n.shape[-1]).sum(0).to(weight.dtype) if weight is not None and wants_dw else None
-    if not wants_dh:
+    dw = (g * n).reshape(-1, n.shape[-1]).sum(0).to(weight.dtype) if weight is not None and needs_dw else None
+    if not needs_dh:
         return None, dw
     if weight is not None:
         g = g * _scale(weight, offset, scale_dtype).to(compute)
@@ -101,7 +101,7 @@ def backward(
     **_: Any,
 ) -> Gradients:
     dx, dw = _backward(wanted["x"], wanted["weight"], grads[0], x, weight, rstd, offset, scale_dtype)
-    return {"x": dx if dx is None else laid_out(dx.to(x.dtype), x), "weight": dw}
+    return {"x": dx if dx is None else with_strides_of(dx.to(x.dtype), x), "weight": dw}
 
 
 rms_norm = register_op(
@@ -129,10 +129,10 @@ def add_reference(
     dropout: float | None = None,
     **attributes: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm of the sum, and the sum, which goes on as the residual stream.
+    """Return the norm of the sum, and the sum, which is the new residual stream.
 
     Raises:
-        ValueError: if only one of `seed` and `dropout` is given, or no mask can be drawn from them.
+        ValueError: if only one of `seed` and `dropout` is given, or they are invalid.
     """
     total = residual_add.reference(residual, x, seed, dropout)
     return reference(total, **attributes), total
@@ -161,8 +161,8 @@ def add_backward(
     dy, dtotal = grads
     if dy is None:
         return residual_add.backward(wanted, None, dtotal, total, seed, dropout)
-    wants = wanted["residual"] or wanted["x"], wanted["weight"]
-    dh, dw = _backward(*wants, dy, total, weight, rstd, offset, scale_dtype)
+    needs = wanted["residual"] or wanted["x"], wanted["weight"]
+    dh, dw = _backward(*needs, dy, total, weight, rstd, offset, scale_dtype)
     return {"weight": dw} | residual_add.backward(wanted, dh, dtotal, total, seed, dropout)
 
 

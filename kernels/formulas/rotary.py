@@ -1,35 +1,35 @@
-"""Rotary position embedding: each pair of entries of a head is turned by an angle that grows with the position.
+"""Rotary position embedding: each pair of entries of a head is rotated by an angle that grows with the position.
 
-    t = x[..., :rotary_dim].to(compute_dtype)          the rest of x passes through unturned
+    t = x[..., :rotary_dim].to(compute_dtype)          the rest of x is not rotated
     y = (t * cos + rotate(t) * sin).to(out_dtype)
 
 `layout` names which entries form a pair, and so what `rotate` is:
 
-    half       rotate(t) = [-t2, t1], halves of t         Llama, and nearly everyone
-    flipped    rotate(t) = [t2, -t1]                      the same, turned the other way
+    half       rotate(t) = [-t2, t1], halves of t         Llama, and most models
+    flipped    rotate(t) = [t2, -t1]                      the same in the opposite direction
     pairs      rotate(t)[2i], [2i+1] = -t[2i+1], t[2i]    GPT-J, Cohere, GLM
-    interleaved                                           DeepSeek: pairs go in, halves come out, and cos and sin are
-               y = [even * cos - odd * sin, odd * cos + even * sin]                         rotary_dim / 2 wide
+    interleaved                                           DeepSeek: from pairs to halves, and cos and sin are
+               y = [even * cos - odd * sin, odd * cos + even * sin]                  rotary_dim / 2 wide
 
-Backward.  Turning is linear in x, and `rotate` is antisymmetric for the first three layouts, so the adjoint is
+Backward.  y is linear in x, and `rotate` is antisymmetric for the first three layouts, so the adjoint is
 
     dt = dy * cos - rotate(dy * sin)        dcos = dy * t        dsin = dy * rotate(t)
 
-the last two summed over the dimensions that cos and sin broadcast along.  sin stays under `rotate`: nothing says that
-the two entries of a pair share it.  For `interleaved`, with dy = [d1, d2]:
+the last two summed over the dimensions that cos and sin broadcast along.  sin stays inside `rotate`, since the two
+entries of a pair need not share it.  For `interleaved`, with dy = [d1, d2]:
 
     deven = d1 * cos + d2 * sin        dodd = d2 * cos - d1 * sin
     dcos = d1 * even + d2 * odd        dsin = d2 * even - d1 * odd
 
-Saved: cos and sin.  x only where they want a gradient, which in a transformer they do not.
+Saved: cos and sin; x only if one of these requires a gradient, which they do not in a transformer.
 
-`rotary_group` turns several x by the same angles, as q and k are: the heads may differ in number.  A member whose
-output received no gradient gets none; dcos and dsin sum over the others.
+`rotary_group` rotates several x, such as q and k, by the same angles; they may differ in the number of heads.  A member
+whose output received no gradient gets none; dcos and dsin are summed over the others.
 
-Shapes: x (..., D), e.g. (B, heads, S, D); cos and sin broadcast against x[..., :rotary_dim], e.g. as
-(B, 1, S, rotary_dim).  Half precision is widened to float32 and rounded once.  Strides: those of x * cos when all of x
-is turned, so transposed heads stay transposed; contiguous when the turned part is joined with the rest.
-Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021).
+Shapes: x (..., D), e.g. (B, heads, S, D); cos and sin broadcast against x[..., :rotary_dim], e.g. as (B, 1, S,
+rotary_dim).  Half precision is computed in float32 and rounded once.  Strides: those of x * cos if all of x is rotated,
+so transposed heads stay transposed; contiguous if the rotated part is concatenated with the rest. Source: Su et al.,
+"RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021).
 """
 
 from __future__ import annotations
@@ -48,7 +48,11 @@ LAYOUTS = ("half", "flipped", "pairs", "interleaved")
 
 
 def rotate(t: torch.Tensor, layout: str) -> torch.Tensor:
-    """t's partner in every pair, with the sign of a quarter turn; its transpose is its negative."""
+    """Return `rotate(t)` of the module's docstring.
+
+    Raises:
+        ValueError: for an unknown layout.
+    """
     if layout == "pairs":
         even, odd = t[..., 0::2], t[..., 1::2]
         return torch.stack((-odd, even), dim=-1).flatten(-2)
@@ -57,19 +61,19 @@ def rotate(t: torch.Tensor, layout: str) -> torch.Tensor:
         return torch.cat((-second, first), dim=-1)
     if layout == "flipped":
         return torch.cat((second, -first), dim=-1)
-    raise ValueError(f"rotary: layout {layout!r} is none of {', '.join(LAYOUTS)}")
+    raise ValueError(f"rotary: layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
 
 
-def turn(t: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: str) -> torch.Tensor:
-    """The formula of y, in whatever dtype the operands have."""
+def apply_rotary(t: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: str) -> torch.Tensor:
+    """Return t * cos + rotate(t) * sin, or its form for `interleaved`, in the dtype of the operands."""
     if layout == "interleaved":
         even, odd = t[..., 0::2], t[..., 1::2]
         return torch.cat((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
     return t * cos + rotate(t, layout) * sin
 
 
-def turn_back(g: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: str) -> torch.Tensor:
-    """The adjoint of `turn` in t."""
+def apply_adjoint(g: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: str) -> torch.Tensor:
+    """Return the adjoint of `apply_rotary` in t, applied to g."""
     if layout == "interleaved":
         first, second = g.chunk(2, dim=-1)
         return torch.stack((first * cos + second * sin, second * cos - first * sin), dim=-1).flatten(-2)
@@ -77,7 +81,7 @@ def turn_back(g: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: str
 
 
 def angle_gradients(g: torch.Tensor, t: torch.Tensor, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of cos and sin, before they are summed to their shapes."""
+    """Return the gradients of cos and sin, before they are summed to their shapes."""
     if layout == "interleaved":
         (first, second), even, odd = g.chunk(2, dim=-1), t[..., 0::2], t[..., 1::2]
         return first * even + second * odd, second * even - first * odd
@@ -93,8 +97,8 @@ def reference(
     compute_dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Rotary embedding as the models write it. Returns y of x's shape in `out_dtype`."""
-    y = turn(x[..., :rotary_dim].to(compute_dtype), cos, sin, layout).to(out_dtype)
+    """Compute rotary embedding as models do. Return y of x's shape in `out_dtype`."""
+    y = apply_rotary(x[..., :rotary_dim].to(compute_dtype), cos, sin, layout).to(out_dtype)
     return y if rotary_dim == x.shape[-1] else torch.cat((y, x[..., rotary_dim:].to(out_dtype)), dim=-1)
 
 
@@ -115,10 +119,10 @@ def forward(
     compute_dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor]:
-    whole = rotary_dim == x.shape[-1]
-    t = _widen(x if whole else x[..., :rotary_dim], compute_dtype)
-    y = turn(t, cos.to(t.dtype), sin.to(t.dtype), layout).to(out_dtype)
-    return (y if whole else torch.cat((y, x[..., rotary_dim:].to(out_dtype)), dim=-1),)
+    is_full = rotary_dim == x.shape[-1]
+    t = _widen(x if is_full else x[..., :rotary_dim], compute_dtype)
+    y = apply_rotary(t, cos.to(t.dtype), sin.to(t.dtype), layout).to(out_dtype)
+    return (y if is_full else torch.cat((y, x[..., rotary_dim:].to(out_dtype)), dim=-1),)
 
 
 def gradient(
@@ -130,11 +134,11 @@ def gradient(
     compute_dtype: torch.dtype,
     x_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The gradient of x."""
-    whole = rotary_dim == dy.shape[-1]
-    g = (dy if whole else dy[..., :rotary_dim]).to(_wide(compute_dtype))
-    dx = turn_back(g, cos.to(g.dtype), sin.to(g.dtype), layout).to(x_dtype)
-    return dx if whole else torch.cat((dx, dy[..., rotary_dim:].to(x_dtype)), dim=-1)
+    """Return the gradient of x in `x_dtype`."""
+    is_full = rotary_dim == dy.shape[-1]
+    g = (dy if is_full else dy[..., :rotary_dim]).to(_wide(compute_dtype))
+    dx = apply_adjoint(g, cos.to(g.dtype), sin.to(g.dtype), layout).to(x_dtype)
+    return dx if is_full else torch.cat((dx, dy[..., rotary_dim:].to(x_dtype)), dim=-1)
 
 
 def table_gradients(
@@ -147,7 +151,7 @@ def table_gradients(
     rotary_dim: int,
     compute_dtype: torch.dtype,
 ) -> Gradients:
-    """The gradients of cos and sin, as far as they are wanted, summed over all that was turned by them."""
+    """Return the wanted gradients of cos and sin, summed over all members x."""
     tables = {name: table for name, table in (("cos", cos), ("sin", sin)) if wanted[name]}
     sums: dict[str, list[torch.Tensor]] = {name: [] for name in tables}
     for dy, each in zip(grads, x, strict=True) if tables else ():
@@ -176,9 +180,9 @@ def backward(
     compute_dtype: torch.dtype,
     **_: Any,
 ) -> Gradients:
-    how = (cos, sin, layout, rotary_dim, compute_dtype)
-    dx = gradient(grads[0], *how, x_dtype) if wanted["x"] else None
-    return {"x": dx, **({} if x is None else table_gradients(wanted, grads, [x], *how))}
+    options = (cos, sin, layout, rotary_dim, compute_dtype)
+    dx = gradient(grads[0], *options, x_dtype) if wanted["x"] else None
+    return {"x": dx, **({} if x is None else table_gradients(wanted, grads, [x], *options))}
 
 
 _PASS = Work(flops="3*T*M*D", bytes="(2*T*M*D + 2*T*D)*b")
@@ -203,20 +207,22 @@ rotary = register_op(
 )
 
 
-def group_reference(x: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, **how: Any) -> list[torch.Tensor]:
-    """Each x turned by the same angles. Returns one y for each."""
-    return [reference(each, cos, sin, **how) for each in x]
+def group_reference(x: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, **options: Any) -> list[torch.Tensor]:
+    """Compute `reference` of each x; return one y for each."""
+    return [reference(each, cos, sin, **options) for each in x]
 
 
-def one_dtype(x: Sequence[torch.Tensor]) -> None:
-    """Raises ValueError if members differ in dtype."""
+def check_dtypes(x: Sequence[torch.Tensor]) -> None:
+    """Raise ValueError if members differ in dtype."""
     if len({each.dtype for each in x}) > 1:
         raise ValueError(f"rotary_group: x of several dtypes, {', '.join(str(each.dtype) for each in x)}; cast them")
 
 
-def group_forward(x: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, **how: Any) -> tuple[list[torch.Tensor]]:
-    one_dtype(x)
-    return ([forward(each, cos, sin, **how)[0] for each in x],)
+def group_forward(
+    x: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, **options: Any
+) -> tuple[list[torch.Tensor]]:
+    check_dtypes(x)
+    return ([forward(each, cos, sin, **options)[0] for each in x],)
 
 
 def group_backward(
@@ -231,12 +237,12 @@ def group_backward(
     compute_dtype: torch.dtype,
     **_: Any,
 ) -> Gradients:
-    how = (cos, sin, layout, rotary_dim, compute_dtype)
+    options = (cos, sin, layout, rotary_dim, compute_dtype)
     dx = [
-        gradient(dy, *how, x_dtype) if want and dy is not None else None
+        gradient(dy, *options, x_dtype) if want and dy is not None else None
         for want, dy in zip(wanted["x"], grads[0], strict=True)
     ]
-    return {"x": dx, **table_gradients(wanted, grads[0], x, *how)}
+    return {"x": dx, **table_gradients(wanted, grads[0], x, *options)}
 
 
 rotary_group = register_op(

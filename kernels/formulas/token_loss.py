@@ -1,7 +1,4 @@
-"""The loss of rows of logits, and its gradient for them: what `linear_cross_entropy` computes of each chunk.
-
-`linear_cross_entropy.py` has the formulas and the meaning of the names.
-"""
+"""The loss of rows of logits and its gradient; `linear_cross_entropy.py` has the formulas and the notation."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Loss:
-    """The options of a loss of the head's output."""
+    """The options of the loss."""
 
     scale: float
     softcap: float
@@ -34,12 +31,12 @@ def cap(logits: torch.Tensor, loss: Loss) -> tuple[torch.Tensor, torch.Tensor | 
 def token_loss(z: torch.Tensor, labels: torch.Tensor, loss: Loss) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the loss of each row of z, and lse as two columns, max(z) and log(sum(exp(z - max))).
 
-    Their sum would round away the digits that p = exp(z - max - logsum) has when the model is sure.
+    They are not added, since p = exp(z - max - log_sum) would lose precision for large z.
     """
     peak = z.amax(-1, keepdim=True)
     below = z - peak
     log_sum = below.exp().sum(-1, keepdim=True).log()
-    # nll_loss picks -below[label], gives 0 for ignored rows, and refuses labels out of range
+    # nll_loss selects -below[label], is 0 for ignored rows, and raises for labels out of range
     value = log_sum[:, 0] + F.nll_loss(below, labels, ignore_index=loss.ignore_index, reduction="none")
     if loss.label_smoothing > 0:
         value = (1 - loss.label_smoothing) * value + loss.label_smoothing * (log_sum[:, 0] - below.mean(-1))
@@ -72,7 +69,7 @@ def logits_gradient(
 def unit_gradient(
     logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, reduction: str, label_smoothing: float
 ) -> torch.Tensor:
-    """Return the gradient of a cross-entropy for its logits (T, V), in float32 or wider, where its result's is 1."""
+    """Return the gradient of a cross-entropy for its logits (T, V), in float32 or wider, if that of its result is 1."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     loss = Loss(1.0, 0.0, ignore_index, label_smoothing, 0.0)
     _, peak, log_sum = token_loss(z, labels, loss)
@@ -82,6 +79,6 @@ def unit_gradient(
 
 
 def scaled_gradient(unit: torch.Tensor, g: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Return that gradient where the result's is g, () or (T,); rows not `kept` stay 0 for any g."""
+    """Return `unit_gradient`'s result times g, () or (T,); rows that are not `kept` stay 0 for any g."""
     factor = g.to(unit.dtype).expand(kept.shape)
     return (unit * factor[:, None]).masked_fill_(~kept[:, None], 0)

@@ -1,7 +1,7 @@
-"""Triton forms of the ops, for NVIDIA GPUs of compute capability 7.0 and newer.
+"""Triton implementations of the ops, for NVIDIA GPUs of compute capability 7.0 and newer.
 
-One file per op, named after the file in `kernels/` that holds the op's formulas, which the kernels here compute. The
-docstring of a kernel is what one program of it does. Importing this package registers the forms with their ops.
+There is one file per op, named like the file in `kernels/formulas/` that documents the op's math. The docstring of a
+kernel says what one program computes. Importing this package registers the implementations with their ops.
 """
 
 from fastlora.kernels.triton import (

@@ -1,8 +1,7 @@
 """Dropout from a seed: `kernels/formulas/dropout.py` has the formulas.
 
-A program draws one block of four words for each four elements. It reads what it needs once and writes once, so where
-the mask is drawn again costs a pass over the activation and no memory. Kernels that hold whole rows for another reason
-draw it on the way, by `row_factors`, and save the pass.
+A program computes one Philox counter, which gives four random words, for each four elements. Recomputing the mask costs
+a pass over the activation and no memory; kernels that hold whole rows anyway apply `row_factors` and save the pass.
 """
 
 from __future__ import annotations
@@ -13,50 +12,52 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.core.devices import FLOATS, supported
+from fastlora.kernels.core.devices import FLOAT_DTYPES, supported
 from fastlora.kernels.core.gradients import Gradients, Wanted
 from fastlora.kernels.formulas import dropout as op
 from fastlora.kernels.triton.host import precompile
 from fastlora.kernels.triton.host.launch import cdiv, empty
 
 BLOCK = 2048
-"""Elements of a program: 16 for each thread."""
+"""Elements of a program: 16 per thread."""
 
 
 @triton.jit
-def _drawn(seed, counter):
-    """The four words of each counter (int64)."""
+def _philox(seed, counter):
+    """Return the four random words of each int64 counter."""
     low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
     zero = tl.zeros_like(low)
     return tl.philox(seed, low, high, zero, zero, n_rounds=10)
 
 
 @triton.jit
-def _in_order(words):
-    """Each counter's words side by side, in two dimensions of two behind the counters'."""
+def _interleave_words(words):
+    """Stack the four words of each counter in order, as two new trailing dimensions of size two."""
     first, second, third, fourth = words
     return tl.join(tl.join(first, third), tl.join(second, fourth))
 
 
 @triton.jit
 def random_words(seed, counter):
-    """The words of 4 n consecutive elements from a block of n counters, in the elements' order."""
-    return _in_order(_drawn(seed, counter)).reshape(4 * counter.shape[0])
+    """Return the random words of 4 n consecutive elements, for a block of n consecutive counters."""
+    return _interleave_words(_philox(seed, counter)).reshape(4 * counter.shape[0])
 
 
 @triton.jit
-def row_factors(row, H, seed_ptr, threshold, scale, FOURS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
-    """m of the first BLOCK_H elements of rows that have H, for a column of BLOCK_T row numbers (int64).
+def row_factors(
+    row, H, seed_ptr, threshold, scale, MULTIPLE_OF_4: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr
+):
+    """Return the dropout factors (BLOCK_T, BLOCK_H) of rows of H elements, for int64 row indices (BLOCK_T, 1).
 
-    Where H is a multiple of four (FOURS), no two rows share a counter, and each is drawn once; else once an element.
+    MULTIPLE_OF_4: H is a multiple of four, so no two rows share a counter, and each counter is computed only once.
     """
     seed = tl.load(seed_ptr)
-    if FOURS:
+    if MULTIPLE_OF_4:
         counter = row * (H // 4) + tl.arange(0, BLOCK_H // 4)[None, :]
-        words = _in_order(_drawn(seed, counter)).reshape(BLOCK_T, BLOCK_H)
+        words = _interleave_words(_philox(seed, counter)).reshape(BLOCK_T, BLOCK_H)
     else:
         i = row * H + tl.arange(0, BLOCK_H)[None, :]
-        first, second, third, fourth = _drawn(seed, i >> 2)
+        first, second, third, fourth = _philox(seed, i >> 2)
         even, odd = tl.where(i & 2 == 0, first, third), tl.where(i & 2 == 0, second, fourth)
         words = tl.where(i & 1 == 0, even, odd)
     return tl.where(words.to(tl.int64) >= threshold, scale, 0.0)
@@ -64,9 +65,9 @@ def row_factors(row, H, seed_ptr, threshold, scale, FOURS: tl.constexpr, BLOCK_T
 
 @precompile.kernel(do_not_specialize=["threshold", "scale"])
 def dropout_kernel(x_ptr, base_ptr, seed_ptr, out_ptr, size, threshold, scale, BLOCK: tl.constexpr):
-    """out = x * (scale where the element's word is no less than threshold, else 0) (+ base), for BLOCK elements.
+    """out = x * (scale if word >= threshold else 0) (+ base), for BLOCK elements.
 
-    A size that is known to be a multiple of 16 has masks that do not change within four elements: wide loads.
+    `size` is specialized: if it is a multiple of 16, bounds masks are uniform over vectors, so accesses are vectorized.
     """
     block = tl.program_id(0).to(tl.int64)
     words = random_words(tl.load(seed_ptr), block * (BLOCK // 4) + tl.arange(0, BLOCK // 4))
@@ -79,11 +80,11 @@ def dropout_kernel(x_ptr, base_ptr, seed_ptr, out_ptr, size, threshold, scale, B
     tl.store(out_ptr + i, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def drawing(
+def dropout_arguments(
     x: torch.Tensor, seed: torch.Tensor | None, p: float | None
 ) -> tuple[torch.Tensor | None, int, float, bool]:
-    """The arguments seed_ptr, threshold, scale and FOURS of a kernel that drops out the rows of `x` by `row_factors`,
-    or does not: then seed_ptr is None."""
+    """Return the kernel arguments seed_ptr, threshold, scale and MULTIPLE_OF_4 for `row_factors` of the rows of `x`;
+    without a seed, seed_ptr is None."""
     op.check_argument(seed, p)
     if seed is None or p is None:
         return None, 0, 1.0, False
@@ -99,7 +100,8 @@ def run(
     base: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """z in `dtype`, contiguous; written to `out` if given, which may be `base` or x if these are contiguous."""
+    """Return dropout of x (+ base) in `dtype`, contiguous; written to `out` if given, which may be `base` or x if these
+    are contiguous."""
     op.check(x, base, seed, p)
     if out is None:
         out = empty(*x.shape, like=x, dtype=dtype)
@@ -108,13 +110,13 @@ def run(
         dropout_kernel[(cdiv(size, BLOCK),)](
             x.contiguous(), None if base is None else base.contiguous(), seed, out,
             size, op.threshold(p), op.inverse(p), BLOCK,
-            num_warps=4, enable_fp_fusion=False,  # the product is rounded before the sum, as in the PyTorch form
+            num_warps=4, enable_fp_fusion=False,  # round the product before the sum, like the PyTorch implementation
         )  # fmt: skip
     return out
 
 
 def serves(x: torch.Tensor, base: torch.Tensor | None, out_dtype: torch.dtype, **_: Any) -> bool:
-    return supported(x, base) and out_dtype in FLOATS
+    return supported(x, base) and out_dtype in FLOAT_DTYPES
 
 
 def forward(
@@ -124,7 +126,7 @@ def forward(
 
 
 def serves_backward(grads: list[torch.Tensor], x_dtype: torch.dtype, **_: Any) -> bool:
-    return supported(*grads) and x_dtype in FLOATS
+    return supported(*grads) and x_dtype in FLOAT_DTYPES
 
 
 def backward(

@@ -1,7 +1,7 @@
 """Gated linear unit: `kernels/formulas/glu.py` has the formulas.
 
-A program holds some columns of a row, so gate and up may be the two halves of one fused projection's result. The
-backward makes all that is wanted in one pass over its inputs: both gradients, and y itself for who did not keep it.
+Rows of all operands may have any stride, so gate and up may be the two halves of a fused projection's output. The
+backward computes both gradients, and optionally recomputes y, in one pass over its inputs.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.core.devices import FLOATS, supported
+from fastlora.kernels.core.devices import FLOAT_DTYPES, supported
 from fastlora.kernels.core.gradients import Gradients, Wanted
-from fastlora.kernels.core.implementations import laid_out
+from fastlora.kernels.core.implementations import with_strides_of
 from fastlora.kernels.formulas import glu as op
 from fastlora.kernels.triton.host import precompile
 from fastlora.kernels.triton.host.launch import Rows, cdiv, power_of_two
@@ -25,14 +25,14 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 # Measured on an H200, bfloat16, 3,072 to 18,944 columns.
 WARPS = 4
 ELEMENTS, LARGE_ELEMENTS = 4, 8
-"""Columns of each thread; the second in a forward pass that is large."""
+"""Elements per thread, in general and in the forward of a large matrix."""
 LARGE = 1 << 21
-"""Elements from which on a matrix is large: few threads with many loads in flight each are then better than many."""
+"""Elements above which a matrix is large: fewer threads with more loads in flight each are then faster."""
 
 
 @triton.jit
 def _sigmoid(z):
-    """sigmoid(z) and its derivative, both without cancellation and without an infinite intermediate."""
+    """Return sigmoid(z) and its derivative, without cancellation or overflow."""
     e = tl.exp(-tl.abs(z))
     larger = 1.0 / (1.0 + e)
     smaller = e * larger
@@ -41,31 +41,34 @@ def _sigmoid(z):
 
 @triton.jit
 def _activate(z, ACTIVATION: tl.constexpr):
-    """act(z) and act'(z). As (1 + tanh(u)) / 2 = sigmoid(2u), gelu_tanh is z sigmoid(v) with v = 2u; silu has v = z."""
+    """Return act(z) and act'(z).
+
+    All activations have the form z * cdf(z). Since (1 + tanh(u)) / 2 = sigmoid(2u), gelu_tanh is z * sigmoid(2u).
+    """
     if ACTIVATION == "gelu":
-        share = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
-        slope = share + z * (tl.exp(-0.5 * z * z) * 0.3989422804014327)
+        cdf = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+        slope = cdf + z * (tl.exp(-0.5 * z * z) * 0.3989422804014327)
     elif ACTIVATION == "gelu_tanh":
         square = z * z
-        share, density = _sigmoid(1.5957691216057308 * (z + 0.044715 * z * square))
-        slope = share + z * density * (1.5957691216057308 * (1.0 + 0.134145 * square))
+        cdf, density = _sigmoid(1.5957691216057308 * (z + 0.044715 * z * square))
+        slope = cdf + z * density * (1.5957691216057308 * (1.0 + 0.134145 * square))
     else:
-        share, density = _sigmoid(z)
-        slope = share + z * density
-    return z * share, slope
+        cdf, density = _sigmoid(z)
+        slope = cdf + z * density
+    return z * cdf, slope
 
 
 @triton.jit
 def _offsets(I, ONE_ROW: tl.constexpr, BLOCK_I: tl.constexpr):
-    """The row, the first column and, from there, the columns of this program; programs run along a row first."""
+    """Return the program's row, its first column, column offsets from there, and their mask."""
     cols = tl.arange(0, BLOCK_I)
     if ONE_ROW:
         row = 0
         start = tl.program_id(0).to(tl.int64) * BLOCK_I
     else:
-        across = tl.cdiv(I, BLOCK_I)
-        row = (tl.program_id(0) // across).to(tl.int64)
-        start = (tl.program_id(0) % across) * BLOCK_I
+        blocks = tl.cdiv(I, BLOCK_I)
+        row = (tl.program_id(0) // blocks).to(tl.int64)
+        start = (tl.program_id(0) % blocks) * BLOCK_I
     return row, start, cols, cols < I - start
 
 
@@ -107,10 +110,11 @@ def backward_kernel(
         tl.store(y_ptr + row * y_stride + start + cols, (act * up).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def _over(matrices: Sequence[torch.Tensor | None], large: int) -> tuple[int, int, list[int], dict[str, Any]]:
-    """Programs, columns, distances between the rows of each matrix, and the kernels' constants.
+def _plan(matrices: Sequence[torch.Tensor | None], large: int) -> tuple[int, int, list[int], dict[str, Any]]:
+    """Return the number of programs, the number of columns, the row stride of each matrix, and the kernels' constants.
 
-    Rows that follow each other in all matrices are one. A thread has `large` columns where there are many elements.
+    If all matrices are contiguous, they are treated as one row. `large` is the number of elements per thread for large
+    matrices.
     """
     T, I = next(t.shape for t in matrices if t is not None)
     strides = [I if t is None else t.stride(0) for t in matrices]
@@ -123,8 +127,8 @@ def _over(matrices: Sequence[torch.Tensor | None], large: int) -> tuple[int, int
 
 
 def run_forward(gate: torch.Tensor, up: torch.Tensor, activation: str, y: torch.Tensor) -> None:
-    """Writes y. All are matrices of one shape with contiguous rows, any distance apart."""
-    programs, I, strides, constants = _over((gate, up, y), LARGE_ELEMENTS)
+    """Write act(gate) * up to y. All are matrices of one shape with contiguous rows of any row stride."""
+    programs, I, strides, constants = _plan((gate, up, y), LARGE_ELEMENTS)
     forward_kernel[(programs,)](gate, up, y, I, *strides, ACTIVATION=activation, **constants)
 
 
@@ -137,12 +141,12 @@ def run_backward(
     dup: torch.Tensor | None = None,
     y: torch.Tensor | None = None,
 ) -> None:
-    """Writes whichever of dgate, dup and y are given, in one launch.
+    """Write whichever of dgate, dup and y are given, in one launch.
 
-    All are matrices of one shape with contiguous rows, any distance apart: dgate and dup may be the halves of a matrix,
-    y the left part of a wider one. Each is rounded to its own dtype, and may be in the place of a matrix that is read.
+    All are matrices of one shape with contiguous rows of any row stride. Each output is rounded to its own dtype, and
+    may share memory with an input.
     """
-    programs, I, strides, constants = _over((dy, gate, up, dgate, dup, y), ELEMENTS)
+    programs, I, strides, constants = _plan((dy, gate, up, dgate, dup, y), ELEMENTS)
     backward_kernel[(programs,)](
         dy, gate, up, dgate, dup, y, I, *strides,
         ACTIVATION=activation, DGATE=dgate is not None, DUP=dup is not None, Y=y is not None, **constants,
@@ -152,7 +156,7 @@ def run_backward(
 def serves(gate: torch.Tensor, up: torch.Tensor, activation: str, out_dtype: torch.dtype, **_: Any) -> bool:
     return (
         activation in ACTIVATIONS
-        and out_dtype in FLOATS
+        and out_dtype in FLOAT_DTYPES
         and gate.dim() > 0
         and gate.numel() > 0
         and gate.shape == up.shape
@@ -163,8 +167,8 @@ def serves(gate: torch.Tensor, up: torch.Tensor, activation: str, out_dtype: tor
 def forward(gate: torch.Tensor, up: torch.Tensor, activation: str, out_dtype: torch.dtype) -> tuple[torch.Tensor]:
     rows = Rows(gate)
     y = rows.empty(gate.shape[-1], out_dtype)
-    run_forward(rows.of(gate), rows.of(up), activation, rows.of(y))
-    return (laid_out(y, gate),)
+    run_forward(rows.as_matrix(gate), rows.as_matrix(up), activation, rows.as_matrix(y))
+    return (with_strides_of(y, gate),)
 
 
 def serves_backward(grads: list[torch.Tensor], gate: torch.Tensor, **given: Any) -> bool:
@@ -175,11 +179,11 @@ def backward(
     wanted: Wanted, grads: list[torch.Tensor], gate: torch.Tensor, up: torch.Tensor, activation: str, **_: Any
 ) -> Gradients:
     rows, I = Rows(gate), gate.shape[-1]
-    made = {name: rows.empty(I, t.dtype) for name, t in (("gate", gate), ("up", up)) if wanted[name]}
-    results = [rows.of(made[name]) if name in made else None for name in ("gate", "up")]
-    run_backward(rows.of(grads[0]), rows.of(gate), rows.of(up), activation, *results)
-    like = {"gate": gate, "up": up}
-    return {name: laid_out(t, like[name]) for name, t in made.items()}
+    inputs = {"gate": gate, "up": up}
+    gradients = {name: rows.empty(I, t.dtype) for name, t in inputs.items() if wanted[name]}
+    results = [rows.as_matrix(gradients[name]) if name in gradients else None for name in inputs]
+    run_backward(rows.as_matrix(grads[0]), rows.as_matrix(gate), rows.as_matrix(up), activation, *results)
+    return {name: with_strides_of(t, inputs[name]) for name, t in gradients.items()}
 
 
 op.glu.implementation(

@@ -1,6 +1,6 @@
-"""Adapted layers of one input: `kernels/formulas/lora_group.py` has the formulas, `lora_linear.py` the products.
+"""LoRA layers with a shared input: `kernels/formulas/lora_group.py` has the formulas, `lora_linear.py` the products.
 
-The members' thin factors stand side by side, so one pass over x makes every xa and one every dA, and the input's
+The members' thin factors are concatenated, so one pass over x computes all xa and another all dA, and the input
 gradient is one sum of the members' products.
 """
 
@@ -24,67 +24,72 @@ Members = list[dict[str, Any]]
 
 
 def down(x: torch.Tensor, lora_a: list[torch.Tensor], scaling: list[float]) -> torch.Tensor:
-    """The members' xa side by side, (T, sum of R), as they are kept."""
-    scaling = [single.carried(s, x.dtype) for s in scaling]
+    """Return the members' xa, with the scaling that they are saved with, concatenated to (T, sum of R)."""
+    scaling = [single.xa_scaling(s, x.dtype) for s in scaling]
     if len(set(scaling)) == 1:
         return low_rank.down(x, lora_a, scaling[0])
     return torch.cat([low_rank.down(x, [a], s) for a, s in zip(lora_a, scaling, strict=True)], dim=1)
 
 
 def members_backward(
-    wants: list[Wanted], wants_x: bool, grads: list[torch.Tensor | None], x: torch.Tensor | None, members: Members
+    wanted: list[Wanted], needs_x: bool, grads: list[torch.Tensor | None], x: torch.Tensor | None, members: Members
 ) -> tuple[list[Gradients], Addend | None, list[Addend]]:
-    """The gradients of each member's parameters, and what dx is the sum of: the thin product and the large ones.
+    """Return the gradients of each member's parameters, and the low-rank addend and the other addends of dx.
 
-    dy_i (T, N_i) and x (T, K) have the dtype of the computation. A member has `lora_a`, `lora_b`, `xa`, `weight`,
-    `bias`, `lora_bias` and `scaling`; one without a gradient is passed over. One with a `dropped`, which gives its
-    dropped-out z, has dA from that, and its part of the thin product is to be masked.
+    Args:
+        wanted: which gradients of each member's parameters to compute.
+        needs_x: whether to return the addends of dx.
+        grads: dy_i (T, N_i) in the compute dtype; members without one are skipped.
+        x: (T, K) in the compute dtype, if saved.
+        members: `lora_a`, `lora_b`, `xa`, `weight`, `bias`, `lora_bias` and `scaling` of each. A member with dropout
+            also has `dropped`, a function that recomputes its dropped-out input for dA; the caller has to mask its part
+            of the low-rank addend.
     """
-    alive = [i for i, dy in enumerate(grads) if dy is not None and (wants_x or any(wants[i].values()))]
-    ranks = {i: len(members[i]["lora_a"]) for i in alive if wants_x or wants[i]["lora_a"]}
+    active = [i for i, dy in enumerate(grads) if dy is not None and (needs_x or any(wanted[i].values()))]
+    ranks = {i: len(members[i]["lora_a"]) for i in active if needs_x or wanted[i]["lora_a"]}
     first = next(dy for dy in grads if dy is not None)
     dxa = allocate((len(first), sum(ranks.values())), first.dtype, first.device) if ranks else None
     parts = dict(zip(ranks, dxa.split(list(ranks.values()), dim=1), strict=True)) if dxa is not None else {}
-    found: list[Gradients] = [{} for _ in members]
-    for i in alive:
+    gradients: list[Gradients] = [{} for _ in members]
+    for i in active:
         given = {n: v for n, v in members[i].items() if n not in ("lora_a", "dropped")}
         dy = grads[i]
         assert dy is not None
-        found[i], _ = layer.parameter_gradients(wants[i], i in ranks, dy, x, dxa=parts.get(i), **given)
-    if dxa is not None and any(wants[i]["lora_a"] for i in ranks):
-        _down_gradients(found, wants, ranks, parts, dxa, x, members)
-    if not wants_x or dxa is None:
-        return found, None, []
+        gradients[i], _ = layer.parameter_gradients(wanted[i], i in ranks, dy, x, dxa=parts.get(i), **given)
+    if dxa is not None and any(wanted[i]["lora_a"] for i in ranks):
+        _down_gradients(gradients, wanted, ranks, parts, dxa, x, members)
+    if not needs_x or dxa is None:
+        return gradients, None, []
     stacked = torch.cat([members[i]["lora_a"].to(first.dtype) for i in ranks])
-    products = [(dy, members[i]["weight"].to(first.dtype)) for i in alive if (dy := grads[i]) is not None]
-    return found, (dxa, stacked), products
+    products = [(dy, members[i]["weight"].to(first.dtype)) for i in active if (dy := grads[i]) is not None]
+    return gradients, (dxa, stacked), products
 
 
 def _down_gradients(
-    found: list[Gradients],
-    wants: list[Wanted],
+    gradients: list[Gradients],
+    wanted: list[Wanted],
     ranks: dict[int, int],
     parts: dict[int, torch.Tensor],
     dxa: torch.Tensor,
     x: torch.Tensor | None,
     members: Members,
 ) -> None:
-    """dA of every member in one pass over x, if all read it, are wanted and have one dtype."""
+    """Add each dA to `gradients`: in one pass over x if all are needed, have one dtype and no member has dropout."""
     dtypes = {members[i]["lora_a"].dtype for i in ranks}
     dropped = {i: z for i in ranks if (z := members[i].get("dropped")) is not None}
-    if x is not None and len(dtypes) == 1 and not dropped and all(wants[i]["lora_a"] for i in ranks):
+    if x is not None and len(dtypes) == 1 and not dropped and all(wanted[i]["lora_a"] for i in ranks):
         stacked = low_rank.down_gradient(dxa, x, dtypes.pop())
         for i, da in zip(ranks, stacked.split(list(ranks.values())), strict=True):
-            found[i]["lora_a"] = da.clone() if len(ranks) > 1 else da
+            gradients[i]["lora_a"] = da.clone() if len(ranks) > 1 else da
         return
     for i, part in parts.items():
-        z = dropped[i]() if i in dropped and wants[i]["lora_a"] else x
-        if wants[i]["lora_a"] and z is not None:
-            found[i]["lora_a"] = low_rank.down_gradient(part.contiguous(), z, members[i]["lora_a"].dtype)
+        z = dropped[i]() if i in dropped and wanted[i]["lora_a"] else x
+        if wanted[i]["lora_a"] and z is not None:
+            gradients[i]["lora_a"] = low_rank.down_gradient(part.contiguous(), z, members[i]["lora_a"].dtype)
 
 
-def _drops_out(seed: list[torch.Tensor | None], dropout: list[float | None]) -> bool:
-    """Whether some member drops out its input."""
+def _has_dropout(seed: list[torch.Tensor | None], dropout: list[float | None]) -> bool:
+    """Return whether any member has dropout; raise ValueError for a seed without a probability or vice versa."""
     for member in zip(seed, dropout, strict=True):
         check_argument(*member)
     return any(s is not None for s in seed)
@@ -98,20 +103,20 @@ def _dropped_down(
     seed: list[torch.Tensor | None],
     dropout: list[float | None],
 ) -> torch.Tensor:
-    """As `down`, where members may have a z of their own."""
+    """Do what `down` does for members that may have dropout."""
     parts = []
-    for a, s, drawn, p in zip(lora_a, scaling, seed, dropout, strict=True):
-        z = tokens if drawn is None else layer.dropped_out(x, drawn, p, tokens.dtype)
-        parts.append(low_rank.down(z, [a], single.carried(s, tokens.dtype)))
+    for a, s, member_seed, p in zip(lora_a, scaling, seed, dropout, strict=True):
+        z = tokens if member_seed is None else layer.dropped_out(x, member_seed, p, tokens.dtype)
+        parts.append(low_rank.down(z, [a], single.xa_scaling(s, tokens.dtype)))
     return torch.cat(parts, dim=1)
 
 
 def _masked_sum(low: Addend | None, products: list[Addend], members: Members, dtype: torch.dtype) -> torch.Tensor:
-    """dx in `dtype`, where some of the members behind `low`, which stand side by side in it, have dropout."""
+    """Return dx in `dtype` from the concatenated low-rank addends and the others, where some members have dropout."""
     assert low is not None
     ranks = [len(member["lora_a"]) for member in members]
     first, *others = products
-    dx = layer.total(first, others, None, dtype) if others else layer.total(None, products, None, dtype)
+    dx = layer.sum_products(first, others, None, dtype) if others else layer.sum_products(None, products, None, dtype)
     for member, left, right in zip(members, low[0].split(ranks, dim=1), low[1].split(ranks), strict=True):
         dz, seed = torch.mm(left, right), member["seed"]
         dx = dx.add_(dz) if seed is None else layer.masked_sum(dx, dz, seed, member["dropout"], dtype)
@@ -141,7 +146,7 @@ def forward(
     **lists: list[Any],
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     tokens = rows(x).to(base_dtype)
-    if _drops_out(seed, dropout):
+    if _has_dropout(seed, dropout):
         xa = _dropped_down(x, tokens, lora_a, scaling, seed, dropout)
     else:
         xa = down(tokens, lora_a, scaling)
@@ -170,25 +175,25 @@ def backward(
     lists["xa"] = list(xa.split([len(a) for a in lists["lora_a"]], dim=1))
     seed, dropout = lists.pop("seed"), lists.pop("dropout")
     members = [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
-    wants = [{name: wanted[name][i] for name in single.PARAMETERS} for i in range(len(members))]
+    wanted_of_members = [{name: wanted[name][i] for name in single.PARAMETERS} for i in range(len(members))]
     tokens = None if x is None else rows(x).to(base_dtype)
     for member, s, p in zip(members, seed, dropout, strict=True):
         if s is not None and x is not None:
             member["dropped"] = partial(layer.dropped_out, x, s, p, base_dtype)
     dys = [None if dy is None else rows(dy).to(base_dtype) for dy in grads[0]]
-    found, low, products = members_backward(wants, wanted["x"], dys, tokens, members)
-    gradients: Gradients = {name: [of_member.get(name) for of_member in found] for name in single.PARAMETERS}
+    of_members, low, products = members_backward(wanted_of_members, wanted["x"], dys, tokens, members)
+    gradients: Gradients = {name: [of_member.get(name) for of_member in of_members] for name in single.PARAMETERS}
     if wanted["x"]:
         shape = next(dy.shape[:-1] for dy in grads[0] if dy is not None)
         if any(s is not None for s in seed):
-            alive = [
+            active = [
                 {"lora_a": member["lora_a"], "seed": s, "dropout": p}
                 for member, s, p, dy in zip(members, seed, dropout, dys, strict=True)
                 if dy is not None
             ]
-            dx = _masked_sum(low, products, alive, x_dtype)
+            dx = _masked_sum(low, products, active, x_dtype)
         else:
-            dx = layer.total(low, products, None, x_dtype)
+            dx = layer.sum_products(low, products, None, x_dtype)
         gradients["x"] = dx.view(*shape, dx.shape[1])
     return gradients
 

@@ -1,11 +1,11 @@
-"""The adapted linear layer and the adapter alone: `kernels/formulas/lora_linear.py` has the formulas.
+"""A LoRA linear layer, and the adapter alone: `kernels/formulas/lora_linear.py` has the formulas.
 
-Every product is one of two kinds. The large ones are sums (`matmul.py`), in which the low-rank term costs neither a
-pass over the output nor a rounding; where cuBLAS is faster it multiplies, and the low-rank term is added onto its
-result. The thin ones (`low_rank.py`) are a pass over the activation each, dxa and dB share one.
+Large products are sums (`matmul.py`), in which the low-rank term costs neither a pass over the output nor a rounding;
+where cuBLAS is faster, the low-rank term is added onto its result. Thin products (`low_rank.py`) take one pass over
+their activation each; dxa and dB share one.
 
-Adapters are rounded to the dtype of the computation where they are used: in the kernels, or once if they are large.
-An input that a seed drops out is made where it is read, and its gradient is masked while it joins the base layer's.
+Adapters are rounded to the compute dtype where they are used: in the kernels, or once if they are large. A dropped-out
+input is recomputed where it is needed, and its gradient is masked in the pass that adds it to the base layer's.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from fastlora.kernels.core.devices import FLOATS, HALVES, computes, supported
+from fastlora.kernels.core.devices import FLOAT_DTYPES, HALF_DTYPES, computes, supported
 from fastlora.kernels.core.gradients import Gradients, Wanted
-from fastlora.kernels.core.implementations import laid_out
+from fastlora.kernels.core.implementations import with_strides_of
 from fastlora.kernels.core.numerics import Addend, rows, sum_rows
 from fastlora.kernels.core.quantized_weight import QuantizedWeight
 from fastlora.kernels.formulas import dropout as masks
@@ -26,46 +26,45 @@ from fastlora.kernels.triton import dropout as mask
 from fastlora.kernels.triton.blocks import gemv_4bit, low_rank, matmul
 
 
-def total(
+def sum_products(
     low: Addend | None, products: Sequence[Addend], bias: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """low_left @ low_right + sum of left @ right (+ bias), rounded to `dtype`.
+    """Return low_left @ low_right + sum of left @ right (+ bias), rounded to `dtype`, for at least one of `products`.
 
-    `products` has at least one. Our kernel makes only sums with a thin `low`, and those only where it is faster; the
-    rest is cuBLAS's.
+    `matmul.py` computes it if there is a low-rank addend and its kernel is faster; otherwise cuBLAS does.
     """
     lows = [] if low is None else [low]
     if lows and matmul.serves([*lows, *products], bias) is True:
         return matmul.sum_of_products([*lows, *products], bias, dtype=dtype)
     left, right = products[0]
-    if dtype is torch.float32 and left.dtype in HALVES:
-        return _wide_total([*products, *lows], bias)
+    if dtype is torch.float32 and left.dtype in HALF_DTYPES:
+        return _sum_products_float32([*products, *lows], bias)
     out = torch.mm(left, right) if bias is None else torch.addmm(bias.to(left.dtype), left, right)
     for left, right in [*products[1:], *lows]:
         out.addmm_(left, right)
     return out.to(dtype)
 
 
-def _wide_total(products: Sequence[Addend], bias: torch.Tensor | None) -> torch.Tensor:
-    """The sum of products of 16 bits in float32."""
+def _sum_products_float32(products: Sequence[Addend], bias: torch.Tensor | None) -> torch.Tensor:
+    """Return the sum of products of 16-bit operands (+ bias) in float32."""
     (left, right), *others = products
-    out = low_rank.wide_product(left, right)
+    out = low_rank.mm_float32(left, right)
     for left, right in others:
-        out = wide_sum(out, left, right)
+        out = addmm_float32(out, left, right)
     return out if bias is None else out.add_(bias)
 
 
-def wide_sum(t: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scaling: float = 1.0) -> torch.Tensor:
-    """t + scaling * left @ right in float32, of operands of 16 bits; by cuBLAS, but for Triton's interpreter."""
+def addmm_float32(t: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scaling: float = 1.0) -> torch.Tensor:
+    """Return t + scaling * left @ right in float32, for 16-bit operands, without casting them on a GPU."""
     if left.is_cuda:
         return torch.addmm(t, left, right, out_dtype=torch.float32, alpha=scaling)
-    return t + low_rank.wide_product(left, right) * scaling
+    return t + low_rank.mm_float32(left, right) * scaling
 
 
-def biases(
+def total_bias(
     bias: torch.Tensor | None, lora_bias: torch.Tensor | None, scaling: float, dtype: torch.dtype
 ) -> torch.Tensor | None:
-    """b + s c: what both paths add to every row, in float32 where both do."""
+    """Return b + s c; in float32 if there is a c."""
     if lora_bias is None:
         return bias
     added = lora_bias.to(dtype).float() * scaling
@@ -82,18 +81,18 @@ def project(
     scaling: float,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """y (T, N) of x (T, K), whose dtype is that of the computation, and of xa (T, R) as it is kept."""
-    dtype, rest = x.dtype, op.remainder(scaling, x.dtype)
-    b = lora_b.to(dtype) if rest == 1 else (lora_b.float() * rest).to(dtype)
-    low, added = (xa, b.t()), biases(bias, lora_bias, scaling, dtype)
+    """Return y (T, N) in `out_dtype` from x (T, K) in the compute dtype and xa (T, R) as it is saved."""
+    dtype, b_scaling = x.dtype, op.b_scaling(scaling, x.dtype)
+    b = lora_b.to(dtype) if b_scaling == 1 else (lora_b.float() * b_scaling).to(dtype)
+    low, added = (xa, b.t()), total_bias(bias, lora_bias, scaling, dtype)
     if gemv_4bit.serves(weight, x, low, added):
         return gemv_4bit.product(x, weight, low, added, out_dtype)
-    return total(low, [(x, weight.to(dtype).t())], added, out_dtype)
+    return sum_products(low, [(x, weight.to(dtype).t())], added, out_dtype)
 
 
 def parameter_gradients(
     wanted: Wanted,
-    wants_dxa: bool,
+    needs_dxa: bool,
     dy: torch.Tensor,
     x: torch.Tensor | None,
     xa: torch.Tensor,
@@ -104,18 +103,18 @@ def parameter_gradients(
     scaling: float,
     dxa: torch.Tensor | None = None,
 ) -> tuple[Gradients, torch.Tensor | None]:
-    """The gradients of W, b, B and c, and dxa (T, R), scaled, if it is wanted; into `dxa` if that is given.
+    """Return the gradients of W, b, B and c, and, if `needs_dxa`, scaled dxa (T, R), written to `dxa` if given.
 
-    dy (T, N) and x (T, K) have the dtype of the computation.
+    dy (T, N) and x (T, K) are in the compute dtype.
     """
     gradients, _ = op.base_backward(wanted, False, dy, x, weight, bias, dy.dtype)
-    low, dxa = adapter_gradients(wanted, wants_dxa, dy, xa, lora_b, lora_bias, scaling, dxa)
-    return gradients | low, dxa
+    of_adapter, dxa = adapter_gradients(wanted, needs_dxa, dy, xa, lora_b, lora_bias, scaling, dxa)
+    return gradients | of_adapter, dxa
 
 
 def adapter_gradients(
     wanted: Wanted,
-    wants_dxa: bool,
+    needs_dxa: bool,
     dy: torch.Tensor,
     xa: torch.Tensor,
     lora_b: torch.Tensor,
@@ -123,20 +122,20 @@ def adapter_gradients(
     scaling: float,
     dxa: torch.Tensor | None = None,
 ) -> tuple[Gradients, torch.Tensor | None]:
-    """The gradients of B and c, and dxa, as `parameter_gradients` has them."""
+    """Return the gradients of B and c, and dxa like `parameter_gradients`."""
     gradients: Gradients = {}
     if lora_bias is not None and wanted["lora_bias"]:
         gradients["lora_bias"] = (sum_rows(dy) * scaling).to(lora_bias.dtype)
-    if wants_dxa or wanted["lora_b"]:
-        wants, rest = (wants_dxa, wanted["lora_b"]), op.remainder(scaling, dy.dtype)
-        dtype = lora_b.dtype if rest == 1 else torch.float32
-        dxa, db = low_rank.up_gradients(dy, lora_b, xa, scaling, dtype, wants, dxa)
-        gradients["lora_b"] = db if db is None or rest == 1 else (db * rest).to(lora_b.dtype)
+    if needs_dxa or wanted["lora_b"]:
+        needs, b_scaling = (needs_dxa, wanted["lora_b"]), op.b_scaling(scaling, dy.dtype)
+        dtype = lora_b.dtype if b_scaling == 1 else torch.float32
+        dxa, db = low_rank.up_gradients(dy, lora_b, xa, scaling, dtype, needs, dxa)
+        gradients["lora_b"] = db if db is None or b_scaling == 1 else (db * b_scaling).to(lora_b.dtype)
     return gradients, dxa
 
 
 def dropped_out(x: torch.Tensor, seed: torch.Tensor | None, dropout: float | None, dtype: torch.dtype) -> torch.Tensor:
-    """z (T, K) in `dtype`: x behind the dropout of `seed`, if there is one."""
+    """Return z (T, K) in `dtype`: x after dropout with `seed`, or x without a seed."""
     tokens = rows(x)
     return tokens.to(dtype) if seed is None or dropout is None else mask.run(tokens, seed, dropout, dtype)
 
@@ -144,7 +143,7 @@ def dropped_out(x: torch.Tensor, seed: torch.Tensor | None, dropout: float | Non
 def masked_sum(
     base: torch.Tensor, dz: torch.Tensor, seed: torch.Tensor, dropout: float, dtype: torch.dtype
 ) -> torch.Tensor:
-    """dx (T, K) in `dtype` = base + dz * m, in the memory of one of the two where it fits; both are used up."""
+    """Return base + dz * m (T, K) in `dtype`; base or dz is overwritten if it has that dtype."""
     out = next((t for t in (dz, base) if t.dtype is dtype), None)
     return mask.run(dz, seed, dropout, dtype, base, out)
 
@@ -157,9 +156,9 @@ def serves(
     out_dtype: torch.dtype,
     **_: Any,
 ) -> bool:
-    """Both paths compute in one dtype, which the GPU has; otherwise roundings differ between them."""
-    fits = base_dtype is lora_dtype and computes(base_dtype, weight.device) and out_dtype in FLOATS
-    return fits and weight.dim() == 2 and weight.numel() > 0 and (x is None or x.numel() > 0)
+    """Return whether both paths compute in one dtype, which the GPU supports, and no operand is empty."""
+    dtypes_match = base_dtype is lora_dtype and computes(base_dtype, weight.device) and out_dtype in FLOAT_DTYPES
+    return dtypes_match and weight.dim() == 2 and weight.numel() > 0 and (x is None or x.numel() > 0)
 
 
 def forward(
@@ -177,7 +176,7 @@ def forward(
     tokens = rows(x).to(base_dtype)
     given = x if x_dropped is None else x_dropped
     z = tokens if x_dropped is None and seed is None else dropped_out(given, seed, dropout, base_dtype)
-    xa = low_rank.down(z, [lora_a], op.carried(scaling, base_dtype))
+    xa = low_rank.down(z, [lora_a], op.xa_scaling(scaling, base_dtype))
     y = project(tokens, xa, scaling=scaling, **layer)
     return y.view(*x.shape[:-1], y.shape[1]), xa
 
@@ -206,17 +205,17 @@ def backward(
     **_: Any,
 ) -> Gradients:
     dy = rows(grads[0]).to(base_dtype)
-    direct = x_dropped_dtype is None and seed is None  # z is x
-    tokens = None if x is None or not (direct or wanted["weight"]) else rows(x).to(base_dtype)
-    wants_dz = wanted["x"] if x_dropped_dtype is None else wanted["x_dropped"]
+    z_is_x = x_dropped_dtype is None and seed is None
+    tokens = None if x is None or not (z_is_x or wanted["weight"]) else rows(x).to(base_dtype)
+    needs_dz = wanted["x"] if x_dropped_dtype is None else wanted["x_dropped"]
     gradients, dxa = parameter_gradients(
-        wanted, wanted["lora_a"] or wants_dz, dy, tokens, xa, weight, bias, lora_b, lora_bias, scaling
+        wanted, wanted["lora_a"] or needs_dz, dy, tokens, xa, weight, bias, lora_b, lora_bias, scaling
     )
     low = None
     if dxa is not None:
         given = x if x_dropped_dtype is None else x_dropped
         if wanted["lora_a"] and given is not None:
-            z = tokens if direct else dropped_out(given, seed, dropout, base_dtype)
+            z = tokens if z_is_x else dropped_out(given, seed, dropout, base_dtype)
             assert z is not None
             gradients["lora_a"] = low_rank.down_gradient(dxa, z, lora_a.dtype)
         low = (dxa, lora_a.to(base_dtype))
@@ -224,7 +223,7 @@ def backward(
     if wanted["x"]:
         base = (dy, weight.to(base_dtype))
         if seed is None or dropout is None:
-            dx = total(low if x_dropped_dtype is None else None, [base], None, x_dtype)
+            dx = sum_products(low if x_dropped_dtype is None else None, [base], None, x_dtype)
         else:
             assert low is not None
             dx = masked_sum(torch.mm(*base), torch.mm(*low), seed, dropout, x_dtype)
@@ -246,8 +245,8 @@ op.lora_linear.implementation(
 
 
 def serves_add(base: torch.Tensor, x: torch.Tensor, lora_dtype: torch.dtype, out_dtype: torch.dtype, **_: Any) -> bool:
-    fits = base.dtype is lora_dtype and out_dtype in FLOATS and supported(base)
-    return fits and base.numel() > 0 and x.shape[-1] > 0
+    dtypes_match = base.dtype is lora_dtype and out_dtype in FLOAT_DTYPES and supported(base)
+    return dtypes_match and base.numel() > 0 and x.shape[-1] > 0
 
 
 def add_forward(
@@ -263,15 +262,15 @@ def add_forward(
     dropout: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     masks.check_argument(seed, dropout)
-    xa = low_rank.down(dropped_out(x, seed, dropout, lora_dtype), [lora_a], op.carried(scaling, lora_dtype))
-    b, rest = lora_b.to(lora_dtype).t(), op.remainder(scaling, lora_dtype)
-    if out_dtype is torch.float32 and lora_dtype in HALVES:
-        y = wide_sum(rows(base).float(), xa, b, rest)
+    xa = low_rank.down(dropped_out(x, seed, dropout, lora_dtype), [lora_a], op.xa_scaling(scaling, lora_dtype))
+    b, b_scaling = lora_b.to(lora_dtype).t(), op.b_scaling(scaling, lora_dtype)
+    if out_dtype is torch.float32 and lora_dtype in HALF_DTYPES:
+        y = addmm_float32(rows(base).float(), xa, b, b_scaling)
     else:
-        y = torch.addmm(rows(base), xa, b, alpha=rest)
+        y = torch.addmm(rows(base), xa, b, alpha=b_scaling)
     if lora_bias is not None:
         y += lora_bias.to(lora_dtype) * scaling
-    return laid_out(y.to(out_dtype).view(base.shape), base), xa
+    return with_strides_of(y.to(out_dtype).view(base.shape), base), xa
 
 
 def serves_add_backward(grads: list[torch.Tensor], lora_a: torch.Tensor, lora_dtype: torch.dtype, **_: Any) -> bool:

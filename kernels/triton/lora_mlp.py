@@ -1,7 +1,8 @@
-"""The gated MLP with adapters: `kernels/formulas/lora_mlp.py` has the formulas, `lora_linear.py` the products.
+"""The gated MLP with LoRA: `kernels/formulas/lora_mlp.py` has the formulas, `lora_linear.py` the products.
 
-The gated unit's backward makes dgate, dup and, for down's dA, the hidden activation h in one pass. h takes the place of
-its gradient, and in a last backward dgate and dup those of gate and up: four activations less of the largest size.
+The GLU's backward kernel computes dgate, dup and, for dA of `down`, the hidden activation h in one pass. h overwrites
+dh; if autograd frees the saved tensors, dgate and dup overwrite gate and up. That saves up to four of the largest
+activations.
 """
 
 from __future__ import annotations
@@ -30,8 +31,7 @@ def serves(
     out_dtype: torch.dtype,
     **given: Any,
 ) -> bool:
-    """The gated unit lies between the layers' products, so it has their dtype; or float32, as around a residual stream
-    of that."""
+    """Return whether the dtypes are supported: the GLU's has to be that of the products, or float32."""
     weights = (given[f"{p}_weight"] for p in op.PROJECTIONS)
     return (
         activation in glu.ACTIVATIONS
@@ -42,14 +42,14 @@ def serves(
 
 
 def _gated(gate: torch.Tensor, up: torch.Tensor, activation: str, dtype: torch.dtype) -> torch.Tensor:
-    """h (T, I) = act(gate) * up, in the dtype that down reads it in."""
+    """Return h (T, I) = act(gate) * up in `dtype`."""
     hidden = empty(*gate.shape, like=gate, dtype=dtype)
     glu.run_forward(gate, up, activation, hidden)
     return hidden
 
 
 def _inner(tokens: torch.Tensor, inner_xa: torch.Tensor, given: dict[str, Any]) -> list[torch.Tensor]:
-    """gate and up (T, I), in `proj_dtype`, of x (T, H), whose dtype is that of the computation."""
+    """Return gate and up (T, I) in `proj_dtype`, from x (T, H) in the compute dtype."""
     members = [op.of(p, given) for p in op.INNER]
     parts = inner_xa.split([len(member.pop("lora_a")) for member in members], dim=1)
     dtype = given["proj_dtype"]
@@ -57,9 +57,9 @@ def _inner(tokens: torch.Tensor, inner_xa: torch.Tensor, given: dict[str, Any]) 
 
 
 def restore(x: torch.Tensor, inner_xa: torch.Tensor, base_dtype: torch.dtype, **given: Any) -> tuple[torch.Tensor, ...]:
-    """gate and up as the forward made them."""
-    made = _inner(rows(x).to(base_dtype), inner_xa, given)
-    return tuple(t.view(*x.shape[:-1], t.shape[1]) for t in made)
+    """Recompute gate and up, bit for bit as in the forward."""
+    inner = _inner(rows(x).to(base_dtype), inner_xa, given)
+    return tuple(t.view(*x.shape[:-1], t.shape[1]) for t in inner)
 
 
 def forward(
@@ -71,7 +71,7 @@ def forward(
     gate, up = _inner(tokens, inner_xa, given)
     hidden = _gated(gate, up, activation, base_dtype)
     down = op.of("down", given)
-    down_xa = low_rank.down(hidden, [down.pop("lora_a")], single.carried(down["scaling"], base_dtype))
+    down_xa = low_rank.down(hidden, [down.pop("lora_a")], single.xa_scaling(down["scaling"], base_dtype))
     y = layer.project(hidden, down_xa, out_dtype=out_dtype, **down)
     shape = x.shape[:-1]
     return y.view(*shape, y.shape[1]), gate.view(*shape, gate.shape[1]), up.view(*shape, up.shape[1]), inner_xa, down_xa
@@ -82,8 +82,8 @@ def serves_backward(grads: list[torch.Tensor], **given: Any) -> bool:
 
 
 def _down_backward(
-    want: Wanted,
-    inward: dict[str, bool],
+    wanted: Wanted,
+    needs_inner: dict[str, bool],
     dy: torch.Tensor,
     gate: torch.Tensor,
     up: torch.Tensor,
@@ -93,28 +93,29 @@ def _down_backward(
     lora_a: torch.Tensor,
     **down: Any,
 ) -> tuple[Gradients, list[torch.Tensor | None]]:
-    """Return the gradients of down's parameters, and dgate and dup where `inward` has them wanted.
+    """Return the gradients of down's parameters, and dgate and dup (T, I), each None unless in `needs_inner`.
 
-    They are in the memory of gate and up if that `may_overwrite`. All are in dy's dtype, that of the computation; gate
-    and up, and with them the gradient of h, may be wider."""
-    goes_on, dtype = any(inward.values()), dy.dtype
-    alone = want["weight"] or (want["lora_a"] and not goes_on)  # rare: else h is made along with dgate and dup
-    hidden = _gated(gate, up, activation, dtype) if alone else None
-    gradients, dxa = layer.parameter_gradients(want, want["lora_a"] or goes_on, dy, hidden, xa, **down)
+    dgate and dup are in dy's dtype, which is the compute dtype; gate, up and dh may be wider. With `may_overwrite`,
+    dgate and dup share the memory of gate and up if their dtypes agree.
+    """
+    needs_dhidden, dtype = any(needs_inner.values()), dy.dtype
+    separately = wanted["weight"] or (wanted["lora_a"] and not needs_dhidden)  # rare: else h comes with dgate and dup
+    hidden = _gated(gate, up, activation, dtype) if separately else None
+    gradients, dxa = layer.parameter_gradients(wanted, wanted["lora_a"] or needs_dhidden, dy, hidden, xa, **down)
     inner: list[torch.Tensor | None] = [None, None]
-    if goes_on:
+    if needs_dhidden:
         assert dxa is not None
-        dhidden = layer.total((dxa, lora_a.to(dtype)), [(dy, down["weight"].to(dtype))], None, gate.dtype)
-        fits = gate.dtype is dtype
+        dhidden = layer.sum_products((dxa, lora_a.to(dtype)), [(dy, down["weight"].to(dtype))], None, gate.dtype)
+        same_dtype = gate.dtype is dtype
         for i, (p, t) in enumerate(zip(op.INNER, (gate, up), strict=True)):
-            if inward[p]:
-                inner[i] = t if may_overwrite and fits else empty(*t.shape, like=t, dtype=dtype)
-        made = None
-        if want["lora_a"] and hidden is None:
-            made = dhidden if fits else empty(*gate.shape, like=gate, dtype=dtype)
-        glu.run_backward(dhidden, gate, up, activation, inner[0], inner[1], made)
-        hidden = made if hidden is None else hidden
-    if want["lora_a"]:
+            if needs_inner[p]:
+                inner[i] = t if may_overwrite and same_dtype else empty(*t.shape, like=t, dtype=dtype)
+        recomputed = None
+        if wanted["lora_a"] and hidden is None:
+            recomputed = dhidden if same_dtype else empty(*gate.shape, like=gate, dtype=dtype)
+        glu.run_backward(dhidden, gate, up, activation, inner[0], inner[1], recomputed)
+        hidden = recomputed if hidden is None else hidden
+    if wanted["lora_a"]:
         assert dxa is not None
         assert hidden is not None
         gradients["lora_a"] = low_rank.down_gradient(dxa, hidden, lora_a.dtype)
@@ -136,21 +137,24 @@ def backward(
     **given: Any,
 ) -> Gradients:
     dy, gate, up = (rows(t) for t in (grads[0].to(base_dtype), gate, up))
-    wants = {p: op.wants_of(p, wanted) for p in op.PROJECTIONS}
-    inward = {p: wanted["x"] or any(wants[p].values()) for p in op.INNER}
-    down = op.of("down", given)
-    found, inner = _down_backward(wants["down"], inward, dy, gate, up, activation, may_overwrite, down_xa, **down)
-    gradients = op.gradients_of("down", found)
-    if not any(inward.values()):
+    wanted_of = {p: op.wanted_of(p, wanted) for p in op.PROJECTIONS}
+    needs_inner = {p: wanted["x"] or any(wanted_of[p].values()) for p in op.INNER}
+    down_gradients, inner = _down_backward(
+        wanted_of["down"], needs_inner, dy, gate, up, activation, may_overwrite, down_xa, **op.of("down", given)
+    )
+    gradients = op.gradients_of("down", down_gradients)
+    if not any(needs_inner.values()):
         return gradients
     parts = inner_xa.split([len(given[f"{p}_lora_a"]) for p in op.INNER], dim=1)
     members = [{**op.of(p, given), "xa": part} for p, part in zip(op.INNER, parts, strict=True)]
     tokens = None if x is None else rows(x).to(base_dtype)
-    both, low, products = lora_group.members_backward([wants[p] for p in op.INNER], wanted["x"], inner, tokens, members)
-    for p, of_member in zip(op.INNER, both, strict=True):
+    of_members, low, products = lora_group.members_backward(
+        [wanted_of[p] for p in op.INNER], wanted["x"], inner, tokens, members
+    )
+    for p, of_member in zip(op.INNER, of_members, strict=True):
         gradients |= op.gradients_of(p, of_member)
     if wanted["x"]:
-        dx = layer.total(low, products, None, x_dtype)
+        dx = layer.sum_products(low, products, None, x_dtype)
         gradients["x"] = dx.view(*grads[0].shape[:-1], dx.shape[1])
     return gradients
 

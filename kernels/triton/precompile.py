@@ -1,7 +1,7 @@
-"""Compiles the kernels that calls of ops are going to launch, before the first of them, side by side.
+"""Compiles the kernels of upcoming calls of ops in parallel, before the first call.
 
-The ops run on tensors without memory, forward and backward, for the GPU at hand: which implementation serves, which
-kernels it launches and with which options depends on shapes, strides and dtypes alone. `host/precompile.py` compiles.
+The ops run forward and backward on meta tensors: which implementation is chosen, which kernels it launches and with
+which options depends only on the GPU and on shapes, strides and dtypes. `host/precompile.py` compiles.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from fastlora.kernels.triton.host import precompile
 
 
 def compile_kernels(calls: Iterable[Call], device: torch.device) -> None:
-    """Compile what these calls launch on a GPU.
+    """Compile the kernels that these calls launch on a GPU.
 
     Raises:
-        Exception: whatever the compiler raises. What was not compiled is compiled when it is launched.
+        Exception: what the compiler raises. Kernels that were not compiled here are compiled when they are launched.
     """
-    devices.take_for(devices.real(device))
+    devices.set_meta_gpu(devices.real(device))
     with implementations.for_precompilation(), precompile.recorded() as launches:
         for call in calls:
             run_on_meta(call)

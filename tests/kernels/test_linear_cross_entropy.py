@@ -54,7 +54,7 @@ def test_contract_in_chunks(case: Case, check: Any, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("ignored", ["none", "some", "all"])
-def test_every_combination_of_options(reduction: str, ignored: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_combinations_of_options(reduction: str, ignored: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Soft-cap, smoothing, z-loss and bias, alone and together, and labels that are ignored or not."""
     set_chunks(monkeypatch, 2)
     for softcap, smoothing, z_loss, bias in itertools.product((0.0, 2.0), (0.0, 0.2), (0.0, 0.05), (False, True)):
@@ -82,7 +82,7 @@ def test_infs_and_nans_propagate(options: Arguments) -> None:
 @pytest.mark.usefixtures("_chunks")
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_what_ignored_tokens_hold_does_not_matter(options: Arguments, bad: float) -> None:
+def test_infs_in_ignored_tokens_do_not_spread(options: Arguments, bad: float) -> None:
     torch.manual_seed(0)
     given_ = complete(linear_cross_entropy, arguments(f32, 5, 4, 5, bias=True, **options))
     ignored = given_["labels"] == given_["ignore_index"]
@@ -96,7 +96,7 @@ def test_what_ignored_tokens_hold_does_not_matter(options: Arguments, bad: float
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("tokens", [0, 4], ids=["no tokens", "all ignored"])
-def test_nothing_to_learn_from(tokens: int, reduction: str) -> None:
+def test_a_batch_without_kept_tokens(tokens: int, reduction: str) -> None:
     if tokens == 0 and restricted.to == "triton":
         pytest.skip("a kernel needs a token")
     given_ = arguments(f32, tokens, 4, 5, bias=True, rank=2, reduction=reduction)
@@ -106,7 +106,7 @@ def test_nothing_to_learn_from(tokens: int, reduction: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [5, -1, 2**40])
-def test_label_out_of_range(bad: int) -> None:
+def test_a_label_out_of_range_raises(bad: int) -> None:
     if DEVICE.type == "cuda":
         pytest.skip("a GPU that has met a failed assertion is of no use to later tests")
     given_ = arguments(f32, 7, 4, 5)
@@ -115,12 +115,12 @@ def test_label_out_of_range(bad: int) -> None:
         linear_cross_entropy(**given_)
 
 
-def test_unknown_reduction() -> None:
-    with pytest.raises(ValueError, match="'max' is none of mean, sum, none"):
+def test_an_unknown_reduction_raises() -> None:
+    with pytest.raises(ValueError, match="must be one of mean, sum, none; got 'max'"):
         linear_cross_entropy(**complete(linear_cross_entropy, arguments(f32, 7, 4, 5, reduction="max")))
 
 
-def test_labels_for_other_tokens() -> None:
+def test_a_wrong_number_of_labels_raises() -> None:
     given_ = complete(linear_cross_entropy, arguments(f32, 7, 4, 5))
     with pytest.raises(ValueError, match=r"6 labels for x of shape \(7, 4\)"):
         linear_cross_entropy(**given_ | {"labels": given_["labels"][:6]})
@@ -139,7 +139,7 @@ def test_tokens_may_have_several_dimensions(reduction: str) -> None:
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.125])
 @pytest.mark.parametrize(("softcap", "smoothing"), [(0.0, 0.0), (2.0, 0.0), (2.0, 0.25), (0.0, 0.25)])
-def test_loss_and_gradient_of_the_logits_are_sympys(softcap: float, smoothing: float, z_loss: float) -> None:
+def test_loss_and_logits_gradient_match_sympy(softcap: float, smoothing: float, z_loss: float) -> None:
     """A row of the head's output against the textbook's loss."""
     logits, (g,) = symbols("l", 4), symbols("g", 1)
     label, scale = 1, 0.75

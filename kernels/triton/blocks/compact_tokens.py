@@ -1,4 +1,4 @@
-"""Rows of tokens in another order, those that a loss keeps first, without the host knowing how many these are."""
+"""Compaction of the tokens whose labels are not ignored, on the device: the host never synchronizes on their count."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from fastlora.kernels.triton.host.launch import cdiv, empty, power_of_two
 
 @precompile.kernel(do_not_specialize=["T", "V", "chunk", "chunks", "ignore_index"])
 def rank_kernel(
-    labels_ptr, ranks_ptr, remaining_ptr, count_ptr, usable_ptr,
+    labels_ptr, ranks_ptr, remaining_ptr, count_ptr, valid_ptr,
     T, V, chunk, chunks, ignore_index, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """How many of the labels up to each one are kept, of all, and of each chunk; and whether all kept ones are below V.
+    """Count the kept labels up to each one, in total and in each chunk, and check that all kept labels are in [0, V).
 
-    One program walks over all labels: they are few next to the products that follow.
+    A single program handles all T labels, which take little time next to the products that follow.
     """
     offsets = tl.arange(0, BLOCK)
     count = tl.zeros((), tl.int32)
-    unusable = tl.zeros((), tl.int32)
+    out_of_range = tl.zeros((), tl.int32)
     for start in range(0, T, BLOCK):
         at = start + offsets
         labels = tl.load(labels_ptr + at, mask=at < T, other=ignore_index)
         kept = labels != ignore_index
         tl.store(ranks_ptr + at, count + tl.cumsum(kept.to(tl.int32), axis=0), mask=at < T)
         count += tl.sum(kept.to(tl.int32), axis=0)
-        unusable += tl.sum((kept & ((labels < 0) | (labels >= V))).to(tl.int32), axis=0)
+        out_of_range += tl.sum((kept & ((labels < 0) | (labels >= V))).to(tl.int32), axis=0)
     tl.store(count_ptr, count)
-    tl.store(usable_ptr, (unusable == 0).to(tl.int32))
+    tl.store(valid_ptr, (out_of_range == 0).to(tl.int32))
     for start in range(0, chunks, BLOCK):
         at = start + offsets
         tl.store(remaining_ptr + at, tl.minimum(tl.maximum(count - at * chunk, 0), chunk), mask=at < chunks)
@@ -41,7 +41,7 @@ def gather_kernel(
     x_ptr, labels_ptr, ranks_ptr, count_ptr, rows_ptr, order_ptr,
     H, x_stride, ignore_index, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Where one token goes if the kept ones come first, and its row of x there: zeros if it is ignored."""
+    """Store a token's row of x at its position in the compacted order, zeros if it is ignored, and its index there."""
     token = tl.program_id(0).to(tl.int64)
     rank = tl.load(ranks_ptr + token).to(tl.int64)  # kept tokens up to here, this one included
     kept = tl.load(labels_ptr + token) != ignore_index
@@ -55,7 +55,7 @@ def gather_kernel(
 
 @precompile.kernel()
 def scatter_kernel(rows_ptr, order_ptr, count_ptr, out_ptr, H, BLOCK_H: tl.constexpr):
-    """One row to its token; zeros to an ignored one."""
+    """Copy a compacted row back to its token's position; store zeros for an ignored token."""
     row = tl.program_id(0).to(tl.int64)
     kept = row < tl.load(count_ptr)
     token = tl.load(order_ptr + row)
@@ -65,24 +65,24 @@ def scatter_kernel(rows_ptr, order_ptr, count_ptr, out_ptr, H, BLOCK_H: tl.const
         tl.store(out_ptr + token * H + cols, t, mask=cols < H)
 
 
-def refuse_unless(usable: torch.Tensor) -> None:
-    """Raises for labels out of range; on a GPU when it gets there, as PyTorch's own loss does."""
-    if usable.device.type != "cpu":
-        assert_async(usable, "linear_cross_entropy: a label is out of bounds")
-    elif not usable:
+def check_labels(valid: torch.Tensor) -> None:
+    """Raise IndexError if a label is out of range; on a GPU by a device-side assertion, like PyTorch's own loss."""
+    if valid.device.type != "cpu":
+        assert_async(valid, "linear_cross_entropy: a label is out of bounds")
+    elif not valid:
         raise IndexError("linear_cross_entropy: a label is out of bounds")
 
 
-class Kept:
-    """The tokens of x (T, H), kept ones first, in the order they had.
+class CompactedTokens:
+    """The tokens of x (T, H) with kept tokens first, each group in its original order.
 
     Attributes:
-        rows: (T, H), zeros for ignored tokens.
-        order: (T,), which token each row is.
-        remaining: how many kept rows each chunk of `chunk` rows has.
+        rows: (T, H) in `dtype`, zeros for ignored tokens.
+        order: (T,) int64, the token index of each row.
+        remaining: (chunks,) int32, the number of kept rows in each chunk of `chunk` rows.
 
     Raises:
-        IndexError: for a label out of range.
+        IndexError: if a label is out of range.
     """
 
     def __init__(
@@ -91,20 +91,20 @@ class Kept:
         x = x if x.stride(1) == 1 else x.contiguous()
         (T, H), chunks = x.shape, cdiv(x.shape[0], chunk)
         ranks, self.remaining = empty(T, like=x, dtype=torch.int32), empty(chunks, like=x, dtype=torch.int32)
-        self._count, usable = empty(1, like=x, dtype=torch.int32), empty(1, like=x, dtype=torch.int32)
+        self._count, valid = empty(1, like=x, dtype=torch.int32), empty(1, like=x, dtype=torch.int32)
         rank_kernel[(1,)](
-            labels, ranks, self.remaining, self._count, usable,
+            labels, ranks, self.remaining, self._count, valid,
             T, vocabulary, chunk, chunks, ignore_index, BLOCK=4096, num_warps=16,
         )  # fmt: skip
-        refuse_unless(usable)
+        check_labels(valid)
         self.rows, self.order = empty(T, H, like=x, dtype=dtype), empty(T, like=x, dtype=torch.int64)
         self._block = min(4096, power_of_two(H))
         gather_kernel[(T,)](
             x, labels, ranks, self._count, self.rows, self.order, H, x.stride(0), ignore_index, BLOCK_H=self._block
         )
 
-    def put_back(self) -> torch.Tensor:
-        """`rows`, or what was written to them, as (T, H) in the tokens' order, with zeros for ignored tokens."""
+    def scatter(self) -> torch.Tensor:
+        """Return the current contents of `rows` as (T, H) in token order, with zeros for ignored tokens."""
         T, H = self.rows.shape
         out = empty(T, H, like=self.rows)
         scatter_kernel[(T,)](self.rows, self.order, self._count, out, H, BLOCK_H=self._block)

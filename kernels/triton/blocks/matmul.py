@@ -1,24 +1,24 @@
-"""Sums of matrix products with one rounding:  out = sum_i left_i @ right_i (+ bias), the sum in float32.
+"""Sums of matrix products with one rounding:  out = sum_i left_i @ right_i (+ bias), accumulated in float32.
 
 A LoRA linear layer and its input gradient are each one such sum, so the low-rank term costs neither a second pass over
 the output nor a rounding of its own.  With x (T, K), W (N, K), A (R, K), B (N, R):
 
     forward           y  = xa B^T + x W^T (+ b)          xa  = scaling * x A^T     (T, R)
     backward          dx = dxa A  + dy W                 dxa = scaling * dy B      (T, R)
-    a group's         dx = dxa A  + dy_1 W_1 + dy_2 W_2 + dy_3 W_3     dxa and A: the members' side by side, stacked
+    group backward    dx = dxa A  + dy_1 W_1 + dy_2 W_2 + dy_3 W_3     dxa, A: the members' concatenated along R
 
-`low_rank.py` computes the thin factors, xa and dxa, with the scaling in them.
+`low_rank.py` computes the thin factors xa and dxa, including the scaling.
 
-How: the products are laid end to end along the summed dimension and one loop walks over all of it, so a second product
-costs its own arithmetic and no more: no second prologue, no extra wait for memory.  Programs live as long as the kernel
-and each walks over several tiles; this loop too is part of the one loop, so the next tile's operands arrive while the
-last tile is stored.  Operands come through tensor descriptors (Hopper's copy engine), chosen per step.
+One loop runs over the K dimensions of all products in turn, so a second product costs its own arithmetic and no more:
+no second prologue, no pipeline drain.  Programs are persistent, and the loop over tiles is flattened into the same
+loop, so the next tile's operands are loaded while the last tile is stored.  Operands are loaded through tensor
+descriptors (TMA), which are selected in each step.
 
-The number of rows, or of summed rows, may be an integer on the GPU that the host does not know: `limited_rows` and
-`limited_depth` stop there, which is how a loss skips its ignored rows without waiting for their number.
+The number of rows, or of summed rows, may be an integer in device memory: `limited_rows` and `limited_depth` stop
+there, so a loss can skip its ignored rows without a synchronization.
 
-Operands: bfloat16 or float16, one dtype for all. `readable` says whether these kernels can take a sum, `serves` whether
-they can and are faster than cuBLAS with each further product added onto the output.
+Operands are all bfloat16 or all float16. `supports` says whether the kernels support a sum, `serves` whether they also
+beat cuBLAS, with each further product added onto the output.
 """
 
 from __future__ import annotations
@@ -30,24 +30,22 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastlora.kernels.core.devices import HALVES, gpu, processors
-from fastlora.kernels.triton.blocks.matmul_tiles import is_faster, measured, tile_of
+from fastlora.kernels.core.devices import HALF_DTYPES, gpu, processors
+from fastlora.kernels.triton.blocks.matmul_tiles import is_faster, is_tuned, tile_of
 from fastlora.kernels.triton.host import precompile
 from fastlora.kernels.triton.host.kernel_cache import descriptor
 from fastlora.kernels.triton.host.launch import IS_INTERPRETED, allocate, cdiv
 
 Addend = tuple[torch.Tensor, torch.Tensor]
-"""left (M, K) and right (K, N), which stand for left @ right."""
+"""left (M, K) and right (K, N) of the product left @ right."""
 
-MOST_ADDENDS = 4
-
-
+MAX_ADDENDS = 4
 GROUP_M = 16
 
 
 @triton.jit
-def _place(tile, rows, cols, GROUP_M: tl.constexpr):
-    """Row and column of a tile: GROUP_M rows at a time, so that programs running together share operands in cache."""
+def tile_position(tile, rows, cols, GROUP_M: tl.constexpr):
+    """Return the row and column of a tile, in groups of GROUP_M rows for L2 reuse."""
     group = tile // (GROUP_M * cols)
     first = group * GROUP_M
     height = min(rows - first, GROUP_M)
@@ -56,9 +54,12 @@ def _place(tile, rows, cols, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _put(out, t, m, n, ADD: tl.constexpr, INTERPRETED: tl.constexpr):
-    """out[m:, n:] = t, or += t. The copy engine adds where the memory is, so that nobody waits to read what is there;
-    it adds to each element once in a launch, so that no order is left to chance."""
+def _store_tile(out, t, m, n, ADD: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Store t to out[m:, n:], or add it there.
+
+    The addition is a TMA reduction, which saves loading out. Each element is added to once per launch, so it is
+    deterministic.
+    """
     t = t.to(out.dtype)
     if ADD and not INTERPRETED:
         out.atomic_add([m, n], t)
@@ -70,11 +71,12 @@ def _put(out, t, m, n, ADD: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _store(out, acc, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ADD: tl.constexpr, INTERPRETED: tl.constexpr):
-    """out[m:, n:] = acc, or += acc, in two halves: half the shared memory, which buys the loop one more stage."""
+    """Store acc to out[m:, n:], or add it there, in two halves: that halves the shared memory of the store, which
+    leaves room for one more pipeline stage."""
     HALF: tl.constexpr = BLOCK_N // 2
     left, right = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
-    _put(out, left, m, n, ADD, INTERPRETED)
-    _put(out, right, m, n + HALF, ADD, INTERPRETED)
+    _store_tile(out, left, m, n, ADD, INTERPRETED)
+    _store_tile(out, right, m, n + HALF, ADD, INTERPRETED)
 
 
 @precompile.kernel(do_not_specialize=["M"])
@@ -84,10 +86,10 @@ def sum_kernel(
     LEFT_T: tl.constexpr, RIGHT_T: tl.constexpr, LIMIT: tl.constexpr, ADD: tl.constexpr, INTERPRETED: tl.constexpr,
     PROGRAMS: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out (M, N) = the sum of left_i @ right_i, plus the bias; every PROGRAMS-th tile.
+    """out (M, N) = sum of left_i @ right_i (+ bias), for every PROGRAMS-th tile.
 
-    LEFT_T, RIGHT_T: the operand lies in memory with the summed dimension first (left), last (right).
-    LIMIT: M is *count_ptr ("rows"), or K0 is, rounded down to whole steps ("depth").
+    LEFT_T, RIGHT_T: the operand is stored transposed, as (K, M) or (N, K).
+    LIMIT: "rows" takes M from *count_ptr, "depth" takes K0 from there, rounded down to a multiple of BLOCK_K.
     """
     if LIMIT == "rows":
         M = min(M, tl.load(count_ptr).to(tl.int32))
@@ -109,12 +111,12 @@ def sum_kernel(
     rows = tl.cdiv(M, BLOCK_M)
     cols = tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), rows * cols, PROGRAMS, flatten=True):
-        row, col = _place(tile, rows, cols, GROUP_M)
+        row, col = tile_position(tile, rows, cols, GROUP_M)
         m = row * BLOCK_M
         n = col * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for step in tl.range(0, steps):
-            # choosing among descriptors is choosing among addresses: the loop stays one loop
+            # selecting a descriptor only selects an address, so this stays a single loop
             left = left0
             right = right0
             begin = end0 * 0
@@ -142,7 +144,7 @@ def sum_kernel(
 
 @precompile.kernel(do_not_specialize=["T"])
 def tail_kernel(t_ptr, out_ptr, count_ptr, T, C, t_stride, out_stride, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
-    """out (BLOCK_K, C) = the rows of t (T, C) from the last multiple of BLOCK_K up to count, then zeros."""
+    """out (BLOCK_K, C) = t[count // BLOCK_K * BLOCK_K : count], padded with zeros, for BLOCK_C columns of t (T, C)."""
     count = min(T, tl.load(count_ptr).to(tl.int64))
     row = tl.arange(0, BLOCK_K)[:, None]
     source = count // BLOCK_K * BLOCK_K + row
@@ -158,10 +160,10 @@ def sum_of_products(
     dtype: torch.dtype | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """left_0 @ right_0 * scaling + left_1 @ right_1 + ... (+ bias (N,)), of one to four addends, as (M, N).
+    """Return left_0 @ right_0 * scaling + left_1 @ right_1 + ... (+ bias (N,)) as (M, N), for one to four addends.
 
-    The low-rank addend comes first. A `scaling` other than one costs a kernel and a rounding of left_0: better is a
-    left_0 that was computed with it. All lefts, and all rights, have the same dimension contiguous.
+    The low-rank addend comes first. A `scaling` other than 1 costs a kernel and a rounding of left_0, so it is better
+    to compute left_0 with it. The same dimension has to be contiguous in all lefts, and in all rights.
     """
     left, right = addends[0]
     if scaling != 1.0:
@@ -172,26 +174,31 @@ def sum_of_products(
 
 
 def limited_rows(left: torch.Tensor, right: torch.Tensor, count: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """out[:count] = left[:count] @ right, for a `count` of one int32 or int64 on the device. Rows of `out` from `count`
-    to the end of its tile are written with no meaning, rows beyond it not at all."""
+    """Write left[:count] @ right to out[:count] and return `out`; `count` is an int32 or int64 scalar on the device.
+
+    Rows of `out` from `count` to the end of its tile are undefined, rows beyond are not written.
+    """
     return _launch(out, [(left, right)], count=count, limit="rows")
 
 
 def limited_depth(
     left: torch.Tensor, right: torch.Tensor, count: torch.Tensor, out: torch.Tensor, add: bool = False
 ) -> torch.Tensor:
-    """out = left[:, :count] @ right[:count], or out += that, rounded to out's dtype before and after the addition, for
-    a `count` on the device; left (M, T) is the transpose of a contiguous (T, M), and right (T, N) is contiguous. What
-    lies beyond `count` may be anything, nan included."""
+    """Write left[:, :count] @ right[:count] to `out` (M, N), or add it there, and return `out`.
+
+    With `add` the product is rounded to out's dtype, and so is the sum. `count` is a scalar on the device; values
+    beyond it are not used, not even if they are nan. left (M, T) is the transpose of a contiguous matrix, right (T, N)
+    is contiguous.
+    """
     tile = tile_of(out)
     tails = [_tail(t, count, tile.k) for t in (left.t(), right)]
     return _launch(out, [(left, right), (tails[0].t(), tails[1])], count=count, limit="depth", add=add)
 
 
 def _tail(t: torch.Tensor, count: torch.Tensor, depth: int) -> torch.Tensor:
-    """The last rows of t before `count`, as many as a step sums, of which whole steps leave some out."""
+    """Return the rows of t before `count` that do not fill a whole step of `depth` rows, padded with zeros to it."""
     T, C = t.shape
-    out = allocate((depth, cdiv(C, 16) * 16), t.dtype, t.device)[:, :C]  # rows start at multiples of 16 bytes
+    out = allocate((depth, cdiv(C, 16) * 16), t.dtype, t.device)[:, :C]  # TMA requires rows aligned to 16 bytes
     tail_kernel[(cdiv(C, 128),)](
         t, out, count, T, C, t.stride(0), out.stride(0), BLOCK_K=depth, BLOCK_C=128, num_warps=4
     )
@@ -199,10 +206,10 @@ def _tail(t: torch.Tensor, count: torch.Tensor, depth: int) -> torch.Tensor:
 
 
 def serves(addends: Sequence[Addend], bias: torch.Tensor | None = None, out: torch.Tensor | None = None) -> bool | str:
-    """True if `sum_of_products` can take these and is faster than cuBLAS, else why not."""
-    answer = readable(addends, bias, out)
-    if answer is not True:
-        return answer
+    """Return True if `sum_of_products` supports these operands and beats cuBLAS, otherwise the reason why not."""
+    verdict = supports(addends, bias, out)
+    if verdict is not True:
+        return verdict
     left, right = addends[0]
     if left.device.type == "cpu":
         return True
@@ -210,16 +217,16 @@ def serves(addends: Sequence[Addend], bias: torch.Tensor | None = None, out: tor
     return is_faster(left.shape[0], right.shape[1], K, len(addends) - 1, gpu(left.device))
 
 
-def readable(
+def supports(
     addends: Sequence[Addend], bias: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> bool | str:
-    """True if the kernels can take these, else why not."""
+    """Return True if the kernels support these operands, otherwise the reason why not."""
     left, right = addends[0]
-    if len(addends) > MOST_ADDENDS:
-        return f"more than {MOST_ADDENDS} products"
-    if not measured(left.device):
+    if len(addends) > MAX_ADDENDS:
+        return f"more than {MAX_ADDENDS} products"
+    if not is_tuned(left.device):
         return "no tiles were measured for this GPU"
-    if left.dtype not in HALVES:
+    if left.dtype not in HALF_DTYPES:
         return f"{left.dtype} operands"
     left_t, right_t = _transposed(left), _transposed(right)
     for a, b in addends:
@@ -227,31 +234,31 @@ def readable(
             return "operands of several dtypes"
         if _transposed(a) != left_t or _transposed(b) != right_t:
             return "operands laid out in several ways"
-        if not (describable(a) and describable(b)):
+        if not (fits_descriptor(a) and fits_descriptor(b)):
             return "an operand whose rows do not start at multiples of 16 bytes"
-    if right.shape[1] * left.element_size() % 16 if out is None else not describable(out):
+    if right.shape[1] * left.element_size() % 16 if out is None else not fits_descriptor(out):
         return "an output whose rows do not start at multiples of 16 bytes"
     if bias is not None and bias.stride(0) != 1:
         return "a bias with gaps between its elements"
     return True
 
 
-def describable(t: torch.Tensor) -> bool:
-    """Whether a tensor descriptor can name this matrix, or its transpose: one dimension contiguous, the other's stride
-    and the address multiples of 16 bytes."""
-    down, right = t.stride()
-    step = (down if right == 1 else right) * t.element_size()
-    return 1 in (down, right) and step > 0 and step % 16 == 0 and t.data_ptr() % 16 == 0 and t.numel() > 0
+def fits_descriptor(t: torch.Tensor) -> bool:
+    """Return whether a tensor descriptor supports this matrix or its transpose: one dimension contiguous, the other's
+    stride and the address multiples of 16 bytes."""
+    row_stride, col_stride = t.stride()
+    step = (row_stride if col_stride == 1 else col_stride) * t.element_size()
+    return 1 in (row_stride, col_stride) and step > 0 and step % 16 == 0 and t.data_ptr() % 16 == 0 and t.numel() > 0
 
 
-def describe(t: torch.Tensor, *block: int) -> TensorDescriptor:
-    """The descriptor of a matrix that is `describable`, for blocks of that shape."""
+def make_descriptor(t: torch.Tensor, *block: int) -> TensorDescriptor:
+    """Return a tensor descriptor of a matrix for which `fits_descriptor` is true, with blocks of the given shape."""
     make = TensorDescriptor if IS_INTERPRETED else descriptor
     return make(t, list(t.shape), list(t.stride()), list(block))
 
 
 def _transposed(t: torch.Tensor) -> bool:
-    """Whether columns, not rows, lie contiguous in memory."""
+    """Return whether columns, not rows, are contiguous."""
     return t.stride(1) != 1
 
 
@@ -271,13 +278,15 @@ def _launch(
     operands: list[TensorDescriptor | None] = []
     depths: list[int] = []
     for left, right in addends:
-        operands.append(describe(left.t(), tile.k, tile.m) if left_t else describe(left, tile.m, tile.k))
-        operands.append(describe(right.t(), tile.n, tile.k) if right_t else describe(right, tile.k, tile.n))
+        operands.append(make_descriptor(left.t(), tile.k, tile.m) if left_t else make_descriptor(left, tile.m, tile.k))
+        operands.append(
+            make_descriptor(right.t(), tile.n, tile.k) if right_t else make_descriptor(right, tile.k, tile.n)
+        )
         depths.append(left.shape[1])
-    missing = MOST_ADDENDS - len(addends)
+    missing = MAX_ADDENDS - len(addends)
     programs = processors(out.device)
     sum_kernel[(min(programs, cdiv(M, tile.m) * cdiv(N, tile.n)),)](
-        describe(out, tile.m, tile.n // 2), *operands, *[None] * (2 * missing), bias, count,
+        make_descriptor(out, tile.m, tile.n // 2), *operands, *[None] * (2 * missing), bias, count,
         M, N, *depths, *[0] * missing,
         LEFT_T=left_t, RIGHT_T=right_t, LIMIT=limit, ADD=add, INTERPRETED=IS_INTERPRETED,
         PROGRAMS=programs, GROUP_M=GROUP_M, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,

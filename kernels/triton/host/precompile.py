@@ -1,9 +1,8 @@
-"""Kernels that can be compiled before they are launched, many at a time.
+"""Kernels that can be compiled ahead of their first launch, in parallel.
 
-Triton compiles a kernel in its first launch, and a first step has dozens of them, one behind the other: most of that
-time Python waits for the assembler, and for the C compiler that builds what launches a kernel. Here an op runs on
-tensors without memory, for which a GPU stands in; its launches are recorded instead of made, and then compiled side by
-side. The launches that follow find their kernels in Triton's cache.
+Triton compiles a kernel in its first launch, so a first training step compiles dozens one after another, mostly waiting
+for the assembler and for the C compiler that builds the launchers. Here ops run on meta tensors, their launches are
+recorded instead of made, and the recorded kernels are compiled in parallel. Later launches find them in Triton's cache.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from fastlora.kernels.core import shortcuts, trace
 from fastlora.kernels.triton.host.kernel_cache import Launcher, specialization_key
 from fastlora.kernels.triton.host.launch import IS_INTERPRETED
 
-MOST_THREADS = 16
-MOST_KNOWN = 4096
-"""Kinds of launches of one kernel that are known again."""
+MAX_THREADS = 16
+MAX_CACHED = 4096
+"""Specializations of one kernel that are cached."""
 
 
 class RecordedLaunch(NamedTuple):
@@ -48,56 +47,56 @@ _thread = _Thread()
 
 
 class Kernel(JITFunction):
-    """What `triton.jit` makes of a function, except that launches may be recorded, and that those like an earlier one
-    find its kernel at once."""
+    """A `JITFunction` whose launches may be recorded instead of made, and which caches compiled kernels by
+    `specialization_key`."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._known: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
+        self._cached: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
 
     def run(self, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         if _thread.launches is not None:
             _thread.launches.append(RecordedLaunch(self, args, options))
             return None
         if has_launch_hooks() or not shortcuts.use.kernels:
-            trace.launched(None, args)
+            trace.record_launch(None, args)
             return super().run(*args, grid=grid, warmup=warmup, **options)
         device = current_device()
         key = (device, specialization_key(self.params, args), *options.items())
-        known = self._known.get(key)
-        if known is None:
+        cached = self._cached.get(key)
+        if cached is None:
             kernel = super().run(*args, grid=grid, warmup=warmup, **options)
             rest = self.params[len(args) :]
-            if all(param.is_constexpr for param in rest) and len(self._known) < MOST_KNOWN:
-                self._known[key] = kernel, tuple(options.get(param.name, param.default) for param in rest)
-            trace.launched(None, args)
+            if all(param.is_constexpr for param in rest) and len(self._cached) < MAX_CACHED:
+                self._cached[key] = kernel, tuple(options.get(param.name, param.default) for param in rest)
+            trace.record_launch(None, args)
             return kernel
-        kernel, constants = known
+        kernel, constants = cached
         launch = Launcher(kernel, grid, device)
         launch(*args, *constants)
         if trace.is_recording():
-            trace.launched(launch.again(), (*args, *constants))
+            trace.record_launch(launch.again(), (*args, *constants))
         return kernel
 
 
 class Interpreted(InterpretedFunction[Any]):
-    """The same for Triton's interpreter."""
+    """A kernel that runs in Triton's interpreter."""
 
     def run(self, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        again = partial(super().run, grid=grid, warmup=warmup, **options)
-        result = again(*args)
-        trace.launched(trace.Launch(again), args)
+        launch = partial(super().run, grid=grid, warmup=warmup, **options)
+        result = launch(*args)
+        trace.record_launch(trace.Launch(launch), args)
         return result
 
 
 def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """`triton.jit` for what is launched, and not called by other kernels."""
+    """Decorate a kernel that the host launches; functions that kernels call take `triton.jit`."""
     return lambda function: (Interpreted if IS_INTERPRETED else Kernel)(function, **options)
 
 
 @contextmanager
 def recorded() -> Iterator[list[RecordedLaunch]]:
-    """The launches that this thread would make, in order; none is made."""
+    """Record this thread's launches, in order, instead of making them."""
     launches: list[RecordedLaunch] = []
     before, _thread.launches = _thread.launches, launches
     try:
@@ -107,17 +106,17 @@ def recorded() -> Iterator[list[RecordedLaunch]]:
 
 
 def is_recording() -> bool:
-    """Whether this thread's launches are not made, but recorded."""
+    """Return whether this thread's launches are recorded instead of made."""
     return _thread.launches is not None
 
 
 def compile_all(launches: Sequence[RecordedLaunch], device: torch.device) -> None:
-    """Compiles and loads the kernels of these launches for a GPU, those that are not there yet.
+    """Compile and load the kernels of these launches for a GPU, unless they are already.
 
     Raises:
-        Exception: whatever the compiler raises; other kernels are compiled all the same.
+        Exception: what the compiler raises; the other kernels are compiled nevertheless.
     """
-    with torch.cuda.device(device), ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
+    with torch.cuda.device(device), ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as threads:
         with triton.AsyncCompileMode(threads):
             found = [
                 JITFunction.run(each.function, *each.args, grid=None, warmup=True, **each.options) for each in launches
@@ -126,6 +125,6 @@ def compile_all(launches: Sequence[RecordedLaunch], device: torch.device) -> Non
         list(threads.map(lambda made: _load(made, device), kernels.values()))
 
 
-def _load(made: Any, device: torch.device) -> None:
-    torch.cuda.set_device(device)  # a thread of its own has none
-    made.run  # noqa: B018  (which builds what launches the kernel, and loads it)
+def _load(kernel: Any, device: torch.device) -> None:
+    torch.cuda.set_device(device)  # the current device is per thread
+    kernel.run  # noqa: B018  (the property builds the launcher and loads the kernel)
