@@ -1,4 +1,4 @@
-"""The rules that come with fastlora. A new architecture is a change here and in the tests, and nowhere else."""
+"""The built-in rules. Support for a new architecture needs changes only here and in the tests."""
 
 from fastlora.match.rule import GroupRule, Rule
 from fastlora.patterns import dora, experts, lora, loss, mlp, norms, rotary

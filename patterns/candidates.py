@@ -1,7 +1,7 @@
-"""How anchors read nodes, including those that are opaque to rules.
+"""Helpers with which anchors inspect nodes, including those that are opaque to rules.
 
-Rules match terms of the view. An anchor only has to recognize what is computed, so that a report can say why it is not
-fused: it also reads in-place forms and operations without a canonical name, by what the node calls.
+Rules match terms of the view. Anchors recognize candidates more liberally, so that a report can say why one is not
+fused: they also inspect in-place operations and operations without a canonical name, by the function that a node calls.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SHARDS = {"from_local", "to_local", "redistribute", "full_tensor"}
 _SHARDS |= {"all_reduce", "all_gather_into_tensor", "wait_tensor"}
 _BOUNDS = {"clamp", "clamp_min", "clamp_max"}
 BETWEEN = _LAYOUTS | _COPIES | _SHARDS
-"""Operations whose result holds the entries of their first operand, possibly copied, moved or negated."""
+"""Operations whose result has the entries of their first operand, possibly copied, rearranged or negated."""
 
 _OUT_FIRST = {"linear", "conv1d", "conv2d", "conv3d"}
 _PRODUCTS = _OUT_FIRST | {"matmul", "mm", "bmm", "addmm", "grouped_mm", "einsum"}
@@ -34,7 +34,8 @@ _REACH = 12
 
 
 def name_of(view: View, value: Any) -> str:
-    """Return the name of what makes a value: its canonical operation, or what an opaque node calls, in place or not."""
+    """Return the canonical operation that computes a value, or for an opaque node the name of the function that it
+    calls, without a marker of in-place operations; "" for values that are not computed."""
     node = view.producer(value)
     if not isinstance(node, fx.Node) or not node.op.startswith("call"):
         return ""
@@ -47,7 +48,7 @@ def name_of(view: View, value: Any) -> str:
 
 
 def operands(view: View, value: Any) -> list[Any]:
-    """Return the operands of a node in order: the producers of values, and constants."""
+    """Return the operands of a node in order: nodes, and constants."""
     node = view.producer(value)
     term = view.term(node)
     if term is None:
@@ -63,12 +64,12 @@ def tensors(view: View, value: Any) -> list[fx.Node]:
 
 
 def writes(view: View, node: fx.Node) -> bool:
-    """Return whether a node writes its result over one of its operands."""
+    """Return whether a node writes to one of its operands in place."""
     return node in view.mutations.writers(node)
 
 
 def _origin(view: View, value: Any) -> Any:
-    """The value that a chain of casts, views and other operations on one value starts from."""
+    """Return the value at the start of the chain of operations with a single input that ends at a value."""
     node = view.producer(value)
     while isinstance(node, fx.Node) and len(node.all_input_nodes) == 1:
         (node,) = node.all_input_nodes
@@ -76,22 +77,22 @@ def _origin(view: View, value: Any) -> Any:
 
 
 def is_given(view: View, value: Any) -> bool:
-    """Return whether a value is an input of the graph, or computed from one alone."""
+    """Return whether a value is an input of the graph, or computed from a single one."""
     node = _origin(view, value)
     return isinstance(node, fx.Node) and node.op in ("placeholder", "get_attr")
 
 
 def is_weight(view: View, value: Any) -> bool:
-    """Return whether a value is a parameter or buffer of a module, or computed from one alone."""
+    """Return whether a value is a parameter or buffer of a module, or computed from a single one."""
     node = _origin(view, value)
     if not is_given(view, node):
         return False
-    held = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") is not None
-    return node.op == "get_attr" or held
+    is_static = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") is not None
+    return node.op == "get_attr" or is_static
 
 
 def factors(view: View, value: Any) -> list[fx.Node]:
-    """Return the tensors that a value is a product of, without their casts."""
+    """Return the factors of an elementwise product, looking through casts; the value itself if it is no product."""
     if meta(value) is None:
         return []
     if name_of(view, value) in ("mul", "cast"):
@@ -100,7 +101,7 @@ def factors(view: View, value: Any) -> list[fx.Node]:
 
 
 def before(view: View, value: Any) -> fx.Node | None:
-    """Return the value that an operation of `BETWEEN`, or a product with numbers or parameters, is computed from."""
+    """Return the input of an operation in `BETWEEN`, or of a scaling by numbers or parameters; otherwise None."""
     name = name_of(view, value)
     found = tensors(view, value) if name in BETWEEN or name in ("mul", "div") else []
     if name in ("mul", "div"):
@@ -111,18 +112,18 @@ def before(view: View, value: Any) -> fx.Node | None:
 
 @dataclass(frozen=True)
 class Product:
-    """A product of a value with a weight: the operation, and the sizes that it sums over and produces."""
+    """A matrix product of an input and a weight, with its numbers of input and output features."""
 
     op: str
     input: fx.Node
     weight: fx.Node
-    summed: Any
-    made: Any
+    in_features: Any
+    out_features: Any
     biased: bool = False
 
 
 def product(view: View, value: Any) -> Product | None:
-    """Return how a value is a product with a weight, or None if it is not."""
+    """Return the matrix product with a weight that computes a value; None for any other value."""
     name = name_of(view, value)
     if name not in _PRODUCTS:
         return None
@@ -147,7 +148,7 @@ def _groups(convolution: fx.Node) -> Any:
 
 
 def _einsum(view: View, found: list[Any]) -> Product | None:
-    """A product of two operands, of which the second, or else the first, is a weight."""
+    """Return a product of two operands, of which the second, or otherwise the first, is a weight."""
     equation, *values = found
     if len(values) == 1 and isinstance(values[0], (tuple, list)):
         values = [view.producer(each) for each in values[0]]
@@ -158,19 +159,19 @@ def _einsum(view: View, found: list[Any]) -> Product | None:
     weights = [i for i in (1, 0) if is_given(view, values[i]) and "." not in letters[i]]
     if not arrow or not weights:
         return None
-    of, x = letters[weights[0]], letters[1 - weights[0]]
+    weight_letters, x = letters[weights[0]], letters[1 - weights[0]]
     weight = values[weights[0]]
     tensor = meta(weight)
     assert tensor is not None
-    sizes = dict(zip(of, tensor.shape, strict=True))
-    summed = prod(size for letter, size in sizes.items() if letter in x and letter not in result)
-    made = prod(size for letter, size in sizes.items() if letter not in x and letter in result)
-    return Product("einsum", values[1 - weights[0]], weight, summed, made)
+    sizes = dict(zip(weight_letters, tensor.shape, strict=True))
+    in_features = prod(size for letter, size in sizes.items() if letter in x and letter not in result)
+    out_features = prod(size for letter, size in sizes.items() if letter not in x and letter in result)
+    return Product("einsum", values[1 - weights[0]], weight, in_features, out_features)
 
 
 def layer_inputs(view: View, value: Any, reach: int = _REACH) -> set[fx.Node] | None:
-    """Return what the linear layers read whose results a value consists of, as pieces or sums; None if it is computed
-    otherwise."""
+    """Return the inputs of the linear layers whose outputs, or pieces or sums of them, make up a value; None if it is
+    computed differently."""
     layer = product(view, value)
     if layer is not None:
         x = layer.input
@@ -191,5 +192,5 @@ def layer_inputs(view: View, value: Any, reach: int = _REACH) -> set[fx.Node] | 
 
 
 def _is_value(node: fx.Node) -> bool:
-    """Whether the value of a node is a tensor, or several of them, and not a number."""
+    """Return whether the value of a node is a tensor or a sequence of tensors, not a number."""
     return meta(node) is not None or isinstance(node.meta.get("example_value"), (tuple, list))

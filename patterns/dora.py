@@ -1,8 +1,8 @@
-"""DoRA: adapters whose output features each have a scale of their own, and the norms that these scales are made with.
+"""DoRA: adapters with a scale per output feature, and the norms from which these scales are computed.
 
-PEFT makes the scale of a magnitude and the norm of each row of W + s B A, for which it applies A and B to a unit matrix
-and keeps no gradients. It adds `(scale - 1) * plain + scale * low * s` to the base layer's result, where `plain` is
-that result without its bias, or the base layer again on what a dropout left of its input.
+PEFT computes the scale from a magnitude and the norm of each row of W + s B A, for which it applies A and B to an
+identity matrix, without gradients. It adds `(scale - 1) * plain + scale * low * s` to the base layer's output, where
+`plain` is that output without the bias, or, with dropout, the base layer applied to the dropped-out input.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ def dora_linear(
 
 @rule(ops.dora_add, anchor=low_rank, benefit=2, attrs={"lora_dtype": dtype_of("inner"), "out_dtype": dtype_of()})
 def dora_add(base, plain, x, lora_a: Param(2), lora_b: Param(2), scale, scaling: Scalar = 1.0):
-    """On whatever the base layer is, and behind dropout, where `plain` reads what is left of the input."""
+    """DoRA on any base layer, and with dropout, in which case `plain` is computed from the dropped-out input."""
     return _scaled_sum(base, plain, linear(linear(cast(x), lora_a).named("inner"), lora_b), scale, scaling)
 
 
-def _rows(dim: Any) -> bool:
-    """Whether a norm is over the last of two dimensions."""
+def _is_last_of_two(dim: Any) -> bool:
+    """Return whether a dimension is the last of two."""
     return dim in (1, -1, (1,), [1], (-1,), [-1])
 
 
@@ -75,7 +75,7 @@ def dora_norm(weight, lora_a: Param(2), lora_b: Param(2), scaling: Scalar = 1.0)
     product = linear(linear(unit, lora_a), lora_b).named("product")
     delta = detach(cast(transposed(product)))
     total = (cast(weight) + either(scaled=delta * scaling, plain=delta)).named("total")
-    return detach(cast(linalg_norm(total, dim=_rows)))
+    return detach(cast(linalg_norm(total, dim=_is_last_of_two)))
 
 
 for _adapter in (dora_linear, dora_add, dora_norm):
@@ -84,30 +84,30 @@ for _adapter in (dora_linear, dora_add, dora_norm):
 
 @dora_linear.where
 @dora_add.where
-def _one_factor_a_feature(match: Match):
+def _scale_is_per_feature(match: Match):
     shape, features = match.tensor("scale").shape, match.tensor().shape[-1]
-    leading = all(known_equal(size, 1) for size in shape[:-1])
-    one = len(shape) > 0 and leading and known_equal(shape[-1], features)
-    return one or f"the scale has the shape {tuple(shape)}"
+    is_vector = all(known_equal(size, 1) for size in shape[:-1])
+    fits = len(shape) > 0 and is_vector and known_equal(shape[-1], features)
+    return fits or f"the scale has the shape {tuple(shape)}"
 
 
 @dora_linear.where
-def _the_bias_is_not_scaled(match: Match):
-    wanted = "same" if match.value("bias") is None else "unbiased"
-    return match.tag("plain") == wanted or "the scale takes the bias as well"
+def _bias_is_not_scaled(match: Match):
+    expected = "same" if match.value("bias") is None else "unbiased"
+    return match.tag("plain") == expected or "the bias is scaled as well"
 
 
 @dora_add.where
-def _nothing_is_broadcast(match: Match):
-    alike = all(same_shape(match.tensor(name), match.tensor()) for name in ("base", "plain"))
-    return alike or "the base is broadcast"
+def _base_is_not_broadcast(match: Match):
+    same = all(same_shape(match.tensor(name), match.tensor()) for name in ("base", "plain"))
+    return same or "the base is broadcast"
 
 
 @dora_norm.where
-def _rows_of_a_matrix(match: Match):
+def _weight_has_the_shape_of_the_product(match: Match):
     weight, a, b = (match.tensor(name) for name in ("weight", "lora_a", "lora_b"))
-    matrix = weight.dim() == 2 and known_equal(weight.shape[0], b.shape[0]) and known_equal(weight.shape[1], a.shape[1])
-    return matrix or f"the weight has the shape {tuple(weight.shape)}"
+    fits = weight.dim() == 2 and known_equal(weight.shape[0], b.shape[0]) and known_equal(weight.shape[1], a.shape[1])
+    return fits or f"the weight has the shape {tuple(weight.shape)}"
 
 
 RULES: list[Rule | GroupRule] = [dora_linear, dora_add, dora_norm]

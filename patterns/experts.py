@@ -1,8 +1,8 @@
-"""LoRA on the parameters of experts, which hold the matrices of all of them as one three-dimensional tensor.
+"""LoRA on the parameters of experts, whose matrices are stacked in one three-dimensional tensor.
 
-PEFT adds the adapters' low-rank products to such a parameter in one `baddbmm`, before anybody reads it. Where tokens
-are sorted by expert and meet the sums in a grouped product, the two are an op that makes no sums. Matrices that are
-taken out of the sums one by one, for each token or in a loop over the experts, are made for everybody else as well.
+PEFT adds the adapters' low-rank products to such a parameter in one `baddbmm`. If tokens are sorted by expert and the
+sum is read by a grouped product, both are fused to an op that does not materialize the sum. Code that indexes the sum,
+for each token or in a loop over the experts, is not fused.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import fx
 from fastlora.graph.fake_values import known_equal, known_less, meta, same_shape
 from fastlora.graph.view import View
 from fastlora.kernels import ops
-from fastlora.kernels.core.grouped_mm import makes_at_once
+from fastlora.kernels.core.grouped_mm import uses_grouped_mm
 from fastlora.match.dsl import Param, Scalar, baddbmm, either, grouped_mm, grouped_mm_or_zero, mT
 from fastlora.match.rule import GroupRule, Match, Rule, rule
 from fastlora.match.state import describe
@@ -24,7 +24,7 @@ _ADVICE = "where transformers can sort tokens by expert, set_experts_implementat
 
 
 def adapted_experts(view: View, node: fx.Node) -> bool:
-    """A sum of a three-dimensional parameter and low-rank products of parameters, one for each of its matrices.
+    """Return whether a node is the sum of a three-dimensional parameter and batched low-rank products of parameters.
 
     Attention scores with a bias look the same, except that their factors are not parameters.
     """
@@ -33,34 +33,34 @@ def adapted_experts(view: View, node: fx.Node) -> bool:
         return False
     if term.op == "baddbmm":
         left, right = term.args["batch1"], term.args["batch2"]
-        products = is_given(view, left) and is_given(view, right) and _low(meta(left), meta(right))
+        products = is_given(view, left) and is_given(view, right) and _has_lower_rank(meta(left), meta(right))
         return products and _is_weight(view, term.args["input"], node)
     return any(
-        _is_weight(view, term.args[one], node) and _sums_products(view, term.args[other])
-        for one, other in (("input", "other"), ("other", "input"))
+        _is_weight(view, term.args[weight], node) and _is_sum_of_products(view, term.args[other])
+        for weight, other in (("input", "other"), ("other", "input"))
     )
 
 
 def _is_weight(view: View, value, total: fx.Node) -> bool:
-    """Whether a value is a three-dimensional parameter of the same shape as a sum with it."""
+    """Return whether a value is a three-dimensional parameter of the shape of `total`."""
     tensor, result = meta(value), meta(total)
     return _PARAMETER(view, value) is True and tensor is not None and result is not None and same_shape(tensor, result)
 
 
-def _low(left, right):
-    """Whether the rank of left (E, M, R) and right (E, R, N) is smaller than M and N."""
+def _has_lower_rank(left, right):
+    """Return whether the rank R of left (E, M, R) and right (E, R, N) is smaller than M and N."""
     return known_less(right.shape[1], left.shape[1]) and known_less(right.shape[1], right.shape[2])
 
 
-def _sums_products(view: View, value) -> bool:
-    """Whether a value is a product of all matrices' factors at once, or scaled, cast or added up from some."""
+def _is_sum_of_products(view: View, value) -> bool:
+    """Return whether a value is an einsum of parameters, or computed from such by scaling, casting and adding."""
     term = view.term(value)
     if term is None:
         return False
     if term.op in ("mul", "cast"):
-        return _sums_products(view, term.args["input"])
+        return _is_sum_of_products(view, term.args["input"])
     if term.op == "add":
-        return all(_sums_products(view, term.args[name]) for name in ("input", "other"))
+        return all(_is_sum_of_products(view, term.args[name]) for name in ("input", "other"))
     return term.op == "einsum" and all(is_given(view, term.args[name]) for name in ("first", "second"))
 
 
@@ -81,21 +81,23 @@ def lora_experts(x, weight: Param(3), left, right, offs, scaling: Scalar = 1.0):
 
 
 @lora_experts.where
-def _without_waiting(match: Match):
-    """Without a grouped kernel each forward and backward would wait for the GPU, which CUDA graphs do not allow."""
+def _needs_no_synchronization(match: Match):
+    """Without a grouped kernel, each forward and backward would synchronize, which CUDA graphs do not allow."""
     x = match.tensor("x")
-    return x.device.type == "cpu" or makes_at_once(x) or f"on a {x.device.type} device grouped products are of bfloat16"
+    return (
+        x.device.type == "cpu" or uses_grouped_mm(x) or f"on a {x.device.type} device grouped products are of bfloat16"
+    )
 
 
 @lora_experts.where
 def _has_low_rank(match: Match):
-    return _low(match.tensor("left"), match.tensor("right")) or "the inner dimension is not the smallest"
+    return _has_lower_rank(match.tensor("left"), match.tensor("right")) or "the inner dimension is not the smallest"
 
 
 @lora_experts.where
-def _nothing_is_broadcast(match: Match):
-    weight, a, b = (match.tensor(name) for name in ("weight", "left", "right"))
-    product = (a.shape[0], a.shape[1], b.shape[2])
+def _weight_is_not_broadcast(match: Match):
+    weight, left, right = (match.tensor(name) for name in ("weight", "left", "right"))
+    product = (left.shape[0], left.shape[1], right.shape[2])
     return all(map(known_equal, weight.shape, product)) or "the weight is broadcast"
 
 
@@ -106,15 +108,15 @@ def _one_dtype(match: Match):
 
 
 @lora_experts.otherwise
-def _where_the_sum_goes(view: View, total: fx.Node) -> str | None:
-    """Of a sum that not one grouped product alone reads."""
+def _why_not(view: View, total: fx.Node) -> str | None:
+    """Return which readers of the sum, other than a single grouped product, prevent the fusion."""
     term = view.term(total)
     if term is not None and term.op == "add":
         return "several adapters are active on one parameter, and PEFT multiplies each out to add them up"
-    readers = [user for user in _beyond_transposes(view, total) if not _is_grouped(view, user)]
+    readers = [user for user in _users_through_transposes(view, total) if not _is_grouped(view, user)]
     if any(user.op == "output" for user in readers):
         return f"{_SUM} leaves the graph before a product reads it, as where experts run in a loop; {_ADVICE}"
-    if any(_takes_by_index(user) for user in readers):
+    if any(_is_indexing(user) for user in readers):
         return f"each token, or each expert, takes its matrix out of {_SUM}; {_ADVICE}"
     return f"{describe(readers[0])}, which is not a grouped product, reads {_SUM}" if readers else None
 
@@ -124,16 +126,16 @@ def _is_grouped(view: View, node: fx.Node) -> bool:
     return term is not None and term.op in ("grouped_mm", "grouped_mm_or_zero")
 
 
-def _beyond_transposes(view: View, node: fx.Node) -> list[fx.Node]:
-    """The users of a value, where one transposes it those of the transpose."""
+def _users_through_transposes(view: View, node: fx.Node) -> list[fx.Node]:
+    """Return the users of a value, with transposes replaced by their users."""
     found: list[fx.Node] = []
     for user in view.users(node):
         term = view.term(user)
-        found += _beyond_transposes(view, user) if term is not None and term.op == "mT" else [user]
+        found += _users_through_transposes(view, user) if term is not None and term.op == "mT" else [user]
     return found
 
 
-def _takes_by_index(node: fx.Node) -> bool:
+def _is_indexing(node: fx.Node) -> bool:
     return getattr(node.target, "__name__", node.target) in ("getitem", "index_select", "unbind", "select")
 
 

@@ -1,9 +1,8 @@
 """Candidates for gated units, in any spelling: a product of an activation with another value of its shape.
 
-A unit is counted at its nonlinearity: `silu`, or the `sigmoid` of `g * sigmoid(g) * u`. From there, products are
-followed to what they multiply. Anything that is multiplied by a SiLU or a GELU is gated. `sigmoid(g) * u` and the like
-may also be gates of attention or of residual branches; they count only where both factors come from linear layers on
-one input.
+A unit is counted at its nonlinearity: at `silu`, or at the `sigmoid` of `g * sigmoid(g) * u`, from where products are
+followed to the other factor. Every product with a SiLU or a GELU is a gated unit. `sigmoid(g) * u` and the like may
+also be gates of attention or of residual branches, and count only if both factors come from linear layers on one input.
 """
 
 from __future__ import annotations
@@ -26,14 +25,24 @@ _ONE_SIDED |= {"elu": "ELU", "selu": "SELU", "celu": "CELU"}
 _PARTS = {"erf": "erf", "exp": "exp"}
 _ACTIVATIONS = _SMOOTH | _SQUASHING | _ONE_SIDED | _PARTS
 _WHOLE = {"sigmoid": "SiLU", "special_expit": "SiLU", "exp": "SiLU", "tanh": "GELU", "erf": "GELU"}
-"""The activation that a nonlinearity is part of if its own argument is multiplied by it."""
+"""The activation that a nonlinearity is part of if it is multiplied by its own argument."""
 
 _REACH = 8
 
 
 @dataclass
 class _Unit:
-    """What a nonlinearity is multiplied by."""
+    """A nonlinearity and what it is multiplied by.
+
+    Attributes:
+        name: the nonlinearity.
+        own: its argument, and values that this is scaled or cast from.
+        partners: the other factors.
+        products: the nodes from the nonlinearity to its product.
+        gates_itself: whether it is multiplied by its own argument.
+        squared: whether it is a squared ReLU.
+        is_right: whether it is the right factor; with two activations, the left one is counted.
+    """
 
     name: str
     own: list[fx.Node]
@@ -41,16 +50,16 @@ class _Unit:
     products: list[fx.Node] = field(default_factory=list)
     gates_itself: bool = False
     squared: bool = False
-    left: bool = False
+    is_right: bool = False
 
 
 def gating(view: View, node: fx.Node) -> bool:
-    """Return whether a node is the nonlinearity of a gated unit, or `F.glu`, which is a whole unit."""
+    """Return whether a node is the nonlinearity of a gated unit, or `F.glu`."""
     return gated_by(view, node) is not None
 
 
 def gated_by(view: View, node: fx.Node) -> str | None:
-    """Return what gates the unit that is counted at a node, in words, or None if there is no unit."""
+    """Return the activation of the gated unit that is counted at a node, in words, or None if there is none."""
     name = name_of(view, node)
     if node.target in (F.glu, torch.ops.aten.glu, torch.ops.aten.glu.default):
         return "F.glu"
@@ -58,20 +67,20 @@ def gated_by(view: View, node: fx.Node) -> str | None:
         return None
     unit = _unit(view, node, name)
     others = [other for other in unit.partners if name_of(view, other) in _ACTIVATIONS]
-    if not unit.partners or _is_anothers(view, node, unit, others):
+    if not unit.partners or _is_counted_elsewhere(view, node, unit, others):
         return None
     if name in _SMOOTH:
         return _SMOOTH[name]
     if unit.gates_itself:
-        return _whole_of(view, node, name)
+        return _whole_activation(view, node, name)
     if unit.squared:
         return "squared ReLU"
     return _ACTIVATIONS[name] if name not in _PARTS and not others and _from_one_input(view, node, unit) else None
 
 
 def why_not(view: View, node: fx.Node, covered: Iterable[str]) -> str | None:
-    """Return what no rule matches about the unit that is counted at a node, or None if it is one of the `covered`
-    activations, plainly written."""
+    """Return why no rule matches the unit that is counted at a node, or None if it is a plain spelling of one of the
+    `covered` activations."""
     gate = gated_by(view, node)
     if gate == "F.glu":
         return "F.glu takes gate and up as one tensor, which no rule covers"
@@ -84,7 +93,7 @@ def why_not(view: View, node: fx.Node, covered: Iterable[str]) -> str | None:
 
 
 def _unit(view: View, node: fx.Node, name: str) -> _Unit:
-    """Follow a nonlinearity to its product with another value, possibly with its own argument first."""
+    """Follow a nonlinearity to its product with another value, possibly through one with its own argument."""
     activated = meta(node)
     unit, value = _Unit(name, _arguments(view, node, name)), node
     for _ in range(_REACH):
@@ -98,21 +107,22 @@ def _unit(view: View, node: fx.Node, name: str) -> _Unit:
             if other in unit.own:
                 unit.gates_itself = True
             elif name == "relu" and name_of(view, other) == "relu" and tensors(view, other) == tensors(view, node):
-                unit.squared, unit.left = True, unit.left or view.order[other] < view.order[node]
+                unit.squared, unit.is_right = True, unit.is_right or view.order[other] < view.order[node]
             elif tensor is not None and activated is not None and same_shape(tensor, activated):
                 unit.partners.append(other)
-                unit.left = unit.left or other in factors(view, operands(view, step)[0])
+                unit.is_right = unit.is_right or other in factors(view, operands(view, step)[0])
         if name_of(view, step) == "square":
             unit.squared = True
         elif others and before == len(unit.partners) + unit.gates_itself + unit.squared:
-            break  # a mask, or a weight for each row: the result is not an activation
+            break  # a product with a mask, or with a weight per row
         unit.products.append(step)
         value = step
     return unit
 
 
 def _others(view: View, user: fx.Node, value: fx.Node, name: str) -> list[fx.Node] | None:
-    """What a node multiplies a value with; None if it does not lead from a nonlinearity to a product."""
+    """Return the other factors of a product with a value, [] for other steps from a nonlinearity to a product, else
+    None."""
     step, given = name_of(view, user), operands(view, user)
     if step == "cast" or (step == "square" and name == "relu") or (step == "reciprocal" and name == "exp"):
         return []
@@ -126,7 +136,7 @@ def _others(view: View, user: fx.Node, value: fx.Node, name: str) -> list[fx.Nod
 
 
 def _arguments(view: View, node: fx.Node, name: str) -> list[fx.Node]:
-    """The value that a nonlinearity is computed from, and those that this is scaled or cast from."""
+    """Return the argument of a nonlinearity, and the values that this is scaled or cast from."""
     through = {"cast", "neg", "mul", "div"} | ({"add", "pow", "square"} if name == "tanh" else set())
     found = tensors(view, node)[:1] if name in _WHOLE else []
     for each in found:
@@ -135,16 +145,17 @@ def _arguments(view: View, node: fx.Node, name: str) -> list[fx.Node]:
     return found
 
 
-def _is_anothers(view: View, node: fx.Node, unit: _Unit, others: list[fx.Node]) -> bool:
-    """Whether a unit with two activations is counted at the other one: of two of a kind, at the left one."""
+def _is_counted_elsewhere(view: View, node: fx.Node, unit: _Unit, others: list[fx.Node]) -> bool:
+    """Return whether a unit with two activations is counted at the other one: at a smooth one, otherwise at the
+    left."""
     if unit.name in _SMOOTH:
-        return unit.left and any(name_of(view, other) in _SMOOTH for other in others)
+        return unit.is_right and any(name_of(view, other) in _SMOOTH for other in others)
     first = all(view.order[node] < view.order[other] and name_of(view, other) not in _SMOOTH for other in others)
-    return not first or (unit.squared and unit.left and name_of(view, unit.products[0]) != "square" and not others)
+    return not first or (unit.squared and unit.is_right and name_of(view, unit.products[0]) != "square" and not others)
 
 
-def _whole_of(view: View, node: fx.Node, name: str) -> str:
-    """The activation that a nonlinearity is part of, in words."""
+def _whole_activation(view: View, node: fx.Node, name: str) -> str:
+    """Return the activation that a nonlinearity is part of, in words."""
     argument = operands(view, node)[0]
     while name_of(view, argument) == "cast":
         argument = operands(view, argument)[0]
@@ -154,7 +165,8 @@ def _whole_of(view: View, node: fx.Node, name: str) -> str:
 
 
 def _from_one_input(view: View, node: fx.Node, unit: _Unit) -> bool:
-    """Whether both factors come from linear layers on one input, and the product is not a gate of a residual branch."""
+    """Return whether both factors come from linear layers on one input, and the product does not gate a residual
+    branch."""
     gate = layer_inputs(view, next(iter(tensors(view, node)), None))
     up = [inputs for other in unit.partners if (inputs := layer_inputs(view, other)) is not None]
     if gate is None or not any(gate & inputs for inputs in up):

@@ -1,11 +1,11 @@
-"""LoRA adapters: on a linear layer, on any other base value, and several on one input.
+"""LoRA adapters: on a linear layer, on any other base layer, and several with a shared input.
 
-PEFT casts the input to the adapter's dtype, drops out a copy of it, and adds the scaled low-rank product to the base
-layer's result; every dtype is taken from the trace, since autocast may have changed it.
+PEFT casts the input to the adapter's dtype, applies dropout to it, and adds the scaled low-rank product to the base
+layer's output. All dtypes are taken from the trace, since autocast may have changed them.
 
-A dropout of the input becomes a part of the op where its mask is cheap to draw again, which is on a GPU: the graph then
-draws a seed in its place, and neither the mask nor the dropped-out copy is kept. Elsewhere it stays in the graph, so
-that its random numbers are those that the model would have drawn; the op then takes both x and the copy.
+Dropout of the input is fused if its mask is cheap to recompute, which it is on a GPU: the graph then draws a seed
+instead, and neither the mask nor the dropped-out input is saved. Otherwise it stays in the graph, with the random
+numbers of eager mode, and the op takes both x and the dropped-out x.
 """
 
 from torch import fx
@@ -23,8 +23,11 @@ _REACH = 12
 
 
 def _pair(view: View, node: fx.Node) -> tuple[Product, Product, list[fx.Node]] | None:
-    """Two products with weights in a row whose inner dimension is the smallest of the three, those of B and of A, and
-    what is between them: copies, layouts and scales, which keep the pair one linear map."""
+    """Return the products with B and with A that compute a node, and the nodes between them; None if it is no adapter.
+
+    The rank has to be smaller than the input and the output. Between the products there may be copies, layout changes
+    and scalings, with which the pair is still one linear map.
+    """
     outer = product(view, node)
     between: list[fx.Node] = []
     value = outer.input if outer is not None else None
@@ -33,41 +36,42 @@ def _pair(view: View, node: fx.Node) -> tuple[Product, Product, list[fx.Node]] |
         value = before(view, value)
     if outer is None or value is None or inner is None or inner.biased:
         return None
-    low = known_less(inner.made, inner.summed) and known_less(inner.made, outer.made)
+    rank = inner.out_features
+    low = known_less(rank, inner.in_features) and known_less(rank, outer.out_features)
     return (outer, inner, between) if low else None
 
 
 def low_rank(view: View, node: fx.Node) -> bool:
-    """Return whether a node is the second of two products in a row that together have low rank."""
+    """Return whether a node is the second of two consecutive products with weights of low rank."""
     return _pair(view, node) is not None
 
 
-def _is_smallest(a, b):
-    """Whether the rank of A (R, K) and B (N, R) is smaller than K and N."""
+def _has_lower_rank(a, b):
+    """Return whether the rank R of A (R, K) and B (N, R) is smaller than K and N."""
     return known_less(a.shape[0], a.shape[1]) and known_less(a.shape[0], b.shape[0])
 
 
 def has_low_rank(match: Match):
     """Return whether the rank of an adapter is smaller than its input and output."""
-    return _is_smallest(match.tensor("lora_a"), match.tensor("lora_b")) or "the inner dimension is not the smallest"
+    return _has_lower_rank(match.tensor("lora_a"), match.tensor("lora_b")) or "the inner dimension is not the smallest"
 
 
-def cheap_to_draw_again(view: View, dropped: fx.Node) -> bool | str:
-    """Return whether a kernel can draw the mask again, for the input and the result of a dropout."""
+def is_cheap_to_recompute(view: View, dropped: fx.Node) -> bool | str:
+    """Return whether a kernel can recompute the mask, both for the input and for the result of a dropout."""
     term = view.term(dropped)
     source = term.args["input"] if term is not None else dropped
     values = dropped, source, _undropped(view, source)
     cheap = all(tensor is not None and is_cheap(tensor) for tensor in map(meta, values))
-    return cheap or "there is no kernel on its device that draws the mask again"
+    return cheap or "no kernel on its device can recompute the mask"
 
 
-def _seeded(x, p):
-    """The dropout as the op does it, on x in its own dtype or widened."""
-    return seeded("seed", widened(x), p, where=cheap_to_draw_again)
+def _fused_dropout(x, p):
+    """A dropout that becomes part of the op, on x in its own dtype or widened."""
+    return seeded("seed", widened(x), p, where=is_cheap_to_recompute)
 
 
-def _dropped(x, p):
-    """The dropout as it stays in the graph."""
+def _separate_dropout(x, p):
+    """A dropout that stays in the graph."""
     return kept("x_dropped", dropout(cast(x), p))
 
 
@@ -78,8 +82,8 @@ def _low_rank_path(x, lora_a, lora_b, lora_bias, scaling):
 
 
 def _contribution(x, lora_a, lora_b, lora_bias, scaling):
-    """What the adapter adds. PEFT rounds it to the dtype of a quantized base layer's result before the addition, and
-    for some layers before scaling; the op rounds only the sum."""
+    """The adapter's output. PEFT rounds it to the dtype of a quantized base layer's output before the addition, and for
+    some layers before scaling; the op rounds only the sum."""
     return cast(_low_rank_path(x, lora_a, lora_b, lora_bias, scaling))
 
 
@@ -102,13 +106,13 @@ def lora_linear(
 ):
     read = either(same=x, rounded=cast(x)).named("read")
     base = cast(linear(read, weight, bias).named("base"))  # the op does not round here
-    adapted = either(seeded=_seeded(x, dropout), dropped=_dropped(x, _p), plain=cast(x))
+    adapted = either(seeded=_fused_dropout(x, dropout), dropped=_separate_dropout(x, _p), plain=cast(x))
     return cast(base + _contribution(adapted, lora_a, lora_b, lora_bias, scaling))
 
 
 @lora_linear.where
 def _base_is_rounded_once(match: Match):
-    """The op casts x to the dtype that the base computes in, directly."""
+    """The op casts x directly to the dtype that the base layer computes in."""
     direct = match.dtype("read") in (match.dtype("x"), match.dtype("base"))
     return direct or "the base's input is rounded to another dtype before it is read"
 
@@ -123,8 +127,8 @@ def lora_add(
     scaling: Scalar = 1.0,
     dropout: Scalar = None,
 ):
-    """An adapter on any base layer: a quantized product, a Conv1D, a layer that has adapters already."""
-    adapted = either(seeded=_seeded(x, dropout), plain=cast(x))
+    """An adapter on any base layer: a quantized layer, a Conv1D, a layer that already has an adapter."""
+    adapted = either(seeded=_fused_dropout(x, dropout), plain=cast(x))
     return cast(base + _contribution(adapted, lora_a, lora_b, lora_bias, scaling))
 
 
@@ -133,8 +137,8 @@ for _adapter in (lora_linear, lora_add):
 
 
 @lora_linear.otherwise
-def _no_pair_of_linear_layers(view: View, node: fx.Node) -> str | None:
-    """Say what the products are, if not linear layers on plain tensors, and what is between them."""
+def _why_not(view: View, node: fx.Node) -> str | None:
+    """Return why the products are not linear layers on plain tensors, or what is between them."""
     pair = _pair(view, node)
     if pair is None:
         return None
@@ -150,7 +154,7 @@ def _no_pair_of_linear_layers(view: View, node: fx.Node) -> str | None:
 
 @lora_add.where
 def _base_reads_the_same_input(match: Match):
-    """An adapter runs beside its base layer; a sum of unrelated values is not one."""
+    """An adapter has the input of its base layer; a sum of unrelated values is no adapter."""
     target = match.view.producer(_undropped(match.view, match.value("x")))
     frontier = [match.view.producer(match.value("base"))]
     for _ in range(8):
@@ -162,12 +166,12 @@ def _base_reads_the_same_input(match: Match):
 
 @lora_add.where
 def _same_result_shape(match: Match):
-    """The base's gradient is the result's, so the sum may not broadcast it."""
+    """The op returns the result's gradient as that of the base, so the sum must not broadcast it."""
     return same_shape(match.tensor("base"), match.tensor()) or "the base is broadcast"
 
 
 def _undropped(view: View, x: fx.Node) -> fx.Node:
-    """What the adapter's input was before casts and dropout."""
+    """Return the adapter's input before casts and dropout."""
     term = view.term(x)
     while term is not None and term.op in ("cast", "dropout"):
         x = term.args["input"]
@@ -177,7 +181,7 @@ def _undropped(view: View, x: fx.Node) -> fx.Node:
 
 @group(ops.lora_linear, by="x", into=ops.lora_group, benefit=2)
 def shared_input(matches: list[Match]):
-    """q, k and v, or gate and up where the MLP is not fused; with dropout if each draws its own seed."""
+    """q, k and v, or gate and up if the MLP is not fused; with dropout if each member has a seed of its own."""
     return len({match.dtype("lora_a") for match in matches}) == 1 or "the adapters differ in dtype"
 
 

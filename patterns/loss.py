@@ -1,4 +1,4 @@
-"""The output head and a loss, or log probabilities, of its logits, so that logits need not exist all at once."""
+"""The output head fused with a loss or log probabilities of its logits, without materializing all logits."""
 
 from torch import fx
 
@@ -25,11 +25,11 @@ from fastlora.match.dsl import (
 from fastlora.match.rule import Match, dtype_of, rule
 
 _NO_LABEL = -(2**31)
-"""For losses that ignore no label: no class has this number."""
+"""The ignore_index of losses that ignore no label."""
 
 
 def _reads_a_vocabulary(view: View, value) -> bool:
-    """Whether a value is computed, in a chain, from a linear layer with more outputs than inputs."""
+    """Return whether a value is computed by a chain of operations from a linear layer with more outputs than inputs."""
     term = view.term(value)
     while term is not None and term.op != "linear":
         term = view.term(term.args.get("input"))
@@ -38,20 +38,20 @@ def _reads_a_vocabulary(view: View, value) -> bool:
 
 
 def on_a_vocabulary(view: View, node: fx.Node) -> bool:
-    """Whether a node is a cross-entropy of a vocabulary's logits."""
+    """Return whether a node is a cross-entropy over a vocabulary."""
     term = view.term(node)
     return term is not None and term.op == "cross_entropy" and _reads_a_vocabulary(view, term.args["input"])
 
 
 def picks_log_probabilities(view: View, node: fx.Node) -> bool:
-    """Whether a node picks entries of the log-softmax of a vocabulary's logits."""
+    """Return whether a node gathers entries of the log-softmax over a vocabulary."""
     term = view.term(node)
-    picked = view.term(term.args["input"]) if term is not None and term.op == "gather" else None
-    return picked is not None and picked.op == "log_softmax" and _reads_a_vocabulary(view, picked.args["input"])
+    source = view.term(term.args["input"]) if term is not None and term.op == "gather" else None
+    return source is not None and source.op == "log_softmax" and _reads_a_vocabulary(view, source.args["input"])
 
 
 def _read_logits(x: Pattern, weight, bias, factor: Pattern, divisor: Pattern, softcap: Pattern) -> Pattern:
-    """The logits as a loss reads them: scaled, soft-capped, widened and flattened, each or not."""
+    """The logits as the input of a loss: optionally scaled, soft-capped, widened and flattened."""
     logits = linear(x, weight, bias).named("logits")
     scaled = either(multiplied=logits * factor, divided=logits / divisor, plain=logits).named("scaled")
     capped = either(capped=tanh(widened(scaled) / softcap) * softcap, plain=scaled).named("capped")
@@ -115,7 +115,7 @@ def token_log_probabilities(
     _divisor: Scalar,
     softcap: Scalar = 0.0,
 ):
-    """The log probability of each label, as preference and policy losses read it: minus the unreduced cross-entropy."""
+    """The log probability of each label, as in preference and policy losses: the negative unreduced cross-entropy."""
     logits = _read_logits(x, weight, bias, _factor, _divisor, softcap)
     return squeeze(gather(log_softmax(logits), unsqueeze(labels)))
 
@@ -128,7 +128,7 @@ def _labels_are_indices(match):
 @linear_cross_entropy.where
 @token_log_probabilities.where
 def _numbers_are_usable(match):
-    """The scale is the divisor's inverse, and a cap of zero or less is no cap."""
+    """The scale is the inverse of the divisor; the op takes a softcap of zero or less as none."""
     divisor, cap = match.value("_divisor"), match.value("softcap")
     divides = match.tag("scaled") != "divided" or (isinstance(divisor, (int, float)) and divisor != 0)
     caps = match.tag("capped") != "capped" or (isinstance(cap, (int, float)) and cap > 0)
@@ -144,7 +144,7 @@ def _classes_are_last(match):
 
 @token_log_probabilities.where
 def _one_label_for_each_row(match):
-    """`gather` also takes fewer labels than there are rows, and reads the first rows."""
+    """`gather` also accepts fewer labels than there are rows, and then reads the first rows."""
     read, labels, logits = (match.tensor(name) for name in ("read", "labels", "logits"))
     rows = len(labels.shape) == read.dim() - 1 and all(map(known_equal, labels.shape, read.shape))
     return (rows and known_equal(read.shape[-1], logits.shape[-1])) or "the labels are not one for each row of logits"

@@ -1,4 +1,4 @@
-"""Gated linear units, and the gated MLP whose three projections carry adapters."""
+"""Gated linear units, and the gated MLP with LoRA on its three projections."""
 
 from fastlora.graph.fake_values import same_shape
 from fastlora.kernels import ops
@@ -11,7 +11,7 @@ ACTIVATIONS = {
     "gelu": gelu,
     "gelu_tanh": gelu_tanh,
 }
-"""What gates a unit, by the op's name for it."""
+"""The activations of gated units, by the op's name for them."""
 
 
 @rule(ops.glu, anchor=gating, attrs={"activation": tag_of("activation"), "out_dtype": dtype_of()})
@@ -41,15 +41,15 @@ def lora_mlp(
     hidden_dtype: Constant,
     out_dtype: Constant,
 ):
-    """Projections that agree in the dtypes of base and adapter, gate and up also in that of what they give.
+    """The three projections have equal base and adapter dtypes, gate and up also equal output dtypes.
 
-    Without adapter dropout: a mask on the hidden product would have to be drawn between the projections.
+    Adapter dropout is not supported: it would apply to the hidden activation inside the op.
     """
-    alike = {"base_dtype": base_dtype, "lora_dtype": lora_dtype, "x_dropped": None, "seed": None, "dropout": None}
-    gate = raised(ops.lora_linear, "gate_", x=x, out_dtype=proj_dtype, **alike)
-    up = raised(ops.lora_linear, "up_", x=x, out_dtype=proj_dtype, **alike)
+    common = {"base_dtype": base_dtype, "lora_dtype": lora_dtype, "x_dropped": None, "seed": None, "dropout": None}
+    gate = raised(ops.lora_linear, "gate_", x=x, out_dtype=proj_dtype, **common)
+    up = raised(ops.lora_linear, "up_", x=x, out_dtype=proj_dtype, **common)
     product = raised(ops.glu, gate=gate, up=up, out_dtype=hidden_dtype)
-    return raised(ops.lora_linear, "down_", x=product, out_dtype=out_dtype, **alike)
+    return raised(ops.lora_linear, "down_", x=product, out_dtype=out_dtype, **common)
 
 
 RULES = [glu, lora_mlp]

@@ -1,10 +1,10 @@
-"""RMSNorm and LayerNorm, alone, after a residual addition, and after one whose branch is dropped out before it.
+"""RMSNorm and LayerNorm, alone, and after a residual addition with or without dropout.
 
-Models differ in four ways, all arguments of the op: whether the weight is stored as its distance from one (`offset`),
-whether the normalized value is rounded before it meets the weight (`norm_dtype`), in which dtype the weight is read
-(`scale_dtype`), and what comes out (`out_dtype`).
+Models differ in four ways, all arguments of the op: whether the weight is stored minus 1 (`offset`), whether the
+normalized value is rounded before the multiplication by the weight (`norm_dtype`), the dtype in which the weight is
+used (`scale_dtype`), and the dtype of the result (`out_dtype`).
 
-A dropout of either operand becomes a part of the op where LoRA's does, on a GPU: see `patterns/lora.py`.
+Dropout of either operand is fused like LoRA's, on a GPU: see `patterns/lora.py`.
 """
 
 import torch
@@ -31,7 +31,7 @@ from fastlora.match.dsl import (
     widened,
 )
 from fastlora.match.rule import Match, dtype_of, fuse, rule
-from fastlora.patterns.lora import cheap_to_draw_again
+from fastlora.patterns.lora import is_cheap_to_recompute
 from fastlora.patterns.other_norms import L2, divides_its_own, why_not
 
 
@@ -44,7 +44,7 @@ def _scale(weight: Pattern) -> Pattern:
 
 
 def _last_dimension(match: Match) -> bool | str:
-    """A weight has one entry for each normalized element."""
+    """The weight has one entry for each normalized element."""
     if match.value("weight") is None:
         return True
     fits = known_equal(match.tensor("weight").shape[-1], match.tensor("x").shape[-1])
@@ -52,7 +52,7 @@ def _last_dimension(match: Match) -> bool | str:
 
 
 def _summands(view: View, value) -> list:
-    """The operands of a sum; nothing for any other value."""
+    """Return the operands of a sum, [] for any other value."""
     term = view.term(value)
     return list(term.args.values()) if term is not None and term.op == "add" else []
 
@@ -94,7 +94,7 @@ def _weight_fits(match):
 
 
 @rms_norm.otherwise
-def _of_another_kind(view: View, root: fx.Node) -> str | None:
+def _why_not(view: View, root: fx.Node) -> str | None:
     term = view.term(root)
     power = term.args["input"] if term is not None else root
     values = [power, *_summands(view, power)]
@@ -164,8 +164,8 @@ def _written_weight_fits(match):
 
 
 def _sum(residual: Pattern, x: Pattern, p: Pattern) -> Pattern:
-    """A residual sum, in which the op also does the dropout of either operand if it can."""
-    dropped = seeded("seed", x, p, where=cheap_to_draw_again)
+    """A residual addition, optionally with dropout of either operand, which becomes part of the op."""
+    dropped = seeded("seed", x, p, where=is_cheap_to_recompute)
     return either(seeded=residual + dropped, plain=residual + x)
 
 
@@ -184,7 +184,7 @@ def add_layer_norm(residual, x, dropout: Scalar = None):
 @add_rms_norm.where
 @add_layer_norm.where
 def _same_operands(match):
-    """The op adds without broadcasting or promotion: the gradient of each operand is that of the sum."""
+    """The op neither broadcasts nor promotes, since the gradient of each operand is that of the sum."""
     residual, x = match.tensor("residual"), match.tensor("x")
     return (same_shape(residual, x) and residual.dtype == x.dtype) or "the operands of the sum differ in shape or dtype"
 

@@ -19,9 +19,9 @@ _REACH = 8
 
 
 def divides_its_own(view: View, node: fx.Node) -> bool:
-    """Return whether a value is divided by a node that is the norm of that value; `normalize` is both.
+    """Return whether a node is the norm of a value that is divided by it, or `normalize`.
 
-    The norm of a weight does not count: it scales that weight, and normalizes no activations.
+    Norms of weights do not count, since they normalize no activations.
     """
     name = name_of(view, node)
     value: Any = None
@@ -47,7 +47,7 @@ def why_not(view: View, node: fx.Node) -> str | None:
 
 
 def _argument(view: View, node: fx.Node, name: str, position: int) -> Any:
-    """An argument by its name or position, or None if it is left out."""
+    """Return an argument by its name or position, None if it is omitted."""
     term = view.term(node)
     given = node.kwargs if term is None else term.args
     return given.get(name, node.args[position] if term is None and len(node.args) > position else None)
@@ -59,7 +59,7 @@ def _is_euclidean(view: View, node: fx.Node) -> bool:
 
 
 def _over_last(view: View, node: fx.Node, source: Any) -> bool:
-    """Whether a reduction is over the last dimension alone."""
+    """Return whether a reduction is over the last dimension only."""
     name = name_of(view, node)
     term = view.term(node)
     if term is not None and term.op == "mean":
@@ -72,7 +72,7 @@ def _over_last(view: View, node: fx.Node, source: Any) -> bool:
 
 
 def _reduction(view: View, node: fx.Node) -> fx.Node:
-    """What a root is computed from, without a number that is added first."""
+    """Return the argument of a square root, without an added number; other nodes as they are."""
     if name_of(view, node) == "sqrt":
         node = tensors(view, node)[0]
         if name_of(view, node) == "add" and len(tensors(view, node)) == 1:
@@ -81,19 +81,19 @@ def _reduction(view: View, node: fx.Node) -> fx.Node:
 
 
 def _squared(view: View, root: fx.Node) -> fx.Node | None:
-    """What is squared under the root of a sum or a mean of squares, or None."""
+    """Return x for the square root of a sum or a mean of x squared, None for other roots."""
     reduced = _reduction(view, root)
     square = tensors(view, reduced)[0] if name_of(view, reduced) in ("sum", "mean") else None
     return tensors(view, square)[0] if name_of(view, square) == "square" else None
 
 
 def _is_by_number(view: View, node: fx.Node) -> bool:
-    """Whether a node is a product or quotient of one tensor and a number."""
+    """Return whether a node is the product or quotient of a tensor and a number."""
     return name_of(view, node) in ("mul", "div") and len(tensors(view, node)) == 1
 
 
 def _is_scaled(view: View, node: fx.Node) -> bool:
-    """Whether a number multiplies a value, or what it is cast to."""
+    """Return whether a value, possibly after a cast, is scaled by a number."""
     users = view.users(node)
     return any(
         _is_by_number(view, user) or (name_of(view, user) == "cast" and _is_scaled(view, user)) for user in users
@@ -101,10 +101,10 @@ def _is_scaled(view: View, node: fx.Node) -> bool:
 
 
 def _scaled_quotient(view: View, norm: fx.Node, value: fx.Node) -> bool | None:
-    """Whether a number scales the quotient of a value and its norm, as it does where that is a root mean square; None
+    """Return whether the quotient of a value and its norm is scaled by a number, as it is for a root mean square; None
     if there is no such quotient."""
     own = set(factors(view, value))
-    reached = [(norm, False, False)]  # with whether it is inverted, and whether a number has scaled it
+    reached = [(norm, False, False)]  # node, whether it is inverted, whether it was scaled by a number
     for node, inverted, scaled in reached:
         for user in view.users(node) if len(reached) < 3 * _REACH else ():
             name, given = name_of(view, user), operands(view, user)
@@ -114,6 +114,6 @@ def _scaled_quotient(view: View, norm: fx.Node, value: fx.Node) -> bool | None:
                 return scaled or _is_scaled(view, user)
             if _is_by_number(view, user) or name == "reciprocal":
                 reached.append((user, inverted or divides or name == "reciprocal", scaled or name != "reciprocal"))
-            elif name in _LAYOUTS or (name in _AWAY_FROM_ZERO and not inverted):  # of an inverse, it clips lengths
+            elif name in _LAYOUTS or (name in _AWAY_FROM_ZERO and not inverted):  # after inversion it would clip
                 reached.append((user, inverted, scaled))
     return None

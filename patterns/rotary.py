@@ -1,4 +1,5 @@
-"""Rotary position embeddings: x * cos + rotate(x) * sin, in the layouts that models use; q's and k's become one op."""
+"""Rotary position embeddings, x * cos + rotate(x) * sin, in the layouts of `kernels/formulas/rotary.py`; those of q and
+k are grouped to one op."""
 
 from collections.abc import Iterator
 
@@ -22,8 +23,8 @@ from fastlora.match.dsl import (
 from fastlora.match.rule import GroupRule, Match, Rule, dtype_of, fuse, group, rule, tag_of
 
 
-def turned(view: View, node) -> bool:
-    """Return whether a node joins two parts of a value, one of them negated, as a rotation does."""
+def joins_rotated_halves(view: View, node) -> bool:
+    """Return whether a node concatenates or stacks two slices, one of which is negated, as a rotation does."""
     term = view.term(node)
     if term is None or term.op not in ("cat", "stack") or len(term.args["tensors"]) != 2:
         return False
@@ -52,7 +53,7 @@ def _width(match: Match) -> int:
 @rule(
     ops.rotary,
     benefit=2,
-    anchor=turned,
+    anchor=joins_rotated_halves,
     attrs={
         "layout": tag_of("layout"),
         "rotary_dim": _width,
@@ -62,8 +63,8 @@ def _width(match: Match) -> int:
 )
 def rotary(x, cos, sin):
     q = widened(x).named("q")
-    turn = either(wide=_rotate(q), narrow=widened(_rotate(x)))
-    return cast(q * cos + turn * sin)
+    rotated = either(wide=_rotate(q), narrow=widened(_rotate(x)))
+    return cast(q * cos + rotated * sin)
 
 
 @rotary.where
@@ -79,7 +80,7 @@ def _tables_are_as_wide(match):
     attrs={"layout": "interleaved", "rotary_dim": _width, "compute_dtype": dtype_of("q"), "out_dtype": dtype_of()},
 )
 def interleaved_rotary(x, cos, sin):
-    """Pairs go in and halves come out; the tables hold each angle once."""
+    """Pairs as input, halves as output; the tables contain each angle once."""
     q = widened(x).named("q")
     even, odd = evens(q), odds(q)
     return cast(cat(even * cos - odd * sin, odd * cos + even * sin))
@@ -98,29 +99,29 @@ def _tables_broadcast_into_x(match):
     return same_shape(match.tensor(), match.tensor("x")) or "cos and sin make the result larger than x"
 
 
-def _turned_width(match: Match) -> int:
-    return match.slice_of("turning")["stop"]
+def _rotated_width(match: Match) -> int:
+    return match.slice_of("rotated")["stop"]
 
 
-@fuse(ops.rotary, benefit=2, attrs={"rotary_dim": _turned_width, "out_dtype": dtype_of()})
+@fuse(ops.rotary, benefit=2, attrs={"rotary_dim": _rotated_width, "out_dtype": dtype_of()})
 def partial_rotary(x):
-    """Only the first entries of each head are rotated; the others pass through."""
+    """Only the first entries of each head are rotated."""
     anything = lambda _: True  # noqa: E731
-    turning = raised(ops.rotary, x=piece(x, "turning"), rotary_dim=anything, out_dtype=anything)
-    return cast(cat(turning, piece(x, "passing")))
+    rotated = raised(ops.rotary, x=piece(x, "rotated"), rotary_dim=anything, out_dtype=anything)
+    return cast(cat(rotated, piece(x, "rest")))
 
 
 @partial_rotary.where
-def _pieces_meet(match):
-    turning, passing = match.slice_of("turning"), match.slice_of("passing")
-    whole = turning["start"] == 0 and turning["stop"] == passing["start"]
+def _pieces_cover_the_input(match):
+    rotated, rest = match.slice_of("rotated"), match.slice_of("rest")
+    adjacent = rotated["start"] == 0 and rotated["stop"] == rest["start"]
     return (
-        whole and passing["stop"] == match.tensor("x").shape[-1]
+        adjacent and rest["stop"] == match.tensor("x").shape[-1]
     ) or "the rotated part and the rest are not the whole input"
 
 
 class _InOneLayer(GroupRule):
-    """Groups neighbors only: all layers of a graph read the same cos and sin, and each rotates its own q and k."""
+    """Groups only neighboring matches: all layers of a graph share cos and sin, and each rotates its own q and k."""
 
     def find(self, view: View, candidates: list[Match]) -> Iterator[Match]:
         for neighbors in _neighbors(view, _outermost([m for m in candidates if m.op is self.member])):
@@ -128,12 +129,12 @@ class _InOneLayer(GroupRule):
 
 
 def _outermost(matches: list[Match]) -> list[Match]:
-    """The matches that are not part of another, such as a partial embedding."""
+    """Return the matches that are not part of another, such as of a partial embedding."""
     return [m for m in matches if not any(m.root in other.members for other in matches if other.root is not m.root)]
 
 
 def _neighbors(view: View, matches: list[Match]) -> Iterator[list[Match]]:
-    """Runs of matches whose inputs all exist before any of their outputs is used."""
+    """Yield runs of matches whose inputs are all computed before any of their outputs is used."""
     run: list[Match] = []
     for match in sorted(matches, key=lambda m: view.order[m.root]):
         longer = [*run, match]
@@ -148,7 +149,7 @@ def _neighbors(view: View, matches: list[Match]) -> Iterator[list[Match]]:
 
 @group(ops.rotary, by="cos", into=ops.rotary_group, benefit=2)
 def query_and_key(matches: list[Match]):
-    """q and k of one attention, which are rotated by the same angles."""
+    """q and k of one attention layer, which share cos and sin."""
     learned = any(match.tensor(name).requires_grad for match in matches for name in ("cos", "sin"))
     return not learned or "the angles are learned: each embedding keeps its own input"
 

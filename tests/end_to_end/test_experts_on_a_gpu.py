@@ -61,4 +61,4 @@ def test_products_that_would_synchronize_are_not_fused() -> None:
     found = step(fastlora.compile(model), inputs)
     assert relative(found.loss, expected.loss) <= 1e-5
     assert all(relative(found.gradients[name], g) <= 1e-4 for name, g in expected.gradients.items())
-    assert lora_of(model)[1:] == (0, ["on a cuda device grouped products are of bfloat16"] * SITES)
+    assert lora_of(model)[1:] == (0, ["on a cuda device grouped products require bfloat16"] * SITES)

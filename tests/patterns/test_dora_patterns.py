@@ -68,7 +68,7 @@ def test_a_layer_and_its_norms_are_two_ops(dtype: torch.dtype, bias: Tensor | No
 
 @pytest.mark.parametrize("bias", [None, BIAS], ids=["plain", "biased"])
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
-def test_behind_dropout_the_base_runs_twice(dtype: torch.dtype, bias: Tensor | None) -> None:
+def test_with_dropout_the_base_layer_runs_twice(dtype: torch.dtype, bias: Tensor | None) -> None:
     """On what the dropout left of its input as well, with the mask that eager draws."""
     inputs = [X.detach().to(dtype).requires_grad_(), *layer(base=dtype), None if bias is None else bias.to(dtype)]
     outcome = analyse(lambda *given: dora(*given, p=0.4), *inputs, verify=True)
@@ -78,7 +78,7 @@ def test_behind_dropout_the_base_runs_twice(dtype: torch.dtype, bias: Tensor | N
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
-def test_a_layer_under_autocast_is_claimed(p: float) -> None:
+def test_a_layer_under_autocast_is_fused(p: float) -> None:
     def function(*given: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=bf16):
             return dora(*given, p=p)
@@ -89,7 +89,7 @@ def test_a_layer_under_autocast_is_claimed(p: float) -> None:
 
 
 @pytest.mark.parametrize("trained", ["m", "x m", "a b m", "x w a b m", "x a b m bias"])
-def test_any_choice_of_trained_tensors_gets_its_gradients(trained: str) -> None:
+def test_any_subset_of_tensors_may_be_trained(trained: str) -> None:
     tensors = dict(zip(("x", "w", "a", "b", "m", "bias"), (X, *layer(), BIAS), strict=True))
     inputs = [t.detach().requires_grad_(name in trained.split()) for name, t in tensors.items()]
     outcome = analyse(dora, *inputs)
@@ -97,7 +97,7 @@ def test_any_choice_of_trained_tensors_gets_its_gradients(trained: str) -> None:
     outcome.assert_close(2e-6)
 
 
-def test_an_adapter_on_a_conv1d_is_claimed() -> None:
+def test_an_adapter_on_a_conv1d_is_fused() -> None:
     """The weight lies the other way round, for the norm as well."""
 
     def function(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, m: Tensor, bias: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def test_an_adapter_on_a_conv1d_is_claimed() -> None:
     outcome.assert_close(2e-6)
 
 
-def test_two_adapters_on_one_layer_are_both_claimed() -> None:
+def test_two_adapters_on_one_layer_are_both_fused() -> None:
     def function(x: Tensor, w: Tensor, *adapters: Tensor) -> Tensor:
         first = dora(x, w, *adapters[:3])
         return dora(x, w, *adapters[3:], base=first)
@@ -121,7 +121,7 @@ def test_two_adapters_on_one_layer_are_both_claimed() -> None:
     outcome.assert_close(2e-6)
 
 
-def test_a_layer_of_any_batch_and_length_is_claimed() -> None:
+def test_dynamic_batch_and_length_are_supported() -> None:
     x = randn(2, 3, 16)
     for dimension in (0, 1):
         torch._dynamo.mark_dynamic(x, dimension)
@@ -187,13 +187,13 @@ LOOKALIKES = [
 
 
 @pytest.mark.parametrize("case", LOOKALIKES, ids=str)
-def test_what_only_looks_like_it_stays(case: Lookalike) -> None:
+def test_lookalikes_are_not_fused(case: Lookalike) -> None:
     case.check()
 
 
-def test_a_bias_that_is_scaled_is_another_layers() -> None:
+def test_a_scaled_bias_is_fused_as_dora_add() -> None:
     """The scale takes all of the base: that is the adapter on a base of its own, and not the linear layer's."""
     outcome = analyse(combined, X, W, A, B, SCALE, BIAS)
     assert outcome.ops == ["dora_add"]
-    assert "the scale takes the bias as well" in outcome.turned_down()
+    assert "the bias is scaled as well" in outcome.turned_down()
     outcome.assert_close(2e-6)
