@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastlora.kernels.core.dispatch import is_last_backward
-from fastlora.kernels.core.execution import refuse_second_derivative, run_apart
+from fastlora.kernels.core.execution import refuse_second_derivative, run_without_autograd
 from fastlora.kernels.formulas.token_loss import scaled_gradient, unit_gradient
 from fastlora.kernels.ops import linear_cross_entropy, lora_linear
 from fastlora.logits.deferred_logits import DeferralStats, DeferredGradient, DeferredLogits
@@ -104,7 +104,7 @@ def _lora_linear_grads(
         "base_dtype": dtypes[0], "out_dtype": dtypes[1],
     })  # fmt: skip
     needed, names = dict(zip(PARAMETERS, needs, strict=True)), lora_linear.leaves.names
-    _, residuals, backward = run_apart(lora_linear, values, [needed.get(name, False) for name in names])
+    _, residuals, backward = run_without_autograd(lora_linear, values, [needed.get(name, False) for name in names])
     grads = backward(residuals, [g.contiguous()])
     return {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
 
@@ -127,7 +127,7 @@ class CrossEntropy(torch.autograd.Function):
             return expr.hidden.new_zeros(labels.shape if options["reduction"] == "none" else (), dtype=dtype)
         needs = [ctx.needs_input_grad[0] and name in expr.requires_grad for name in names]
         values = expr.loss_arguments(labels, dtype, **options)
-        (loss,), saved, ctx.differentiate = run_apart(linear_cross_entropy, values, needs)
+        (loss,), saved, ctx.differentiate = run_without_autograd(linear_cross_entropy, values, needs)
         ctx.save_for_backward(labels, *saved)
         stats.fused += 1
         assert loss is not None
