@@ -110,10 +110,10 @@ class Mutations:
 
     def _join_inputs(self, graph: fx.Graph) -> None:
         """Join inputs that were views of one tensor when they were traced."""
-        owners: dict[int, fx.Node] = {}
+        first_of: dict[int, fx.Node] = {}
         for node in graph.nodes:
             if node.op == "placeholder" and (tensor := meta(node)) is not None:
-                self._join(node, owners.setdefault(storage_id(tensor), node))
+                self._join(node, first_of.setdefault(storage_id(tensor), node))
 
 
 def _is_fresh(node: fx.Node) -> bool:

@@ -84,7 +84,7 @@ class Call:
 
 
 def call(arguments: str, *targets: Target) -> Call:
-    """Group spellings whose arguments differ from those that patterns see; an argument of `canonical`."""
+    """Return spellings whose arguments differ from those that patterns see, as an argument of `canonical`."""
     return Call(parse(arguments), targets)
 
 

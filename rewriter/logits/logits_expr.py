@@ -1,4 +1,4 @@
-"""A lazily evaluated expression of the logits: it gives the logits, or the arguments of a loss that never has them."""
+"""A lazily evaluated expression of the logits, which returns the logits or the arguments of a loss that needs none."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def constant_fault(op: SemanticOp, argument: Argument, value: Any) -> str | None
     if value is None:
         return None if argument.is_optional else f"{shown}: {op.name}{op.schema} takes {argument.type}"
     if argument.is_tensor:
-        return f"{shown}: {op.name}{op.schema} takes {argument.type}, which no constant is; capture it"
+        return f"{shown}: {op.name}{op.schema} takes {argument.type}, not a constant: capture it"
     type_name = argument.type.removesuffix("[]").removesuffix("?")
     is_list = isinstance(value, (list, tuple))
     if is_list != argument.is_list or not all(_has_type(each, type_name) for each in (value if is_list else [value])):

@@ -18,7 +18,7 @@ from fastlora.match.state import State
 
 @dataclass(eq=False)
 class Match:
-    """A subgraph that a rule claims: the nodes it replaces, the op's arguments, and the values it stands for."""
+    """A subgraph that a rule matches: the nodes that it replaces, the op's arguments, and the captured values."""
 
     rule: Definition
     view: View

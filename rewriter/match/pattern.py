@@ -160,14 +160,14 @@ class Op(Pattern):
 
     def _arguments(self, view: View, args: dict[str, Any], state: State, trace: Trace | None) -> Iterator[State]:
         pairs: list[tuple[Pattern, Any]] = []
-        for name, wanted in self.args.items():
+        for name, expected in self.args.items():
             value = args[name]
-            if isinstance(wanted, tuple):
-                if not isinstance(value, (tuple, list)) or len(wanted) != len(value):
+            if isinstance(expected, tuple):
+                if not isinstance(value, (tuple, list)) or len(expected) != len(value):
                     return
-                pairs += zip(wanted, value, strict=True)
+                pairs += zip(expected, value, strict=True)
             else:
-                pairs.append((wanted, value))
+                pairs.append((expected, value))
         unmentioned = self._unmentioned(args) if len(args) > len(self.args) else None
         if unmentioned is None or trace is not None:
             for found in match_all(pairs, view, state, trace):

@@ -52,7 +52,7 @@ def faults(pattern: Any) -> Iterator[str]:
     """Yield what is wrong with each part of a pattern by itself."""
     for part in subpatterns(pattern):
         if not isinstance(part, Pattern):
-            yield f"{part!r} stands where a pattern must"
+            yield f"{part!r} is not a pattern"
         for kind, check in _CHECKS.items():
             if isinstance(part, kind):
                 yield from check(part)

@@ -54,14 +54,16 @@ class Rule(PatternDefinition):
     explanations: list[Explanation] = field(default_factory=list)
 
     def where(self, condition: Callable[[Match], Verdict]) -> Callable[[Match], Verdict]:
-        """Decorate a condition on the match, which returns True or a sentence that says why not."""
+        """Decorate a function of the match, which returns True or a sentence that says why the rule does not apply."""
         _raise_first(condition, condition_faults(self, condition))
         self.conditions.append(condition)
         return condition
 
     def otherwise(self, explanation: Explanation) -> Explanation:
-        """Decorate a function of the view and a candidate without a match, which returns why there is none, or None to
-        leave the explanation to the failed attempts to match it."""
+        """Decorate a function of the view and a candidate without a match, which returns why there is none.
+
+        If it returns None, the report explains the attempt to match that came furthest.
+        """
         _raise_first(explanation, function_faults(explanation, 2, "the view and a node"))
         self.explanations.append(explanation)
         return explanation
@@ -245,7 +247,7 @@ def _parameters(function: Callable[..., Any]) -> tuple[dict[str, Var], dict[str,
     defaults: dict[str, Any] = {}
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            raise TypeError(f"its parameter {parameter} is not a capture, which has a name of its own")
+            raise TypeError(f"its parameter {parameter} is not a capture: write one parameter for each")
         annotation = parameter.annotation
         optional = annotation is Opt or isinstance(annotation, Opt)
         predicate = annotation.predicate if isinstance(annotation, Opt) else annotation

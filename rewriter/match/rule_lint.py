@@ -114,7 +114,7 @@ def _shape_faults(rule: PatternDefinition, variables: dict[str, Var]) -> Iterato
     named = {part.op for part in found if isinstance(part, Op)}
     named |= {"cast" for part in found if isinstance(part, Cast)}
     if isinstance(rule.anchor, str) and rule.anchor not in named and not any(isinstance(p, Raised) for p in found):
-        yield f"anchor={rule.anchor!r} is in no match of the pattern, whose operations are {', '.join(sorted(named))}"
+        yield f"anchor={rule.anchor!r} does not occur in the pattern, whose operations are {', '.join(sorted(named))}"
 
 
 def _capture_faults(rule: PatternDefinition, variables: dict[str, Var]) -> Iterator[str]:
@@ -125,7 +125,7 @@ def _capture_faults(rule: PatternDefinition, variables: dict[str, Var]) -> Itera
     from_raised = {name: part for part in found if isinstance(part, Raised) for name in part.captures()}
     for name in sorted(captured - arguments.keys()):
         if not name.startswith("_"):
-            own = "a capture of the rule's own has a _ before its name"
+            own = "the name of any other capture starts with _"
             yield f"{name!r} is not an argument of {op.name}: {suggestion(name, arguments)}; {own}"
     for name in sorted(from_raised.keys() - arguments.keys()):
         remedy = _must_specify(from_raised[name])
@@ -146,7 +146,7 @@ def _capture_faults(rule: PatternDefinition, variables: dict[str, Var]) -> Itera
 
 
 def _must_specify(bundle: Raised) -> str:
-    return f"raised(ops.{bundle.op.name}, ...) must say what it is: a capture, a constant, or a predicate on one"
+    return f"raised(ops.{bundle.op.name}, ...) must specify it as a capture, a constant, or a predicate on one"
 
 
 def _attribute_faults(rule: PatternDefinition, variables: dict[str, Var]) -> Iterator[str]:
@@ -174,25 +174,26 @@ def _attribute_faults(rule: PatternDefinition, variables: dict[str, Var]) -> Ite
 
 
 def _match_attribute_faults(
-    rule: PatternDefinition, variables: dict[str, Var], name: str, asked: DtypeOf | TagOf
+    rule: PatternDefinition, variables: dict[str, Var], name: str, attribute: DtypeOf | TagOf
 ) -> Iterator[str]:
     """Yield what is wrong with an attribute that is the dtype or the tag of something in the match."""
-    kind = "ScalarType" if isinstance(asked, DtypeOf) else "str"
+    type_name = "ScalarType" if isinstance(attribute, DtypeOf) else "str"
     (argument,) = (a for a in rule.op.arguments if a.name == name)
-    if argument.type.removesuffix("?") != kind:
-        yield f"attrs {name!r} is {argument.type} in {rule.op.name}{rule.op.schema}, and not {kind}"
-    if isinstance(asked, TagOf):
+    if argument.type.removesuffix("?") != type_name:
+        yield f"attrs {name!r} is {argument.type} in {rule.op.name}{rule.op.schema}, and not {type_name}"
+    if isinstance(attribute, TagOf):
         tags = alternatives(rule.outputs[0])
-        if asked.name not in tags:
-            yield f"attrs {name!r}: {_no_either(rule, asked.name)}"
-        for tag in sorted(tags.get(asked.name, ())):
+        if attribute.name not in tags:
+            yield f"attrs {name!r}: {_no_either(rule, attribute.name)}"
+        for tag in sorted(tags.get(attribute.name, ())):
             if (reason := constant_fault(rule.op, argument, tag)) is not None:
-                yield f"the alternative {tag} of {asked.name!r}: attrs {reason}"
-    elif asked.name is not None:
-        if asked.name not in rule.names:
-            yield f"attrs {name!r}: nothing is captured or named {asked.name!r}: {suggestion(asked.name, rule.names)}"
-        if asked.name in variables and variables[asked.name].predicate in (Scalar, Constant):
-            yield f"attrs {name!r}: {asked.name!r} is not a tensor and has no dtype"
+                yield f"the alternative {tag} of {attribute.name!r}: attrs {reason}"
+    elif attribute.name is not None:
+        if attribute.name not in rule.names:
+            known = suggestion(attribute.name, rule.names)
+            yield f"attrs {name!r}: nothing is captured or named {attribute.name!r}: {known}"
+        if attribute.name in variables and variables[attribute.name].predicate in (Scalar, Constant):
+            yield f"attrs {name!r}: {attribute.name!r} is not a tensor and has no dtype"
 
 
 def _default_faults(rule: PatternDefinition, variables: dict[str, Var]) -> Iterator[str]:
@@ -227,7 +228,7 @@ def _unbound(rule: PatternDefinition, function: Any) -> Iterator[str]:
 
 def _no_either(rule: PatternDefinition, name: str) -> str:
     if name in rule.names:
-        return f"{name!r} is the name of no either, but of something else: put .named on the either"
+        return f"{name!r} names another pattern, not an either: put .named on the either"
     return f"no either is named {name!r}: {suggestion(name, rule.tags)}"
 
 
@@ -239,7 +240,7 @@ def group_faults(condition: Any, member: SemanticOp, by: Any, into: SemanticOp) 
         yield f"{into.name} takes {unknown or [by]}, which {member.name} does not have: {suggestion(by, names)}"
     if by not in {a.name for a in into.arguments if not a.is_list}:
         single = [a.name for a in into.arguments if not a.is_list]
-        yield f"by={by!r} is nothing that all members of {into.name} share: {suggestion(by, single)}"
+        yield f"by={by!r} is not an argument that all members of {into.name} share: {suggestion(by, single)}"
     if not all(output.is_list for output in into.outputs):
         yield f"the outputs of {into.name} must be lists, one entry a member"
     yield from function_faults(condition, 1, "the list of matches")

@@ -66,8 +66,9 @@ class Report:
     Attributes:
         coverage: per op family (`lora`, `norm`, `rotary`, `glu`, `loss`), candidates seen and fused.
         fused, missed: every site, with its place in the model's source.
-        graphs: how many graphs were traced; `breaks`: why tracing stopped, where it did.
-        notes: what else the user should know about how the model runs.
+        graphs: how many graphs were traced.
+        breaks: the reasons for graph breaks.
+        notes: further notes on how the model runs.
         code: each rewritten graph as readable Python, by the name of its region.
         programs: the same graphs as Python files that run; see `program`.
     """

@@ -39,11 +39,11 @@ def run():
     """Return the outputs of the graph, and the gradients of its inputs for fixed gradients of the outputs."""
     inputs = make_inputs()
     outputs = [t for t in Graph()(*inputs) if isinstance(t, torch.Tensor)]
-    wanted = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
-    ends = [t for t in outputs if t.requires_grad]
-    incoming = [torch.linspace(-1, 1, t.numel()).reshape(t.shape).to(t.device, t.dtype) for t in ends]
-    gradients = torch.autograd.grad(ends, wanted, incoming, allow_unused=True) if ends and wanted else []
-    return [t.detach() for t in outputs], list(gradients)
+    leaves = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
+    roots = [t for t in outputs if t.requires_grad]
+    grad_outputs = [torch.linspace(-1, 1, t.numel()).reshape(t.shape).to(t.device, t.dtype) for t in roots]
+    grads = torch.autograd.grad(roots, leaves, grad_outputs, allow_unused=True) if roots and leaves else []
+    return [t.detach() for t in outputs], list(grads)
 
 
 if __name__ == "__main__":

@@ -166,14 +166,14 @@ def test_numbers_that_change_become_inputs_of_the_graph() -> None:
 class Layer(nn.Module):
     """A layer whose code depends on a number that cannot be traced as an input."""
 
-    def __init__(self, flavour: str) -> None:
+    def __init__(self, flavor: str) -> None:
         super().__init__()
-        self.flavour = flavour
+        self.flavor = flavor
         self.base = nn.Linear(8, 8).requires_grad_(False)
         self.a, self.b = nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base(x) + self.b(self.a(x)) * float(len(self.flavour))
+        return self.base(x) + self.b(self.a(x)) * float(len(self.flavor))
 
 
 class Deep(nn.Module):
@@ -225,7 +225,7 @@ def test_data_parallel_replicas_run_their_own_modules() -> None:
             fastlora.compile(model)
             step(model, batch())
         replica = replicate(model)
-        for name, module in replica.named_modules():  # so that it shows if the original's ran
+        for name, module in replica.named_modules():  # to detect a call of the original
             if name.endswith(("lora_B.default", "lm_head")):
                 module.weight = module.weight * 2.0
         losses.append(replica(**batch()).loss)

@@ -11,8 +11,8 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from quantised_models import Format
-from quantised_models import build as build_quantised
+from quantized_models import Format
+from quantized_models import build as build_quantised
 from tiny_models import batch, build
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -68,7 +68,7 @@ def x() -> Tensor:
     return torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(1))
 
 
-# -- what is right -----------------------------------------------------------------------------------------------------
+# -- right steps -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_gradients_need_not_be_enabled(gated: Gated) -> None:
         assert fastlora.check(gated, x=x())
 
 
-def test_quantised_weights_are_compared_with_eager_alone() -> None:
+def test_quantized_weights_are_compared_with_eager_only() -> None:
     found = fastlora.check(build_quantised("llama", Format()), **batch())
     assert found, str(found)
     assert found.loss.float64 is None
@@ -146,7 +146,7 @@ def test_tied_weights_are_checked() -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.recurrent, self.out = nn.LSTM(WIDTH, 8), nn.Linear(8, WIDTH)  # which lists its weights, too
+            self.recurrent, self.out = nn.LSTM(WIDTH, 8), nn.Linear(8, WIDTH)  # it also has a list of its weights
 
         def forward(self, x: Tensor) -> Tensor:
             return self.out(self.recurrent(x)[0]).square().mean()
@@ -169,7 +169,7 @@ def test_on_a_gpu_dropout_is_off() -> None:
     assert all(map(torch.equal, torch.cuda.get_rng_state_all(), states))
 
 
-# -- what is wrong -----------------------------------------------------------------------------------------------------
+# -- wrong steps -------------------------------------------------------------------------------------------------------
 
 
 def test_a_wrong_rule_is_found(gated: Gated) -> None:
@@ -245,7 +245,7 @@ def test_a_model_that_trains_nothing_is_refused(gated: Gated) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (nn.DataParallel, "model.module"),
         (lambda model: model.to("meta"), "load the weights"),
@@ -254,8 +254,8 @@ def test_a_model_that_trains_nothing_is_refused(gated: Gated) -> None:
         (lambda model: _sharded(model), "before it is sharded"),
     ],
 )
-def test_a_model_that_cannot_be_checked_is_refused(gated: Gated, change: Any, told: str) -> None:
-    with pytest.raises(fastlora.FastLoRAError, match=told):
+def test_a_model_that_cannot_be_checked_is_refused(gated: Gated, change: Any, message: str) -> None:
+    with pytest.raises(fastlora.FastLoRAError, match=message):
         fastlora.check(change(gated), x=x())
 
 
@@ -267,7 +267,7 @@ def _sharded(model: Gated) -> Gated:
     return model
 
 
-# -- what is left behind -----------------------------------------------------------------------------------------------
+# -- restored state ----------------------------------------------------------------------------------------------------
 
 
 def state(model: nn.Module) -> dict[str, Any]:
@@ -310,7 +310,7 @@ def test_a_check_restores_all_state(gated: Gated, compiled: bool, fails: bool) -
         fastlora.compile(gated)
     gated.draws, gated.fails = True, fails
     hooked = []
-    for parameter in gated.parameters():  # as an optimizer that steps in the backward
+    for parameter in gated.parameters():  # like an optimizer that steps in the backward
         parameter.register_post_accumulate_grad_hook(hooked.append)
     gated.norm.eval()
     gated.norm.train()

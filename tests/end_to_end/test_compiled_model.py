@@ -138,7 +138,7 @@ def test_merged_weights_equal_those_of_an_uncompiled_model(model):
     assert all(torch.equal(merged[name], expected[name]) for name in expected)
 
 
-def test_disabled_and_switched_adapters_are_honoured(model):
+def test_disabled_and_switched_adapters_are_respected(model):
     from peft import LoraConfig
 
     model.add_adapter("second", LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
@@ -171,7 +171,7 @@ def test_several_active_adapters_add_up(model):
     assert coverage.seen == coverage.fused == 42
 
 
-def test_a_requested_kv_cache_is_honoured_and_reported(model):
+def test_a_requested_kv_cache_is_built_and_reported(model):
     fastlora.compile(model)
     output = model(**batch(), use_cache=True)
     assert output.past_key_values is not None
@@ -262,7 +262,7 @@ def test_strict_raises_for_a_candidate_that_is_not_fused(model):
         step(widened, batch())
 
 
-class InPieces(nn.Module):
+class BrokenBlock(nn.Module):
     """A block with a graph break."""
 
     def __init__(self) -> None:
@@ -279,23 +279,23 @@ class InPieces(nn.Module):
 def test_code_after_a_graph_break_may_run_uncompiled(failure, monkeypatch):
     """The code before the break has run by then. Errors of fastlora itself are raised."""
     torch.manual_seed(0)
-    model = nn.Sequential(InPieces(), InPieces())
+    model = nn.Sequential(BrokenBlock(), BrokenBlock())
     x = torch.randn(3, 8)
     expected = model(x)
     wanted = torch.autograd.grad(expected.sum(), list(model.parameters()))
     made = compile_graph.rewrite
 
-    def fails_at_the_second(gm, *args, **kwargs):
+    def fail_at_the_second_graph(gm, *args, **kwargs):
         calls.append(gm)
         if len(calls) == 2:
-            raise failure("at the second piece")
+            raise failure("at the second graph")
         return made(gm, *args, **kwargs)
 
     calls = []
-    monkeypatch.setattr(compile_graph, "rewrite", fails_at_the_second)
+    monkeypatch.setattr(compile_graph, "rewrite", fail_at_the_second_graph)
     fastlora.compile(model)
     if failure is fastlora.FastLoRAError:
-        with pytest.raises(fastlora.FastLoRAError, match="at the second piece"):
+        with pytest.raises(fastlora.FastLoRAError, match="at the second graph"):
             model(x)
         return
     found = model(x)

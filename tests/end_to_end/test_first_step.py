@@ -104,7 +104,7 @@ def test_the_report_counts_the_steps_of_the_training_alone() -> None:
     first = compiled(models[0])
     fastlora.compile(models[1])
     for model in models:
-        model(**batch(), past_key_values=DynamicCache()).loss.backward()  # which no layer runs compiled with
+        model(**batch(), past_key_values=DynamicCache()).loss.backward()  # layers do not run compiled under it
     assert first.agreement
     (_, *notes), its = (fastlora.report(model).notes for model in models)
     assert notes == its
@@ -125,7 +125,7 @@ def test_after_a_wrong_step_the_model_runs_eagerly() -> None:
 def test_a_check_does_not_free_the_graph_of_its_arguments() -> None:
     model, given = gated(), x().requires_grad_()
     first = compiled(model)
-    model(given.exp(), labels=1.0).backward()  # of which a check must not use up the graph
+    model(given.exp(), labels=1.0).backward()  # a check must not free its graph
     assert first.agreement
     expected = x().requires_grad_()
     gated()(expected.exp(), labels=1.0)

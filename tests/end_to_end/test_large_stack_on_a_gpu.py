@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 def stack() -> nn.Module:
     """Return a stack of layers with the same random weights, as drawing and quantizing all would take minutes."""
     from peft import LoraConfig, get_peft_model
-    from quantised_models import Format
+    from quantized_models import Format
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

@@ -60,7 +60,7 @@ def test_a_budget_lowers_the_peak() -> None:
         for _ in range(3):
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()  # what other tests hold is there as well
+            before = torch.cuda.memory_allocated()  # memory of other tests counts as well
             model(x).sum().backward()
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[1] < 0.8 * peaks[0]

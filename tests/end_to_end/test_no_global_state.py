@@ -12,7 +12,7 @@ import torch._dynamo, torch._inductor.compile_fx, torch.utils.checkpoint, torch.
 from tiny_models import batch, build, step
 
 model, twin = build("llama"), build("llama")
-step(torch.compile(twin, backend="eager"), batch())  # what TorchDynamo itself loads and sets up
+step(torch.compile(twin, backend="eager"), batch())  # TorchDynamo itself imports and sets attributes
 step(twin, batch())
 LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 

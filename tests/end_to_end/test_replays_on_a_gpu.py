@@ -64,8 +64,8 @@ def _captures(model: nn.Module) -> int:
 
 def test_quantized_weights_are_read_in_place() -> None:
     """They are not copied for every replay, and layers of the same shapes have separate captures."""
-    from quantised_models import Format
-    from quantised_models import build as build_quantised
+    from quantized_models import Format
+    from quantized_models import build as build_quantised
 
     eager = build_quantised("llama", Format(), "cuda")
     model = fastlora.compile(build_quantised("llama", Format(), "cuda"), mode="reduce-overhead")

@@ -24,7 +24,7 @@ VOCABULARY = 128
 Use = Callable[[nn.Module, dict[str, torch.Tensor]], "torch.Tensor | tuple[torch.Tensor, Any]"]
 
 
-class OwnCrossEntropy(torch.autograd.Function):
+class CustomCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         p = logits.float().softmax(-1)
@@ -60,7 +60,7 @@ def metric_in_inference_mode(model: nn.Module, b: dict[str, torch.Tensor]) -> An
 
 def own_function(model: nn.Module, b: dict[str, torch.Tensor]) -> Any:
     out = model(**b)
-    return out.loss + OwnCrossEntropy.apply(out.logits[:, :-1].flatten(0, 1), b["labels"][:, 1:].flatten())
+    return out.loss + CustomCrossEntropy.apply(out.logits[:, :-1].flatten(0, 1), b["labels"][:, 1:].flatten())
 
 
 def hooks(model: nn.Module, b: dict[str, torch.Tensor]) -> Any:

@@ -67,7 +67,7 @@ def test_device_memory_is_freed_once_the_copy_is_done() -> None:
     originals = [weakref.ref(each.original) for each in run.offloader._copying]
     del y
     assert all(each() is not None for each in originals)
-    run.offloader.free_copied()  # nothing is through
+    run.offloader.free_copied()  # no copy is done
     assert all(each() is not None for each in originals)
     run.offloader.free_copied(3 * 80)
     gc.collect()
@@ -103,7 +103,7 @@ def test_reading_a_storage_prefetches_the_previous_ones(monkeypatch: pytest.Monk
         node.register_hook(watch)
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected(x))
     assert copies_back == [3, 4, 5, 6, 6, 6]
-    assert [w - before for w in waits] == [1] * 6  # all but the first had arrived
+    assert [w - before for w in waits] == [1] * 6  # all but the first were prefetched in time
 
 
 def _chain(node):  # type: ignore[no-untyped-def]
@@ -197,7 +197,7 @@ def test_memory_of_a_pending_copy_is_not_reused() -> None:
     run.offloader.free_copied(0)
     y = y * 1.0
     run.offloader.prefetch([y], headroom=10**9)
-    torch.autograd.grad(y.sum(), y)  # no layer's backward runs, but what they would read is on its way
+    torch.autograd.grad(y.sum(), y)  # prefetches, although no backward of a layer runs
     assert run.copies_back == 6
     assert not any(copy.over for copy in run.streams.open[6:])
     del y
@@ -234,7 +234,7 @@ def test_a_write_to_a_kept_tensor_raises(small: int, moves: bool, monkeypatch: p
 
 
 def test_a_forward_without_backward_frees_all_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activation_offload, "MIN_BYTES", 10**9)  # so that results that are saved stay
+    monkeypatch.setattr(activation_offload, "MIN_BYTES", 10**9)  # saved results are not offloaded
     run = Offloading()
     y = run(rows())
     result = weakref.ref(y)

@@ -69,8 +69,8 @@ def test_a_cancelling_gradient_is_bounded_by_the_largest_one() -> None:
     ("mine", "its", "true", "right"),
     [
         (math.inf, math.inf, math.inf, True),
-        (math.nan, math.nan, 1.0, True),  # overflow where eager has it
-        (1.0, math.inf, 1.0, True),  # and none where none is due
+        (math.nan, math.nan, 1.0, True),  # overflow where eager overflows
+        (1.0, math.inf, 1.0, True),  # no overflow where float64 has none
         (math.inf, 1.0, 1.0, False),
         (1.0, math.nan, math.nan, False),
     ],

@@ -64,7 +64,7 @@ def test_buffers_are_read_in_place() -> None:
     x = rows(seed=1)
     for buffer in (held, held.mul_(2)):
         assert torch.equal(replays(x, buffer, w)[0], torch.tanh(x @ buffer) @ w)
-    for other in (held.clone(), held.t()):  # elsewhere, or in the same place and otherwise
+    for other in (held.clone(), held.t()):  # at another address, or with other strides
         assert torch.equal(replays(x, other, w)[0], torch.tanh(x @ other) @ w)
     assert replays.captured == 1
 

@@ -258,7 +258,7 @@ def test_probing_enters_no_modes(monkeypatch: pytest.MonkeyPatch) -> None:
             return F.linear(x, w)
 
     module, _ = trace(function, [X, randn(8, 8)])
-    monkeypatch.setattr(effects, "_PROBED", {})  # what another test may know already
+    monkeypatch.setattr(effects, "_PROBED", {})  # other tests may have filled it
     Mutations(module.graph)
     depth = torch.autocast_increment_nesting()
     torch.autocast_decrement_nesting()

@@ -29,8 +29,8 @@ low2 = F.linear(F.linear(h.to(ka.dtype), ka), kb)
 k = (base2 + low2 * 0.5).to(x.dtype)
 left = q[..., :8]
 right = q[..., 8:]
-turned = torch.cat((-right, left), dim=-1)
-r = q * cos + turned * sin
+rotated = torch.cat((-right, left), dim=-1)
+r = q * cos + rotated * sin
 active = F.silu(k)
 m = active * r
 total = x + m
@@ -63,15 +63,15 @@ REBINDINGS = [
 ]
 ESCAPES = ["kept.append({v})", "kept.append({v}.contiguous())", "kept.append({v}.abs().amax())"]
 
-STILL = [f"with torch.no_grad(): {line}" for line in REBINDINGS + ESCAPES]
+WITHOUT_GRAD = [f"with torch.no_grad(): {line}" for line in REBINDINGS + ESCAPES]
 
 
 def _assigned(line: str) -> str:
     return line.removeprefix("with torch.no_grad(): ").split(" = ")[0]
 
 
-def _disturbed(choose: Callable[[int], int]) -> str:
-    """Return the source of the layer with one to three random disturbances."""
+def _random_interference(choose: Callable[[int], int]) -> str:
+    """Return the source of the layer with one to three random changes."""
     lines = ["kept = []", *LAYER]
     for _ in range(1 + choose(3)):
         at = 2 + choose(len(lines) - 2)
@@ -83,9 +83,7 @@ def _disturbed(choose: Callable[[int], int]) -> str:
             if not line.startswith(("with", "kept")):
                 lines[at - 1] = f"with torch.no_grad(): {line}"
             continue
-        templates = (WRITES, REBINDINGS, ESCAPES, [f"with torch.no_grad(): {line}" for line in REBINDINGS + ESCAPES])[
-            kind
-        ]
+        templates = (WRITES, REBINDINGS, ESCAPES, WITHOUT_GRAD)[kind]
         lines.insert(at, templates[choose(len(templates))].format(v=v))
     text = "\n    ".join([*lines, "return loss, total, kept"])
     return f"def function({', '.join(NAMES)}):\n    {text}\n"
@@ -110,7 +108,7 @@ def _inputs(dtype: torch.dtype, trains: Callable[[], bool]) -> list[Tensor]:
 @hypothesis.settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @hypothesis.given(data=st.data())
 def test_random_interference_with_a_layer_keeps_results_equal(data: st.DataObject) -> None:
-    source = _disturbed(lambda n: data.draw(st.integers(0, n - 1)))
+    source = _random_interference(lambda n: data.draw(st.integers(0, n - 1)))
     hypothesis.note(source)
     scope: dict[str, Any] = {"torch": torch, "F": F}
     exec(compile(source, "<layer>", "exec"), scope)
@@ -118,7 +116,7 @@ def test_random_interference_with_a_layer_keeps_results_equal(data: st.DataObjec
     inputs = _inputs(dtype, lambda: data.draw(st.booleans(), "trains"))
     try:
         evaluate(scope["function"], inputs)
-    except RuntimeError:  # eager does not allow it either, e.g. a write to what its backward needs
+    except RuntimeError:  # eager raises as well, such as for a write to a saved tensor
         return
     outcome = analyse(scope["function"], *inputs, fullgraph=False, dynamic=None)
     outcome.assert_close(3e-6 if dtype == f32 and "bfloat16" not in source else 0.1)

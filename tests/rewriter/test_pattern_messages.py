@@ -186,7 +186,7 @@ MESSAGES: dict[Callable[[], None], str] = {
     _two_values_with_one_name: "'part' is bound twice in one match: rename one of the two",
     _value_with_the_name_of_a_capture: "'gate' is bound twice in one match",
     _override_of_an_unknown_argument: "glu has no argument 'gaet': did you mean 'gate'? Known: activation, gate, ",
-    _raised_argument: "raised(ops.lora_linear, ...) must say what it is: a capture, a constant, or a",
+    _raised_argument: "raised(ops.lora_linear, ...) must specify it as a capture, a constant, or a",
     _prefix_used_twice: "is bound twice in one match: rename one of the two, or give a raised op another prefix",
     _raised_at_the_top_of_a_rule: "a raised op is at the top of the pattern, which only @fuse finds",
     _raised_by_name: "raised takes an op of fastlora.kernels.ops, not 'glu'",

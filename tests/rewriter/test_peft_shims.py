@@ -14,7 +14,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
-from quantised_models import Format
+from quantized_models import Format
 from torch import Tensor, nn
 
 from fastlora.frontend import peft_shims

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graphs import called
-from quantised_models import Format
+from quantized_models import Format
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -1,4 +1,4 @@
-"""About a thousand rules with one mutation each are errors where they are defined, which name the mistake.
+"""About a thousand rules with one mutation each are errors where they are defined, which name the mutation.
 
 A mutation changes one thing in a valid rule: a name in the pattern, an argument of a decorator, a value in `attrs`, a
 parameter or the result of a function.
@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from mistakes_in_patterns import MISTAKES
-from written_rules import RIGHT, Written
+from pattern_mutations import MUTATIONS
+from valid_rules import VALID_RULES, RuleSource
 
 import fastlora
 
 
-@pytest.mark.parametrize("written", RIGHT, ids=lambda written: written.function.__name__)
-def test_unmutated_rules_are_valid(written: Written) -> None:
+@pytest.mark.parametrize("written", VALID_RULES, ids=lambda written: written.function.__name__)
+def test_unmutated_rules_are_valid(written: RuleSource) -> None:
     assert written.define().name == written.function.__name__
 
 
@@ -29,14 +29,14 @@ def _where(function: Callable[..., Any]) -> str:
     return f"{code.co_filename}:{code.co_firstlineno}: rule {function.__name__}: "
 
 
-def _cases(count: int) -> Iterator[tuple[str, Written, str]]:
+def _cases(count: int) -> Iterator[tuple[str, RuleSource, str]]:
     """Return this many mutated rules, with about the same number of each kind of mutation."""
     rng = random.Random(0)
     for number in range(count):
-        kind = list(MISTAKES)[number % len(MISTAKES)]
-        changed: list[tuple[Written, str]] = []
+        kind = list(MUTATIONS)[number % len(MUTATIONS)]
+        changed: list[tuple[RuleSource, str]] = []
         while not changed:
-            changed = list(MISTAKES[kind](rng.choice(RIGHT), rng))
+            changed = list(MUTATIONS[kind](rng.choice(VALID_RULES), rng))
         yield kind, *rng.choice(changed)
 
 
@@ -53,5 +53,5 @@ def test_every_mutated_rule_is_an_error_at_its_line() -> None:
         assert said in message, (kind, said, message)
         seen[kind] += 1
     assert seen.total() == 1000
-    assert seen.keys() == MISTAKES.keys()
+    assert seen.keys() == MUTATIONS.keys()
     assert min(seen.values()) >= 20

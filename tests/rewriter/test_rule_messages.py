@@ -178,14 +178,14 @@ def _group_by_an_argument_that_is_not_shared():
 
 MESSAGES: dict[Callable[[], None], str] = {
     _unknown_anchor: "anchor='sliu': 'sliu' is not an operation: did you mean 'silu'?",
-    _anchor_not_in_the_pattern: "anchor='gelu' is in no match of the pattern, whose operations are mul, silu",
+    _anchor_not_in_the_pattern: "anchor='gelu' does not occur in the pattern, whose operations are mul, silu",
     _anchor_with_one_parameter: "the anchor anchor does not take a view and a node",
     _invalid_choice: "attrs activation='swoosh' is not a valid activation of glu: Known: gelu, gelu_tanh, silu",
     _misspelled_choice: "attrs layout='halves' is not a valid layout of rotary: did you mean 'half'? Known: flipped, ",
     _text_for_a_number: "attrs scaling='mean': lora_add(Tensor base",
-    _number_for_a_tensor: "which no constant is; capture it",
+    _number_for_a_tensor: "not a constant: capture it",
     _alternative_that_is_no_choice: "the alternative tanh of 'act': attrs activation='tanh' is not a valid activation",
-    _tag_of_a_cast: "attrs 'activation': 'act' is the name of no either, but of something",
+    _tag_of_a_cast: "attrs 'activation': 'act' names another pattern, not an either",
     _dtype_of_an_unknown_name: "attrs 'out_dtype': nothing is captured or named 'prodcut': did you mean 'product'?",
     _dtype_of_a_number: "attrs 'out_dtype': '_s' is not a tensor and has no dtype",
     _dtype_for_text: "attrs 'activation' is str in glu(",
@@ -200,7 +200,7 @@ MESSAGES: dict[Callable[[], None], str] = {
     _condition_on_an_unbound_name: "nothing is captured or named 'gtae': did you mean 'gate'? Known: gate, up",
     _explanation_with_one_parameter: "'bad' is not a function of the view and a node",
     _group_by_an_unknown_argument: "lora_group takes ['y'], which lora_linear does not have",
-    _group_by_an_argument_that_is_not_shared: "by='lora_a' is nothing that all members of lora_group share",
+    _group_by_an_argument_that_is_not_shared: "by='lora_a' is not an argument that all members of lora_group share",
 }
 
 

@@ -31,7 +31,7 @@ IDENTITIES = [
     "{x}[...]",
 ]
 RESHAPES = ["{x}.view({x}.shape)", "{x}.reshape({x}.shape)", "{x}.view(*{x}.size())"]
-"""Identities as long as sizes are static: a dynamic one is read from the tensor by a node of the graph."""
+"""Identities only for static sizes: a graph reads a dynamic size by a further node."""
 
 
 @dataclass
@@ -252,10 +252,10 @@ def test_any_equivalent_spelling_is_fused_and_equal(data: st.DataObject) -> None
         given = [f"{name}_{i}" for i in range(len(family.inputs(dtype)))]
         write = Writer(f"{name}_v", choose, reshapes=dynamic is None)
         results.append(family.write(write, *given))
-        results += [f"torch.sin({given[0]})"] * choose(2)  # another user of an input
+        results += [f"torch.sin({given[0]})"] * choose(2)  # a further user of the input
         bodies.append(write.lines)
         names += given
-        inputs += _drawn(family.inputs(dtype), data, None if name == "loss" else dynamic)
+        inputs += _random_inputs(family.inputs(dtype), data, None if name == "loss" else dynamic)
     source = _source(bodies, results, names, choose)
     hypothesis.note(source)
     function = _compiled(source)
@@ -268,7 +268,7 @@ def test_any_equivalent_spelling_is_fused_and_equal(data: st.DataObject) -> None
     assert_as_exact(outcome, function, inputs)
 
 
-def _drawn(inputs: Sequence[Tensor], data: st.DataObject, dynamic: int | None) -> list[Tensor]:
+def _random_inputs(inputs: Sequence[Tensor], data: st.DataObject, dynamic: int | None) -> list[Tensor]:
     """Return inputs of which a random selection requires gradients, with a dynamic size of the first one."""
     drawn = []
     for tensor in inputs:
