@@ -1,4 +1,4 @@
-"""Counts the candidates that a function has, and says why they stay."""
+"""Assertions on the candidates of a function, and on why they are not fused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _seen(outcome: Outcome, family: str) -> int:
 
 
 def assert_one(function: Function, inputs: tuple[Tensor, ...], family: str, reason: str | None) -> None:
-    """There is one candidate, which is fused, or missed for this reason alone."""
+    """Assert that there is one candidate, which is fused, or missed for only this reason."""
     outcome = analyse(function, *inputs)
     reasons = [miss.reason for miss in outcome.misses if miss.op == family]
     assert _seen(outcome, family) == 1

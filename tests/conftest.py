@@ -33,7 +33,7 @@ LONGEST = (
     "test_house.py",
     "kernels/test_linear_cross_entropy.py",
     "zoo/test_ways.py",
-    "models/test_quantised_models.py",
+    "models/test_quantized_models.py",
     "kernels/test_linear_cross_entropy_errors.py",
 )
 """Files that take more than half a minute. They run first, so that processes side by side end together."""

@@ -1,5 +1,5 @@
-"""Runs a function eagerly and rewritten, and says what the rewriting did: the graph before and after, the matches that
-were chosen and refused, and outputs and gradients of both runs."""
+"""Runs a function in eager mode and rewritten, and returns what the rewriting did: graphs, chosen and refused matches,
+and outputs and gradients of both runs."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ f32, bf16, f64 = torch.float32, torch.bfloat16, torch.float64
 
 
 def called(node: fx.Node) -> Any:
-    """What a node calls: of an op the operator, also where the graph was lowered to call a call site."""
+    """Return the target of a node; for an op, its operator, also if the graph was lowered to call sites."""
     return node.target.op.target if isinstance(node.target, CallSite) else node.target
 
 
 @dataclass
 class Run:
-    """What one run gave: its output tensors, and the gradients of the inputs that require one."""
+    """The output tensors of a run, and the gradients of the inputs that require one."""
 
     outputs: list[torch.Tensor]
     gradients: list[torch.Tensor | None]
@@ -46,7 +46,7 @@ class Run:
 
 @dataclass
 class Outcome:
-    """A function, eager and rewritten."""
+    """The results of a function, in eager mode and rewritten."""
 
     before: list[str]
     modules: list[fx.GraphModule]
@@ -65,7 +65,7 @@ class Outcome:
             yield from (node for node in made.graph.nodes if called(node) in REGISTERED)
 
     def targets(self) -> list[str]:
-        """What the rewritten graphs call, in order."""
+        """Return the names of the functions that the rewritten graphs call, in order."""
         calls = [node for made in self.rewrites for node in made.graph.nodes if node.op.startswith("call")]
         return [str(getattr(called(node), "__name__", node.target)) for node in calls]
 
@@ -78,37 +78,37 @@ class Outcome:
         return [pair for made in self.rewrites for pair in made.refused]
 
     def codes(self) -> set[Code]:
-        """What kinds of refusals there were."""
+        """Return the codes of all refusals."""
         return {refusal.code for _, refusal in self.refused}
 
     def missed(self) -> str:
-        """Why candidates are not fused, as one text."""
+        """Return why candidates are not fused, as one string."""
         return "\n".join(f"{miss.op}: {miss.reason}" for miss in self.misses)
 
     def turned_down(self) -> str:
-        """Why matches were refused, as one text."""
+        """Return why matches were refused, as one string."""
         return "\n".join(f"{match.op.name}: {refusal}" for match, refusal in self.refused)
 
     def assert_identical(self) -> None:
-        """The rewritten run gave eager's very bits."""
-        for position, (mine, its) in enumerate(self._pairs()):
-            assert (mine is None) == (its is None), f"result {position}: one run has no gradient"
-            if mine is not None and its is not None:
-                torch.testing.assert_close(mine, its, rtol=0, atol=0, equal_nan=True)
+        """Assert that the rewritten run equals eager bit for bit."""
+        for position, (actual, expected) in enumerate(self._pairs()):
+            assert (actual is None) == (expected is None), f"result {position}: one run has no gradient"
+            if actual is not None and expected is not None:
+                torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
     def assert_close(self, tolerance: float = 1e-6) -> None:
-        """The rewritten run is eager's up to rounding, relative to the norm of each result."""
-        for mine, its in zip(self.rewritten.outputs, self.eager.outputs, strict=True):
-            assert mine.stride() == its.stride(), "an output has other strides"
-        for position, (mine, its) in enumerate(self._pairs()):
-            assert (mine is None) == (its is None), f"result {position}: one run has no gradient"
-            if mine is not None and its is not None:
-                assert (mine.dtype, mine.shape) == (its.dtype, its.shape)
-                error = distance(mine, its)
+        """Assert that the rewritten run equals eager up to rounding, relative to the norm of each result."""
+        for actual, expected in zip(self.rewritten.outputs, self.eager.outputs, strict=True):
+            assert actual.stride() == expected.stride(), "an output has other strides"
+        for position, (actual, expected) in enumerate(self._pairs()):
+            assert (actual is None) == (expected is None), f"result {position}: one run has no gradient"
+            if actual is not None and expected is not None:
+                assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+                error = distance(actual, expected)
                 assert error <= tolerance, f"result {position} is off by {error:.1e}"
 
     def assert_tidy(self) -> None:
-        """Nothing is computed twice: every fused op is used, and what it replaced is gone."""
+        """Assert that nothing is computed twice: every fused op is used, and the nodes that it replaced are erased."""
         for node in self.fused_nodes():
             assert node.users, f"{node.name} is never used"
         for match in self.chosen:
@@ -116,26 +116,26 @@ class Outcome:
             assert not left, f"{match.rule.name} left {left} behind"
 
     def _pairs(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]]:
-        for mine, its in zip(self.rewritten.outputs, self.eager.outputs, strict=True):
-            assert mine.requires_grad == its.requires_grad, "requires_grad of an output changed"
+        for actual, expected in zip(self.rewritten.outputs, self.eager.outputs, strict=True):
+            assert actual.requires_grad == expected.requires_grad, "requires_grad of an output changed"
         yield from zip(self.rewritten.tensors(), self.eager.tensors(), strict=True)
 
 
-def distance(mine: torch.Tensor, truth: torch.Tensor) -> float:
-    """Relative distance in the norm of the whole tensor."""
-    mine, truth = mine.detach().double(), truth.detach().double()
-    return float((mine - truth).norm() / truth.norm().clamp_min(1e-30))
+def distance(actual: torch.Tensor, truth: torch.Tensor) -> float:
+    """Return the relative distance in the norm of the whole tensor."""
+    actual, truth = actual.detach().double(), truth.detach().double()
+    return float((actual - truth).norm() / truth.norm().clamp_min(1e-30))
 
 
 def randn(*shape: int, dtype: torch.dtype = f32, grad: bool = True, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
-    """A random leaf, the same for the same shape and seed."""
+    """Return a random leaf, which depends only on shape and seed."""
     generator = torch.Generator().manual_seed(1000 * seed + sum(shape))
     values = torch.randn(shape, generator=generator, dtype=f64) * scale
     return values.to(dtype).requires_grad_(grad)
 
 
 def fresh(inputs: Sequence[Any]) -> list[Any]:
-    """Copies of the inputs, leaves again; one that occurs twice stays one tensor, and dynamic sizes stay dynamic."""
+    """Copy the inputs to new leaves; one that occurs twice stays one tensor, and dynamic sizes stay dynamic."""
     copies: dict[int, Any] = {}
     for value in inputs:
         if isinstance(value, torch.Tensor) and id(value) not in copies:
@@ -146,7 +146,7 @@ def fresh(inputs: Sequence[Any]) -> list[Any]:
 
 
 def evaluate(function: Function, inputs: Sequence[Any]) -> Run:
-    """Runs forward and backward on copies of the inputs, from a fixed random state."""
+    """Run forward and backward on copies of the inputs, from a fixed random state."""
     own = fresh(inputs)
     torch.manual_seed(0)
     outputs = [t for t in tree_leaves(function(*own)) if isinstance(t, torch.Tensor)]
@@ -162,7 +162,7 @@ def evaluate(function: Function, inputs: Sequence[Any]) -> Run:
 
 
 def trace(function: Function, inputs: Sequence[Any], dynamic: bool = False) -> tuple[fx.GraphModule, list[Any]]:
-    """The one graph that TorchDynamo makes of a function, and the inputs that it gives to it."""
+    """Return the single graph that TorchDynamo captures of a function, and its inputs."""
     captured: list[tuple[fx.GraphModule, list[Any]]] = []
 
     def backend(gm: fx.GraphModule, given: list[Any]) -> Callable[..., Any]:
@@ -176,7 +176,7 @@ def trace(function: Function, inputs: Sequence[Any], dynamic: bool = False) -> t
 
 
 def view_of(function: Function, *inputs: Any) -> View:
-    """The canonical view of a function's graph."""
+    """Return the canonical view of a function's graph."""
     return View(trace(function, inputs)[0].graph)
 
 
@@ -188,7 +188,7 @@ def analyse(
     dynamic: bool | None = False,
     fullgraph: bool = True,
 ) -> Outcome:
-    """Runs a function eagerly and, with the default rules unless others are given, rewritten."""
+    """Run a function in eager mode and rewritten, by default with the default rules."""
     rules = default_rules() if rules is None else rules
     before: list[str] = []
     modules: list[fx.GraphModule] = []
@@ -208,33 +208,37 @@ def analyse(
 
 
 def in_double(inputs: Sequence[Any]) -> list[Any]:
-    """The inputs with all floating-point tensors in float64."""
+    """Return the inputs with all floating-point tensors in float64."""
     copies = {id(v): v.detach().double().requires_grad_(v.requires_grad) for v in inputs if _is_float(v)}
     return [copies.get(id(value), value) for value in inputs]
 
 
 def assert_as_exact(outcome: Outcome, function: Function, inputs: Sequence[Any]) -> None:
-    """The rewritten run is at most 1.25 times as far from the float64 result as eager's, and two roundings to the
-    coarsest dtype in play."""
+    """Assert that the rewritten run's distance from the float64 result is at most 1.25 times eager's, plus two
+    roundings to the coarsest dtype of inputs and outputs."""
     truth = evaluate(function, in_double(inputs))
     floor = 2 * max(torch.finfo(t.dtype).eps for t in (*inputs, *outcome.eager.outputs) if _is_float(t))
-    for mine, its, true in zip(outcome.rewritten.tensors(), outcome.eager.tensors(), truth.tensors(), strict=True):
-        assert (mine is None) == (its is None) == (true is None)
-        if mine is not None and its is not None and true is not None:
-            assert (mine.dtype, mine.shape) == (its.dtype, its.shape)
-            allowed = 1.25 * distance(its, true) + floor
-            assert distance(mine, true) <= allowed, f"{distance(mine, true):.1e} off, eager {distance(its, true):.1e}"
+    for actual, expected, true in zip(
+        outcome.rewritten.tensors(), outcome.eager.tensors(), truth.tensors(), strict=True
+    ):
+        assert (actual is None) == (expected is None) == (true is None)
+        if actual is not None and expected is not None and true is not None:
+            assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+            allowed = 1.25 * distance(expected, true) + floor
+            assert distance(actual, true) <= allowed, (
+                f"{distance(actual, true):.1e} off, eager {distance(expected, true):.1e}"
+            )
 
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-# ---- what models write
+# ---- code of models
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6) -> torch.Tensor:
-    """RMSNorm as in Llama: it rounds before it meets the weight."""
+    """RMSNorm as in Llama, which rounds before the multiplication by the weight."""
     h = x.float()
     n = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
     return n if weight is None else weight * n
@@ -243,7 +247,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1
 def lora(
     x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float = 2.0, p: float = 0.0
 ) -> torch.Tensor:
-    """An adapted linear layer as in PEFT: the adapter computes in its own dtype."""
+    """A LoRA layer as in PEFT: the adapter computes in its own dtype."""
     result = F.linear(x, weight)
     dtype = result.dtype
     z = F.dropout(x.to(a.dtype), p, training=p > 0)
@@ -268,10 +272,10 @@ class Lookalike:
     """A graph in which a family's op would be wrong.
 
     Attributes:
-        function, inputs: what to trace, and on what.
-        ops: the smaller pieces that are legal all the same; without any, nothing may change by a bit.
-        missed: what a `Miss` of the report says, for a candidate that stays as it is.
-        refused: what the refusal of the larger match says, where a smaller piece is claimed.
+        function, inputs: the function to trace, and its inputs.
+        ops: smaller ops that are legal; without any, results must not change by a bit.
+        missed: part of the message of a `Miss` in the report, for a candidate that is not fused.
+        refused: part of the refusal of the larger match, if smaller ops are fused.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What rewritten graphs that draw seeds are compared with: the function with the dropout of a seed in it."""
+"""Compares rewritten graphs that draw seeds with functions whose dropout is computed from a seed."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ P = 0.4
 
 
 def drop(x: Tensor, p: float = P) -> Tensor:
-    """What the rewritten graph computes in the place of `F.dropout(x, p)`."""
+    """Compute what the rewritten graph computes instead of `F.dropout(x, p)`."""
     return reference(x, None, torch.randint(SEEDS, (1,)), p, x.dtype)
 
 
-def assert_same(mine: Run, its: Run, tolerance: float = 2e-6) -> None:
-    assert [t.stride() for t in mine.outputs] == [t.stride() for t in its.outputs]
-    for one, other in zip(mine.tensors(), its.tensors(), strict=True):
-        assert (one is None) == (other is None)
-        if one is not None and other is not None:
-            assert one.dtype == other.dtype
-            assert distance(one, other) <= tolerance
+def assert_same(actual: Run, expected: Run, tolerance: float = 2e-6) -> None:
+    assert [t.stride() for t in actual.outputs] == [t.stride() for t in expected.outputs]
+    for value, truth in zip(actual.tensors(), expected.tensors(), strict=True):
+        assert (value is None) == (truth is None)
+        if value is not None and truth is not None:
+            assert value.dtype == truth.dtype
+            assert distance(value, truth) <= tolerance
 
 
 def check(function: Function, own: Function, *inputs: Any, ops: list[str], tolerance: float = 2e-6) -> Outcome:
-    """The function, rewritten, is `own` for the same random state, and holds these ops."""
+    """Assert that the rewritten function has these ops, and equals `own` for the same random state."""
     outcome = analyse(function, *inputs)
     assert outcome.ops == ops, outcome.turned_down()
     assert not outcome.misses
@@ -40,7 +40,7 @@ def check(function: Function, own: Function, *inputs: Any, ops: list[str], toler
 
 
 def through_aot_autograd(function: Function, *inputs: Any) -> Run:
-    """A run of what AOTAutograd makes of the rewritten graph, with whatever it recomputes in the backward."""
+    """Run the rewritten graph through AOTAutograd, including its recomputation in the backward."""
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition

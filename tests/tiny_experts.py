@@ -43,10 +43,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""The last has biases, matrices that lie the other way round, and gate and up in turns."""
+"""gpt_oss has biases, transposed matrices, and interleaved gate and up."""
 
 GATED_OTHERWISE = {"gpt_oss"}
-"""Those with a gated unit that no rule covers, which strict=True would not let pass."""
+"""Families with a gated unit that no rule covers, for which strict=True would raise."""
 
 
 def build(
@@ -57,7 +57,7 @@ def build(
     seed: int = 0,
     **lora: Any,
 ) -> Any:
-    """A PEFT model with adapters of dtype `adapter` on the parameters of its experts, B not zero."""
+    """Build a PEFT model with adapters of dtype `adapter` on the parameters of its experts, B not zero."""
     import transformers
 
     name, settings = FAMILIES[family]
@@ -81,7 +81,7 @@ def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def fill(model: nn.Module, seed: int = 0) -> None:
-    """Makes every B random."""
+    """Set every B to random values."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in adapters(model).items():
         if "lora_B" in name:
@@ -89,13 +89,13 @@ def fill(model: nn.Module, seed: int = 0) -> None:
 
 
 def one_by_one(model: Any) -> Any:
-    """The same model with experts in a loop, which any dtype runs through."""
+    """Have the model run its experts in a loop, which supports all dtypes, and return it."""
     model.get_base_model().set_experts_implementation("eager")
     return model
 
 
 def lora_of(model: nn.Module) -> tuple[int, int, list[str]]:
-    """Candidates, those that are fused, and the reasons of the others."""
+    """Return the numbers of LoRA candidates and of fused ones, and the reasons why others are not fused."""
     report = fastlora.report(model)
     coverage = report.coverage["lora"]
     return coverage.seen, coverage.fused, [miss.reason for miss in report.missed if miss.op == "lora"]

@@ -1,4 +1,4 @@
-"""Tiny random-weight models from configs, with LoRA, and what tests do with them."""
+"""Tiny LoRA models with random weights, training steps on them, and comparisons of steps."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ LLAMA_LIKE = [name for name in FAMILIES if name not in ("gpt_neox", "bert")]
 def build(
     family: str, dtype: torch.dtype = torch.float32, dropout: float = 0.0, seed: int = 0, **lora: object
 ) -> nn.Module:
-    """A PEFT model with fp32 adapters, on all linear layers unless told, B not zero so that every gradient is."""
+    """Build a PEFT model with float32 adapters, by default on all linear layers; B is not zero, so no gradient is."""
     import transformers
 
     name, settings = FAMILIES[family]
@@ -105,27 +105,27 @@ def step(
     return Step(loss.detach(), gradients)
 
 
-def relative(mine: torch.Tensor, truth: torch.Tensor) -> float:
-    """The distance of two tensors in the norm of the second."""
-    mine, truth = mine.detach().double(), truth.detach().double()
-    return float((mine - truth).norm() / truth.norm().clamp_min(1e-30))
+def relative(actual: torch.Tensor, truth: torch.Tensor) -> float:
+    """Return the distance of two tensors, relative to the norm of the second."""
+    actual, truth = actual.detach().double(), truth.detach().double()
+    return float((actual - truth).norm() / truth.norm().clamp_min(1e-30))
 
 
 def distance(found: Step, truth: Step) -> float:
-    """That of all gradients together, relative to the truth's."""
+    """Return the distance of all gradients together, relative to their norm in `truth`."""
     pairs = [(found.gradients[name].double(), g.double()) for name, g in truth.gradients.items()]
-    off = sum(float((mine - its).square().sum()) for mine, its in pairs)
-    return float((off / sum(float(its.square().sum()) for _, its in pairs)) ** 0.5)
+    error = sum(float((actual - expected).square().sum()) for actual, expected in pairs)
+    return float((error / sum(float(expected.square().sum()) for _, expected in pairs)) ** 0.5)
 
 
-def assert_equal(mine: Step, expected: Step) -> None:
-    """Two float32 steps, whose sums may have been made in another order."""
-    assert relative(mine.loss, expected.loss) <= 1e-6
-    assert mine.gradients.keys() == expected.gradients.keys()
+def assert_equal(actual: Step, expected: Step) -> None:
+    """Assert that two float32 steps are equal up to the order of sums."""
+    assert relative(actual.loss, expected.loss) <= 1e-6
+    assert actual.gradients.keys() == expected.gradients.keys()
     for name, gradient in expected.gradients.items():
-        assert relative(mine.gradients[name], gradient) <= 5e-6, name
+        assert relative(actual.gradients[name], gradient) <= 5e-6, name
 
 
 def double(model: nn.Module) -> nn.Module:
-    """A copy in fp64, the truth to measure rounding against."""
+    """Return a copy in float64, as the truth to measure rounding errors against."""
     return copy.deepcopy(model).double()

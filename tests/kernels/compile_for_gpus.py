@@ -1,11 +1,11 @@
-"""Compiles every kernel that the ops launch for GPUs that are not there: `compile_for_gpus.py CAPABILITY...`, e.g. 90.
+"""Compiles every kernel that the ops launch for absent GPUs: `compile_for_gpus.py CAPABILITY...`, e.g. 90.
 
-The ops run on tensors without content while their launches are recorded instead of made, on a device that claims the
-capability; each different launch is then compiled as it would be there. Prints registers, local memory (what is spilled
-to it) and shared memory of each, and exits with 1 if a kernel does not compile, does not fit, or spills.
+The ops run on meta tensors, whose device is assumed to have the capability, and launches are recorded instead of made;
+each different launch is then compiled. Prints registers, local memory (spills) and shared memory of each kernel, and
+exits with 1 if a kernel does not compile, does not fit, or spills.
 
-Of several capabilities each kernel is compiled for one, by lot, and has to fit wherever it is launched: those of one
-generation are compiled alike but for the last step.
+Of several capabilities, each kernel is compiled for a random one, and has to fit all on which it is launched: GPUs of
+one generation differ only in the last compilation step.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from fastlora.tools.bench.cases import Case, cases
 from fastlora.tools.bench.shapes import SHAPES
 
 SHARED_MEMORY = {70: 96, 75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
-"""KiB that one program can have, by compute capability."""
+"""KiB of shared memory that one program can use, by compute capability."""
 
 PROCESSORS = 132
 
 CACHE_HINT = "READ"
-"""A parameter that says how loads use the cache, which changes neither registers nor memory of a kernel."""
+"""The parameter for the eviction policy of loads, which changes neither registers nor memory of a kernel."""
 
 
 def launches(capability: int) -> list[precompile.RecordedLaunch]:
-    """What the ops launch at the places of a large and a small model, in training, for one token and for many."""
-    devices.take_for(devices.Gpu(divmod(capability, 10), PROCESSORS))
+    """Return what the ops of a large and of a small model launch in training, for one token and for many."""
+    devices.set_meta_gpu(devices.Gpu(divmod(capability, 10), PROCESSORS))
     with (
-        patch.object(matmul, "serves", matmul.readable),  # also where cuBLAS is faster
+        patch.object(matmul, "serves", matmul.supports),  # also where cuBLAS is faster
         implementations.only("triton"),
         implementations.for_precompilation(),
         precompile.recorded() as recorded,
@@ -71,7 +71,7 @@ def _cases() -> Iterator[Case]:
 
 
 def _run(case: Case, dtype: torch.dtype) -> None:
-    """Both passes, with every gradient and with those of LoRA, on tensors that have no memory behind them."""
+    """Run forward and backward on meta tensors, with all gradients and with those of LoRA."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype, **_: Any) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -85,7 +85,7 @@ def _run(case: Case, dtype: torch.dtype) -> None:
 
 
 def _multiply_by_four_bits(dtype: torch.dtype) -> None:
-    """Few rows and a weight of 4 bits that is decoded where it is multiplied by, on the GPUs that do so."""
+    """Run products of few rows with 4-bit weights, on GPUs that have a kernel for them."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -107,7 +107,7 @@ def _multiply_by_four_bits(dtype: torch.dtype) -> None:
 
 
 def compiled(made: precompile.RecordedLaunch, capability: int) -> tuple[str, Any]:
-    """The kernel's name and specialisation, and what the compiler makes of it."""
+    """Return the kernel's name and specialization, and the compiled kernel."""
     function, args, kwargs = made
     target = GPUTarget("cuda", capability, 32)
     backend = make_backend(target)
@@ -123,7 +123,7 @@ def compiled(made: precompile.RecordedLaunch, capability: int) -> tuple[str, Any
 
 
 def usage(cubin: bytes) -> tuple[int, int]:
-    """Registers, and bytes of local memory, of each thread."""
+    """Return the registers, and the bytes of local memory, per thread."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

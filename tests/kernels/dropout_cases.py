@@ -1,4 +1,4 @@
-"""Ops that drop out their input, for the scripts that go over all kernels: the models' benchmarks have no dropout."""
+"""Cases of ops with dropout, for the scripts that cover all kernels: the benchmarks' cases have no dropout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastlora.tools.bench.cases import Arguments, Case, Randn
 
 
 def dropout_cases() -> Iterator[Case]:
-    """Rows of a model, few and many, and such whose length is not a multiple of four."""
+    """Yield cases with few and many rows, also with rows whose length is not a multiple of four."""
     for T, H in ((300, 1024), (8192, 1024), (300, 63)):
         yield _dropout(T, H, added=False)
         yield _dropout(T, H, added=True)

@@ -1,9 +1,9 @@
-"""Launches every kernel on this GPU, for tools that watch it: `compute-sanitizer --tool memcheck python FILE`.
+"""Launches every kernel on this GPU, for tools such as `compute-sanitizer --tool memcheck python FILE`.
 
-Every op runs forward and backward at the places of two models, for a number of tokens that no tile divides, and with
-dropout; in every dtype (or in those that are named on the command line), with the gradients that LoRA wants and with
-all. To see single buffers, set PYTORCH_NO_CUDA_MEMORY_CACHING=1. Neither racecheck nor initcheck follows Hopper's copy
-engine, which products of 16 bits use: `FILE float32` has none.
+All ops of two models run forward and backward, for a number of tokens that is not a multiple of any tile, and with
+dropout, in all dtypes (or those on the command line), with the gradients of LoRA and with all gradients. Set
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 to tell buffers apart. Neither racecheck nor initcheck supports TMA, which 16-bit
+products use: `FILE float32` has none.
 """
 
 from __future__ import annotations

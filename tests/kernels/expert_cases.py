@@ -1,4 +1,4 @@
-"""Experts with adapted matrices to test the grouped ops with, some without tokens."""
+"""Experts with LoRA to test the grouped ops with, some without tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def arguments(
     zero_rest: bool = True,
     offs_dtype: torch.dtype = torch.int32,
 ) -> Arguments:
-    """B is not zero, and everything scaled so that products keep the size of their inputs."""
+    """Return arguments of `lora_experts`, B not zero, scaled so that products are of the size of their inputs."""
 
     def randn(*shape: int, inner: int = 1) -> torch.Tensor:
         return (torch.randn(shape, dtype=f64) * inner**-0.5).to(dtype)
@@ -45,7 +45,7 @@ LAYOUTS = pytest.mark.parametrize("out_first", [True, False], ids=["out first", 
 
 @st.composite
 def layers(draw: st.DrawFn, dtype: torch.dtype) -> Arguments:
-    """Up to four experts, some without tokens, and tokens without an expert."""
+    """Draw up to four experts, some without tokens, and tokens without an expert."""
     out_first = draw(st.booleans())
     n, k, rank = (draw(sizes) for _ in range(3))
     counts = draw(st.lists(st.sampled_from([0, 1, 2, 5, 13]), min_size=1, max_size=4).filter(any))

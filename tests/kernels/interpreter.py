@@ -1,8 +1,7 @@
-"""Makes Triton's interpreter twice as fast, without a change to what kernels compute.
+"""Makes Triton's interpreter twice as fast, without changing results.
 
-Before a kernel runs, the interpreter looks through Triton's language for what it has to replace, and does so again for
-every call of a function that the kernel is made of. What there is to replace does not change, and while a kernel runs
-most of it is replaced already.
+Before a kernel runs, and again for every call of a function in it, the interpreter searches Triton's language for
+members to patch. These do not change, and while a kernel runs most of them are patched already, so they are cached.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from functools import cache
 from typing import Any
 
 
-def hasten() -> None:
-    """Called before the first kernel runs; where this version of Triton is made otherwise, it does nothing."""
+def speed_up() -> None:
+    """Patch the interpreter, before the first kernel runs; do nothing for unknown versions of Triton."""
     from triton.runtime import interpreter
 
     parts = ("_patch_builtin", "_patch_attr", "_patch_lang", "InterpretedFunction", "tl")

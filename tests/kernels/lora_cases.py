@@ -1,4 +1,4 @@
-"""Adapted linear layers to test the LoRA ops with: their parameters, in the mixtures of dtypes that PEFT meets."""
+"""Parameters of LoRA layers to test the ops with, in the mixtures of dtypes that occur with PEFT."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastlora.kernels.core.implementations import restricted
 
 
 class Scheme(NamedTuple):
-    """The dtypes in which things are stored, and in which they meet."""
+    """The dtypes in which tensors are stored, and in which base layer and adapter compute."""
 
     x: torch.dtype
     weight: torch.dtype
@@ -42,24 +42,24 @@ SCHEMES = {
 
 @st.composite
 def schemes(draw: st.DrawFn) -> Scheme:
-    """Any of the schemes that the form under test serves."""
+    """Draw one of the schemes that the implementation under test supports."""
     return draw(st.sampled_from([scheme for scheme in SCHEMES.values() if served(scheme)]))
 
 
 def served(scheme: Scheme) -> bool:
-    """Whether the form under test computes with these dtypes: kernels want one for both paths."""
+    """Return whether the implementation under test supports these dtypes: kernels require one for both paths."""
     if restricted.to != "triton":
         return True
     return scheme.base == scheme.lora and (DEVICE.type == "cuda" or bf16 not in scheme)
 
 
 def scheme_of(dtype: Scheme | torch.dtype) -> Scheme:
-    """A dtype alone means that dtype for everything."""
+    """Return a scheme; for a dtype, the one with that dtype for everything."""
     return dtype if isinstance(dtype, Scheme) else Scheme(*[dtype] * 6)
 
 
 def layer(scheme: Scheme, n: int, k: int, rank: int, biases: bool = True) -> dict[str, Any]:
-    """Parameters of an adapted layer, B not zero, each scaled so that products keep the size of their inputs."""
+    """Return parameters of a LoRA layer, B not zero, scaled so that products are of the size of their inputs."""
 
     def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return (torch.randn(shape, dtype=f64) * shape[-1] ** -0.5).to(dtype)
@@ -76,7 +76,7 @@ def layer(scheme: Scheme, n: int, k: int, rank: int, biases: bool = True) -> dic
 
 @st.composite
 def layers(draw: st.DrawFn, scheme: Scheme, n: int, k: int, rank: int) -> dict[str, Any]:
-    """The same with other layouts and values; either bias may be missing."""
+    """Draw parameters with any layouts and magnitudes; either bias may be missing."""
     return {
         "weight": draw(tensors((n, k), scheme.weight)),
         "bias": draw(tensors((n,), scheme.weight)) if draw(st.booleans()) else None,

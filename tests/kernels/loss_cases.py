@@ -1,4 +1,4 @@
-"""Arguments of linear + cross-entropy, and how many tokens a chunk of it has."""
+"""Arguments of `linear_cross_entropy`, and a patch for its chunk size."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def arguments(
     ignores: bool = True,
     **others: Any,
 ) -> Arguments:
-    """Logits of the size that a trained model has, in float32 or wider; every third label is ignored."""
+    """Return arguments whose logits are of the size of a trained model's; every third label is ignored."""
     labels = torch.randint(0, vocabulary, (tokens,))
     if ignores:
         labels[::3] = others.get("ignore_index", -100)

@@ -1,4 +1,4 @@
-"""Arguments to test ops with, and what an op or its reference makes of them: outputs and gradients."""
+"""Arguments to test ops with, and outputs and gradients of an op or its reference."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def on_device(value: Any) -> Any:
-    """A tensor, or a list of them, on the device under test, with its strides; anything else as it is."""
+    """Move a tensor, or a list of them, to the device under test, with its strides; return other values as they are."""
     if isinstance(value, list):
         return [on_device(v) for v in value]
     if not isinstance(value, torch.Tensor) or value.device.type == DEVICE.type:
@@ -30,7 +30,7 @@ def on_device(value: Any) -> Any:
 
 
 def native() -> torch.dtype:
-    """The widest dtype that the form under test computes in."""
+    """Return the widest dtype that the implementation under test supports."""
     return f32 if restricted.to == "triton" else f64
 
 
@@ -46,8 +46,8 @@ class Case:
         return complete(self.op, self._build(dtype or native()))
 
     def kind(self) -> Hashable:
-        """What the dispatcher knows of the arguments, and attributes that are no numbers: equal ones take the same ways
-        through it."""
+        """Return the properties of the arguments that the dispatcher depends on, and attributes that are not
+        numbers."""
         given = self._build(f32)
         return self.op.name, *(_kind(value) for value in self.op.order(given))
 
@@ -64,18 +64,18 @@ def _kind(value: Any) -> Hashable:
 
 
 def complete(op: SemanticOp, arguments: Arguments) -> Arguments:
-    """The arguments with those spelled out that were left out, on the device under test."""
+    """Return the arguments with omitted ones added, on the device under test."""
     return {a.name: on_device(v) for a, v in zip(op.arguments, op.order(arguments), strict=False)}
 
 
 def call_directly(op: SemanticOp, arguments: Arguments) -> Any:
-    """Call an op as a graph that runs eagerly does, through a call site; return its outputs."""
+    """Call an op through a call site, as eager graphs do; return its outputs."""
     site, given = call_site(op, op.order(arguments)[: len(op.names)])
     return site(*given)
 
 
 def leaves(arguments: Arguments) -> dict[str, torch.Tensor]:
-    """The floating-point tensors by name."""
+    """Return the floating-point tensors by name."""
     return {n: t for n, t in labelled(arguments).items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
 
 
@@ -85,7 +85,7 @@ def require_every_gradient(arguments: Arguments) -> None:
 
 
 def replaced(arguments: Arguments, new: dict[str, torch.Tensor]) -> Arguments:
-    """The arguments with other tensors for some of their leaves."""
+    """Return the arguments with some of their leaves replaced."""
     result = {n: list(v) if isinstance(v, list) else v for n, v in arguments.items()}
     for label, tensor in new.items():
         name, _, index = label.removesuffix("]").partition("[")
@@ -110,13 +110,13 @@ class Result:
         return found
 
     def values(self) -> dict[str, torch.Tensor]:
-        """Outputs and gradients by name, for comparisons."""
+        """Return outputs and gradients by name, for comparisons."""
         outputs = {f"output {i}": t for i, t in enumerate(self.outputs)}
         return outputs | {f"gradient of {n}": g for n, g in self.gradients.items() if g is not None}
 
 
 def cotangents(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Random incoming gradients, the same on every device and with all the digits of float64."""
+    """Return random incoming gradients in float64, the same on every device."""
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(t.shape, dtype=f64, generator=generator).to(t.dtype).to(t.device) for t in outputs]
 
@@ -127,7 +127,7 @@ def evaluate(
     wanted: Collection[str] | None = None,
     grads: list[torch.Tensor] | None = None,
 ) -> Result:
-    """Outputs, and the gradients of the wanted leaves (of all, unless told) for the given or random cotangents."""
+    """Return outputs, and the gradients of the wanted leaves (by default all) for the given or random cotangents."""
     arguments = {n: on_device(v) for n, v in arguments.items()}
     fresh = {n: t.detach().requires_grad_(wanted is None or n in wanted) for n, t in leaves(arguments).items()}
     outputs = flat(function(**replaced(arguments, fresh)))

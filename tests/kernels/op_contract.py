@@ -1,6 +1,6 @@
-"""What every semantic op promises, as checks that take a `Case`: gradients, what is asked of the backward, no hidden
-writes, autocast, opcheck. Every op's test runs them on its cases: `@contract(CASES)`. Rounding errors are
-`op_precision`'s business.
+"""The contract of every semantic op, as checks that take a `Case`: gradients, no unneeded work, no hidden writes,
+layouts, autocast, opcheck. Every op's test runs them on its cases: `@contract(CASES)`. `op_precision` checks rounding
+errors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from op_cases import (
     on_device,
     replaced,
 )
-from op_spies import backward_calls, gradients_made, guarded_memory, saved_for_backward
+from op_spies import backward_calls, computed_gradients, guarded_memory, saved_for_backward
 
 from fastlora.kernels.core import implementations
 from fastlora.kernels.core.implementations import restricted
@@ -33,8 +33,8 @@ from fastlora.tools.bench.accuracy import flat, labelled
 
 
 def assert_same_but_for_rounding(value: torch.Tensor, expected: torch.Tensor, name: str) -> None:
-    """Equal but for sums that were made in another order: some units in the last place of their largest summands,
-    which are about one in size, or of the largest element."""
+    """Assert equality up to the order of sums: some ulps of their largest summands, which are about one in size, or of
+    the largest element."""
     assert value.dtype == expected.dtype, name
     allowed = 64 * torch.finfo(value.dtype).eps * max(1.0, expected.abs().max().item() if value.numel() else 0.0)
     assert ((value - expected).abs() <= allowed).all(), f"{name}:\n{value}\nexpected:\n{expected}"
@@ -42,7 +42,7 @@ def assert_same_but_for_rounding(value: torch.Tensor, expected: torch.Tensor, na
 
 def check_gradcheck(case: Case) -> None:
     if native() is not f64:
-        pytest.skip("needs a form that computes in float64")
+        pytest.skip("needs an implementation that computes in float64")
     arguments = case.arguments()
     named = leaves(arguments)
 
@@ -53,7 +53,7 @@ def check_gradcheck(case: Case) -> None:
 
 
 def _subsets(names: list[str]) -> list[tuple[str, ...]]:
-    """All subsets where they are few; otherwise the one-element ones, their complements, all, and some others."""
+    """Return all subsets if they are few; otherwise those of one element, their complements, all, and some others."""
     if len(names) <= 7:
         return list(itertools.chain.from_iterable(itertools.combinations(names, n) for n in range(len(names) + 1)))
     rng = random.Random(0)
@@ -62,15 +62,15 @@ def _subsets(names: list[str]) -> list[tuple[str, ...]]:
 
 
 def check_every_subset_of_gradients(case: Case) -> None:
-    """Wanted gradients are autograd's, others None, and the backward is asked for no other and makes no other.
+    """Needed gradients equal autograd's, others are None, and no other is computed.
 
-    A form that computes in float32 is compared with itself: a gradient does not depend on which others are wanted.
+    An implementation that computes in float32 is compared with itself: a gradient does not depend on the others.
     """
     op, arguments = case.op, case.arguments()
     exact = native() is f64
     full = evaluate(op.reference if exact else op, arguments)
     for wanted in _subsets(list(leaves(arguments))):
-        with backward_calls(op) as calls, gradients_made(op) as made:
+        with backward_calls(op) as calls, computed_gradients(op) as made:
             result = evaluate(op, arguments, wanted)
         for name, gradient in result.gradients.items():
             if name in wanted:
@@ -82,14 +82,14 @@ def check_every_subset_of_gradients(case: Case) -> None:
 
 
 def _computed(op: SemanticOp, arguments: Arguments, wanted: Collection[str]) -> set[str]:
-    """What has to be computed for `wanted`: tied arguments share the first's gradient, a passed-through one is free."""
+    """Return the gradients to compute for `wanted`: tied arguments share the first's, passthrough ones are free."""
     shared = op.shared_gradients(op.order(arguments))
     tied, passthrough = shared.tied, shared.passthrough
     return {tied[0] if name in tied else name for name in wanted if name not in passthrough}
 
 
 def check_nothing_is_written(case: Case) -> None:
-    """Inputs, saved tensors and incoming gradients keep their bits; a second backward finds the same gradients."""
+    """Inputs, saved tensors and incoming gradients are not written to; a second backward gives equal gradients."""
     op, arguments = case.op, case.arguments(f32)
     inputs = {n: t.detach().requires_grad_() for n, t in leaves(arguments).items()}
     before = [t.detach().clone() for t in inputs.values()]
@@ -111,7 +111,7 @@ def check_nothing_is_written(case: Case) -> None:
 
 
 def check_expanded_gradient(case: Case) -> None:
-    """The gradient of a sum has stride 0 everywhere."""
+    """The incoming gradient of a sum has stride 0 in all dimensions."""
     arguments = case.arguments()
     outputs = flat(case.op(**arguments))
     expanded = [torch.full((), 0.7, dtype=t.dtype, device=t.device).expand(t.shape) for t in outputs]
@@ -123,7 +123,7 @@ def check_expanded_gradient(case: Case) -> None:
 
 
 def check_double_backward_raises(case: Case) -> None:
-    """At once, so that a second derivative which only the saved tensors would carry is not silently zero."""
+    """In the backward itself, so that second derivatives through saved tensors are not silently zero."""
     inputs = {n: t.detach().requires_grad_() for n, t in leaves(case.arguments()).items()}
     outputs = flat(case.op(**replaced(case.arguments(), inputs)))
     with pytest.raises(RuntimeError, match=f"{case.op.name} has no second derivative"):
@@ -140,7 +140,7 @@ def check_autocast_is_inert(case: Case) -> None:
 
 
 def check_opcheck(case: Case) -> None:
-    """Schema, autograd registration, fake and AOT dispatch with static and dynamic shapes; of the backward too."""
+    """Schema, autograd registration, fake and AOT dispatch with static and dynamic shapes, also of the backward."""
     arguments = case.arguments(f32)
     inputs = {n: t.detach().requires_grad_() for n, t in leaves(arguments).items()}
     torch.library.opcheck(case.op.target, tuple(case.op.order(replaced(arguments, inputs))))
@@ -150,8 +150,8 @@ def check_opcheck(case: Case) -> None:
     torch.library.opcheck(case.op.backward_target, tuple(detached), test_utils=("test_schema", "test_faketensor"))
 
 
-def check_runs_are_equal(case: Case) -> None:
-    """Runs give equal bits, later ones too, which may play from a tape."""
+def check_repeated_runs_are_equal(case: Case) -> None:
+    """All runs give equal bits, including later ones, which may be replayed."""
     first, *others = (evaluate(case.op, case.arguments(f32)).values() for _ in range(4))
     for other in others:
         for name, value in first.items():
@@ -160,7 +160,7 @@ def check_runs_are_equal(case: Case) -> None:
 
 
 def check_layouts(case: Case) -> None:
-    """Results and gradients have the strides of the PyTorch form's, which stands for all forms while tracing."""
+    """Results and gradients have the strides of the PyTorch implementation, which is the one that is traced."""
     op, arguments = case.op, case.arguments(f32)
     strided = {n: on_device(t.repeat_interleave(2, -1))[..., ::2] for n, t in leaves(arguments).items()}
     turned = {
@@ -178,7 +178,7 @@ def check_layouts(case: Case) -> None:
 
 
 def check_memory(case: Case) -> None:
-    """Kernels write every element of what they return, read none before, and write nothing around it."""
+    """Kernels write all elements of results, read none of them before, and write nothing around them."""
     if restricted.to != "triton":
         pytest.skip("only kernels write to memory by address")
     expected = evaluate(case.op, case.arguments(f32)).values()
@@ -189,12 +189,12 @@ def check_memory(case: Case) -> None:
         assert torch.equal(value, result[name]), name
 
 
-def check_what_is_given_may_be_written_to(case: Case) -> None:
-    """Outputs that an op gives away share no memory with what it read, keeps or gives as well, and its gradients are
-    the same after they were written to."""
+def check_mutable_outputs(case: Case) -> None:
+    """Mutable outputs share no memory with inputs, saved tensors or other outputs; writing to them changes no
+    gradient."""
     op, arguments = case.op, case.arguments(f32)
     if not op.policy.outputs_mutable:
-        pytest.skip("it gives nothing away")
+        pytest.skip("its outputs are not mutable")
     inputs = {n: t.detach().requires_grad_() for n, t in leaves(arguments).items()}
     outputs = flat(op(**replaced(arguments, inputs)))
     expected = torch.autograd.grad(outputs, [*inputs.values()], cotangents(outputs))
@@ -214,22 +214,22 @@ CHECKS = (
     check_gradcheck,
     check_every_subset_of_gradients,
     check_nothing_is_written,
-    check_what_is_given_may_be_written_to,
+    check_mutable_outputs,
     check_expanded_gradient,
     check_double_backward_raises,
     check_autocast_is_inert,
     check_opcheck,
-    check_runs_are_equal,
+    check_repeated_runs_are_equal,
     check_layouts,
     check_memory,
 )
 OF_VALUES = tuple(check for check in CHECKS if check not in (check_double_backward_raises, check_opcheck))
-"""Those that depend on how results are computed, and not only on the kinds of arguments."""
+"""The checks that depend on values, not only on the kinds of arguments."""
 
 
 def contract(cases: Sequence[Case], checks: Sequence[Callable[[Case], None]] = CHECKS) -> pytest.MarkDecorator:
-    """Runs a test with every case and check: `(case, check)`. Opcheck is slow, and sees kinds of arguments alone, so it
-    runs once for each of these."""
+    """Parametrize a test with all pairs of `(case, check)`. Opcheck is slow, and depends only on the kinds of
+    arguments, so it runs once per kind."""
     kinds: set[Hashable] = set()
     pairs = []
     for case in cases:

@@ -1,19 +1,19 @@
-"""How close an op comes to the truth: its rounding errors against eager's, infs and nans, and sympy's derivatives.
+"""Precision of ops: rounding errors against eager's, propagation of infs and nans, and derivatives by sympy.
 
-The rule, for every output and every gradient, with the truth being the reference in float64:
+For every output and every gradient, with the reference in float64 as the truth, the tests require
 
     err(op) <= 1.25 * err(eager) + floor          err: the largest error of an element
     floor = (2 eps + sqrt(n) eps32) * max |truth|
 
-err(eager) is its largest error at the given inputs, and if need be nearby, with some of its inputs and intermediate
-results moved by an ulp: with a handful of elements eager can be exact by luck, and where terms cancel all that is left
-is luck. In the floor, eps is that of the coarsest dtype in play: one rounding of the result (eps / 2) and three more on
-the way. eps32 is float32's: a sum of n terms, where n is the longest dimension of an argument, ends sqrt(n) roundings
-away if its order changes, and sums are made in float32 at least. Below the smallest normal number, where the spacing
-of floats no longer shrinks, it stays that of the smallest normal.
+err(eager) is its largest error at the given inputs, and if necessary at nearby ones, with some of its inputs and
+intermediate results moved by an ulp: with few elements, or if terms cancel, eager may be exact by chance. In the floor,
+eps is that of the coarsest dtype: one rounding of the result (eps / 2) and three of intermediate results. eps32 is
+float32's: sums are computed at least in float32, and changing the order of a sum of n terms, where n is the longest
+dimension of an argument, changes it by about sqrt(n) roundings. Errors in subnormal numbers are compared with the ulp
+of the smallest normal number.
 
-The maximum over few elements is blunt, so `assert_precise_on_average` asks for the same ratio of root mean squares on
-tensors large enough that luck averages out, with a floor of one ulp of each result's own dtype.
+The maximum over few elements is a coarse measure, so `assert_precise_on_average` requires the same ratio of root mean
+squares on tensors large enough to average out chance, with a floor of one ulp of each result's dtype.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ sizes = st.sampled_from([1, 2, 3, 5, 8, 13, 16, 31])
 
 @st.composite
 def dtypes(draw: st.DrawFn) -> torch.dtype:
-    """float32, bfloat16 or float16; Triton's interpreter has no bfloat16 arithmetic."""
+    """Draw float32, bfloat16 or float16; Triton's interpreter does not support bfloat16."""
     interpreted = restricted.to == "triton" and DEVICE.type == "cpu"
     return draw(
         st.sampled_from([torch.float32, torch.float16] if interpreted else [torch.float32, bf16, torch.float16])
@@ -57,7 +57,7 @@ _magnitudes = st.sampled_from([1.0, 1.0, 30.0, 1e-3])
 
 @st.composite
 def tensors(draw: st.DrawFn, shape: Sequence[int], dtype: torch.dtype, magnitude: float | None = None) -> torch.Tensor:
-    """A tensor of some memory layout and magnitude; sometimes all its elements are equal."""
+    """Draw a tensor of any memory layout and magnitude; sometimes all its elements are equal."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     layout = draw(_layouts)
     scale = draw(_magnitudes) if magnitude is None else magnitude
@@ -81,7 +81,7 @@ def tensors(draw: st.DrawFn, shape: Sequence[int], dtype: torch.dtype, magnitude
 
 
 def _error(value: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Elementwise |value - truth|: infinite where only the value is not finite, 0 where the truth is not."""
+    """Return elementwise |value - truth|: infinite where only the value is not finite, 0 where the truth is not."""
     error = (value.double() - truth).abs().nan_to_num(nan=math.inf)
     return error.where(truth.isfinite(), 0)
 
@@ -95,14 +95,14 @@ def _root_mean_square(error: torch.Tensor) -> float:
 
 
 def _move(t: torch.Tensor, eps: float, generator: torch.Generator) -> torch.Tensor:
-    """One element in eight moved up or down by an ulp, given as eps."""
+    """Return t with one element in eight moved up or down by an ulp, given as eps."""
     steps = torch.randint(-8, 9, t.shape, generator=generator).div(8, rounding_mode="trunc").to(t.device)
     ulps = eps * t.double().abs().clamp(min=torch.finfo(t.dtype).smallest_normal)
     return (t.double() + steps * ulps).to(t.dtype)
 
 
 class _OtherRoundings(TorchDispatchMode):
-    """Moves some of what operators return by an ulp, as if it had been rounded the other way."""
+    """Moves some results of operators by an ulp, as if rounded in the other direction."""
 
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class _OtherRoundings(TorchDispatchMode):
 
 
 def _other_errors(op: SemanticOp, arguments: Arguments, seed: int) -> dict[str, float]:
-    """Eager's errors nearby: at inputs some of which are an ulp of the coarsest dtype away, with other roundings."""
+    """Return eager's errors at nearby inputs, moved by an ulp of the coarsest dtype, with other roundings."""
     generator = torch.Generator().manual_seed(seed)
     eps = _coarsest(arguments).eps
     nearby = replaced(arguments, {n: _move(t, eps, generator) for n, t in leaves(arguments).items()})
@@ -129,7 +129,7 @@ def _other_errors(op: SemanticOp, arguments: Arguments, seed: int) -> dict[str, 
 
 
 def _truth(op: SemanticOp, arguments: Arguments, outputs: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What outputs and gradients would be without roundings."""
+    """Return outputs and gradients of the reference in float64."""
     grads = [g.double() for g in cotangents(outputs)]
     return evaluate(op.reference, in_float64(arguments), grads=grads).values()
 
@@ -148,7 +148,7 @@ def _coarsest(arguments: Arguments) -> torch.finfo:
 
 
 def assert_as_precise(op: SemanticOp, arguments: Arguments) -> None:
-    """The rule above. Others of eager's are looked at while eager's errors so far do not account for the op's."""
+    """Assert the rule of the module's docstring; eager is evaluated at nearby inputs only if necessary."""
     arguments = {n: on_device(v) for n, v in arguments.items()}
     result = evaluate(op, arguments)
     truth = _truth(op, arguments, result.outputs)
@@ -169,7 +169,7 @@ def assert_as_precise(op: SemanticOp, arguments: Arguments) -> None:
 
 
 def assert_precise_on_average(op: SemanticOp, arguments: Arguments) -> None:
-    """Root mean square errors, for arguments of a few hundred elements and more."""
+    """Assert the rule for root mean square errors, for arguments of at least a few hundred elements."""
     result = evaluate(op, arguments)
     truth = _truth(op, arguments, result.outputs)
     eager = _errors(evaluate(op.reference, arguments), truth, _root_mean_square)
@@ -180,7 +180,7 @@ def assert_precise_on_average(op: SemanticOp, arguments: Arguments) -> None:
 
 
 def assert_rounded_once(op: SemanticOp, arguments: Arguments) -> None:
-    """Outputs and gradients are the nearest numbers to the truth, up to what float32 arithmetic makes of it."""
+    """Assert that outputs and gradients are the truth rounded once, up to errors of float32 arithmetic."""
     result = evaluate(op, arguments)
     truth = _truth(op, arguments, result.outputs)
     for name, value in result.values().items():
@@ -190,7 +190,7 @@ def assert_rounded_once(op: SemanticOp, arguments: Arguments) -> None:
 
 
 def assert_rounded(value: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype | None = None) -> None:
-    """Each element is the truth rounded once, to `dtype`, up to what float32 sums make of its summands."""
+    """Assert that each element is the truth rounded once to `dtype`, up to errors of float32 sums."""
     nearest = torch.finfo(dtype or value.dtype).eps / 2 * truth.abs()
     wide = 64 * torch.finfo(torch.float32).eps * truth.abs().max()
     worst = ((value.double() - truth).abs() - nearest - wide).max()
@@ -198,7 +198,7 @@ def assert_rounded(value: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype 
 
 
 def assert_propagates(op: SemanticOp, arguments: Arguments) -> None:
-    """One inf, -inf or nan in any argument: outputs and gradients are finite exactly where the reference's are."""
+    """Assert that with one inf, -inf or nan in any argument, results are finite exactly where the reference's are."""
     for name, tensor in leaves(arguments).items():
         for bad in (math.inf, -math.inf, math.nan):
             spoiled = tensor.clone()
@@ -218,7 +218,7 @@ def symbols(name: str, count: int) -> list[sympy.Symbol]:
 
 
 def random_point(*groups: Sequence[sympy.Symbol], seed: int = 0) -> dict[sympy.Symbol, float]:
-    """A number for each symbol."""
+    """Return a number for each symbol."""
     names = [s for group in groups for s in group]
     generator = torch.Generator().manual_seed(seed)
     return dict(zip(names, torch.randn(len(names), dtype=f64, generator=generator).tolist(), strict=True))
@@ -229,15 +229,15 @@ def at(point: dict[sympy.Symbol, float], group: Sequence[sympy.Symbol]) -> torch
 
 
 def value(expression: sympy.Expr, point: dict[sympy.Symbol, float]) -> float:
-    """The expression at the point, computed with 30 digits."""
+    """Evaluate the expression at the point, with 30 digits."""
     return float(expression.evalf(30, subs=point))
 
 
 def gradient(expression: sympy.Expr, group: Sequence[sympy.Symbol], point: dict[sympy.Symbol, float]) -> torch.Tensor:
-    """sympy's derivative of the expression by each symbol of the group, at the point."""
+    """Return sympy's derivatives of the expression with respect to the symbols of the group, at the point."""
     return torch.tensor([value(sympy.diff(expression, s), point) for s in group], dtype=f64)
 
 
 def assert_derived(code: torch.Tensor, derived: torch.Tensor) -> None:
-    """The code's expression and sympy's agree in all but the last digits of float64."""
+    """Assert that results of the code and of sympy agree up to rounding in float64."""
     torch.testing.assert_close(code, derived, rtol=1e-12, atol=1e-12)

@@ -1,6 +1,6 @@
-"""What an op does while it runs: calls of its backward, gradients, tensors that are kept, launches, memory.
+"""Observes what an op does while it runs: calls of its backward, computed gradients, saved tensors, launches, memory.
 
-Nothing else in the tests of the kernels knows how an op calls its parts.
+Other tests of kernels do not depend on how an op calls its parts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastlora.tools.bench.accuracy import labelled
 
 @contextmanager
 def backward_calls(op: SemanticOp) -> Iterator[list[tuple[Any, ...]]]:
-    """The arguments of each run of the op's backward."""
+    """Record the arguments of each run of the op's backward."""
     calls: list[tuple[Any, ...]] = []
 
     def spy(target: Any) -> Any:
@@ -38,20 +38,20 @@ def backward_calls(op: SemanticOp) -> Iterator[list[tuple[Any, ...]]]:
 
 
 @contextmanager
-def gradients_made(op: SemanticOp) -> Iterator[list[set[str]]]:
-    """The names of the gradients that the op's backward function makes in each call, asked for or not."""
+def computed_gradients(op: SemanticOp) -> Iterator[list[set[str]]]:
+    """Record the names of all gradients that the op's backward function returns in each call."""
     made: list[set[str]] = []
     choose = op.implementations.backward
 
     def spied(anchor: torch.Tensor, arguments: dict[str, Any]) -> Implementation:
-        form = choose(anchor, arguments)
+        implementation = choose(anchor, arguments)
 
         def backward(**named: Any) -> dict[str, Any]:
-            gradients = form.backward(**named)
+            gradients = implementation.backward(**named)
             made.append({name for name, gradient in labelled(gradients).items() if gradient is not None})
             return gradients
 
-        return replace(form, backward=backward)
+        return replace(implementation, backward=backward)
 
     with patch.object(op.implementations, "backward", spied):
         yield made
@@ -59,7 +59,7 @@ def gradients_made(op: SemanticOp) -> Iterator[list[set[str]]]:
 
 @contextmanager
 def saved_for_backward() -> Iterator[list[torch.Tensor]]:
-    """The tensors that autograd saves."""
+    """Record the tensors that autograd saves."""
     saved: list[torch.Tensor] = []
 
     def pack(t: torch.Tensor) -> torch.Tensor:
@@ -72,7 +72,7 @@ def saved_for_backward() -> Iterator[list[torch.Tensor]]:
 
 @contextmanager
 def guarded_memory() -> Iterator[Callable[[], None]]:
-    """Fills what kernels allocate with nan, between two bands of nan; yields a check that the bands are untouched."""
+    """Fill memory that kernels allocate with nan, with margins of nan; yield a check that the margins are untouched."""
     band, bands = 1024, []
 
     def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -96,7 +96,7 @@ def guarded_memory() -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def launches() -> Iterator[list[str]]:
-    """The names of the kernels launched, in order."""
+    """Record the names of launched kernels, in order."""
     from triton.runtime.jit import KernelInterface
 
     from fastlora.kernels.core.shortcuts import without

@@ -1,4 +1,4 @@
-"""A call site plans its calls and replays what it recorded, with the bits of the registered operator."""
+"""Call sites plan, record and replay calls, with results equal to the registered operator's bit for bit."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from fastlora.kernels.core.recompute import recomputing
 from fastlora.kernels.core.shortcuts import without
 from fastlora.kernels.ops import glu, lora_linear, rms_norm
 
-FORMS = ["pytorch", "triton"]
+IMPLEMENTATIONS = ["pytorch", "triton"]
 EVERY = [*LAYERS, *GROUPS, *MLPS, *NORMS, *LAYER_NORMS, *GLU, *ROTARY, *LOSSES]
 
 
 class Calls:
-    """An op on the leaves of some arguments, through its operator and through a call site."""
+    """Calls an op on the leaves of some arguments, through its operator and through a call site."""
 
     def __init__(self, case: Any, wanted: Callable[[int], bool] = lambda i: True) -> None:
         self.op = case.op
@@ -71,23 +71,23 @@ def assert_equal(found: list[torch.Tensor | None], expected: list[torch.Tensor |
 
 
 @pytest.mark.parametrize("case", EVERY, ids=str)
-def test_calls_have_the_bits_of_the_operator(case: Any) -> None:
-    """The first runs, the second is recorded, and the others are replayed where that is possible."""
+def test_results_equal_the_operators_bit_for_bit(case: Any) -> None:
+    """The first call runs, the second is recorded, and later ones are replayed if possible."""
     calls = Calls(case)
     expected = calls.by_operator()
     for _ in range(4):
         assert_equal(calls.by_site(), expected)
 
 
-@pytest.mark.pytorch_form
+@pytest.mark.pytorch_only
 @pytest.mark.parametrize("case", DORA, ids=str)
-def test_calls_of_ops_without_kernels_have_the_bits_of_the_operator(case: Any) -> None:
-    test_calls_have_the_bits_of_the_operator(case)
+def test_results_of_ops_without_kernels_equal_the_operators(case: Any) -> None:
+    test_results_equal_the_operators_bit_for_bit(case)
 
 
 @pytest.mark.parametrize("case", [*LAYERS[:3], *GROUPS[:2], *MLPS[:2], *NORMS[:2], *ROTARY[:2]], ids=str)
 @pytest.mark.parametrize("kept", [0, 1, 2])
-def test_only_wanted_gradients_are_computed(case: Any, kept: int) -> None:
+def test_only_needed_gradients_are_computed(case: Any, kept: int) -> None:
     calls = Calls(case, lambda i: i % 3 == kept)
     expected = calls.by_operator()
     for _ in range(3):
@@ -95,7 +95,7 @@ def test_only_wanted_gradients_are_computed(case: Any, kept: int) -> None:
 
 
 @pytest.mark.parametrize("case", [LAYERS[0], GROUPS[0], MLPS[0], NORMS[0]], ids=str)
-def test_a_retained_graph_has_the_same_gradients_twice(case: Any) -> None:
+def test_a_second_backward_of_a_retained_graph_gives_equal_gradients(case: Any) -> None:
     calls = Calls(case)
     for _ in range(3):
         outputs = flat(calls.site(*calls.tensors))
@@ -105,7 +105,7 @@ def test_a_retained_graph_has_the_same_gradients_twice(case: Any) -> None:
 
 
 @pytest.mark.parametrize("case", MLPS[:2], ids=str)
-def test_recomputed_residuals_change_no_bit(case: Any) -> None:
+def test_recomputing_residuals_changes_no_bit(case: Any) -> None:
     calls = Calls(case)
     expected = calls.by_operator()
     for _ in range(3):
@@ -116,7 +116,7 @@ def test_recomputed_residuals_change_no_bit(case: Any) -> None:
         assert_equal(calls.by_site(), expected)
 
 
-def test_an_output_without_a_gradient_asks_for_less() -> None:
+def test_no_gradient_is_computed_for_an_unused_output() -> None:
     calls = Calls(GROUPS[0])
     for _ in range(3):
         first = flat(calls.site(*calls.tensors))[0]
@@ -127,7 +127,7 @@ def test_an_output_without_a_gradient_asks_for_less() -> None:
 
 @contextmanager
 def counted(op: Any) -> Iterator[list[str]]:
-    """The runs of an op's implementations that were no replays."""
+    """Record the runs of an op's implementations, without replays."""
     runs: list[str] = []
     before = op.implementations.forward, op.implementations.backward
 
@@ -150,7 +150,7 @@ def small_layer() -> Calls:
     return Calls(LAYERS[0])
 
 
-def test_a_call_is_recorded_the_second_time_and_replayed_from_then_on() -> None:
+def test_the_second_call_is_recorded_and_later_ones_are_replayed() -> None:
     calls = small_layer()
     with counted(calls.op) as runs:
         for _ in range(5):
@@ -158,9 +158,9 @@ def test_a_call_is_recorded_the_second_time_and_replayed_from_then_on() -> None:
     assert runs == ["forward", "backward"] * 2
 
 
-@pytest.mark.pytorch_form
-def test_an_operator_within_an_implementation_is_replayed_as_a_whole() -> None:
-    """As the dropout before an adapter is, whatever its own implementation does."""
+@pytest.mark.pytorch_only
+def test_a_nested_operator_is_replayed_as_a_whole() -> None:
+    """Such as the dropout before an adapter."""
     calls = next(calls for case in LAYERS if (calls := Calls(case)).given["seed"] is not None)
     with counted(calls.op) as runs:
         for _ in range(4):
@@ -187,7 +187,7 @@ CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_tensors_of_another_layout_have_a_plan_of_their_own(change: str) -> None:
+def test_each_layout_has_its_own_plan(change: str) -> None:
     x, gate = torch.randn(6, 8), torch.randn(6, 8)
     other = CHANGES[change](x)
     site, _ = call_site(glu, [x, gate, "silu", f32])
@@ -197,7 +197,7 @@ def test_tensors_of_another_layout_have_a_plan_of_their_own(change: str) -> None
             assert torch.equal(site(t, g), glu(gate=t, up=g, activation="silu", out_dtype=f32))
 
 
-def test_a_tensor_that_requires_a_gradient_has_a_plan_of_its_own() -> None:
+def test_each_requires_grad_has_its_own_plan() -> None:
     x, up = torch.randn(3, 8), torch.randn(3, 8)
     site, _ = call_site(glu, [x, up, "silu", f32])
     for _ in range(3):
@@ -207,7 +207,7 @@ def test_a_tensor_that_requires_a_gradient_has_a_plan_of_its_own() -> None:
             assert not site(x.clone().requires_grad_(), up).requires_grad
 
 
-def test_one_tensor_twice_is_right() -> None:
+def test_one_tensor_may_be_passed_twice() -> None:
     x = torch.randn(3, 8, requires_grad=True)
     site, _ = call_site(glu, [x, torch.empty_like(x), "silu", f32])
     expected = torch.autograd.grad(glu(gate=x, up=x, activation="silu", out_dtype=f32).sum(), x)[0]
@@ -215,7 +215,7 @@ def test_one_tensor_twice_is_right() -> None:
         assert torch.equal(torch.autograd.grad(site(x, x).sum(), x)[0], expected)
 
 
-def test_numbers_that_vary_are_told_apart() -> None:
+def test_different_numbers_have_different_plans() -> None:
     x = torch.randn(3, 8)
     eps = object()
     site, given = call_site(rms_norm, rms_norm.order(norm(x, eps)), varies=lambda v: v is eps or v is x)
@@ -232,7 +232,7 @@ def norm(x: Any, eps: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_nothing_is_kept_of_what_was_recorded() -> None:
+def test_a_recording_keeps_no_tensor_alive() -> None:
     calls = small_layer()
     result = [calls.by_site() for _ in range(4)]
     alive = [weakref.ref(t) for each in result for t in each if t is not None]
@@ -244,7 +244,7 @@ def test_nothing_is_kept_of_what_was_recorded() -> None:
     assert isinstance(site, CallSite)
 
 
-def test_autocast_is_inert_and_comes_back() -> None:
+def test_autocast_is_ignored_and_restored() -> None:
     calls = small_layer()
     expected = calls.by_operator()
     for _ in range(3):
@@ -254,7 +254,7 @@ def test_autocast_is_inert_and_comes_back() -> None:
         assert_equal(calls.results(lambda outputs=outputs: outputs), expected)
 
 
-def test_modes_see_the_operator() -> None:
+def test_dispatch_modes_see_the_operator() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     calls = small_layer()
@@ -270,7 +270,7 @@ def test_modes_see_the_operator() -> None:
     assert_equal(found, expected)
 
 
-def test_the_profiler_sees_the_op_by_its_name() -> None:
+def test_the_profiler_shows_the_name_of_the_op() -> None:
     calls = small_layer()
     for _ in range(3):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -298,7 +298,7 @@ def test_a_second_derivative_raises() -> None:
             torch.autograd.grad(y.sum(), calls.inputs["x"], create_graph=True)
 
 
-def test_tensors_are_checked_by_autograd_for_writes() -> None:
+def test_writing_to_a_saved_tensor_raises_in_the_backward() -> None:
     calls = small_layer()
     for _ in range(3):
         y = flat(calls.site(*calls.tensors))[0]
@@ -309,7 +309,7 @@ def test_tensors_are_checked_by_autograd_for_writes() -> None:
 
 
 @pytest.mark.parametrize("case", [MLPS[0], LOSSES[0]], ids=str)
-def test_what_hooks_keep_is_not_written_to(case: Any) -> None:
+def test_tensors_kept_by_saved_tensor_hooks_are_not_overwritten(case: Any) -> None:
     calls = Calls(case)
     for _ in range(3):
         with saved_for_backward() as saved:
@@ -320,7 +320,7 @@ def test_what_hooks_keep_is_not_written_to(case: Any) -> None:
             torch.testing.assert_close(now.detach(), then, rtol=0, atol=0, equal_nan=True)
 
 
-def test_saved_tensors_may_come_back_in_another_layout() -> None:
+def test_unpack_hooks_may_return_another_layout() -> None:
     for case in LOSSES[:3]:
         calls = Calls(case)
         expected = calls.by_operator()
@@ -336,7 +336,7 @@ MOST_FRAMES = {"forward": 25, "backward": 20}
 
 
 def frames_of(function: Callable[[], Any], name: str) -> tuple[int, Any]:
-    """How many Python frames a call passes, from the first of a function called `name` on, and what it returns."""
+    """Return how many Python frames a call enters, from the first of a function `name` on, and its result."""
     frames: list[Any] = []
 
     def note(frame: Any, event: str, argument: Any) -> None:
@@ -353,8 +353,8 @@ def frames_of(function: Callable[[], Any], name: str) -> tuple[int, Any]:
     return len(frames), result
 
 
-@pytest.mark.pytorch_form
-def test_a_steady_layer_passes_few_python_frames() -> None:
+@pytest.mark.pytorch_only
+def test_a_replayed_layer_runs_few_python_frames() -> None:
     calls = small_layer()
     assert calls.op is lora_linear
     for _ in range(3):

@@ -1,6 +1,6 @@
 """Every kernel compiles for each generation of GPUs, fits into their shared memory and spills no registers.
 
-In processes of their own, as kernels are defined for the interpreter in this one.
+Compilation runs in separate processes, since kernels are defined for the interpreter in this one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ GENERATIONS = {"Hopper": [90], "Blackwell": [100], "Ampere and Ada": [80, 86, 89
 
 
 @pytest.mark.parametrize("capabilities", GENERATIONS.values(), ids=GENERATIONS)
-def test_every_kernel_compiles_fits_and_does_not_spill(capabilities: list[int], tmp_path: Path) -> None:
+def test_every_kernel_compiles_without_spills(capabilities: list[int], tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     script = Path(__file__).with_name("compile_for_gpus.py")
     command = [sys.executable, script, *map(str, capabilities)]

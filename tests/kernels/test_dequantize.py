@@ -1,4 +1,4 @@
-"""4-bit weights are decoded to bitsandbytes' bits by every implementation."""
+"""All implementations decode 4-bit weights to bitsandbytes' values bit for bit."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from fastlora.kernels.core.implementations import only, restricted
 from fastlora.kernels.formulas.dequantize import CODES
 from fastlora.kernels.ops import dequantize_4bit
 
-FORMS = ["pytorch", "triton"]
+IMPLEMENTATIONS = ["pytorch", "triton"]
 
 
 def arguments(rows: int, cols: int, nested: bool, dtype: torch.dtype = f32, **others: Any) -> Arguments:
-    """Random bytes are as good a 4-bit matrix as any."""
+    """Return a matrix of random 4-bit values with random scales."""
     blocksize, nested_blocksize = others.get("blocksize", 64), others.get("nested_blocksize", 256)
     blocks = -(-rows * cols // blocksize)
     given_: Arguments = {
@@ -44,7 +44,7 @@ def arguments(rows: int, cols: int, nested: bool, dtype: torch.dtype = f32, **ot
 
 
 @given(st.data())
-def test_every_form_decodes_the_same_bits(data: st.DataObject) -> None:
+def test_all_implementations_decode_equal_bits(data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 99)))
     given_ = arguments(
         data.draw(st.integers(1, 40)),
@@ -62,7 +62,7 @@ def test_every_form_decodes_the_same_bits(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("dtype", [f32, f16, bf16])
-def test_a_matrix_that_has_only_code_values_is_decoded_exactly(dtype: torch.dtype) -> None:
+def test_a_matrix_of_code_values_is_decoded_exactly(dtype: torch.dtype) -> None:
     index = torch.randint(16, (6, 32))
     packed = (index[:, ::2] * 16 + index[:, 1::2]).to(torch.uint8)
     given_ = arguments(6, 32, False, dtype, packed=packed, absmax=torch.full((3,), 2.0))
@@ -70,8 +70,8 @@ def test_a_matrix_that_has_only_code_values_is_decoded_exactly(dtype: torch.dtyp
     assert torch.equal(dequantize_4bit(**given_), expected)
 
 
-def test_rows_of_the_result_may_lie_apart() -> None:
-    """As in a workspace with a border, which stays as it is."""
+def test_the_output_may_have_any_row_stride() -> None:
+    """As in a wider buffer, whose other columns are not written to."""
     if restricted.to != "triton":
         pytest.skip("only the kernel writes into a given buffer")
     from fastlora.kernels.triton.dequantize import decode_into
@@ -93,13 +93,13 @@ def test_rows_of_the_result_may_lie_apart() -> None:
     assert (workspace[:, 32:] == 7).all()
 
 
-def test_an_unknown_format_is_refused() -> None:
-    with only("pytorch"), pytest.raises(ValueError, match="'int4' is none of nf4, fp4"):
+def test_an_unknown_quant_type_raises() -> None:
+    with only("pytorch"), pytest.raises(ValueError, match="must be one of nf4, fp4; got 'int4'"):
         dequantize_4bit(**arguments(2, 32, False, quant_type="int4"))
 
 
 def test_cached_code_tables_are_not_fake_tensors() -> None:
-    """A process of its own, as the first call counts."""
+    """In a separate process, since the first call fills the cache."""
     script = """
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -1,4 +1,4 @@
-"""DoRA's ops: the contract, rounding errors against eager's, and PEFT's own bits as the reference."""
+"""DoRA's ops: the contract, rounding errors, and references that equal PEFT bit for bit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastlora.kernels.core.execution import Call, run_on_meta
 from fastlora.kernels.formulas import dora
 from fastlora.kernels.ops import dora_add, dora_linear, dora_norm
 
-FORMS = ["pytorch"]
+IMPLEMENTATIONS = ["pytorch"]
 
 
 def _around_one(n: int, dtype: torch.dtype) -> torch.Tensor:
@@ -103,13 +103,13 @@ def test_errors_on_other_bases_on_average(scheme: Scheme) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_infs_and_nans_propagate(case: Case) -> None:
-    """But for an infinite bias, which eager takes from itself, and then has no gradient of the scale."""
+    """Except for an infinite bias, which eager subtracts from itself, so its gradient of the scale is nan."""
     arguments = case.arguments(f32)
     assert_propagates(case.op, arguments | {"bias": None} if "bias" in arguments else arguments)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-def test_gradients_have_their_arguments_dtypes_and_shapes(scheme: Scheme) -> None:
+def test_gradients_have_the_dtypes_and_shapes_of_their_arguments(scheme: Scheme) -> None:
     for op, given_ in (
         (dora_linear, linear_arguments(scheme, 3, 5, n=4, rank=2)),
         (dora_add, add_arguments(scheme, 3, 5, n=4, rank=2)),
@@ -128,7 +128,7 @@ def test_gradients_have_their_arguments_dtypes_and_shapes(scheme: Scheme) -> Non
         ({"x", "lora_b"}, set()),
     ],
 )
-def test_activations_are_saved_only_where_a_gradient_reads_them(wanted: set[str], saved: set[str]) -> None:
+def test_only_activations_that_a_gradient_reads_are_saved(wanted: set[str], saved: set[str]) -> None:
     given_ = complete(dora_linear, linear_arguments(f32, 7, 5, n=9, rank=2))
     for name, t in leaves(given_).items():
         t.requires_grad_(name in wanted)
@@ -140,8 +140,8 @@ def test_activations_are_saved_only_where_a_gradient_reads_them(wanted: set[str]
 
 @pytest.mark.parametrize("slices", [1, 3, 100], ids=lambda n: f"{n} elements")
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-def test_norms_are_as_exact_as_eager_ones(scheme: Scheme, slices: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However few rows are made at a time, and without a gradient."""
+def test_norms_are_as_precise_as_eager(scheme: Scheme, slices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For any number of rows at a time; without a gradient."""
     monkeypatch.setattr(dora, "_SLICE", slices)
     torch.manual_seed(0)
     given_ = norm_arguments(scheme, 40, 24, 6)
@@ -153,8 +153,8 @@ def test_norms_are_as_exact_as_eager_ones(scheme: Scheme, slices: int, monkeypat
 
 @pytest.mark.parametrize("distance", [1.0, 1e-2, 1e-4, 1e-6])
 @pytest.mark.parametrize("dtype", [f32, bf16])
-def test_a_weight_that_the_adapter_takes_away_has_no_worse_norm(dtype: torch.dtype, distance: float) -> None:
-    """W is -s B A, up to a relative distance."""
+def test_norms_are_precise_if_the_adapter_cancels_the_weight(dtype: torch.dtype, distance: float) -> None:
+    """W equals -s B A, up to a relative distance."""
     torch.manual_seed(0)
     given_ = norm_arguments(scheme_of(dtype), 64, 96, 4)
     product = given_["lora_b"].double() @ given_["lora_a"].double() * -given_["scaling"]
@@ -163,7 +163,7 @@ def test_a_weight_that_the_adapter_takes_away_has_no_worse_norm(dtype: torch.dty
 
 
 def assert_norms(given_: Arguments) -> None:
-    """Root mean square errors relative to each norm, and one rounding of the result."""
+    """Check root mean square errors relative to each norm, with one rounding of the result."""
     exact = {n: v.double() if isinstance(v, torch.Tensor) else f64 for n, v in given_.items() if n != "scaling"}
     truth = dora_norm.reference(**exact, scaling=given_["scaling"])
     values = [op(**given_) for op in (dora_norm, dora_norm.reference)]
@@ -171,7 +171,7 @@ def assert_norms(given_: Arguments) -> None:
     assert errors[0] <= 1.25 * errors[1] + torch.finfo(given_["out_dtype"]).eps / 2
 
 
-def test_a_norm_asks_for_a_slice_of_memory_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_norm_materializes_only_slices_of_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dora, "_SLICE", 4 * 32)
     made, addmm = [], torch.addmm
 
@@ -184,23 +184,23 @@ def test_a_norm_asks_for_a_slice_of_memory_only(monkeypatch: pytest.MonkeyPatch)
     assert made == [(4, 32), (4, 32), (2, 32)]
 
 
-def test_a_norm_is_rehearsed_without_a_backward() -> None:
-    """Although it is made of what is trained."""
+def test_precompiling_a_norm_runs_no_backward() -> None:
+    """Although its arguments are trained."""
     given_ = norm_arguments(SCHEMES["float32"], 6, 5, 2)
     values = [v.to("meta") if isinstance(v, torch.Tensor) else v for v in dora_norm.order(given_)]
     run_on_meta(Call(dora_norm, values, [False, True, True]))
 
 
 @pytest.mark.parametrize("check", ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"])
-def test_the_norm_is_a_sound_operator(check: str) -> None:
+def test_opcheck_of_the_norm(check: str) -> None:
     given_ = norm_arguments(SCHEMES["float32"], 6, 5, 2)
     torch.library.opcheck(dora_norm.target, tuple(dora_norm.order(given_)), test_utils=check)
 
 
 @pytest.mark.parametrize("biases", [True, False], ids=["biased", "plain"])
 @pytest.mark.parametrize("scheme", ["bfloat16", "float32 adapters on bfloat16", "autocast", "float32"])
-def test_the_references_are_peft_bit_for_bit(scheme: str, biases: bool) -> None:
-    """Output and gradients, so "eager" in these tests is what users run."""
+def test_the_references_equal_peft_bit_for_bit(scheme: str, biases: bool) -> None:
+    """Output and gradients, so that "eager" in these tests means PEFT."""
     from peft.tuners.lora import LoraConfig
     from peft.tuners.lora.layer import Linear
 

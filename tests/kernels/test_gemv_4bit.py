@@ -1,4 +1,4 @@
-"""Products of a few rows with 4-bit weights that are dequantized where they are multiplied by."""
+"""Products of a few rows with 4-bit weights that are dequantized in registers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from fastlora.kernels.core.semantic_op import DerivedArgument
 from fastlora.kernels.ops import dequantize_4bit, lora_linear
 from fastlora.kernels.triton.blocks import gemv_4bit, matmul_tiles
 
-FORMS = ["triton"]
+IMPLEMENTATIONS = ["triton"]
 HALF = bf16 if DEVICE.type == "cuda" else f16
 
 
 @pytest.fixture(autouse=True)
-def every_size_takes_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not matmul_tiles.measured(DEVICE):
+def kernels_for_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not matmul_tiles.is_tuned(DEVICE):
         pytest.skip("the kernels were not measured on this GPU")
     monkeypatch.setattr(gemv_4bit, "LARGE", 0)
 
@@ -68,7 +68,7 @@ def test_the_product_is_rounded_once(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("dtype", [f16, bf16] if DEVICE.type == "cuda" else [f16])
 @pytest.mark.parametrize("nested", [False, True])
-def test_the_product_reads_the_bits_of_the_decoded_matrix(dtype: torch.dtype, nested: bool) -> None:
+def test_the_product_uses_the_exact_dequantized_values(dtype: torch.dtype, nested: bool) -> None:
     weight = quantized(70, 192, nested, dtype)
     for first in (0, 64, 128):
         x = torch.eye(192, dtype=dtype, device=DEVICE)[first : first + 64]
@@ -82,12 +82,12 @@ def test_the_product_reads_the_bits_of_the_decoded_matrix(dtype: torch.dtype, ne
     [(65, 64, {}), (4, 68, {}), (4, 64, {"dtype": f32})],
     ids=["more rows", "rows that end within a word", "a wider dtype"],
 )
-def test_what_the_kernels_cannot_take_is_left_to_others(rows: int, cols: int, weight: dict[str, Any]) -> None:
+def test_unsupported_operands_are_rejected(rows: int, cols: int, weight: dict[str, Any]) -> None:
     given_ = quantized(8, cols, False, **weight)
     assert not gemv_4bit.serves(given_, torch.zeros(rows, cols, dtype=given_.dtype, device=DEVICE), None, None)
 
 
-def test_small_weights_are_decoded_before_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_weights_are_dequantized_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     weight = quantized(8, 64, False)
     x = torch.zeros(4, 64, dtype=HALF, device=DEVICE)
@@ -96,7 +96,7 @@ def test_small_weights_are_decoded_before_the_product(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(("tokens", "launched"), [(1, "one_row_kernel"), (5, "few_rows_kernel")])
-def test_an_adapted_layer_of_few_tokens_decodes_no_matrix(tokens: int, launched: str) -> None:
+def test_a_lora_layer_with_few_tokens_dequantizes_no_matrix(tokens: int, launched: str) -> None:
     torch.manual_seed(0)
     scheme = scheme_of(HALF)
     x = on_device(torch.randn(1, tokens, 64, dtype=HALF))

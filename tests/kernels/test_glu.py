@@ -1,4 +1,4 @@
-"""Gated units: the contract, derivatives by sympy, rounding errors, and where kernels read and write."""
+"""Gated linear units: the contract, derivatives by sympy, rounding errors, and the kernels' memory accesses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fastlora.kernels.core import implementations
 from fastlora.kernels.formulas.glu import activate, backward, derivative, forward
 from fastlora.kernels.ops import glu
 
-FORMS = ["pytorch", "triton"]
+IMPLEMENTATIONS = ["pytorch", "triton"]
 
 z = sympy.Symbol("z", real=True)
 FORMULAS = {
@@ -87,33 +87,33 @@ def test_infs_and_nans_propagate(case: Case) -> None:
     assert_propagates(glu, case.arguments(f32))
 
 
-@pytest.mark.pytorch_form
+@pytest.mark.pytorch_only
 @pytest.mark.parametrize("activation", FORMULAS)
-def test_activation_and_derivative_are_sympys(activation: str) -> None:
+def test_activation_and_derivative_match_sympy(activation: str) -> None:
     points = torch.cat((torch.linspace(-6, 6, 41, dtype=f64), torch.tensor([0.0, 1e-9, -40.0, 40.0], dtype=f64)))
     for code, formula in ((activate, FORMULAS[activation]), (derivative, sympy.diff(FORMULAS[activation], z))):
         expected = torch.tensor([value(formula, {z: point}) for point in points.tolist()], dtype=f64)
         assert_derived(code(points, activation), expected)
 
 
-def test_unknown_activation() -> None:
+def test_an_unknown_activation_raises() -> None:
     with implementations.only("pytorch"), pytest.raises(ValueError, match="one of silu, gelu, gelu_tanh; got 'relu'"):
         glu(**arguments(f32, "relu", 2, 3))
 
 
-# ---- what the Triton form adds
+# ---- tests of the Triton implementation
 
 
 @pytest.fixture
-def triton_form(form: str) -> None:
-    if form != "triton":
-        pytest.skip("about the Triton form")
+def triton_only(implementation: str) -> None:
+    if implementation != "triton":
+        pytest.skip("only about the Triton implementation")
 
 
-@pytest.mark.usefixtures("triton_form")
+@pytest.mark.usefixtures("triton_only")
 @pytest.mark.parametrize("activation", FORMULAS)
-def test_far_from_zero_and_near_it(activation: str) -> None:
-    """No cancellation near 0, no overflow of an intermediate far away, in float32."""
+def test_large_and_small_inputs_are_precise(activation: str) -> None:
+    """In float32, without cancellation near 0 and without overflow of intermediate results."""
     points = torch.cat([sign * torch.logspace(-30, 4, 120, dtype=f64).float() for sign in (1, -1)])
     result = evaluate(glu, {"gate": points, "up": torch.ones_like(points), "activation": activation, "out_dtype": f32})
     grads = cotangents(result.outputs)[0]
@@ -127,9 +127,9 @@ def test_far_from_zero_and_near_it(activation: str) -> None:
         assert found.isfinite().all()
 
 
-@pytest.mark.usefixtures("triton_form")
+@pytest.mark.usefixtures("triton_only")
 def test_halves_of_a_fused_projection_are_not_copied() -> None:
-    """Rows may be any distance apart: gate and up are read, and their gradients written, where they lie."""
+    """Rows may have any stride: gate and up are read, and their gradients are written, in place."""
     from fastlora.kernels.triton.glu import run_backward, run_forward
 
     both, dy = randn(6, 10), randn(6, 5)
@@ -143,7 +143,7 @@ def test_halves_of_a_fused_projection_are_not_copied() -> None:
     torch.testing.assert_close(dboth, torch.cat((expected["gate"], expected["up"]), dim=-1))
 
 
-@pytest.mark.usefixtures("triton_form")
+@pytest.mark.usefixtures("triton_only")
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True), (False, False)])
 def test_backward_recomputes_the_hidden_state_in_place(
     wanted: tuple[bool, bool],
@@ -162,7 +162,7 @@ def test_backward_recomputes_the_hidden_state_in_place(
     torch.testing.assert_close(dy, hidden)
 
 
-@pytest.mark.usefixtures("triton_form")
+@pytest.mark.usefixtures("triton_only")
 def test_one_launch_forward_and_one_backward() -> None:
     with launches() as launched:
         evaluate(glu, CASES[0].arguments())

@@ -1,4 +1,4 @@
-"""Products of groups of rows, all at once as GPUs make them: `torch._grouped_mm` asks for the same layouts on a CPU."""
+"""Grouped products in one launch as on GPUs: `torch._grouped_mm` has the same layout requirements on a CPU."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from fastlora.kernels.core.execution import Call, run_on_meta
 from fastlora.kernels.core.grouped_mm import Groups, aligned, even_ends
 from fastlora.kernels.ops import lora_experts
 
-FORMS = ["pytorch"]
+IMPLEMENTATIONS = ["pytorch"]
 
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Every product is made by `torch._grouped_mm`; its arguments."""
+    """Compute every product by `torch._grouped_mm`; record its arguments."""
     calls: list[tuple[Any, ...]] = []
     original = grouped_mm.grouped_mm
 
@@ -31,14 +31,14 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         calls.append((left, right))
         return original(left, right, offs=offs)
 
-    monkeypatch.setattr(grouped_mm, "makes_at_once", lambda like: True)
+    monkeypatch.setattr(grouped_mm, "uses_grouped_mm", lambda like: True)
     monkeypatch.setattr(grouped_mm, "grouped_mm", spied)
     return calls
 
 
 @given(st.data())
 def test_grouped_products_are_as_precise_as_eager(data: st.DataObject) -> None:
-    with patch.object(grouped_mm, "makes_at_once", lambda like: like.dtype is bf16):
+    with patch.object(grouped_mm, "uses_grouped_mm", lambda like: like.dtype is bf16):
         assert_as_precise(lora_experts, data.draw(layers(bf16)))
 
 
@@ -48,14 +48,14 @@ SHAPES = [(16, 8, 8), (8, 24, 4), (16, 16, 3), (10, 6, 1)]
 @LAYOUTS
 @pytest.mark.parametrize(("n", "k", "rank"), SHAPES)
 @pytest.mark.parametrize("rest", [0, 3])
-def test_all_at_once_is_the_same(
+def test_one_launch_equals_group_by_group(
     at_once: list[Any], monkeypatch: pytest.MonkeyPatch, n: int, k: int, rank: int, rest: int, out_first: bool
 ) -> None:
-    """For any shape, though rows have to begin at multiples of 16 bytes."""
+    """For any shape, although rows have to be aligned to 16 bytes."""
     given_ = complete(lora_experts, arguments(bf16, n=n, k=k, rank=rank, rest=rest, out_first=out_first))
     result = evaluate(lora_experts, given_)
     assert len(at_once) == 3 + 6
-    monkeypatch.setattr(grouped_mm, "makes_at_once", lambda like: False)
+    monkeypatch.setattr(grouped_mm, "uses_grouped_mm", lambda like: False)
     expected = evaluate(lora_experts, given_)
     for name, value in expected.values().items():
         mine = result.values()[name]
@@ -65,13 +65,13 @@ def test_all_at_once_is_the_same(
 
 
 @LAYOUTS
-def test_errors_of_all_at_once_on_average(at_once: list[Any], out_first: bool) -> None:
+def test_average_errors_of_one_launch(at_once: list[Any], out_first: bool) -> None:
     torch.manual_seed(0)
     given_ = arguments(bf16, n=80, k=64, rank=8, ends=[40, 40, 96], out_first=out_first)
     assert_precise_on_average(lora_experts, complete(lora_experts, given_))
 
 
-def test_offsets_of_64_bits_are_taken(at_once: list[Any]) -> None:
+def test_int64_offsets_are_supported(at_once: list[Any]) -> None:
     given_ = complete(lora_experts, arguments(bf16, n=16, k=8, rank=8))
     expected, found = (
         evaluate(lora_experts, given_ | {"offs": given_["offs"].to(t)}) for t in (torch.int32, torch.int64)
@@ -79,8 +79,8 @@ def test_offsets_of_64_bits_are_taken(at_once: list[Any]) -> None:
     assert all(torch.equal(found.values()[name], value) for name, value in expected.values().items())
 
 
-def test_factors_as_peft_lays_them_out_are_taken(at_once: list[Any]) -> None:
-    """B's elements of one expert are as far apart as there are experts."""
+def test_factors_with_pefts_strides_are_supported(at_once: list[Any]) -> None:
+    """The stride of B's elements of one expert is the number of experts."""
     given_ = complete(lora_experts, arguments(bf16, n=16, k=8, rank=8))
     b = given_["left"]
     apart = b.permute(1, 2, 0).contiguous().permute(2, 0, 1)
@@ -103,7 +103,7 @@ def test_factors_as_peft_lays_them_out_are_taken(at_once: list[Any]) -> None:
     ],
     ids=lambda v: f"{tuple(v.shape)} of strides {v.stride()}" if isinstance(v, torch.Tensor) else str(v),
 )
-def test_only_what_lies_otherwise_is_copied(t: torch.Tensor, copied: bool) -> None:
+def test_only_unaligned_operands_are_copied(t: torch.Tensor, copied: bool) -> None:
     found = aligned(t)
     assert (found is not t) == copied
     assert torch.equal(found, t)
@@ -112,7 +112,7 @@ def test_only_what_lies_otherwise_is_copied(t: torch.Tensor, copied: bool) -> No
 
 @pytest.mark.parametrize("all_at_once", [True, False])
 def test_the_output_may_be_written_to(all_at_once: bool) -> None:
-    """As a graph does that adds a bias in place: no gradient depends on it, nor any argument."""
+    """As in a graph that adds a bias in place: neither gradients nor arguments change."""
     given_ = complete(lora_experts, arguments(bf16, n=16, k=8, rank=8))
 
     def written(**values: Any) -> torch.Tensor:
@@ -120,14 +120,14 @@ def test_the_output_may_be_written_to(all_at_once: bool) -> None:
         y.mul_(0)
         return y + lora_experts(**values)
 
-    with patch.object(grouped_mm, "makes_at_once", lambda like: all_at_once):
+    with patch.object(grouped_mm, "uses_grouped_mm", lambda like: all_at_once):
         found, expected = (evaluate(run, given_) for run in (written, lora_experts))
     for name, value in expected.values().items():
         assert torch.equal(found.values()[name], value), name
 
 
-def test_shapes_are_known_without_values() -> None:
-    """Where tensors have no memory nothing waits for offsets."""
+def test_meta_tensors_do_not_read_offsets() -> None:
+    """No synchronization on the offsets."""
     given_ = arguments(bf16, **SMALL)
     values = [v.to("meta") if isinstance(v, torch.Tensor) else v for v in lora_experts.order(given_)]
     run_on_meta(Call(lora_experts, values, [True, False, True, True, False]))
@@ -136,7 +136,7 @@ def test_shapes_are_known_without_values() -> None:
 
 
 @pytest.mark.parametrize(("rows", "count"), [(7, 3), (2, 5), (0, 2), (9, 1)])
-def test_even_ends_leave_no_row_out(rows: int, count: int) -> None:
+def test_even_ends_cover_all_rows(rows: int, count: int) -> None:
     ends = even_ends({"x": torch.ones(rows, 2), "offs": torch.zeros(count, dtype=torch.int64)})
     assert ends.dtype is torch.int64
     assert (ends.diff() >= 0).all()

@@ -1,4 +1,4 @@
-"""Launches that are taken for alike run the same kernel."""
+"""Launches with equal keys run the same kernel."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ values = st.one_of(st.none(), integers, st.floats(allow_nan=False), st.booleans(
 launches = st.tuples(values, values, integers, st.sampled_from([1, 2, 16, "a", torch.float16]))
 
 
-def specialised(args: tuple[Any, ...]) -> list[Any]:
-    """What Triton chooses a kernel by."""
+def triton_specialization(args: tuple[Any, ...]) -> list[Any]:
+    """Return Triton's specialization of the arguments."""
     bind = create_function_from_signature(FUNCTION.signature, FUNCTION.params, BACKEND)
     return list(bind(*args, debug=False)[1])
 
 
 @given(launches, launches)
-def test_launches_that_triton_tells_apart_are_told_apart(one: tuple[Any, ...], other: tuple[Any, ...]) -> None:
+def test_different_specializations_have_different_keys(one: tuple[Any, ...], other: tuple[Any, ...]) -> None:
     if specialization_key(FUNCTION.params, one) == specialization_key(FUNCTION.params, other):
-        assert specialised(one) == specialised(other)
+        assert triton_specialization(one) == triton_specialization(other)
 
 
 @pytest.mark.parametrize(
@@ -56,11 +56,11 @@ def test_launches_that_triton_tells_apart_are_told_apart(one: tuple[Any, ...], o
     [(3, 5), (32, 48), (2.0, 7.0), (torch.zeros(8), torch.ones(16)), (torch.zeros(9)[1:], torch.ones(5)[1:])],
     ids=str,
 )
-def test_unspecialised_values_share_a_kernel(one: Any, other: Any) -> None:
+def test_unspecialized_values_share_a_key(one: Any, other: Any) -> None:
     assert specialization_key(FUNCTION.params, (one, 1, 1, 1)) == specialization_key(FUNCTION.params, (other, 1, 1, 1))
 
 
-def test_hooks_on_launches_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launch_hooks_disable_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton import knobs
 
     assert not has_launch_hooks()

@@ -1,4 +1,4 @@
-"""LayerNorm and its sum with the residual stream: the contract, rounding errors, sympy's derivatives."""
+"""LayerNorm, alone and after a residual addition: the contract, rounding errors, derivatives by sympy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from op_precision import (
 from fastlora.kernels.core.semantic_op import SemanticOp
 from fastlora.kernels.ops import add_layer_norm, layer_norm
 
-FORMS = ["pytorch", "triton"]
+IMPLEMENTATIONS = ["pytorch", "triton"]
 
 
 def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -80,7 +80,7 @@ def test_errors_are_at_most_those_of_eager(data: st.DataObject) -> None:
 def test_errors_on_average(op: SemanticOp, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     drawn = arguments(dtype, op, 64, 96, parameters=("weight", "bias"))
-    drawn["x"] += 5  # a mean that a one-pass variance would stumble over
+    drawn["x"] += 5  # with such a mean, a one-pass variance would cancel
     assert_precise_on_average(op, complete(op, drawn))
 
 
@@ -90,8 +90,8 @@ def test_infs_and_nans_propagate(case: Case) -> None:
 
 
 @pytest.mark.parametrize("used", [0, 1])
-def test_one_of_the_sums_two_outputs_is_used(used: int) -> None:
-    """The norm may go unused, or the residual stream may end at it."""
+def test_either_output_of_the_sum_may_be_unused(used: int) -> None:
+    """The norm, or the sum."""
     given_ = CASES[4].arguments()
     inputs = {n: t.requires_grad_() for n, t in leaves(given_).items()}
     mine, expected = (
@@ -104,8 +104,8 @@ def test_one_of_the_sums_two_outputs_is_used(used: int) -> None:
             torch.testing.assert_close(gradient_, reference)
 
 
-def test_summands_may_differ_in_dtype() -> None:
-    """A float32 residual stream and a bfloat16 branch: each summand gets its gradient in its own dtype."""
+def test_operands_of_the_sum_may_differ_in_dtype() -> None:
+    """A float32 residual stream and a bfloat16 branch: each gradient has its operand's dtype."""
     drawn = complete(add_layer_norm, arguments(bf16, add_layer_norm, 4, 8, parameters=("weight", "bias")))
     drawn["residual"] = drawn["residual"].float()
     result = evaluate(add_layer_norm, drawn)
@@ -115,7 +115,7 @@ def test_summands_may_differ_in_dtype() -> None:
 
 
 @pytest.mark.float64
-def test_backward_is_sympys() -> None:
+def test_the_backward_matches_sympy() -> None:
     x, w, b, dy = symbols("x", 3), symbols("w", 3), symbols("b", 3), symbols("dy", 3)
     eps = 0.25
     mean = sum(x) / 3

@@ -1,4 +1,4 @@
-"""Linear + cross-entropy: the op contract, what every option and every label means, and the derivation."""
+"""Linear head + cross-entropy: the contract, all options, ignored and invalid labels, derivatives by sympy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fastlora.kernels.core.implementations import restricted
 from fastlora.kernels.formulas import token_loss
 from fastlora.kernels.ops import linear_cross_entropy
 
-FORMS = ["pytorch", "triton"]
+IMPLEMENTATIONS = ["pytorch", "triton"]
 
 CASES = [
     *(Case(name, linear_cross_entropy, arguments, 5, 4, 5, bias=True, **options) for name, options in OPTIONS.items()),
@@ -37,7 +37,7 @@ CASES = [
 
 @pytest.fixture(params=[1000, 2], ids=["one chunk", "chunks"])
 def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two rows: five tokens of which three are kept fill one chunk, half of another and nothing of the last."""
+    """Set chunks of two rows: of five tokens with three kept ones, the chunks have two, one and no kept tokens."""
     set_chunks(monkeypatch, request.param)
 
 
@@ -55,7 +55,7 @@ def test_contract_in_chunks(case: Case, check: Any, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("ignored", ["none", "some", "all"])
 def test_all_combinations_of_options(reduction: str, ignored: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Soft-cap, smoothing, z-loss and bias, alone and together, and labels that are ignored or not."""
+    """Softcap, smoothing, z-loss and bias, alone and together, with and without ignored labels."""
     set_chunks(monkeypatch, 2)
     for softcap, smoothing, z_loss, bias in itertools.product((0.0, 2.0), (0.0, 0.2), (0.0, 0.05), (False, True)):
         options = {"softcap": softcap, "label_smoothing": smoothing, "z_loss": z_loss, "reduction": reduction}
@@ -98,7 +98,7 @@ def test_infs_in_ignored_tokens_do_not_spread(options: Arguments, bad: float) ->
 @pytest.mark.parametrize("tokens", [0, 4], ids=["no tokens", "all ignored"])
 def test_a_batch_without_kept_tokens(tokens: int, reduction: str) -> None:
     if tokens == 0 and restricted.to == "triton":
-        pytest.skip("a kernel needs a token")
+        pytest.skip("kernels do not support empty batches")
     given_ = arguments(f32, tokens, 4, 5, bias=True, rank=2, reduction=reduction)
     given_ = complete(linear_cross_entropy, given_ | {"labels": torch.full((tokens,), -100)})
     result, expected = (evaluate(f, given_) for f in (linear_cross_entropy, linear_cross_entropy.reference))
@@ -108,7 +108,7 @@ def test_a_batch_without_kept_tokens(tokens: int, reduction: str) -> None:
 @pytest.mark.parametrize("bad", [5, -1, 2**40])
 def test_a_label_out_of_range_raises(bad: int) -> None:
     if DEVICE.type == "cuda":
-        pytest.skip("a GPU that has met a failed assertion is of no use to later tests")
+        pytest.skip("a failed device-side assertion leaves the GPU unusable for later tests")
     given_ = arguments(f32, 7, 4, 5)
     given_["labels"][4] = bad
     with pytest.raises(IndexError, match="out of bounds"):
@@ -128,7 +128,7 @@ def test_a_wrong_number_of_labels_raises() -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_tokens_may_have_several_dimensions(reduction: str) -> None:
-    """x (B, S, H) with labels (B, S): the same loss, and a gradient of x's shape."""
+    """x (B, S, H) with labels (B, S): an equal loss, and a gradient of x's shape."""
     given_ = complete(linear_cross_entropy, arguments(native(), 6, 4, 5, reduction=reduction))
     shaped = given_ | {"x": given_["x"].reshape(2, 3, 4), "labels": given_["labels"].reshape(2, 3)}
     result, expected = evaluate(linear_cross_entropy, shaped), evaluate(linear_cross_entropy, given_)
@@ -140,7 +140,7 @@ def test_tokens_may_have_several_dimensions(reduction: str) -> None:
 @pytest.mark.parametrize("z_loss", [0.0, 0.125])
 @pytest.mark.parametrize(("softcap", "smoothing"), [(0.0, 0.0), (2.0, 0.0), (2.0, 0.25), (0.0, 0.25)])
 def test_loss_and_logits_gradient_match_sympy(softcap: float, smoothing: float, z_loss: float) -> None:
-    """A row of the head's output against the textbook's loss."""
+    """For a row of the head's output, against the textbook formula."""
     logits, (g,) = symbols("l", 4), symbols("g", 1)
     label, scale = 1, 0.75
     z = [s * sympy.Rational(scale) for s in logits]

@@ -1,4 +1,4 @@
-"""Rounding errors of linear + cross-entropy against eager's."""
+"""Rounding errors of linear head + cross-entropy against eager's."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fastlora.kernels.core.implementations import restricted
 from fastlora.kernels.ops import linear_cross_entropy
 from fastlora.tools.bench.accuracy import in_float64
 
-FORMS = ["pytorch", "triton"]
+IMPLEMENTATIONS = ["pytorch", "triton"]
 
 
 def precisions() -> st.SearchStrategy[tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype]]:
-    """Dtypes of the tensors, the head, its adapter and the logits."""
+    """Draw the dtypes of the tensors, the head, its adapter and the logits."""
     drawn = [
         (f32, f32, f32, f32),
         (f16, f16, f16, f32),
@@ -35,7 +35,7 @@ def precisions() -> st.SearchStrategy[tuple[torch.dtype, torch.dtype, torch.dtyp
 
 @given(st.data())
 def test_errors_are_at_most_those_of_eager(data: st.DataObject) -> None:
-    """Any loss, head and share of ignored labels, autocast or not, in chunks of any size."""
+    """For any loss, head and fraction of ignored labels, with or without autocast, in chunks of any size."""
     tokens, hidden = data.draw(sizes), data.draw(sizes)
     vocabulary = data.draw(sizes.filter(lambda size: size > 1))  # one word has a constant loss
     dtype, base, low, logits = data.draw(precisions())
@@ -90,7 +90,7 @@ def test_errors_on_average(
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize(("dtype", "base"), DTYPES)
-def test_errors_on_average_of_gradients_that_the_forward_makes(
+def test_average_errors_of_gradients_computed_in_the_forward(
     dtype: torch.dtype, base: torch.dtype, reduction: str, options: Arguments, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
@@ -100,7 +100,7 @@ def test_errors_on_average_of_gradients_that_the_forward_makes(
 
 
 @pytest.mark.parametrize("base", [bf16, f16])
-def test_errors_on_average_with_a_float32_adapter(base: torch.dtype) -> None:
+def test_average_errors_with_a_float32_adapter(base: torch.dtype) -> None:
     torch.manual_seed(0)
     given_ = arguments(base, 96, 24, 31, rank=4)
     given_ |= {n: given_[n].to(f32) + 1e-4 * torch.randn(given_[n].shape) for n in ("lora_a", "lora_b")}
@@ -109,15 +109,15 @@ def test_errors_on_average_with_a_float32_adapter(base: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 20.0])
-def test_errors_of_a_capped_model(scale: float) -> None:
-    """Logits far below the cap, where tanh is almost its argument, and far above it, where it is almost 1."""
+def test_errors_with_a_softcap(scale: float) -> None:
+    """For logits far below the cap, where tanh(x) is almost x, and far above it, where it is almost 1."""
     torch.manual_seed(0)
     given_ = arguments(f32, 64, 16, 31, reduction="none", softcap=30.0, scale=scale)
     assert_precise_on_average(linear_cross_entropy, complete(linear_cross_entropy, given_))
 
 
-def test_errors_of_a_sure_model() -> None:
-    """Large logits and tiny losses: lse as one float32 number would cost the gradient its leading digits."""
+def test_errors_with_large_logits_and_small_losses() -> None:
+    """With lse as a single float32 number, the gradient would lose its leading digits."""
     torch.manual_seed(0)
     given_ = complete(linear_cross_entropy, arguments(f32, 64, 16, 31, reduction="none"))
     given_["weight"] *= 5
@@ -128,7 +128,7 @@ def test_errors_of_a_sure_model() -> None:
 @pytest.mark.parametrize("dtype", [f16, f32])
 @pytest.mark.parametrize("confidence", [1.0, 4.0])
 def test_a_loss_scale_of_65536_neither_overflows_nor_underflows(dtype: torch.dtype, confidence: float) -> None:
-    """As float16 training starts with."""
+    """The initial loss scale of float16 training."""
     torch.manual_seed(0)
     given_ = complete(linear_cross_entropy, arguments(dtype, 256, 16, 61, bias=True) | {"base_dtype": f16})
     given_["weight"] *= confidence

@@ -1,4 +1,4 @@
-"""What linear + cross-entropy computes, keeps and waits for, and how it is cut into chunks."""
+"""Linear head + cross-entropy: no unneeded products, memory or synchronization; chunk sizes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from fastlora.kernels.formulas import linear_cross_entropy as module
 from fastlora.kernels.ops import linear_cross_entropy
 from fastlora.tools.bench.accuracy import flat
 
-FORMS = ["pytorch", "triton"]
+IMPLEMENTATIONS = ["pytorch", "triton"]
 
 
-def test_products_may_stop_at_the_count_of_kept_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing reads what a product of rows leaves unwritten, and no sum over rows goes beyond them."""
+def test_rows_beyond_the_kept_tokens_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that `rows_product` does not write are not read, and sums over rows stop at the kept ones."""
     if restricted.to != "triton":
-        pytest.skip("the PyTorch form has no such products")
+        pytest.skip("the PyTorch implementation has no such products")
     from fastlora.kernels.triton import linear_cross_entropy as gpu
 
     def rows_product(left: torch.Tensor, right: torch.Tensor, remaining: torch.Tensor, out: torch.Tensor) -> None:
@@ -50,7 +50,7 @@ def test_products_may_stop_at_the_count_of_kept_tokens(monkeypatch: pytest.Monke
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_the_host_never_waits_and_a_graph_can_be_captured(options: Arguments) -> None:
+def test_no_synchronization_so_a_cuda_graph_can_be_captured(options: Arguments) -> None:
     given_ = complete(linear_cross_entropy, arguments(f32, 7, 4, 5, bias=True, **options))
     names = [name for name in ("x", "weight", "bias", "lora_a", "lora_b") if given_[name] is not None]
     inputs = [given_[name].requires_grad_() for name in names]
@@ -61,7 +61,7 @@ def test_the_host_never_waits_and_a_graph_can_be_captured(options: Arguments) ->
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # not the default one, which a captured backward may not wait for
+    with torch.cuda.stream(stream):  # not the default stream, on which a captured backward must not synchronize
         expected = run()
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -77,11 +77,11 @@ def test_the_host_never_waits_and_a_graph_can_be_captured(options: Arguments) ->
 
 def _products_are_pytorchs() -> None:
     if restricted.to == "triton" and DEVICE.type == "cuda":
-        pytest.skip("products may be kernels of our own")
+        pytest.skip("products may be custom kernels")
 
 
 def products(function: Callable[[], Any]) -> list[list[int]]:
-    """The shapes of the operands of every matrix product."""
+    """Return the shapes of the operands of every matrix product."""
     with torch.profiler.profile(record_shapes=True) as profile:
         function()
     found = [
@@ -91,9 +91,9 @@ def products(function: Callable[[], Any]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_ignored_tokens_never_enter_a_product(reduction: str) -> None:
+def test_ignored_tokens_take_part_in_no_product(reduction: str) -> None:
     if restricted.to == "triton" or DEVICE.type == "cuda":
-        pytest.skip("a GPU multiplies zeros in their place, unless its products stop at a count")
+        pytest.skip("a GPU multiplies zeros instead, unless its products stop at a count")
     given_ = complete(linear_cross_entropy, arguments(f32, 97, 4, 5, bias=True, rank=2, reduction=reduction))
     given_["labels"][13:] = -100
     kept = int((given_["labels"] != -100).sum())
@@ -102,7 +102,7 @@ def test_ignored_tokens_never_enter_a_product(reduction: str) -> None:
     assert all(kept in shape for shape in shapes)
 
 
-def test_only_the_loss_is_computed_unless_gradients_are_wanted() -> None:
+def test_without_gradients_only_the_loss_is_computed() -> None:
     _products_are_pytorchs()
     given_ = complete(linear_cross_entropy, arguments(f32, 7, 4, 5))
     x = given_["x"].clone().requires_grad_()
@@ -120,7 +120,7 @@ def test_only_the_loss_is_computed_unless_gradients_are_wanted() -> None:
     ("none", ("weight",), 1, 2),
     ("none", ("x", "weight"), 2, 2),
 ])  # fmt: skip
-def test_no_product_is_made_twice_without_need(
+def test_no_product_is_computed_twice_unnecessarily(
     reduction: str, trained: tuple[str, ...], forward: int, backward: int
 ) -> None:
     _products_are_pytorchs()
@@ -131,15 +131,15 @@ def test_no_product_is_made_twice_without_need(
     assert len(products(lambda: torch.autograd.grad(losses[0], wanted))) == backward
 
 
-def test_a_frozen_head_saves_one_gradient_labels_and_a_count() -> None:
+def test_a_frozen_head_saves_dx_labels_and_the_count() -> None:
     given_ = complete(linear_cross_entropy, arguments(f32, 7, 4, 5, bias=True, rank=2))
     with saved_for_backward() as saved:
         linear_cross_entropy(**given_ | {"x": given_["x"].clone().requires_grad_()})
     assert sorted(t.numel() for t in saved) == [0, 0, 0, 0, 1, 7, 28]
 
 
-def test_a_second_backward_writes_to_nothing_that_was_saved() -> None:
-    """And gives equal bits, in float16 too, where what is saved carries a factor."""
+def test_a_retained_graph_does_not_overwrite_saved_gradients() -> None:
+    """And gives equal bits, also in float16, where saved gradients are scaled."""
     given_ = complete(linear_cross_entropy, arguments(f16, 7, 4, 5, bias=True))
     names = ("x", "weight", "bias")
     inputs = [given_[name].requires_grad_() for name in names]
@@ -156,8 +156,8 @@ def test_a_second_backward_writes_to_nothing_that_was_saved() -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("incoming", [1.0, 0.3])
-def test_the_last_backward_makes_gradients_of_what_was_saved(reduction: str, incoming: float) -> None:
-    """In its memory, where compiled graphs call the op: beside a head's gradient there is no room for a second one."""
+def test_the_last_backward_reuses_the_memory_of_saved_gradients(reduction: str, incoming: float) -> None:
+    """In calls from compiled graphs, since the head's gradient is too large to exist twice."""
     given_ = complete(linear_cross_entropy, arguments(f32, 7, 4, 5, reduction=reduction))
     inputs = [given_[name].requires_grad_() for name in ("x", "weight")]
     site, tensors = call_site(linear_cross_entropy, linear_cross_entropy.order(given_)[: len(given_)])
@@ -175,9 +175,9 @@ def test_the_last_backward_makes_gradients_of_what_was_saved(reduction: str, inc
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs the allocator of a GPU")
-def test_no_second_gradient_of_the_head_is_held() -> None:
+def test_the_heads_gradient_exists_only_once() -> None:
     if restricted.to != "triton":
-        pytest.skip("the PyTorch form multiplies into new memory")
+        pytest.skip("the PyTorch implementation multiplies into new memory")
     given_ = complete(linear_cross_entropy, arguments(bf16, 64, 1024, 20000, ignores=False))
     weight = given_["weight"].requires_grad_()
     site, tensors = call_site(linear_cross_entropy, linear_cross_entropy.order(given_)[: len(given_)])
@@ -189,7 +189,7 @@ def test_no_second_gradient_of_the_head_is_held() -> None:
     assert torch.cuda.max_memory_allocated() - before < weight.nbytes / 2
 
 
-def test_chunks_cover_the_tokens_within_the_budget() -> None:
+def test_chunks_cover_all_tokens_within_the_budget() -> None:
     rows = module.chunk_rows(128256, 4, 64 << 20)
     covered = [i for chunk in module.chunks(1000, rows) for i in range(chunk.start, chunk.stop)]
     assert covered == list(range(1000))
@@ -204,7 +204,7 @@ def test_chunks_cover_the_tokens_within_the_budget() -> None:
     (300, 128256, 4096, False, 300),
     (8192, 128256 << 12, 4096, False, 1),
 ])  # fmt: skip
-def test_chunks_on_a_gpu_fill_it(
+def test_chunk_sizes_fill_the_gpu(
     T: int, vocabulary: int, hidden: int, trained: bool, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fastlora.kernels.triton import linear_cross_entropy as gpu
@@ -216,10 +216,10 @@ def test_chunks_on_a_gpu_fill_it(
 
 @pytest.mark.parametrize("rows", [1, 5, 64])
 @pytest.mark.parametrize(("dtype", "base"), [(f32, bf16), (f32, f16), (f32, f32)])
-def test_chunks_change_nothing_but_the_order_of_float32_sums(
+def test_chunking_changes_only_the_order_of_float32_sums(
     dtype: torch.dtype, base: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In half precision too: what a chunk adds to the weight's gradient is not rounded first."""
+    """Also in half precision: a chunk's contribution to the weight's gradient is not rounded first."""
     torch.manual_seed(0)
     given_ = complete(linear_cross_entropy, arguments(dtype, 64, 16, 31, bias=True) | {"base_dtype": base})
     whole = evaluate(linear_cross_entropy, given_).values()
@@ -228,14 +228,14 @@ def test_chunks_change_nothing_but_the_order_of_float32_sums(
 
 
 def test_no_tensor_is_as_large_as_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and backward, where a chunk is a tenth of the tokens."""
+    """In forward and backward, with chunks of a tenth of the tokens."""
     if DEVICE.type == "cuda":
-        pytest.skip("the profiler of CPU memory")
+        pytest.skip("uses the profiler of CPU memory")
     tokens, hidden, vocabulary = 400, 3, 512
     set_chunks(monkeypatch, tokens // 10)
     given_ = arguments(f32, tokens, hidden, vocabulary, bias=True)
     if restricted.to == "triton":
-        given_["labels"][5:] = -100  # the interpreter takes its time
+        given_["labels"][5:] = -100  # the interpreter is slow
     with torch.profiler.profile(profile_memory=True) as profile:
         evaluate(linear_cross_entropy, complete(linear_cross_entropy, given_))
     largest = max(event.self_cpu_memory_usage for event in profile.events())

@@ -1,4 +1,4 @@
-"""Adapted experts over rows sorted by expert: the contract, rounding errors, rows of no expert."""
+"""Experts with LoRA on rows sorted by expert: the contract, rounding errors, rows of no expert."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastlora.kernels.ops import lora_experts
 
-FORMS = ["pytorch"]
+IMPLEMENTATIONS = ["pytorch"]
 
 CASES = [
     Case("lora_experts", lora_experts, arguments, **SMALL),
@@ -49,7 +49,7 @@ def test_errors_on_average(dtype: torch.dtype, out_first: bool) -> None:
 
 @LAYOUTS
 def test_infs_and_nans_propagate(out_first: bool) -> None:
-    """From an expert with tokens; of one without, eager multiplies an infinite factor by zero."""
+    """For experts with tokens; for others, eager multiplies inf by zero."""
     given_ = arguments(f32, n=4, k=5, rank=2, ends=[3, 5, 7], out_first=out_first)
     assert_propagates(lora_experts, complete(lora_experts, given_))
 
@@ -62,7 +62,7 @@ def test_experts_without_tokens_have_gradients_of_zeros(out_first: bool) -> None
         assert used == [True, False, True], name
 
 
-def test_no_token_at_all() -> None:
+def test_an_empty_batch() -> None:
     given_ = complete(lora_experts, arguments(f32, **SMALL, ends=[0, 0, 0]))
     result = evaluate(lora_experts, given_)
     assert result.outputs[0].shape == (0, 4)
@@ -71,8 +71,8 @@ def test_no_token_at_all() -> None:
 
 @LAYOUTS
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_rows_of_no_group_are_neither_read_nor_left_undefined(poison: float, out_first: bool) -> None:
-    """Whatever is in them, in x and in the gradient that comes in, results are those without them, and zeros."""
+def test_rows_of_no_group_are_not_read_and_become_zero(poison: float, out_first: bool) -> None:
+    """Results do not depend on the contents of such rows, in x and in the incoming gradient."""
     given_ = complete(lora_experts, arguments(native(), **SMALL, rest=2, out_first=out_first))
     given_["x"][7:] = poison
     incoming = torch.randn(9, 4, dtype=native(), device=DEVICE)
@@ -98,9 +98,7 @@ def test_rows_of_no_group_are_neither_read_nor_left_undefined(poison: float, out
         ({"x"}, set()),
     ],
 )
-def test_activations_are_saved_only_where_a_gradient_reads_them(
-    wanted: set[str], saved: set[str], out_first: bool
-) -> None:
+def test_only_activations_that_a_gradient_reads_are_saved(wanted: set[str], saved: set[str], out_first: bool) -> None:
     given_ = complete(lora_experts, arguments(f32, n=9, k=5, rank=2, out_first=out_first))
     held = {"left": "B" if out_first else "A", "right": "A" if out_first else "B"}
     for name, t in leaves(given_).items():
@@ -112,7 +110,7 @@ def test_activations_are_saved_only_where_a_gradient_reads_them(
 
 
 class Sizes(TorchDispatchMode):
-    """The elements of each new tensor."""
+    """Records the number of elements of each new tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,8 +124,8 @@ class Sizes(TorchDispatchMode):
 
 
 @LAYOUTS
-def test_nothing_of_a_frozen_weights_size_is_made(out_first: bool) -> None:
-    """Neither its sum with the adapters nor a gradient, forward and backward."""
+def test_nothing_of_the_weights_size_is_materialized(out_first: bool) -> None:
+    """Neither its sum with the adapters nor, if it is frozen, its gradient."""
     given_ = complete(lora_experts, arguments(f32, n=30, k=40, rank=2, out_first=out_first))
     size, wanted = given_["weight"].numel(), {"x", "left", "right"}
     largest = []
@@ -140,7 +138,7 @@ def test_nothing_of_a_frozen_weights_size_is_made(out_first: bool) -> None:
 
 
 @pytest.mark.parametrize("ends", [[3, 2, 7], [-1, 3, 7], [3, 5, 8]], ids=str)
-def test_offsets_that_are_no_ends_of_groups_are_refused(ends: list[int]) -> None:
+def test_invalid_offsets_raise(ends: list[int]) -> None:
     given_ = complete(lora_experts, arguments(f32, **SMALL)) | {
         "offs": torch.tensor(ends, dtype=torch.int32, device=DEVICE)
     }
@@ -159,7 +157,7 @@ def test_offsets_that_are_no_ends_of_groups_are_refused(ends: list[int]) -> None
         ("offs", lambda t: t[1:], "2 ends for 3 experts"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(name: str, change: Any, message: str) -> None:
+def test_mismatched_arguments_raise(name: str, change: Any, message: str) -> None:
     given_ = complete(lora_experts, arguments(f32, **SMALL))
     with pytest.raises(ValueError, match=message):
         lora_experts(**given_ | {name: change(given_[name])})
@@ -170,8 +168,8 @@ def test_arguments_that_do_not_fit_are_refused(name: str, change: Any, message: 
 
 @LAYOUTS
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
-def test_the_reference_is_pefts_and_transformers(dtype: torch.dtype, out_first: bool) -> None:
-    """Bit for bit, and gradients up to the order of sums, so "eager" in these tests is what users run."""
+def test_the_reference_equals_peft_and_transformers(dtype: torch.dtype, out_first: bool) -> None:
+    """Bit for bit, gradients up to the order of sums, so that "eager" in these tests means PEFT and transformers."""
     from peft import LoraConfig
     from peft.tuners.lora.layer import ParamWrapper
     from transformers.integrations.moe import _grouped_linear

@@ -1,4 +1,4 @@
-"""Adapted layers that share an input: the contract and rounding errors of the group."""
+"""LoRA layers with a shared input: the contract, rounding errors, unused and frozen members."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from op_spies import backward_calls
 from fastlora.kernels.ops import lora_group, lora_linear
 from fastlora.tools.bench.accuracy import flat
 
-FORMS = ["pytorch", "triton"]
+IMPLEMENTATIONS = ["pytorch", "triton"]
 
 
 def together(members: list[dict[str, Any]]) -> Arguments:
@@ -31,7 +31,7 @@ def arguments(
     biases: bool = True,
     p: tuple[float | None, ...] = (),
 ) -> Arguments:
-    """Members of the given (N, rank) over one x, with dropout of their own if p is given."""
+    """Return members of the given (N, rank) with a shared x, each with its own dropout if p is given."""
     scheme = scheme_of(dtype)
     return {
         "x": torch.randn(x, dtype=f64).to(scheme.x),
@@ -89,7 +89,7 @@ def test_infs_and_nans_propagate(case: Case) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 @pytest.mark.parametrize("p", [(), (0.4, 0.4), (None, 0.4)], ids=str)
-def test_members_are_lora_linears(scheme: Scheme, p: tuple[float | None, ...]) -> None:
+def test_members_equal_lora_linear(scheme: Scheme, p: tuple[float | None, ...]) -> None:
     torch.manual_seed(0)
     group = complete(lora_group, arguments(scheme, 5, 8, shapes=((6, 2), (4, 3)), p=p))
     for i, y in enumerate(lora_group(**group)):
@@ -99,8 +99,8 @@ def test_members_are_lora_linears(scheme: Scheme, p: tuple[float | None, ...]) -
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[4]], ids=str)
 @pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 2), (1, 2)])
-def test_members_without_a_gradient_cost_nothing(used: tuple[int, ...], case: Case) -> None:
-    """As in eager, their parameters get no gradient, and the backward is not asked for one."""
+def test_members_without_an_incoming_gradient_are_skipped(used: tuple[int, ...], case: Case) -> None:
+    """As in eager, their parameters get no gradient, and none is computed."""
     given_ = case.arguments()
     gradients = []
     for function in (lora_group, lora_group.reference):
@@ -118,7 +118,7 @@ def test_members_without_a_gradient_cost_nothing(used: tuple[int, ...], case: Ca
     torch.testing.assert_close(mine, expected)
 
 
-def test_a_list_of_biases_may_be_left_out() -> None:
+def test_the_list_of_biases_is_optional() -> None:
     given_ = CASES[0].arguments()
     short = {n: v for n, v in given_.items() if n not in ("bias", "lora_bias")}
     for y, expected in zip(lora_group(**short), lora_group(**given_), strict=True):
@@ -126,7 +126,7 @@ def test_a_list_of_biases_may_be_left_out() -> None:
 
 
 def test_a_frozen_member_gets_no_gradients() -> None:
-    """Requiring gradients is per tensor, so one member may be trained and another frozen."""
+    """While another member is trained."""
     given_ = CASES[0].arguments()
     wanted = [n for n in leaves(given_) if n.endswith("[1]")]
     result = evaluate(lora_group, given_, wanted)

@@ -1,4 +1,4 @@
-"""Adapted linear layers: the contract, rounding errors in every mixture of dtypes, and what is saved."""
+"""LoRA layers: the contract, rounding errors in all mixtures of dtypes, dropout, and saved tensors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from fastlora.kernels.core.semantic_op import SemanticOp
 from fastlora.kernels.formulas.lora_linear import sum_products
 from fastlora.kernels.ops import dropout, lora_add, lora_linear
 
-FORMS = ["pytorch", "triton"]
+IMPLEMENTATIONS = ["pytorch", "triton"]
 
 
 def linear_arguments(
@@ -45,7 +45,7 @@ def linear_arguments(
     p: float | None = None,
     biases: bool = True,
 ) -> Arguments:
-    """With dropout that somebody else did, or of probability p from a seed."""
+    """Return arguments with an explicit `x_dropped`, or with dropout of probability p from a seed."""
     scheme = scheme_of(dtype)
     return {
         **layer(scheme, n, x[-1], rank, biases),
@@ -110,7 +110,7 @@ def test_errors_are_at_most_those_of_eager(data: st.DataObject) -> None:
 
 
 @given(st.data())
-def test_errors_of_the_adapter_alone(data: st.DataObject) -> None:
+def test_errors_of_lora_add(data: st.DataObject) -> None:
     scheme = data.draw(schemes())
     n, k, rank, tokens = (data.draw(sizes) for _ in range(4))
     adapter = data.draw(layers(scheme, n, k, rank))
@@ -134,7 +134,7 @@ def test_errors_on_average(scheme: Scheme, how: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("p", [None, 0.1], ids=["", "seed"])
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-def test_errors_of_the_adapter_alone_on_average(scheme: Scheme, p: float | None) -> None:
+def test_average_errors_of_lora_add(scheme: Scheme, p: float | None) -> None:
     torch.manual_seed(0)
     assert_precise_on_average(lora_add, add_arguments(scheme, 96, 64, n=80, rank=8, p=p))
 
@@ -156,8 +156,8 @@ def test_infs_and_nans_propagate(case: Case) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-def test_gradients_have_their_arguments_dtypes(scheme: Scheme) -> None:
-    """Also the one that passes through to a base of another dtype, which the autograd engine casts."""
+def test_gradients_have_the_dtypes_of_their_arguments(scheme: Scheme) -> None:
+    """Also that of a base of another dtype, which the autograd engine casts."""
     given_ = add_arguments(scheme, 3, 5, n=4, rank=2) | {"out_dtype": f32}
     result, expected = evaluate(lora_add, given_), evaluate(lora_add.reference, given_)
     assert torch.equal(result.gradient("base"), expected.gradient("base"))
@@ -170,8 +170,8 @@ def test_gradients_have_their_arguments_dtypes(scheme: Scheme) -> None:
 
 @pytest.mark.parametrize("op", [lora_linear, lora_add], ids=repr)
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-def test_a_seed_is_the_dropout_that_it_draws(scheme: Scheme, op: SemanticOp) -> None:
-    """z in memory, as `x_dropped` or as the adapter's input, gives the same output and the same dA and dB."""
+def test_dropout_from_a_seed_equals_explicit_dropout(scheme: Scheme, op: SemanticOp) -> None:
+    """An explicit z, as `x_dropped` or as the adapter's input, gives equal output, dA and dB."""
     torch.manual_seed(0)
     build = linear_arguments if op is lora_linear else add_arguments
     given_ = complete(op, build(scheme, 6, 5, 16, n=24, rank=8, p=0.4))
@@ -183,7 +183,7 @@ def test_a_seed_is_the_dropout_that_it_draws(scheme: Scheme, op: SemanticOp) -> 
         assert torch.equal(mine.gradient(name), expected.gradient(name)), name
 
 
-def test_other_seeds_drop_other_elements() -> None:
+def test_different_seeds_drop_different_elements() -> None:
     given_ = complete(lora_linear, linear_arguments(native(), 6, 16, n=24, rank=8, p=0.4))
     results = [lora_linear(**given_ | {"seed": given_["seed"] + step}) for step in (0, 0, 1)]
     assert torch.equal(results[0], results[1])
@@ -191,7 +191,7 @@ def test_other_seeds_drop_other_elements() -> None:
 
 
 @pytest.mark.parametrize(("wrong", "said"), [({"seed": None}, "give both"), ({"dropout": 1.0}, r"p=1\.0 has to be")])
-def test_dropout_that_makes_no_sense_is_refused(wrong: Arguments, said: str) -> None:
+def test_invalid_dropout_arguments_raise(wrong: Arguments, said: str) -> None:
     given_ = complete(lora_linear, linear_arguments(native(), 3, 5, n=4, rank=2, p=0.5))
     with pytest.raises(ValueError, match=said):
         lora_linear(**given_ | wrong)
@@ -199,10 +199,10 @@ def test_dropout_that_makes_no_sense_is_refused(wrong: Arguments, said: str) -> 
         lora_linear(**given_ | {"x_dropped": given_["x"]})
 
 
-@pytest.mark.pytorch_form
+@pytest.mark.pytorch_only
 @pytest.mark.parametrize("scheme", ["bfloat16", "float32 adapters on bfloat16", "autocast", "float32"])
-def test_the_reference_is_peft_bit_for_bit(scheme: str) -> None:
-    """Output and gradients, so "eager" in these tests is what users run; the op's output has the same bits."""
+def test_the_reference_equals_peft_bit_for_bit(scheme: str) -> None:
+    """Output and gradients, so that "eager" in these tests means PEFT; the op's output also equals it bit for bit."""
     from peft.tuners.lora import LoraConfig
     from peft.tuners.lora.layer import Linear
 
@@ -244,10 +244,10 @@ def test_the_reference_is_peft_bit_for_bit(scheme: str) -> None:
     ],
 )
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_activations_are_saved_only_where_a_gradient_reads_them(
+def test_only_activations_that_a_gradient_reads_are_saved(
     wanted: set[str], how: dict[str, Any], saved: set[str], compiled: bool
 ) -> None:
-    """No mask, and nothing that the op dropped out itself, is ever one of them."""
+    """Neither the mask nor the dropped-out input is saved for dropout from a seed."""
     given_ = complete(lora_linear, linear_arguments(f32, 7, 5, n=4, rank=2, **how))
     for name, tensor in leaves(given_).items():
         tensor.requires_grad_(name in wanted)
@@ -260,8 +260,8 @@ def test_activations_are_saved_only_where_a_gradient_reads_them(
     assert sum(t.numel() == 35 for t in tensors_) == len(saved)
 
 
-def test_scaled_low_rank_activations_may_exceed_float16() -> None:
-    """Where B is small enough for y to be none: xa is 32,000, and 4 of that more than float16 holds."""
+def test_scaled_xa_may_exceed_the_range_of_float16() -> None:
+    """While y does not, since B is small: xa is 32,000, and 4 times that overflows float16."""
     given_ = linear_arguments(SCHEMES["float16"], 1, 8, n=16, rank=3, biases=False) | {"scaling": 4.0}
     sizes_and_values = {"x": ((1, 8), 40.0), "lora_a": ((3, 8), 100.0), "lora_b": ((16, 3), 0.01)}
     given_ |= {name: torch.full(size, value, dtype=f16) for name, (size, value) in sizes_and_values.items()}

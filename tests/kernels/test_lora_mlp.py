@@ -1,4 +1,4 @@
-"""The adapted, gated MLP as one op: the contract, rounding errors, and what is kept of it."""
+"""The gated MLP with LoRA as one op: the contract, rounding errors, saved and recomputed tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastlora.kernels.ops import lora_mlp
 
 ACTIVATIONS = ["silu", "gelu", "gelu_tanh"]
 
-FORMS = ["pytorch", "triton"]
+IMPLEMENTATIONS = ["pytorch", "triton"]
 
 
 def dtypes(scheme: Scheme) -> Arguments:
@@ -80,8 +80,8 @@ def test_infs_and_nans_propagate(case: Case) -> None:
     assert_propagates(lora_mlp, case.arguments(f32))
 
 
-def test_the_hidden_product_is_not_saved() -> None:
-    """Of the tensors as wide as the hidden layer only gate and up are, and x is not if every A is frozen."""
+def test_the_hidden_activation_is_not_saved() -> None:
+    """Of the tensors of its size only gate and up are saved; x is not saved if every A is frozen."""
     given_ = arguments(f32, 7, 4, inner=11, rank=3)
     for names, expected in ((("lora_a", "lora_b"), [(7, 4), (7, 11), (7, 11)]), (("lora_b",), [(7, 11), (7, 11)])):
         with saved_for_backward() as saved:
@@ -89,12 +89,12 @@ def test_the_hidden_product_is_not_saved() -> None:
         assert sorted(tuple(t.shape) for t in saved if t.shape in {(7, 4), (7, 11)}) == expected
 
 
-def test_only_the_last_backward_writes_over_what_was_saved() -> None:
+def test_only_the_last_backward_overwrites_saved_tensors() -> None:
     given_ = complete(lora_mlp, arguments(f32, 7, 4, inner=11, rank=3))
     wanted = [t.requires_grad_() for t in given_.values() if isinstance(t, torch.Tensor)]
     with saved_for_backward() as saved:
         y, *others = call_directly(lora_mlp, given_)
-    assert others == []  # nobody else has what may be written over
+    assert others == []  # there is no other reference to tensors that are overwritten
     kept = [t.clone() for t in saved]
     first = torch.autograd.grad(y.sum(), wanted, retain_graph=True)
     for now, before in zip(saved, kept, strict=True):

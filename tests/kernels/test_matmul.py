@@ -1,4 +1,4 @@
-"""The sums of products and the thin products that the LoRA ops and the loss are made of, called as they call them."""
+"""Sums of products, thin products and split-K products, as called by the LoRA ops and the loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from op_spies import guarded_memory
 
 from fastlora.kernels.triton.blocks import low_rank, matmul, matmul_tiles, split_k
 
-FORMS = ["triton"]
+IMPLEMENTATIONS = ["triton"]
 HALF = bf16 if DEVICE.type == "cuda" else f16
 NAN = math.nan
 
@@ -25,8 +25,8 @@ ranks = st.sampled_from([8, 16, 24, 64, 104])
 
 
 @pytest.fixture(autouse=True)
-def every_size_takes_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not matmul_tiles.measured(DEVICE):
+def kernels_for_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not matmul_tiles.is_tuned(DEVICE):
         pytest.skip("no tiles were measured for this GPU")
     monkeypatch.setattr(low_rank, "LARGE", 0)
 
@@ -38,14 +38,14 @@ def draw(data: st.DataObject, dtype: torch.dtype = HALF) -> Callable[..., torch.
 
 @given(st.data())
 def test_a_sum_of_products_is_rounded_once(data: st.DataObject) -> None:
-    """In the layouts of the forward (weights transposed) and of the backward, with up to three large products."""
+    """In the layouts of the forward, with transposed weights, and of the backward, with up to three large products."""
     randn, (T, N, R) = draw(data), (data.draw(rows), data.draw(widths), data.draw(ranks))
     depths = [R, *data.draw(st.lists(widths, min_size=1, max_size=3))]
     transposed = data.draw(st.booleans())
     addends = [(randn(T, K), randn(N, K).t() if transposed else randn(K, N)) for K in depths]
     bias = randn(N) if data.draw(st.booleans()) else None
     dtype = data.draw(st.sampled_from([HALF, f32]))
-    assert matmul.readable(addends, bias) is True
+    assert matmul.supports(addends, bias) is True
     with guarded_memory() as check:
         total = matmul.sum_of_products(addends, bias, dtype=dtype)
     check()
@@ -55,8 +55,8 @@ def test_a_sum_of_products_is_rounded_once(data: st.DataObject) -> None:
 
 
 @given(st.data())
-def test_a_limited_product_stops_at_a_count_on_the_device(data: st.DataObject) -> None:
-    """What lies beyond may be nan. Rows beyond the count's tile are not written."""
+def test_limited_rows_stops_at_the_count(data: st.DataObject) -> None:
+    """Rows beyond the count may be nan. Rows beyond the count's tile are not written."""
     randn, (T, N, K) = draw(data), (data.draw(rows), data.draw(widths), data.draw(widths))
     count = data.draw(st.integers(0, T))
     on_device = torch.tensor(count, device=DEVICE)
@@ -71,7 +71,7 @@ def test_a_limited_product_stops_at_a_count_on_the_device(data: st.DataObject) -
 
 
 @given(st.data())
-def test_split_k_rounds_once_and_stops_at_the_row_count(data: st.DataObject) -> None:
+def test_split_k_rounds_once_and_stops_at_the_count(data: st.DataObject) -> None:
     randn, (T, N, K) = draw(data), (data.draw(rows), data.draw(widths), data.draw(st.sampled_from([8, 136, 1032])))
     count, slices = data.draw(st.integers(0, T)), data.draw(st.integers(2, 8))
     left, right, out = randn(T, K), randn(K, N), torch.full((T + 512, N), 7.0, dtype=HALF, device=DEVICE)
@@ -85,7 +85,7 @@ def test_split_k_rounds_once_and_stops_at_the_row_count(data: st.DataObject) -> 
         assert_rounded(out[:count], left[:count].double() @ right.double())
 
 
-def test_sums_are_cut_where_that_fills_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_k_is_split_if_that_fills_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(split_k, "processors", lambda _: 132)
     assert split_k.plan(2048, 4096, 128256, DEVICE)[0] == 1  # 256 tiles are two waves
     assert split_k.plan(1792, 3584, 152064, DEVICE)[0] == 2  # 196 are one and a half
@@ -94,7 +94,7 @@ def test_sums_are_cut_where_that_fills_the_gpu(monkeypatch: pytest.MonkeyPatch) 
 
 
 @given(st.data())
-def test_a_limited_sum_stops_at_a_count_on_the_device(data: st.DataObject) -> None:
+def test_limited_depth_stops_at_the_count(data: st.DataObject) -> None:
     randn, (T, M, N) = draw(data), (data.draw(rows), data.draw(widths), data.draw(widths))
     count = data.draw(st.integers(0, T))
     left, right = randn(T, M), randn(T, N)
@@ -125,17 +125,17 @@ def test_thin_products(data: st.DataObject) -> None:
     truths = (scaling * d[0] @ d[2].t(), scaling * d[1] @ d[3], d[1].t() @ d[4], d[5].t() @ d[0])
     for result, truth in zip(results, truths, strict=True):
         assert result is not None
-        assert_rounded(result, truth, HALF)  # PyTorch's own product, where it is preferred, may round to that
+        assert_rounded(result, truth, HALF)  # PyTorch's own product, if it is selected, may round to that
 
 
-def test_members_have_their_thin_products_side_by_side() -> None:
+def test_thin_products_of_a_group_are_concatenated() -> None:
     torch.manual_seed(0)
     x, members = torch.randn(65, 72).to(HALF).to(DEVICE), [torch.randn(R, 72).to(DEVICE) for R in (8, 16, 3)]
     xa = low_rank.down(x, members, 2.0)
     assert_rounded(xa, 2 * x.double() @ torch.cat(members).to(HALF).double().t())
 
 
-def test_one_of_two_gradients_may_be_wanted() -> None:
+def test_each_of_the_two_gradients_may_be_skipped() -> None:
     torch.manual_seed(0)
     dy, b, xa = (torch.randn(s).to(HALF).to(DEVICE) for s in ((65, 136), (136, 16), (65, 16)))
     dxa, nothing = low_rank.up_gradients(dy, b, xa, 0.5, f32, (True, False))
@@ -157,5 +157,5 @@ def test_one_of_two_gradients_may_be_wanted() -> None:
         (torch.zeros(4, 8, dtype=HALF), torch.zeros(8, 8), "several dtypes"),
     ],
 )
-def test_what_the_kernel_cannot_read_has_a_reason(left: torch.Tensor, right: torch.Tensor, reason: str) -> None:
-    assert reason in str(matmul.readable([(left.to(DEVICE), right.to(DEVICE))]))
+def test_unsupported_operands_have_a_reason(left: torch.Tensor, right: torch.Tensor, reason: str) -> None:
+    assert reason in str(matmul.supports([(left.to(DEVICE), right.to(DEVICE))]))

@@ -1,4 +1,4 @@
-"""Ops that read frozen weights quantized compute the bits that they compute with dequantized ones."""
+"""Ops on quantized weights compute the same bits as on dequantized ones, and save no dequantized weight."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fastlora.kernels.core.recompute import recomputing
 from fastlora.kernels.core.semantic_op import DerivedArgument, SemanticOp
 from fastlora.kernels.ops import dequantize_4bit, glu, lora_group, lora_linear, lora_mlp
 
-FORMS = ["pytorch", "triton"]
+IMPLEMENTATIONS = ["pytorch", "triton"]
 T, H, I, R = 24, 64, 96, 4
 
 
 def encoding(rows: int, cols: int, nested: bool = True) -> list[Any]:
-    """Arguments of the decoding of a random matrix, in the schema's order."""
+    """Return arguments of `dequantize_4bit` for a random matrix, in the schema's order."""
     blocks = rows * cols // 64
     given: Arguments = {
         "packed": torch.randint(256, (rows * cols // 2, 1), dtype=torch.uint8),
@@ -56,7 +56,7 @@ CASES = {"linear": (lora_linear, linear), "group": (lora_group, group), "mlp": (
 
 
 class Both:
-    """An op on dequantized weights, and on the quantized ones that they are of."""
+    """Calls an op on quantized weights, and on the same weights dequantized."""
 
     def __init__(self, op: SemanticOp, arguments: Arguments) -> None:
         torch.manual_seed(0)
@@ -83,7 +83,7 @@ class Both:
         return [w for name in self.op.policy.reads_quantized for w in _list(self.plain[name])]
 
     def results(self, quantized: bool) -> list[torch.Tensor]:
-        """Outputs, then the gradients of all that has one."""
+        """Return outputs, and the gradients of all tensors that have one."""
         if quantized:
             site, given = call_site(self.op, self.op.order(self.quantized), self.derived)
             results = site(*given)
@@ -102,7 +102,7 @@ def _list(value: Any) -> list[Any]:
 
 @pytest.mark.parametrize("spares", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_results_have_equal_bits(case: str, spares: bool) -> None:
+def test_results_equal_those_on_dequantized_weights(case: str, spares: bool) -> None:
     both = Both(CASES[case][0], CASES[case][1]())
     expected = both.results(quantized=False)
     if spares:
@@ -115,7 +115,7 @@ def test_results_have_equal_bits(case: str, spares: bool) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_no_decoded_weight_is_kept(case: str) -> None:
+def test_no_dequantized_weight_is_saved(case: str) -> None:
     both = Both(CASES[case][0], CASES[case][1]())
     kept: list[torch.Tensor] = []
 
@@ -131,7 +131,7 @@ def test_no_decoded_weight_is_kept(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_dispatch_modes_see_decoded_weights(case: str) -> None:
+def test_dispatch_modes_see_dequantized_weights(case: str) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     both = Both(CASES[case][0], CASES[case][1]())
@@ -141,6 +141,6 @@ def test_dispatch_modes_see_decoded_weights(case: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
-def test_an_op_refuses_quantized_arguments_it_cannot_read() -> None:
+def test_quantized_arguments_of_unsuitable_ops_raise() -> None:
     with pytest.raises(ValueError, match="glu does not read 'gate' quantized"):
         call_site(glu, [None] * 4, [(DerivedArgument("gate", None, dequantize_4bit, quantized=True), [])])

@@ -1,4 +1,4 @@
-"""The addition before a norm, of both norms: layouts, and the dropout of one operand."""
+"""The residual addition before LayerNorm and RMSNorm: dropout of an operand, layouts and dtypes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from op_cases import DEVICE, Arguments, Case, bf16, complete, evaluate, f16, f32, f64, leaves, native, replaced
 from op_contract import contract
 from op_precision import assert_as_precise, assert_precise_on_average, assert_propagates, dtypes, sizes, tensors
-from op_spies import backward_calls, gradients_made, launches, saved_for_backward
+from op_spies import backward_calls, computed_gradients, launches, saved_for_backward
 
 from fastlora.kernels.core import implementations
 from fastlora.kernels.core.semantic_op import SemanticOp
 from fastlora.kernels.formulas.dropout import mask
 from fastlora.kernels.ops import add_layer_norm, add_rms_norm
 
-FORMS = ["pytorch", "triton"]
+IMPLEMENTATIONS = ["pytorch", "triton"]
 OPS = [add_layer_norm, add_rms_norm]
 SEED = 2**40 + 7
 P = 0.3
@@ -93,7 +93,7 @@ SHAPES = [(1,), (3, 1), (5, 7), (2, 6, 3), (4, 4), (33, 20), (2, 3, 130), (3, 20
 
 
 def dropped(op: SemanticOp, x: torch.Tensor, p: float = P, residual: torch.Tensor | None = None) -> torch.Tensor:
-    """The sum of the op."""
+    """Return the op's sum."""
     given_ = {"residual": torch.zeros_like(x) if residual is None else residual, "x": x, **attributes(op, x.dtype)}
     return op(**given_, seed=torch.tensor([SEED], device=x.device), dropout=p)[1]
 
@@ -101,8 +101,8 @@ def dropped(op: SemanticOp, x: torch.Tensor, p: float = P, residual: torch.Tenso
 @pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.9, 1 - 1e-12])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("op", OPS, ids=repr)
-def test_the_mask_is_that_of_the_seed(op: SemanticOp, shape: tuple[int, ...], p: float) -> None:
-    """For the forward and, where the sum's gradient comes back alone or through the norm, for x's gradient."""
+def test_forward_and_backward_use_the_mask_of_the_seed(op: SemanticOp, shape: tuple[int, ...], p: float) -> None:
+    """Whether the sum's gradient comes from the norm or from the residual stream."""
     x = torch.ones(shape, device=DEVICE, requires_grad=True)
     residual = torch.randn(shape, device=DEVICE, requires_grad=True)
     m = mask(x, torch.tensor([SEED], device=DEVICE), p, f32)
@@ -117,8 +117,8 @@ def test_the_mask_is_that_of_the_seed(op: SemanticOp, shape: tuple[int, ...], p:
 @pytest.mark.parametrize("dtype", [f32, f16, bf16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("op", OPS, ids=repr)
-def test_the_sum_is_pytorchs_for_the_same_mask(op: SemanticOp, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Bit by bit: what is dropped out is rounded before the addition, and the sum after it."""
+def test_the_sum_equals_pytorchs_for_the_same_mask(op: SemanticOp, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Bit for bit: the dropped-out operand is rounded before the addition, and the sum after it."""
     torch.manual_seed(0)
     x, residual = (torch.randn(shape, device=DEVICE).to(dtype) for _ in range(2))
     z = (x.float() * mask(x, torch.tensor([SEED], device=DEVICE), P, f32)).to(dtype)
@@ -126,8 +126,8 @@ def test_the_sum_is_pytorchs_for_the_same_mask(op: SemanticOp, shape: tuple[int,
 
 
 @pytest.mark.parametrize("op", OPS, ids=repr)
-def test_the_order_of_elements_is_the_logical_one(op: SemanticOp) -> None:
-    """A tensor and its copies of other layouts have the same mask, forward and backward."""
+def test_the_mask_does_not_depend_on_strides(op: SemanticOp) -> None:
+    """A tensor and its copies with other strides have the same mask, in forward and backward."""
     given_ = complete(op, arguments(f32, op, 3, 4, 8))
     expected = evaluate(op, given_).values()
     for names in (("x",), ("residual",), ("x", "residual")):
@@ -146,7 +146,7 @@ def test_the_order_of_elements_is_the_logical_one(op: SemanticOp) -> None:
 
 
 @pytest.mark.parametrize("op", OPS, ids=repr)
-def test_operands_share_one_gradient_unless_one_is_dropped_out(op: SemanticOp) -> None:
+def test_operands_share_a_gradient_without_dropout(op: SemanticOp) -> None:
     for p, tensors_ in ((None, 1), (P, 2)):
         given_ = complete(op, arguments(native(), op, 3, 8, p=p))
         inputs = [given_[name].requires_grad_() for name in ("residual", "x")]
@@ -158,11 +158,11 @@ def test_operands_share_one_gradient_unless_one_is_dropped_out(op: SemanticOp) -
 @pytest.mark.parametrize("used", [0, 1])
 @pytest.mark.parametrize("p", [None, P])
 @pytest.mark.parametrize("op", OPS, ids=repr)
-def test_one_of_the_two_outputs_is_used(op: SemanticOp, p: float | None, used: int, wanted: tuple[str, ...]) -> None:
-    """The norm may go unused, or the residual stream may end at it; what is not wanted is not made."""
+def test_either_output_may_be_unused(op: SemanticOp, p: float | None, used: int, wanted: tuple[str, ...]) -> None:
+    """The norm, or the sum; gradients that are not needed are not computed."""
     given_ = complete(op, arguments(native(), op, 3, 8, p=p))
     inputs = [given_[name].requires_grad_() for name in wanted]
-    with gradients_made(op) as made, backward_calls(op) as calls:
+    with computed_gradients(op) as made, backward_calls(op) as calls:
         mine = torch.autograd.grad(op(**given_)[used].square().sum(), inputs, allow_unused=True)
     expected = torch.autograd.grad(op.reference(**given_)[used].square().sum(), inputs, allow_unused=True)
     for one, other in zip(mine, expected, strict=True):
@@ -176,7 +176,7 @@ def test_one_of_the_two_outputs_is_used(op: SemanticOp, p: float | None, used: i
 
 
 @pytest.mark.parametrize("op", OPS, ids=repr)
-def test_nothing_is_saved_for_the_dropout_but_the_seed(op: SemanticOp) -> None:
+def test_dropout_saves_only_the_seed(op: SemanticOp) -> None:
     saved = {}
     for p in (None, P):
         given_ = complete(op, arguments(native(), op, 3, 8, p=p))
@@ -190,7 +190,7 @@ def test_nothing_is_saved_for_the_dropout_but_the_seed(op: SemanticOp) -> None:
 
 @pytest.mark.float64
 @pytest.mark.parametrize("op", OPS, ids=repr)
-def test_a_dropout_costs_one_gradient_more(op: SemanticOp) -> None:
+def test_dropout_takes_one_more_gradient(op: SemanticOp) -> None:
     assert op.cost is not None
     without, with_ = (
         [work.at({"T": 7, "H": 8, "S": S, "b": 2, "w": 2}) for work in (op.cost.forward, op.cost.backward)]
@@ -200,9 +200,9 @@ def test_a_dropout_costs_one_gradient_more(op: SemanticOp) -> None:
 
 
 @pytest.mark.parametrize("op", OPS, ids=repr)
-def test_each_pass_is_one_kernel(op: SemanticOp, form: str) -> None:
-    if form != "triton":
-        pytest.skip("this is the PyTorch form")
+def test_each_pass_is_one_kernel(op: SemanticOp, implementation: str) -> None:
+    if implementation != "triton":
+        pytest.skip("this is the PyTorch implementation")
     given_ = complete(op, arguments(f32, op, 3, 8))
     inputs = [given_[name].requires_grad_() for name in ("residual", "x")]
     with launches() as launched:
@@ -217,7 +217,7 @@ def test_each_pass_is_one_kernel(op: SemanticOp, form: str) -> None:
 @pytest.mark.parametrize("p", [None, P])
 @pytest.mark.parametrize("op", OPS, ids=repr)
 def test_operands_may_differ_in_layout(op: SemanticOp, p: float | None) -> None:
-    """Results and gradients have the strides of PyTorch's sum, whichever of the two is turned or expanded."""
+    """Results and gradients have the strides of PyTorch's sum, for transposed and expanded operands."""
     drawn = complete(op, arguments(f32, op, 3, 4, 8, p=p))
     copies = {
         "plain": lambda t: t,
@@ -239,7 +239,7 @@ def test_operands_may_differ_in_layout(op: SemanticOp, p: float | None) -> None:
 @pytest.mark.parametrize("wide", ["residual", "x"])
 @pytest.mark.parametrize("op", OPS, ids=repr)
 def test_operands_may_differ_in_dtype(op: SemanticOp, wide: str) -> None:
-    """A float32 residual stream and a half-precision branch, or the reverse: each gradient has its operand's dtype."""
+    """A float32 residual stream and a half-precision branch, or vice versa: each gradient has its operand's dtype."""
     drawn = complete(op, arguments(f16, op, 6, 8))
     drawn[wide] = drawn[wide].float()
     result = evaluate(op, drawn)
@@ -264,7 +264,7 @@ def test_operands_may_differ_in_dtype(op: SemanticOp, wide: str) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("op", OPS, ids=repr)
-def test_bad_arguments_are_refused(op: SemanticOp, change: Arguments, reason: str) -> None:
+def test_invalid_arguments_raise(op: SemanticOp, change: Arguments, reason: str) -> None:
     given_ = complete(op, arguments(f32, op, 3, 8) | change)
     for function in (op, op.reference):
         with pytest.raises(ValueError, match=reason):

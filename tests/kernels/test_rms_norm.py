@@ -1,4 +1,4 @@
-"""RMSNorm and its sum with the residual stream: the contract, rounding errors, sympy's derivatives."""
+"""RMSNorm, alone and after a residual addition: the contract, rounding errors, derivatives by sympy."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from op_precision import (
 from fastlora.kernels.core.semantic_op import SemanticOp
 from fastlora.kernels.ops import add_rms_norm, rms_norm
 
-FORMS = ["pytorch", "triton"]
+IMPLEMENTATIONS = ["pytorch", "triton"]
 
 
 def attributes(dtype: torch.dtype, **others: Any) -> Arguments:
-    """The dtypes of Llama's norm: computes in float32 or wider, rounds before the weight."""
+    """Return the attributes of Llama's norm, which computes in float32 or wider and rounds before the weight."""
     wide = torch.promote_types(dtype, f32)
     return {
         "eps": 1e-3,
@@ -47,7 +47,7 @@ def attributes(dtype: torch.dtype, **others: Any) -> Arguments:
 
 
 def gemma(dtype: torch.dtype) -> Arguments:
-    """The dtypes of Gemma's norm: all in float32, the weight as its distance from one, rounded at the end."""
+    """Return the attributes of Gemma's norm, which stores the weight minus 1 and rounds only at the end."""
     wide = torch.promote_types(dtype, f32)
     return attributes(dtype, offset=1.0, norm_dtype=wide, scale_dtype=wide)
 
@@ -106,8 +106,8 @@ def test_infs_and_nans_propagate(case: Case) -> None:
 
 
 @pytest.mark.parametrize("used", [0, 1])
-def test_one_of_the_sums_two_outputs_is_used(used: int) -> None:
-    """The norm may go unused, or the residual stream may end at it."""
+def test_either_output_of_the_sum_may_be_unused(used: int) -> None:
+    """The norm, or the sum."""
     given_ = CASES[3].arguments()
     inputs = {n: given_[n].requires_grad_() for n in ("residual", "x", "weight")}
     op_grads, reference_grads = (
@@ -121,7 +121,7 @@ def test_one_of_the_sums_two_outputs_is_used(used: int) -> None:
 
 
 @pytest.mark.float64
-def test_backward_is_sympys() -> None:
+def test_the_backward_matches_sympy() -> None:
     x, w, dy = symbols("x", 3), symbols("w", 3), symbols("dy", 3)
     eps, offset = 0.25, 1.0
     rstd = 1 / sympy.sqrt(sum(s**2 for s in x) / 3 + sympy.Rational(eps))

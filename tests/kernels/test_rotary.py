@@ -1,4 +1,4 @@
-"""Rotary embeddings, alone and of q and k together: the contract, every layout, and the launches."""
+"""Rotary embeddings, alone and of q and k together: the contract, all layouts, and launches."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from op_spies import backward_calls, launches, saved_for_backward
 from fastlora.kernels.core import implementations
 from fastlora.kernels.ops import rotary, rotary_group
 
-FORMS = ["pytorch", "triton"]
+IMPLEMENTATIONS = ["pytorch", "triton"]
 LAYOUTS = ["half", "flipped", "pairs", "interleaved"]
 
 few = st.sampled_from([1, 2, 3, 5])
-"""Each of these takes programs of its own, which Triton's interpreter runs one by one."""
+"""Each position and head takes a program, and Triton's interpreter runs programs one by one."""
 
 
 def arguments(dtype: torch.dtype, layout: str, rotary_dim: int, *shape: int) -> Arguments:
-    """x (B, heads, S, D) of the shape, with cos and sin as arbitrary as x: no two entries of a pair share theirs."""
+    """Return x (B, heads, S, D) of the shape, and random cos and sin, which differ for the two entries of a pair."""
     batch, _, positions, _ = shape
     width = rotary_dim // 2 if layout == "interleaved" else rotary_dim
     x, cos, sin = (
@@ -51,7 +51,7 @@ def arguments(dtype: torch.dtype, layout: str, rotary_dim: int, *shape: int) -> 
 
 
 def group_arguments(dtype: torch.dtype, layout: str, rotary_dim: int, *heads: int) -> Arguments:
-    """A member with each number of heads."""
+    """Return members with these numbers of heads."""
     members = [arguments(dtype, layout, rotary_dim, 2, n, 4, 6) for n in heads]
     return members[0] | {"x": [member["x"] for member in members]}
 
@@ -78,7 +78,7 @@ def test_contract(case: Case, check: Any) -> None:
 
 @given(st.data())
 def test_errors_are_at_most_those_of_eager(data: st.DataObject) -> None:
-    """Also with float32 cosines on half-precision heads, computing in either."""
+    """Also with float32 tables on half-precision heads, with either compute dtype."""
     layout = data.draw(st.sampled_from(LAYOUTS))
     batch, heads, positions = (data.draw(few) for _ in range(3))
     pairs, rest = (data.draw(sizes) for _ in range(2))
@@ -112,7 +112,7 @@ def test_half_precision_is_rounded_once(layout: str, dtype: torch.dtype) -> None
 
 
 @given(st.data())
-def test_errors_of_a_group_are_no_larger_than_eager_ones(data: st.DataObject) -> None:
+def test_errors_of_a_group_are_at_most_those_of_eager(data: st.DataObject) -> None:
     layout = data.draw(st.sampled_from(LAYOUTS))
     batch, positions = (data.draw(few) for _ in range(2))
     pairs, rest = (data.draw(sizes) for _ in range(2))
@@ -139,8 +139,8 @@ def test_infs_and_nans_propagate(case: Case) -> None:
 
 @pytest.mark.float64
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_turning_and_its_gradients_are_sympys(layout: str) -> None:
-    """y, dx, dcos and dsin from the formulas of the docstring, entry by entry."""
+def test_rotation_and_gradients_match_sympy(layout: str) -> None:
+    """y, dx, dcos and dsin, by the formulas of the op's docstring."""
     wide = layout != "interleaved"
     x, dy = symbols("x", 4), symbols("dy", 4)
     cos, sin = symbols("cos", 4 if wide else 2), symbols("sin", 4 if wide else 2)
@@ -165,7 +165,7 @@ def test_turning_and_its_gradients_are_sympys(layout: str) -> None:
 @pytest.mark.parametrize("dtype", [f32, bf16])
 @pytest.mark.parametrize("layout", LAYOUTS[:3])
 @pytest.mark.parametrize("view", ["contiguous", "heads transposed", "slice of a fused projection"])
-def test_strides_are_the_elementwise_ones(view: str, layout: str, dtype: torch.dtype) -> None:
+def test_strides_equal_those_of_elementwise_operators(view: str, layout: str, dtype: torch.dtype) -> None:
     batch, heads, positions, width = 2, 3, 5, 8
     x = {
         "contiguous": torch.randn(batch, heads, positions, width),
@@ -178,8 +178,8 @@ def test_strides_are_the_elementwise_ones(view: str, layout: str, dtype: torch.d
     assert rotary(**partial).is_contiguous()
 
 
-def test_positions_of_tokens_in_time_height_and_width() -> None:
-    """A token of an image has three positions, and each pair of a head turns with one of them: as complex numbers."""
+def test_three_dimensional_positions() -> None:
+    """Image tokens have positions in time, height and width, and each pair of a head is rotated by one of them."""
     torch.manual_seed(0)
     positions = torch.randint(0, 50, (3, 2, 5)).double()  # axis, sequence, token
     axis = torch.tensor([0, 1, 1, 2])
@@ -206,7 +206,7 @@ def on_the_device(given_: Arguments) -> Arguments:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(2, 1, 6), (1, 1, 6), (6,), (2, 4, 6), (2, 4, 1), (4, 1), ()], ids=str)
 def test_angles_broadcast_along_any_dimension(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
-    """Per head, per position, for all of a batch: as PyTorch broadcasts, also where heads are the last but one."""
+    """Per head, per position, per batch, by PyTorch's rules, also if heads are the second to last dimension."""
     torch.manual_seed(0)
     width = 2 if layout == "interleaved" else 4
     tables = {name: torch.randn(*shape, width, dtype=f64).to(dtype) for name in ("cos", "sin")}
@@ -243,55 +243,55 @@ def test_a_member_without_an_incoming_gradient_gets_none() -> None:
         assert torch.equal(mine, its)
 
 
-def test_gradient_of_x_has_its_dtype_though_x_is_not_saved() -> None:
+def test_dx_has_the_dtype_of_an_x_that_is_not_saved() -> None:
     given_ = arguments(f32, "half", 4, 1, 2, 3, 4) | {"compute_dtype": bf16, "out_dtype": bf16}
     assert evaluate(rotary, given_, ("x",)).gradient("x").dtype == f32
 
 
-def test_unknown_layout() -> None:
+def test_an_unknown_layout_raises() -> None:
     with (
         implementations.only("pytorch"),
-        pytest.raises(ValueError, match="'spiral' is none of half, flipped, pairs, interleaved"),
+        pytest.raises(ValueError, match="must be one of half, flipped, pairs, interleaved; got 'spiral'"),
     ):
         rotary(**arguments(f32, "spiral", 4, 1, 2, 3, 4))
 
 
-# ---- what the Triton form adds
+# ---- tests of the Triton implementation
 
 
 @pytest.fixture
-def triton_form(form: str) -> None:
-    if form != "triton":
-        pytest.skip("about the Triton form")
+def triton_only(implementation: str) -> None:
+    if implementation != "triton":
+        pytest.skip("only about the Triton implementation")
 
 
-@pytest.mark.usefixtures("triton_form")
+@pytest.mark.usefixtures("triton_only")
 @pytest.mark.parametrize(
     ("heads", "launched"), [((4, 2), 1), ((3, 3), 1), ((2,), 1), ((4, 2, 2), 2), ((4, 2, 2, 1), 2)]
 )
-def test_two_members_go_in_one_launch(heads: tuple[int, ...], launched: int) -> None:
+def test_two_members_share_a_launch(heads: tuple[int, ...], launched: int) -> None:
     given_ = group_arguments(f32, "half", 6, *heads)
     with launches() as names:
         evaluate(rotary_group, given_, [f"x[{i}]" for i in range(len(heads))])
-    assert names == ["turn_kernel"] * 2 * launched
+    assert names == ["rotary_kernel"] * 2 * launched
 
 
-@pytest.mark.usefixtures("triton_form")
-def test_members_of_other_shapes_go_one_by_one() -> None:
+@pytest.mark.usefixtures("triton_only")
+def test_members_of_different_shapes_have_separate_launches() -> None:
     given_ = group_arguments(f32, "half", 4, 4, 2)
     given_["x"][1] = given_["x"][1][..., :5]
     with launches() as names:
         result = evaluate(rotary_group, given_)
-    assert names == ["turn_kernel"] * 4
+    assert names == ["rotary_kernel"] * 4
     expected = evaluate(rotary_group.reference, given_)
     torch.testing.assert_close(result.values(), expected.values())
 
 
-@pytest.mark.usefixtures("triton_form")
+@pytest.mark.usefixtures("triton_only")
 @pytest.mark.parametrize("layout", LAYOUTS[:3])
 @pytest.mark.parametrize("heads_last", [False, True])
 def test_transposed_heads_are_not_copied(heads_last: bool, layout: str) -> None:
-    """The kernel gets x itself, and what it writes is y itself."""
+    """The kernel reads x and writes y directly."""
     from fastlora.kernels.triton import rotary as gpu
 
     x = on_device(torch.randn(2, 5, 9, 8))[:, :, 3:6]

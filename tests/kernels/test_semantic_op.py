@@ -1,4 +1,4 @@
-"""What every op declares: its schema, its arguments by name, its namespace, and who sees its calls."""
+"""Declarations of ops: schemas, arguments by name, namespaces, and visibility to dispatch modes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_no_schema_mutates_or_aliases(op: SemanticOp) -> None:
             assert value.alias_info is None
 
 
-def test_a_schema_that_mutates_is_refused() -> None:
+def test_a_schema_that_mutates_raises() -> None:
     with pytest.raises(ValueError, match="mutates none"):
         library.register_op(
             "writes", family="x", schema="(Tensor(a!) x) -> (Tensor y)", outputs=1, **dict.fromkeys(_PARTS)
@@ -44,7 +44,7 @@ def test_arguments_are_checked_by_name(op: SemanticOp) -> None:
         op(**given, nonsense=1)
 
 
-def test_an_edit_changes_the_namespace(tmp_path: Path) -> None:
+def test_editing_a_source_changes_the_namespace(tmp_path: Path) -> None:
     for name, text in (("one.py", "a = 1\n"), ("two.py", "b = 1\n"), ("notes.txt", "kept\n")):
         (tmp_path / name).write_text(text)
     before = library.digest(tmp_path)
@@ -54,7 +54,7 @@ def test_an_edit_changes_the_namespace(tmp_path: Path) -> None:
     assert library.digest(tmp_path) != before
 
 
-def test_the_namespace_is_that_of_the_sources() -> None:
+def test_the_namespace_has_the_digest_of_the_sources() -> None:
     assert {op.target.namespace for op in OPS} == {f"fastlora_{library.digest(library.KERNELS)}"}
 
 
@@ -67,8 +67,8 @@ def test_without_gradients_nothing_is_saved() -> None:
     assert ops.glu(**arguments | {"gate": x.detach(), "up": x.detach()}).grad_fn is None
 
 
-def test_one_tensor_for_two_arguments() -> None:
-    """Gradients of both uses add up."""
+def test_one_tensor_may_be_passed_for_two_arguments() -> None:
+    """Its gradient is the sum of both."""
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     arguments = {"gate": x, "up": x, "activation": "silu", "out_dtype": torch.float64}
     mine, expected = (torch.autograd.grad(f(**arguments).sum(), x)[0] for f in (ops.glu, ops.glu.reference))
@@ -85,7 +85,7 @@ class _Listener(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_who_listens_to_the_dispatcher_hears_the_operators() -> None:
+def test_dispatch_modes_see_forward_and_backward_operators() -> None:
     x = torch.randn(3, 4, requires_grad=True)
     with _Listener() as listener:
         y = ops.glu(gate=x, up=x, activation="silu", out_dtype=torch.float32)
@@ -93,7 +93,7 @@ def test_who_listens_to_the_dispatcher_hears_the_operators() -> None:
     assert {ops.glu.target, ops.glu.backward_target} <= set(listener.heard)
 
 
-def test_only_plain_tensors_pass_the_dispatcher_by() -> None:
+def test_only_plain_tensors_bypass_the_dispatcher() -> None:
     x = torch.randn(3)
     assert can_bypass_dispatcher([x, None, torch.nn.Parameter(x)])
     assert not can_bypass_dispatcher([x, torch.empty(3, device="meta")])

@@ -1,4 +1,4 @@
-"""Ops whose PyTorch implementation looks at values: a call site neither replays them nor takes one call for another."""
+"""Ops whose PyTorch implementation depends on values are not replayed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastlora.kernels.core.semantic_op import DerivedArgument, Policy
 
 
 def norm_by_value(name: str, **options: Any) -> Any:
-    """An op whose PyTorch implementation reads values, x / max|x|."""
+    """Return an op whose PyTorch implementation reads values: x / max|x|."""
 
     def forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         largest = max(x.abs().flatten().tolist())
@@ -34,8 +34,8 @@ def norm_by_value(name: str, **options: Any) -> Any:
     )
 
 
-@pytest.mark.pytorch_form
-def test_a_replay_holds_no_value_of_an_argument_that_is_made_again() -> None:
+@pytest.mark.pytorch_only
+def test_a_replay_holds_no_value_of_a_recomputed_argument() -> None:
     norm = norm_by_value("norm_by_value", policy=Policy(recompute_from=(None, {})))
     calls, derived = small_layer(), DerivedArgument("x", None, norm)
     names = calls.op.names
@@ -54,8 +54,8 @@ def test_a_replay_holds_no_value_of_an_argument_that_is_made_again() -> None:
         )
 
 
-@pytest.mark.pytorch_form
-def test_what_is_saved_goes_by_name() -> None:
+@pytest.mark.pytorch_only
+def test_saved_tensors_are_identified_by_name() -> None:
     """An implementation may return its argument in one call, and a new tensor in another."""
 
     def forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Loss and every adapter gradient equal eager's, on every family in every mode of training."""
+"""Loss and all adapter gradients equal eager's, for all model families and modes of training."""
 
 import random
 from collections import Counter
@@ -18,7 +18,7 @@ SHAPES = 20
 
 
 def assert_equal_in_float32(model, found, eager, inputs) -> None:
-    """1e-6 relative, or eager's own distance from fp64 where rounding alone already exceeds that."""
+    """Allow a relative distance of 1e-6, or eager's own distance from float64 if that is larger."""
     assert found.gradients.keys() == eager.gradients.keys()
     assert relative(found.loss, eager.loss) <= FLOAT32
     distances = {name: relative(found.gradients[name], eager.gradients[name]) for name in eager.gradients}
@@ -49,7 +49,7 @@ def test_float32_step_equals_eager(family, mode):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_checkpointed_dropout_draws_the_same_masks_again(family):
+def test_checkpointed_dropout_recomputes_the_same_masks(family):
     model = build(family, dropout=0.1)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
@@ -58,8 +58,8 @@ def test_checkpointed_dropout_draws_the_same_masks_again(family):
     assert all(relative(found.gradients[name], eager.gradients[name]) < 5e-6 for name in eager.gradients)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox", "bert"])  # each has masks of its own kind
-def test_changing_lengths_compile_no_more_after_the_second(family):
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox", "bert"])  # these have different masks
+def test_new_lengths_cause_at_most_one_recompilation(family):
     model = build(family)
     lengths = [batch(16), batch(24), batch(20), batch(13)]
     eager = [step(model, inputs) for inputs in lengths]
@@ -75,7 +75,7 @@ def test_changing_lengths_compile_no_more_after_the_second(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_changing_shapes_compile_each_region_at_most_twice(family):
-    """Beyond the sliding windows of 8, up to which there is no mask."""
+    """For lengths beyond the sliding window of 8, up to which there is no mask."""
     model, eager = fastlora.compile(build(family)), build(family)
     shapes = random.Random(0).choices([(rows, length) for rows in range(1, 7) for length in range(9, 40)], k=SHAPES)
     shapes[SHAPES // 2] = (1, 17)
@@ -95,7 +95,7 @@ def test_changing_shapes_compile_each_region_at_most_twice(family):
 
 @cache
 def _report(family) -> fastlora.Report:
-    """What one step of a batch of one shape says."""
+    """Return the report after a single step."""
     model = fastlora.compile(build(family))
     step(model, batch())
     return fastlora.report(model)
@@ -103,8 +103,8 @@ def _report(family) -> fastlora.Report:
 
 @pytest.mark.parametrize("mode", ["bf16 base, fp32 adapters", "autocast, fp32 adapters"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_is_no_further_from_fp64_than_eager(family, mode):
-    """Root mean square over seeds: of a single batch, which of two roundings is luckier is chance."""
+def test_bfloat16_is_as_precise_as_eager(family, mode):
+    """Root mean square over seeds, since for a single batch either may be more precise by chance."""
     autocast = torch.bfloat16 if mode.startswith("autocast") else None
     model = build(family, torch.float32 if autocast else torch.bfloat16)
     exact = double(model)
@@ -121,7 +121,7 @@ def test_bfloat16_is_no_further_from_fp64_than_eager(family, mode):
 
 
 def steps_and_losses(model, inputs, autocast=None) -> tuple[list[Step], list[torch.Tensor]]:
-    """The first steps, and the losses of all: of those after the first, gradients are on and not taken."""
+    """Return the first step of each batch, and the losses of all steps; later steps run no backward."""
     steps = [step(model, each, autocast) for each in inputs[:SEEDS]]
     losses = [each.loss for each in steps]
     with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
@@ -130,12 +130,12 @@ def steps_and_losses(model, inputs, autocast=None) -> tuple[list[Step], list[tor
 
 
 def rms(found, truth) -> float:
-    """The root mean square of the relative distances."""
+    """Return the root mean square of the relative distances."""
     return (sum(relative(mine, true) ** 2 for mine, true in zip(found, truth, strict=True)) / len(truth)) ** 0.5
 
 
 @pytest.mark.parametrize("family", LLAMA_LIKE)
-def test_every_site_of_a_llama_like_model_is_claimed(family):
+def test_every_candidate_of_a_llama_like_model_is_fused(family):
     assert _report(family).missed == []
     for name in ("lora", "norm", "rotary", "glu", "loss"):
         coverage = _report(family).coverage[name]
@@ -143,7 +143,7 @@ def test_every_site_of_a_llama_like_model_is_claimed(family):
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "bert"])
-def test_adapters_norms_and_loss_of_the_others_are_claimed(family):
+def test_adapters_norms_and_loss_of_other_models_are_fused(family):
     assert _report(family).missed == []
     for name in ("lora", "norm", "loss"):
         coverage = _report(family).coverage[name]

@@ -1,4 +1,4 @@
-"""What the report says, and that explaining a model leaves it alone."""
+"""Contents of reports, and that explaining a model does not change it."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from fastlora.rewrite.pipeline import rewrite
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "bert"])
-def test_explain_sees_what_compile_does(family):
+def test_explain_reports_what_compile_fuses(family):
     model = build(family)
     explained = fastlora.explain(model, **batch())
     step(fastlora.compile(model), batch())
@@ -23,7 +23,7 @@ def test_explain_sees_what_compile_does(family):
     assert [(s.op, s.where, s.count) for s in explained.fused] == [(s.op, s.where, s.count) for s in compiled.fused]
 
 
-def test_explain_leaves_model_gradients_and_random_state_alone():
+def test_explain_changes_neither_model_nor_random_state():
     model = build("llama", dropout=0.1)
     before = torch.get_rng_state()
     weights = {name: value.clone() for name, value in model.state_dict().items()}
@@ -50,7 +50,7 @@ def test_sites_name_the_module_and_the_line_of_the_models_source():
     assert sum(site.count for site in report.fused if site.op == "lora_mlp") == COMMON["num_hidden_layers"]
 
 
-def test_a_site_that_is_left_says_why_and_where():
+def test_a_missed_candidate_has_a_reason_and_a_location():
     model = build("llama")
     attention = model.base_model.model.model.layers[0].self_attn
     attention.o_proj.lora_dropout["default"] = torch.nn.Identity()
@@ -68,13 +68,13 @@ def test_a_site_that_is_left_says_why_and_where():
     assert sum(miss.count for miss in missed) == COMMON["num_hidden_layers"]
 
 
-def test_the_printed_report_tells_coverage_and_time_in_the_pass():
+def test_the_printed_report_shows_coverage_and_time():
     text = str(fastlora.explain(build("llama"), **batch()))
     assert re.search(r"matched in \d+\.\d+ s", text)
     assert re.search(r"lora\s+21\s+21", text)
 
 
-def test_json_and_html_hold_the_whole_report(tmp_path):
+def test_json_and_html_contain_the_whole_report(tmp_path):
     report = fastlora.explain(build("llama"), **batch())
     data = json.loads(report.to_json())
     assert data["coverage"]["lora"] == {"seen": 21, "fused": 21}
@@ -85,17 +85,17 @@ def test_json_and_html_hold_the_whole_report(tmp_path):
     assert "torch.ops.fastlora" in page
 
 
-def test_reporting_on_a_model_that_is_not_compiled_says_what_to_do():
+def test_reporting_on_an_uncompiled_model_raises():
     with pytest.raises(fastlora.FastLoRAError, match=r"fastlora\.compile\(model\)"):
         fastlora.report(build("llama"))
 
 
-def test_matching_takes_work_in_proportion_to_the_graph(monkeypatch):
-    """Counted in calls of Python functions, which no other process makes more of. Each node takes about 300."""
+def test_matching_is_linear_in_the_size_of_the_graph(monkeypatch):
+    """Measured in calls of Python functions, independent of the machine's load. Each node takes about 300."""
     rules = fastlora.default_rules()
 
     def work(layers: int) -> tuple[int, int]:
-        """Nodes of a graph of so many layers, and calls that rewriting it takes."""
+        """Return the number of nodes of a graph with this many layers, and of calls that rewriting it takes."""
         monkeypatch.setitem(tiny_models.COMMON, "num_hidden_layers", layers)
         graphs, calls = [], [0]
 
@@ -118,7 +118,7 @@ def test_matching_takes_work_in_proportion_to_the_graph(monkeypatch):
         assert len(result.anchors["lora"]) == layers * 7
         return nodes, calls[0]
 
-    work(2)  # what is made once
+    work(2)  # fill caches
     (nodes, calls), (more_nodes, more_calls) = work(2), work(4)
     assert more_calls <= calls * more_nodes / nodes
     assert more_calls - calls <= 600 * (more_nodes - nodes)

@@ -1,4 +1,4 @@
-"""DoRA as PEFT writes it, and graphs that only look like it."""
+"""Graphs of PEFT's DoRA are fused, look-alikes are not."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_layer_and_its_norms_are_two_ops(dtype: torch.dtype, bias: Tensor | No
 @pytest.mark.parametrize("bias", [None, BIAS], ids=["plain", "biased"])
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
 def test_with_dropout_the_base_layer_runs_twice(dtype: torch.dtype, bias: Tensor | None) -> None:
-    """On what the dropout left of its input as well, with the mask that eager draws."""
+    """Also on the dropped-out input, with eager's mask."""
     inputs = [X.detach().to(dtype).requires_grad_(), *layer(base=dtype), None if bias is None else bias.to(dtype)]
     outcome = analyse(lambda *given: dora(*given, p=0.4), *inputs, verify=True)
     assert outcome.ops == ["dora_add", "dora_norm"]
@@ -98,7 +98,7 @@ def test_any_subset_of_tensors_may_be_trained(trained: str) -> None:
 
 
 def test_an_adapter_on_a_conv1d_is_fused() -> None:
-    """The weight lies the other way round, for the norm as well."""
+    """The weight is transposed, also for the norm."""
 
     def function(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, m: Tensor, bias: Tensor) -> Tensor:
         base = torch.addmm(bias, x.view(-1, x.size(-1)), weight).view(*x.shape[:-1], weight.size(1))
@@ -165,7 +165,7 @@ SCALE = (1 + 0.3 * randn(1, 24).detach()).requires_grad_()
 LOOKALIKES = [
     Lookalike("another number than one", less_two, (X, W, A, B, SCALE)),
     Lookalike("two scales", two_scales, (X, W, A, B, SCALE)),
-    Lookalike("the low-rank product leaves", escaping, (X, W, A, B, SCALE), missed="leaves the graph"),
+    Lookalike("the low-rank product is also an output", escaping, (X, W, A, B, SCALE), missed="leaves the graph"),
     Lookalike("a scale for each token", combined, (X, W, A, B, randn(2, 3, 1)), missed="the scale has the shape"),
     Lookalike("a scale for each element", combined, (X, W, A, B, randn(2, 3, 24)), missed="the scale has the shape"),
     Lookalike("one scale for all", combined, (X, W, A, B, randn(1)), missed="the scale has the shape"),
@@ -192,7 +192,7 @@ def test_lookalikes_are_not_fused(case: Lookalike) -> None:
 
 
 def test_a_scaled_bias_is_fused_as_dora_add() -> None:
-    """The scale takes all of the base: that is the adapter on a base of its own, and not the linear layer's."""
+    """`dora_linear` does not scale the bias."""
     outcome = analyse(combined, X, W, A, B, SCALE, BIAS)
     assert outcome.ops == ["dora_add"]
     assert "the bias is scaled as well" in outcome.turned_down()

@@ -1,4 +1,4 @@
-"""LoRA on the parameters of experts as PEFT and transformers write it, and graphs that only look like it."""
+"""Graphs of LoRA on experts' parameters, as in PEFT and transformers, are fused, look-alikes are not."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAYOUTS = pytest.mark.parametrize("out_first", [True, False], ids=["out first", 
 
 
 def layer(out_first: bool = True, rank: int = 2, dtype: torch.dtype = f32, adapter: torch.dtype = f32) -> list[Tensor]:
-    """All experts' weights, and A and B as PEFT has them, of all experts as well."""
+    """Return the weights, A and B of all experts, in PEFT's layouts."""
     shape = (EXPERTS, N, K) if out_first else (EXPERTS, K, N)
     a, b = randn(EXPERTS * rank, K, seed=1, scale=0.3), randn(N, rank * EXPERTS, seed=2, scale=0.3)
     factors = [t.detach().to(adapter).requires_grad_() for t in (a, b)]
@@ -43,7 +43,7 @@ def summed(w: Tensor, a: Tensor, b: Tensor, scaling: float = 2.0, out_first: boo
 
 
 def product(x: Tensor, matrices: Tensor, ends: Tensor, out_first: bool = True) -> Tensor:
-    """As transformers dispatches it; `F.grouped_mm` has no float64."""
+    """Compute the product like transformers; `F.grouped_mm` does not support float64."""
     from transformers.integrations.moe import _grouped_mm
 
     matrices = matrices.transpose(-2, -1) if out_first else matrices
@@ -68,7 +68,9 @@ def assert_fused(outcome: Outcome, tolerance: float = 2e-6) -> None:
 @LAYOUTS
 @pytest.mark.parametrize("scaling", [1.0, 2.0, 1.5])
 @pytest.mark.parametrize(("dtype", "adapter"), [(f32, f32), (bf16, bf16), (bf16, f32)], ids=str)
-def test_adapted_experts_are_an_op(dtype: torch.dtype, adapter: torch.dtype, scaling: float, out_first: bool) -> None:
+def test_experts_with_lora_are_one_op(
+    dtype: torch.dtype, adapter: torch.dtype, scaling: float, out_first: bool
+) -> None:
     inputs = [X.detach().to(dtype).requires_grad_(), *layer(out_first, dtype=dtype, adapter=adapter), ENDS]
     function = lambda *given: experts(*given, scaling=scaling, out_first=out_first)  # noqa: E731
     outcome = analyse(function, *inputs, verify=True)
@@ -79,8 +81,8 @@ def test_adapted_experts_are_an_op(dtype: torch.dtype, adapter: torch.dtype, sca
 @LAYOUTS
 @pytest.mark.parametrize("ambient", [True, False], ids=["ambient", "in the graph"])
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
-def test_autocast_changes_nothing(dtype: torch.dtype, ambient: bool, out_first: bool) -> None:
-    """PEFT sums where it is off, transformers multiplies by what there is; neither product heeds it."""
+def test_autocast_is_supported(dtype: torch.dtype, ambient: bool, out_first: bool) -> None:
+    """PEFT disables it for the sum, and grouped products ignore it."""
 
     def function(*given: Any) -> Tensor:
         with torch.autocast("cpu", dtype=bf16):
@@ -98,14 +100,14 @@ def test_autocast_changes_nothing(dtype: torch.dtype, ambient: bool, out_first: 
 
 @pytest.mark.parametrize("trained", ["a", "b", "x", "a b", "x a b", "w", "x w a b"])
 @LAYOUTS
-def test_any_choice_of_trained_tensors_gets_its_gradients(trained: str, out_first: bool) -> None:
+def test_any_subset_of_tensors_may_be_trained(trained: str, out_first: bool) -> None:
     tensors = dict(zip(("x", "w", "a", "b"), (X, *layer(out_first)), strict=True))
     inputs = [t.detach().requires_grad_(name in trained.split()) for name, t in tensors.items()]
     assert_fused(analyse(lambda *given: experts(*given, out_first=out_first), *inputs, ENDS))
 
 
 @LAYOUTS
-def test_a_bias_that_is_added_in_place_is_added_to_the_ops_result(out_first: bool) -> None:
+def test_a_bias_may_be_added_to_the_result_in_place(out_first: bool) -> None:
     def function(x: Tensor, w: Tensor, a: Tensor, b: Tensor, ends: Tensor, bias: Tensor) -> Tensor:
         out = experts(x, w, a, b, ends, out_first=out_first)
         out.add_(bias)
@@ -114,8 +116,8 @@ def test_a_bias_that_is_added_in_place_is_added_to_the_ops_result(out_first: boo
     assert_fused(analyse(function, X, *layer(out_first), ENDS, BIAS))
 
 
-def test_tokens_of_experts_on_other_devices_keep_their_values() -> None:
-    """They are last, in no group, and masked before and after; before, that is after the sum was made."""
+def test_tokens_of_experts_on_other_devices_are_masked() -> None:
+    """They come last, are in no group, and are masked before and after the product."""
     ends = torch.tensor([2, 5, 8], dtype=torch.int32)
 
     def function(x: Tensor, w: Tensor, a: Tensor, b: Tensor, ends: Tensor, mask: Tensor) -> Tensor:
@@ -129,8 +131,8 @@ def test_tokens_of_experts_on_other_devices_keep_their_values() -> None:
 
 
 @pytest.mark.parametrize("overload", [False, True], ids=["operator", "overload"])
-def test_rows_without_a_group_are_zero_if_the_product_zeroes_them(overload: bool) -> None:
-    """Nothing masks them here."""
+def test_rows_of_no_group_are_zero_if_the_product_zeroes_them(overload: bool) -> None:
+    """Without masks."""
     import transformers.integrations.moe  # noqa: F401  (which registers the operator)
 
     ends = torch.tensor([2, 5, 8], dtype=torch.int32)
@@ -161,7 +163,7 @@ def test_two_parameters_of_one_layer_are_two_ops() -> None:
     outcome.assert_close(2e-6)
 
 
-def test_any_number_of_tokens_is_served_by_one_graph() -> None:
+def test_a_dynamic_number_of_tokens_is_supported() -> None:
     x = randn(TOKENS, K)
     torch._dynamo.mark_dynamic(x, 0)
     assert_fused(analyse(experts, x, *layer(), ENDS, dynamic=None))
@@ -234,7 +236,7 @@ def written_before(x: Tensor, w: Tensor, a: Tensor, b: Tensor, ends: Tensor) -> 
 
 
 def weight_that_changes(x: Tensor, w: Tensor, a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-    """After it was summed, and before the product."""
+    """The weight is written to after the sum and before the product."""
     total = summed(w, a, b)
     w.mul_(0.5)
     return product(x, total, ends)
@@ -247,7 +249,7 @@ def of_another_mode(x: Tensor, w: Tensor, a: Tensor, b: Tensor, ends: Tensor) ->
 
 
 def under_autocast(x: Tensor, w: Tensor, a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-    """The sum is rounded to bfloat16, and not the parameter."""
+    """The sum is rounded to bfloat16, but not the parameter."""
     with torch.autocast("cpu", dtype=bf16):
         total = torch.baddbmm(w, *factors(w, a, b), alpha=2.0)
     return product(x, total, ends)
@@ -258,7 +260,7 @@ def broadcast(x: Tensor, w: Tensor, a: Tensor, b: Tensor, ends: Tensor) -> Tenso
 
 
 def scores(bias: Tensor, x: Tensor, w: Tensor) -> Tensor:
-    """Of attention, with a bias for each head and key."""
+    """Attention scores with a bias per head and key."""
     q, k = F.linear(x, w).chunk(2, -1)
     return bias.baddbmm(q, k.transpose(1, 2), beta=1.0, alpha=0.25).softmax(-1)
 
@@ -275,7 +277,7 @@ def mixed(residual: Tensor, x: Tensor, w: Tensor, out: Tensor) -> Tensor:
         (mixed, (randn(EXPERTS, TOKENS, 8), randn(EXPERTS, TOKENS, K), randn(16, K), randn(16, 8))),
     ],
 )
-def test_attention_is_no_candidate(function: Any, inputs: Any) -> None:
+def test_attention_is_not_a_candidate(function: Any, inputs: Any) -> None:
     outcome = analyse(function, *inputs)
     assert not [miss for miss in outcome.misses if miss.op == "lora"]
     outcome.assert_identical()
@@ -284,8 +286,8 @@ def test_attention_is_no_candidate(function: Any, inputs: Any) -> None:
 HIGH = layer(rank=K)
 LOOKALIKES = [
     Lookalike("the sum is read twice", read_twice, GIVEN, missed="value total is also used"),
-    Lookalike("the sum leaves as well", leaving, GIVEN, missed="leaves the graph"),
-    Lookalike("the sum leaves alone", alone, GIVEN, missed="leaves the graph before a product reads it"),
+    Lookalike("the sum is also an output", leaving, GIVEN, missed="leaves the graph"),
+    Lookalike("the sum is the only output", alone, GIVEN, missed="leaves the graph before a product reads it"),
     Lookalike("twice the weight", doubled, GIVEN, missed="baddbmm has beta=2.0, which the pattern does not mention"),
     Lookalike("another reader", penalised, GIVEN, missed="reads the sum of weight and adapter"),
     Lookalike("no parameter", computed, GIVEN),
@@ -303,7 +305,7 @@ LOOKALIKES = [
 
 
 @pytest.mark.parametrize("case", LOOKALIKES, ids=str)
-def test_what_only_looks_like_it_stays(case: Lookalike) -> None:
+def test_lookalikes_are_not_fused(case: Lookalike) -> None:
     case.check()
 
 
@@ -318,7 +320,7 @@ def test_what_only_looks_like_it_stays(case: Lookalike) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
-def test_grouped_products_of_another_kind_have_no_meaning(options: dict[str, Any], known: bool) -> None:
+def test_unsupported_grouped_products_are_opaque(options: dict[str, Any], known: bool) -> None:
     graph = fx.Graph()
 
     def given(name: str, value: Any) -> Any:

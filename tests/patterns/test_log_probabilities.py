@@ -1,4 +1,4 @@
-"""Log probabilities of labels, as preference and policy losses read them, become the fused cross-entropy, negated."""
+"""Log probabilities of labels, as in preference and policy losses, become the negated fused cross-entropy."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SPELLINGS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
 @pytest.mark.parametrize("name", SPELLINGS)
-def test_the_log_probabilities_of_labels_are_a_negated_cross_entropy(name: str, dtype: torch.dtype) -> None:
+def test_log_probabilities_are_a_negated_cross_entropy(name: str, dtype: torch.dtype) -> None:
     inputs = [X.detach().to(dtype).requires_grad_(), W.detach().to(dtype).requires_grad_(), LABELS]
     outcome = analyse(SPELLINGS[name], *inputs)
     assert outcome.ops == ["linear_cross_entropy"], outcome.missed()
@@ -54,13 +54,13 @@ def test_the_log_probabilities_of_labels_are_a_negated_cross_entropy(name: str, 
 
 
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
-def test_a_replay_in_float64_agrees(dtype: torch.dtype) -> None:
+def test_verification_passes(dtype: torch.dtype) -> None:
     inputs = [X.detach().to(dtype).requires_grad_(), W.detach().to(dtype).requires_grad_(), LABELS]
     outcome = analyse(log_probabilities, *inputs, verify=True)
     assert outcome.ops == ["linear_cross_entropy"], outcome.turned_down()
 
 
-def test_sizes_may_be_dynamic() -> None:
+def test_dynamic_sizes_are_supported() -> None:
     x = randn(4, 3, H)
     torch._dynamo.mark_dynamic(x, 0)
     outcome = analyse(lambda x, w: log_probabilities(x, w, (x[..., 0] > 0).long()), x, W, dynamic=None)
@@ -69,7 +69,7 @@ def test_sizes_may_be_dynamic() -> None:
 
 
 def test_dynamic_sizes_that_may_differ_are_not_fused() -> None:
-    """`gather` takes fewer labels as well, so nothing ties the two sizes together."""
+    """`gather` also accepts fewer labels than rows, so the two sizes may be independent."""
     x, labels = randn(4, 3, H), LABELS.repeat(2, 1)
     for tensor in (x, labels):
         torch._dynamo.mark_dynamic(tensor, 0)

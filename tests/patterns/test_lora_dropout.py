@@ -1,4 +1,4 @@
-"""Adapters whose dropout the op does itself, from a seed that the graph draws: as on a GPU, told of the CPU here."""
+"""Dropout of adapters is fused, from a seed that the graph draws, as on a GPU; the device check is patched here."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def masks_are_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def drawn(x: Tensor, w: Tensor, a: Tensor, b: Tensor, p: float = P) -> Tensor:
-    """`lora` with the dropout of a seed."""
+    """`lora` with dropout from a seed."""
     result = F.linear(x, w)
     return (result + F.linear(F.linear(drop(x.to(a.dtype), p), a), b) * 2.0).to(result.dtype)
 
@@ -47,7 +47,7 @@ def dropped(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
-def test_an_adapters_dropout_becomes_a_seed(dtype: torch.dtype) -> None:
+def test_dropout_of_an_adapter_becomes_a_seed(dtype: torch.dtype) -> None:
     outcome = check(
         dropped,
         drawn,
@@ -63,7 +63,7 @@ def test_an_adapters_dropout_becomes_a_seed(dtype: torch.dtype) -> None:
     assert arguments["dropout"] == P
 
 
-def test_under_autocast_too() -> None:
+def test_autocast_is_supported() -> None:
     def under_autocast(function: Function) -> Function:
         def run(*given: Tensor) -> Tensor:
             with torch.autocast("cpu", dtype=bf16):
@@ -75,13 +75,13 @@ def test_under_autocast_too() -> None:
 
 
 @pytest.mark.parametrize("trained", ["x", "a", "b", "w", "x a", "a b", "x b", "x w a b"])
-def test_any_choice_of_trained_tensors_gets_its_gradients(trained: str) -> None:
+def test_any_subset_of_tensors_may_be_trained(trained: str) -> None:
     tensors = dict(zip("xwab", (X, *layer(24, 16)), strict=True))
     inputs = [t.detach().requires_grad_(name in trained.split()) for name, t in tensors.items()]
     check(dropped, drawn, *inputs, ops=["lora_linear"])
 
 
-def test_nothing_as_large_as_the_input_is_saved_but_the_input() -> None:
+def test_only_the_input_is_saved() -> None:
     gm, given = trace(lambda x, *w: dropped(x * 1.5, *w), (X, *layer(24, 16, rank=3)))
     rewrite(gm, default_rules())
     saved: list[Tensor] = []
@@ -90,8 +90,8 @@ def test_nothing_as_large_as_the_input_is_saved_but_the_input() -> None:
     assert len({t.data_ptr() for t in saved if t.numel() == X.numel()}) == 1
 
 
-def test_seeds_are_drawn_where_the_masks_were() -> None:
-    """Among other random numbers, in their order; and anew in every run."""
+def test_seeds_are_drawn_in_the_order_of_the_masks() -> None:
+    """Also among other random numbers; each run draws new seeds."""
 
     def function(draw: Callable[..., Tensor], adapted: Function) -> Function:
         def run(x: Tensor, *weights: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def test_seeds_are_drawn_where_the_masks_were() -> None:
     assert not torch.equal(first, second)
 
 
-def test_of_several_adapters_each_has_a_seed() -> None:
+def test_each_of_several_adapters_has_a_seed() -> None:
     def function(drop: Callable[..., Tensor]) -> Function:
         def run(x: Tensor, w: Tensor, a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, a3: Tensor, b3: Tensor) -> Tensor:
             result = F.linear(x, w)
@@ -128,7 +128,7 @@ def test_of_several_adapters_each_has_a_seed() -> None:
     assert outcome.targets().count("randint") == 2
 
 
-def test_an_adapter_on_another_base_has_one() -> None:
+def test_lora_add_has_a_seed() -> None:
     def function(drop: Callable[..., Tensor]) -> Function:
         return lambda x, packed, a, b: x @ packed.float() + F.linear(F.linear(drop(x, P), a), b) * 2.0
 
@@ -138,8 +138,8 @@ def test_an_adapter_on_another_base_has_one() -> None:
 
 
 @pytest.mark.parametrize("shares", [(P, P, P), (0.2, None, 0.5)], ids=str)
-def test_projections_of_one_input_are_a_group_with_a_seed_each(shares: tuple[float | None, ...]) -> None:
-    """Drawn before the group, which is where its first result is used: there may be other dropouts still to come."""
+def test_each_member_of_a_group_has_a_seed(shares: tuple[float | None, ...]) -> None:
+    """Seeds are drawn before the group's first result is used, since other dropouts may follow."""
 
     def function(adapted: Function) -> Function:
         def run(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -157,8 +157,8 @@ def test_projections_of_one_input_are_a_group_with_a_seed_each(shares: tuple[flo
     assert analyse(function(lora), X, *qkv, verify=True).ops == ["lora_group"]
 
 
-def test_an_mlp_stays_in_parts() -> None:
-    """Its op has no dropout: the hidden product would have to be drawn again too."""
+def test_an_mlp_with_dropout_is_not_fused_as_one_op() -> None:
+    """`lora_mlp` does not support dropout."""
 
     def function(adapted: Function) -> Function:
         def run(x: Tensor, *weights: Tensor) -> Tensor:
@@ -171,8 +171,8 @@ def test_an_mlp_stays_in_parts() -> None:
     check(function(lora), function(drawn), X, *mlp, ops=["glu", "lora_group", "lora_linear"])
 
 
-def test_a_copy_that_others_read_stays() -> None:
-    """Then its random numbers are eager's, and it is the op's `x_dropped`."""
+def test_dropout_with_other_readers_stays() -> None:
+    """The op then takes it as `x_dropped`, with eager's random numbers."""
 
     def function(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         z = F.dropout(x, P)
@@ -186,15 +186,15 @@ def test_a_copy_that_others_read_stays() -> None:
 
 
 @pytest.mark.parametrize("p", [1.0, 1])
-def test_a_dropout_of_everything_stays(p: float) -> None:
+def test_dropout_of_everything_stays(p: float) -> None:
     outcome = analyse(lambda *given: lora(*given, p=p), X, *layer(24, 16))
     assert outcome.ops == ["lora_linear"]
     assert "dropout" in outcome.targets()
     outcome.assert_close(2e-6)
 
 
-def test_a_copy_that_was_rounded_before_stays() -> None:
-    """The op widens, and does not round, what it drops out."""
+def test_dropout_of_a_rounded_input_stays() -> None:
+    """The op does not round the input of its dropout."""
 
     def function(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return F.linear(x, w) + F.linear(F.linear(F.dropout(x.to(bf16), P), a), b) * 2.0
@@ -205,7 +205,7 @@ def test_a_copy_that_was_rounded_before_stays() -> None:
     assert outcome.chosen[0].arguments.get("seed") is None
 
 
-def test_on_the_cpu_eagers_random_numbers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_the_cpu_dropout_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     outcome = analyse(dropped, X, *layer(24, 16))
     assert "dropout" in outcome.targets()
@@ -213,7 +213,7 @@ def test_on_the_cpu_eagers_random_numbers_stay(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("dimensions", [(0,), (1,), (0, 1)], ids=str)
-def test_any_batch_and_length_is_claimed(dimensions: tuple[int, ...]) -> None:
+def test_dynamic_batch_and_length_are_supported(dimensions: tuple[int, ...]) -> None:
     x = randn(2, 3, 16)
     for dimension in dimensions:
         torch._dynamo.mark_dynamic(x, dimension)
@@ -237,7 +237,7 @@ def checkpointed(x: Tensor, *weights: Tensor) -> Tensor:
 BLOCK = (X, *layer(24, 16), *layer(16, 24, seed=3))
 
 
-def test_a_checkpoint_draws_its_seeds_again() -> None:
+def test_a_checkpoint_recomputes_with_the_same_seeds() -> None:
     plain, recomputed = analyse(block, *BLOCK), analyse(checkpointed, *BLOCK)
     for outcome in (plain, recomputed):
         assert outcome.ops == ["lora_linear"] * 2
@@ -247,14 +247,14 @@ def test_a_checkpoint_draws_its_seeds_again() -> None:
 
 @pytest.mark.parametrize("function", [block, checkpointed], ids=lambda f: f.__name__)
 def test_aot_autograd_draws_each_seed_once(function: Function) -> None:
-    """Forward and backward of what it makes of the rewritten graph have one mask, recomputed or not."""
+    """Its forward and backward of the rewritten graph use the same mask, recomputed or not."""
     assert_same(through_aot_autograd(function, *BLOCK), analyse(block, *BLOCK).rewritten)
 
 
 @pytest.mark.parametrize("how", ["train", "checkpointing", "verified"])
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_a_model_trains_with_seeds(family: str, how: str) -> None:
-    """With and without checkpoints, its gradients are the same for the same random state."""
+    """Gradients with and without checkpoints are equal for equal random states."""
     results = []
     for recomputes in (False, how == "checkpointing"):
         model = build(family, dropout=0.1)
@@ -275,13 +275,13 @@ def test_a_model_trains_with_seeds(family: str, how: str) -> None:
 # ---- verification
 
 
-def test_verification_gives_both_sides_one_mask() -> None:
+def test_verification_uses_one_mask_for_both_sides() -> None:
     outcome = analyse(dropped, X, *layer(24, 16), verify=True)
     assert outcome.ops == ["lora_linear"]
     assert "verify" not in outcome.turned_down()
 
 
-def test_verification_finds_another_probability() -> None:
+def test_verification_detects_another_probability() -> None:
     attrs: dict[str, Any] = {"lora_dtype": dtype_of(), "out_dtype": dtype_of(), "dropout": 0.25}
 
     @rule(ops.lora_add, attrs=attrs)

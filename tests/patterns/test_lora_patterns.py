@@ -1,4 +1,4 @@
-"""Adapters as PEFT writes them, on the base layers that they meet."""
+"""Graphs of PEFT's adapters, on all kinds of base layers, are fused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def by_matrices(x, w, a, b):
 
 
 @pytest.mark.parametrize("function", [unscaled, scaled_first, by_matrices, lora], ids=lambda f: f.__name__)
-def test_every_spelling_of_an_adapted_layer_is_one_op(function: Any) -> None:
+def test_every_spelling_of_a_lora_layer_is_one_op(function: Any) -> None:
     outcome = analyse(function, X, *layer(24, 16))
     assert outcome.ops == ["lora_linear"]
     assert not outcome.misses
@@ -58,8 +58,8 @@ def test_biases_of_base_and_adapter_are_arguments(has_lora_bias: bool) -> None:
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
-def test_adapters_in_float32_on_any_base_are_claimed(dtype: torch.dtype, p: float) -> None:
-    """With dropout the random numbers are the ones that eager draws, so even the masked gradients agree."""
+def test_float32_adapters_on_any_base_dtype_are_fused(dtype: torch.dtype, p: float) -> None:
+    """Dropout draws eager's random numbers, so gradients agree."""
     inputs = [X if dtype == f32 else BF16, *layer(24, 16, base=dtype)]
     function = lambda *given: lora(*given, p=p)  # noqa: E731
     outcome = analyse(function, *inputs)
@@ -72,7 +72,7 @@ def test_adapters_in_float32_on_any_base_are_claimed(dtype: torch.dtype, p: floa
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
-def test_an_adapter_under_autocast_is_claimed(p: float) -> None:
+def test_an_adapter_under_autocast_is_fused(p: float) -> None:
     def function(*given: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=bf16):
             return lora(*given, p=p)
@@ -92,8 +92,8 @@ def rounded_before(x, w, a, b):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_base_that_is_cast_to_a_wider_residual_stream_is_claimed(autocast: bool) -> None:
-    """As over bases of which PEFT has made all but the products float32."""
+def test_a_base_that_is_cast_to_a_float32_residual_stream_is_fused(autocast: bool) -> None:
+    """As over base layers that PEFT has cast to float32, except for their products."""
 
     def function(*given: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=bf16, enabled=autocast):
@@ -107,13 +107,13 @@ def test_a_base_that_is_cast_to_a_wider_residual_stream_is_claimed(autocast: boo
     outcome.assert_close(2e-6)
 
 
-def test_a_base_that_rounds_its_input_differently_is_not_fused_with_the_adapter() -> None:
+def test_a_base_that_rounds_its_input_differently_stays() -> None:
     outcome = analyse(rounded_before, X, *layer(24, 16))
     assert "lora_linear" not in outcome.ops
 
 
 @pytest.mark.parametrize("trained", ["x", "a", "b", "w", "x a", "a b", "x b", "x w a b"])
-def test_any_choice_of_trained_tensors_gets_its_gradients(trained: str) -> None:
+def test_any_subset_of_tensors_may_be_trained(trained: str) -> None:
     tensors = dict(zip("xwab", (X, *layer(24, 16)), strict=True))
     inputs = [t.detach().requires_grad_(name in trained.split()) for name, t in tensors.items()]
     outcome = analyse(lora, *inputs)
@@ -121,7 +121,7 @@ def test_any_choice_of_trained_tensors_gets_its_gradients(trained: str) -> None:
     outcome.assert_close(2e-6)
 
 
-def test_two_adapters_on_one_layer_are_both_claimed() -> None:
+def test_two_adapters_on_one_layer_are_both_fused() -> None:
     def function(x: Tensor, w: Tensor, a: Tensor, b: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
         result = F.linear(x, w)
         result = result + F.linear(F.linear(F.dropout(x, 0.3), a), b) * 2.0
@@ -134,8 +134,8 @@ def test_two_adapters_on_one_layer_are_both_claimed() -> None:
     outcome.assert_close(2e-6)
 
 
-class Quantised(torch.autograd.Function):
-    """A stand-in for a 4-bit layer: the weight comes into being inside, and only x has a gradient."""
+class QuantizedProduct(torch.autograd.Function):
+    """A fake of a 4-bit layer: the weight is computed inside, and only x has a gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Tensor) -> Tensor:
@@ -149,11 +149,11 @@ class Quantised(torch.autograd.Function):
 
 
 def on_a_function(x, packed, a, b):
-    return Quantised.apply(x, packed) + F.linear(F.linear(x, a), b) * 2.0
+    return QuantizedProduct.apply(x, packed) + F.linear(F.linear(x, a), b) * 2.0
 
 
 def on_addmm(x, weight, a, b, bias):
-    """A Conv1D of GPT-2, whose weight lies the other way round."""
+    """A Conv1D of GPT-2, whose weight is transposed."""
     base = torch.addmm(bias, x.view(-1, x.size(-1)), weight).view(*x.shape[:-1], weight.size(1))
     return base + F.linear(F.linear(x, a), b) * 2.0
 
@@ -166,12 +166,12 @@ def test_an_adapter_on_an_autograd_function_keeps_its_gradient() -> None:
 
 
 @pytest.mark.parametrize("rounded", ["before it is scaled", "before it is added", "never"])
-def test_the_contribution_to_a_base_of_half_precision_may_be_rounded(rounded: str) -> None:
-    """As PEFT does it for the layers of AWQ, for others that are quantised, and for those that are not."""
+def test_the_adapters_output_may_be_rounded_before_the_addition(rounded: str) -> None:
+    """As in PEFT for AWQ layers, for other quantized layers, and for plain ones."""
 
     def function(x: Tensor, packed: Tensor, a: Tensor, b: Tensor) -> Tensor:
         half = bf16 if x.dtype == f32 else x.dtype
-        base = Quantised.apply(x, packed).to(half)
+        base = QuantizedProduct.apply(x, packed).to(half)
         low = F.linear(F.linear(x.to(a.dtype), a), b)
         if rounded == "before it is scaled":
             return base + low.to(half) * 3.0
@@ -186,7 +186,7 @@ def test_the_contribution_to_a_base_of_half_precision_may_be_rounded(rounded: st
     assert_as_exact(outcome, function, inputs)
 
 
-def test_an_adapter_on_a_conv1d_is_claimed() -> None:
+def test_an_adapter_on_a_conv1d_is_fused() -> None:
     weight, a, b = layer(24, 16)
     outcome = analyse(on_addmm, X, weight.t().contiguous(), a, b, BIAS)
     assert outcome.ops == ["lora_add"]
@@ -201,7 +201,7 @@ QKV = (*layer(24, 16), *layer(8, 16, 3, seed=3), *layer(8, 16, 2, seed=6))
 
 
 def test_projections_of_one_input_are_one_group() -> None:
-    """Of different widths and ranks, as with grouped-query attention."""
+    """With different widths and ranks, as in grouped-query attention."""
     outcome = analyse(attention_inputs, X, *QKV)
     assert outcome.ops == ["lora_group"]
     outcome.assert_tidy()
@@ -209,7 +209,7 @@ def test_projections_of_one_input_are_one_group() -> None:
 
 
 @pytest.mark.parametrize("unused", [0, 1, 2])
-def test_a_group_member_without_gradient_gives_its_parameters_none(unused: int) -> None:
+def test_parameters_of_an_unused_group_member_get_no_gradient(unused: int) -> None:
     def function(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         results = attention_inputs(x, *weights)
         return tuple(r.detach() if i == unused else r for i, r in enumerate(results))
@@ -228,13 +228,13 @@ def test_projections_with_dropout_keep_their_own_masks() -> None:
     outcome.assert_close(2e-6)
 
 
-def test_projections_of_different_inputs_are_no_group() -> None:
+def test_projections_of_different_inputs_are_not_grouped() -> None:
     outcome = analyse(lambda x, y, *w: (lora(x, *w[:3]), lora(y, *w[3:6])), X, randn(2, 3, 16, seed=1), *QKV[:6])
     assert outcome.ops == ["lora_linear", "lora_linear"]
     outcome.assert_close(2e-6)
 
 
-def test_projections_that_follow_each_other_are_no_group() -> None:
+def test_consecutive_projections_are_not_grouped() -> None:
     def function(x: Tensor, *weights: Tensor) -> Tensor:
         y = lora(x, *weights[:3])
         return y + lora(lora(y, *weights[3:6]), *weights[6:])
@@ -256,7 +256,7 @@ def test_one_adapter_shared_by_two_layers_gets_both_gradients() -> None:
 
 
 @pytest.mark.parametrize("dimensions", [(0,), (1,), (0, 1)], ids=str)
-def test_an_adapted_layer_of_any_batch_and_length_is_claimed(dimensions: Sequence[int]) -> None:
+def test_dynamic_batch_and_length_are_supported(dimensions: Sequence[int]) -> None:
     x = randn(2, 3, 16)
     for dimension in dimensions:
         torch._dynamo.mark_dynamic(x, dimension)
@@ -265,7 +265,7 @@ def test_an_adapted_layer_of_any_batch_and_length_is_claimed(dimensions: Sequenc
     outcome.assert_close(2e-6)
 
 
-def test_a_matrix_of_tokens_is_as_good_as_a_batch() -> None:
+def test_two_dimensional_input_is_supported() -> None:
     outcome = analyse(lambda x, *w: lora(x * 1.5, *w), randn(6, 16), *layer(24, 16))
     assert outcome.ops == ["lora_linear"]
     outcome.assert_close(2e-6)

@@ -1,4 +1,4 @@
-"""Output head and cross-entropy as models and trainers write them."""
+"""Graphs of output head and cross-entropy, as in models and trainers, are fused."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_every_spelling_of_a_loss_on_a_vocabulary_is_one_op(name: str, dtype: to
         outcome.assert_close(2e-6)
 
 
-def test_a_head_with_a_bias_is_claimed_with_it() -> None:
+def test_a_bias_of_the_head_is_fused() -> None:
     inputs = [randn(6, H), randn(V, H), randn(V), LABELS.view(-1)]
     outcome = analyse(lambda x, w, b, t: F.cross_entropy(F.linear(x, w, b), t), *inputs)
     assert outcome.ops == ["linear_cross_entropy"]
@@ -76,7 +76,7 @@ def test_a_frozen_head_gets_no_gradient(trained: str) -> None:
     outcome.assert_close(2e-6)
 
 
-def test_a_loss_of_ignored_labels_only_is_eagers() -> None:
+def test_a_loss_of_only_ignored_labels_equals_eager() -> None:
     nothing = torch.full((6,), -100)
     outcome = analyse(
         lambda x, w, t: F.cross_entropy(F.linear(x, w), t, reduction="sum"), randn(6, H), randn(V, H), nothing
@@ -86,7 +86,7 @@ def test_a_loss_of_ignored_labels_only_is_eagers() -> None:
     outcome.assert_close()
 
 
-def test_a_loss_under_autocast_is_claimed() -> None:
+def test_a_loss_under_autocast_is_fused() -> None:
     def function(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=bf16):
             logits = F.linear(x, w)
@@ -98,8 +98,8 @@ def test_a_loss_under_autocast_is_claimed() -> None:
 
 
 @pytest.mark.parametrize("factor", ["multiplied", "divided"])
-def test_a_temperature_that_changes_between_steps_is_served(factor: str) -> None:
-    """From the second value on TorchDynamo makes it a number of the graph."""
+def test_a_temperature_that_changes_between_steps_is_supported(factor: str) -> None:
+    """From the second value on, it is a symbolic input of the graph."""
 
     def function(x: Tensor, w: Tensor, t: Tensor, temperature: float) -> Tensor:
         logits = F.linear(x, w)
@@ -110,7 +110,7 @@ def test_a_temperature_that_changes_between_steps_is_served(factor: str) -> None
     outcome.assert_close(2e-6)
 
 
-def test_a_loss_over_any_number_of_tokens_is_claimed() -> None:
+def test_a_dynamic_number_of_tokens_is_supported() -> None:
     x, labels = randn(6, H), LABELS.view(-1)
     for tensor in (x, labels):
         torch._dynamo.mark_dynamic(tensor, 0)

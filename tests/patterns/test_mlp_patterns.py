@@ -1,4 +1,4 @@
-"""Gated units as models write them, and MLPs with adapters on all three layers."""
+"""Graphs of gated units as in models, and of MLPs with LoRA on all three layers, are fused."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_value_that_gates_itself_gets_both_gradients() -> None:
     outcome.assert_close()
 
 
-def test_fused_gate_and_up_weights_are_read_by_halves() -> None:
+def test_halves_of_a_fused_projection_are_read_in_place() -> None:
     def function(x: Tensor, w: Tensor) -> Tensor:
         gate, up = F.linear(x, w).chunk(2, dim=-1)
         return up * F.silu(gate)
@@ -96,7 +96,7 @@ def test_a_gated_mlp_with_adapters_is_one_op(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
-def test_dropout_leaves_the_mlp_in_parts_and_the_masks_eagers(dtype: torch.dtype) -> None:
+def test_an_mlp_with_dropout_keeps_eagers_masks(dtype: torch.dtype) -> None:
     outcome = analyse(lambda *given: mlp(*given, p=0.3), randn(2, 3, 16, dtype=dtype), *layers(dtype))
     assert outcome.ops == ["glu", "lora_linear", "lora_linear", "lora_linear"]
     outcome.assert_tidy()
@@ -137,7 +137,7 @@ def test_an_mlp_under_autocast_is_one_op() -> None:
 
 @pytest.mark.parametrize("frozen", [(), (0,), (1, 2), (4, 5), (7, 8), (1, 2, 4, 5, 7, 8)], ids=str)
 def test_frozen_parts_of_an_mlp_get_no_gradient(frozen: tuple[int, ...]) -> None:
-    """Positions: 0 is x, then weight, A and B of gate, up and down."""
+    """Indices of tensors: 0 is x, then weight, A and B of gate, up and down."""
     tensors = (randn(2, 3, 16), *layers())
     positions = {0: 0, 1: 2, 2: 3, 4: 5, 5: 6, 7: 8, 8: 9}
     inputs = [t.detach() if i in {positions[f] for f in frozen} else t for i, t in enumerate(tensors)]

@@ -1,5 +1,5 @@
-"""Norms after an addition whose branch is dropped out: from a seed that the graph draws, as on a GPU, told of the CPU
-here; elsewhere the dropout stays."""
+"""Dropout of a branch before a residual addition and a norm is fused, from a seed that the graph draws, as on a GPU;
+the device check is patched here."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def masks_are_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def summed(norm: Function, drop: Callable[..., Tensor], left: bool = False, ends: bool = False) -> Function:
-    """A norm of a sum of which x is dropped out."""
+    """Return a norm of the sum of a residual and x with dropout."""
 
     def run(x: Tensor, y: Tensor, w: Tensor) -> Any:
         total = drop(x, P) + y if left else y + drop(x, P)
@@ -56,7 +56,7 @@ def summed(norm: Function, drop: Callable[..., Tensor], left: bool = False, ends
 
 
 def assert_stays(outcome: Outcome, op: str) -> None:
-    """The sum is fused, and its dropout is eager's."""
+    """Assert that the sum is fused, but its dropout stays in the graph."""
     assert outcome.ops == [op]
     assert outcome.chosen[0].arguments.get("seed") is None
     assert "randint" not in outcome.targets()
@@ -66,8 +66,8 @@ def assert_stays(outcome: Outcome, op: str) -> None:
 @pytest.mark.parametrize("ends", [False, True], ids=["sum goes on", "sum ends"])
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 @pytest.mark.parametrize("op", NORMS)
-def test_a_branchs_dropout_becomes_a_seed(op: str, left: bool, ends: bool) -> None:
-    """On either side of the sum."""
+def test_dropout_of_a_branch_becomes_a_seed(op: str, left: bool, ends: bool) -> None:
+    """On either side of the addition."""
     norm = NORMS[op]
     outcome = check(summed(norm, F.dropout, left, ends), summed(norm, drop, left, ends), X, Y, W, ops=[op])
     assert "dropout" not in outcome.targets()
@@ -78,8 +78,8 @@ def test_a_branchs_dropout_becomes_a_seed(op: str, left: bool, ends: bool) -> No
 
 
 @pytest.mark.parametrize("op", NORMS)
-def test_in_half_precision_it_rounds_as_eager_does(op: str) -> None:
-    """The sum, which goes on, has the very bits of eager's for the same mask."""
+def test_half_precision_rounds_like_eager(op: str) -> None:
+    """The sum equals eager's bit for bit for the same mask."""
     inputs = [t.detach().to(bf16).requires_grad_() for t in (X, Y, W)]
     outcome = check(summed(NORMS[op], F.dropout), summed(NORMS[op], drop), *inputs, ops=[op], tolerance=1e-2)
     assert torch.equal(outcome.rewritten.outputs[1], evaluate(summed(NORMS[op], drop), inputs).outputs[1])
@@ -87,15 +87,15 @@ def test_in_half_precision_it_rounds_as_eager_does(op: str) -> None:
 
 @pytest.mark.parametrize("trained", ["x", "y", "x y", "x w", "y w"])
 @pytest.mark.parametrize("op", NORMS)
-def test_any_choice_of_trained_tensors_gets_its_gradients(op: str, trained: str) -> None:
+def test_any_subset_of_tensors_may_be_trained(op: str, trained: str) -> None:
     given = {"x": X, "y": Y, "w": W}
     inputs = [t.detach().requires_grad_(name in trained.split()) for name, t in given.items()]
     check(summed(NORMS[op], F.dropout), summed(NORMS[op], drop), *inputs, ops=[op])
 
 
 @pytest.mark.parametrize("op", NORMS)
-def test_nothing_is_saved_for_it(op: str) -> None:
-    """One tensor of the sum's size, the sum, as without the dropout."""
+def test_dropout_saves_no_activation(op: str) -> None:
+    """The only saved tensor of the sum's size is the sum, as without dropout."""
     gm, given = trace(summed(NORMS[op], F.dropout), (X, Y, W))
     rewrite(gm, default_rules())
     saved: list[Tensor] = []
@@ -105,7 +105,7 @@ def test_nothing_is_saved_for_it(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", NORMS)
-def test_of_two_dropouts_one_becomes_a_seed(op: str) -> None:
+def test_one_of_two_dropouts_becomes_a_seed(op: str) -> None:
     def function(drop: Callable[..., Tensor]) -> Function:
         def run(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
             return NORMS[op](F.dropout(x, 0.2) + drop(y, P), w)
@@ -117,7 +117,7 @@ def test_of_two_dropouts_one_becomes_a_seed(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", NORMS)
-def test_a_value_is_added_to_its_own_dropout(op: str) -> None:
+def test_a_value_may_be_added_to_its_own_dropout(op: str) -> None:
     def function(drop: Callable[..., Tensor]) -> Function:
         return lambda x, w: NORMS[op](drop(x, P) + x, w)
 
@@ -125,8 +125,8 @@ def test_a_value_is_added_to_its_own_dropout(op: str) -> None:
     assert "dropout" not in outcome.targets()
 
 
-def test_a_chain_of_blocks_draws_its_seeds_in_order() -> None:
-    """Where the masks were, among other random numbers."""
+def test_seeds_of_a_chain_of_blocks_are_drawn_in_order() -> None:
+    """In place of the masks, among other random numbers."""
 
     def function(drop: Callable[..., Tensor]) -> Function:
         def run(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ def test_a_chain_of_blocks_draws_its_seeds_in_order() -> None:
     assert "dropout" not in outcome.targets()
 
 
-def test_an_adapters_and_a_branchs_dropout_are_two_seeds() -> None:
+def test_dropouts_of_adapter_and_branch_have_separate_seeds() -> None:
     def function(drop: Callable[..., Tensor]) -> Function:
         def run(x: Tensor, y: Tensor, w: Tensor, base: Tensor, a: Tensor, b: Tensor) -> Tensor:
             out = F.linear(x, base) + F.linear(F.linear(drop(x, 0.3), a), b) * 2.0
@@ -159,7 +159,7 @@ def test_an_adapters_and_a_branchs_dropout_are_two_seeds() -> None:
 
 
 @pytest.mark.parametrize("op", NORMS)
-def test_a_branch_that_others_read_stays(op: str) -> None:
+def test_dropout_with_other_readers_stays(op: str) -> None:
     def function(x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         z = F.dropout(x, P)
         return NORMS[op](z + y, w), z
@@ -169,18 +169,18 @@ def test_a_branch_that_others_read_stays(op: str) -> None:
 
 @pytest.mark.parametrize("twice", [lambda z: z + z, lambda z: z + z.view(2, 3, 16)], ids=["itself", "view"])
 @pytest.mark.parametrize("op", NORMS)
-def test_a_branch_that_is_added_to_itself_stays(op: str, twice: Function) -> None:
-    """Both addends have one mask."""
+def test_dropout_added_to_itself_stays(op: str, twice: Function) -> None:
+    """Both operands share a mask."""
     assert_stays(analyse(lambda x, w: NORMS[op](twice(F.dropout(x, P)), w), X, W), op)
 
 
 @pytest.mark.parametrize("p", [1.0, 1])
-def test_a_dropout_of_everything_stays(p: float) -> None:
+def test_dropout_of_everything_stays(p: float) -> None:
     assert_stays(analyse(lambda x, y, w: layer(F.dropout(x, p) + y, w), X, Y, W), "add_layer_norm")
 
 
-def test_a_branch_in_another_dtype_stays() -> None:
-    """What is dropped out in float32 is rounded after, which the op would do before."""
+def test_dropout_in_another_dtype_stays() -> None:
+    """A dropout in float32 is rounded afterwards, the op would round before."""
 
     def function(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
         return rms(F.dropout(x.float(), P).to(bf16) + y, w)
@@ -191,7 +191,7 @@ def test_a_branch_in_another_dtype_stays() -> None:
     assert "dropout" in outcome.targets()
 
 
-def test_a_branch_that_is_written_to_in_between_stays() -> None:
+def test_dropout_of_a_mutated_branch_stays() -> None:
     def function(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
         x = x * 2
         z = F.dropout(x, P)
@@ -203,7 +203,7 @@ def test_a_branch_that_is_written_to_in_between_stays() -> None:
     outcome.assert_close(2e-6)
 
 
-def test_a_broadcast_branch_stays() -> None:
+def test_dropout_of_a_broadcast_branch_stays() -> None:
     outcome = analyse(summed(layer, F.dropout), randn(1, 3, 16), Y, W)
     assert outcome.ops == ["layer_norm"]
     assert "the operands of the sum differ in shape or dtype" in outcome.turned_down()
@@ -211,14 +211,14 @@ def test_a_broadcast_branch_stays() -> None:
 
 
 @pytest.mark.parametrize("op", NORMS)
-def test_on_the_cpu_eagers_random_numbers_stay(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_the_cpu_dropout_stays(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     outcome = analyse(summed(NORMS[op], F.dropout), X, Y, W)
     assert "dropout" in outcome.targets()
     assert_stays(outcome, op)
 
 
-def test_a_trace_says_why_a_dropout_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trace_says_why_dropout_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     def reasons(function: Function) -> list[str]:
         made = analyse(function, X, Y, W).rewrites[0]
         match = next(m for m in made.chosen if m.op is ops.add_layer_norm)
@@ -238,7 +238,7 @@ def test_a_trace_says_why_a_dropout_stays(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("dimensions", [(0,), (1,), (0, 1)], ids=str)
 @pytest.mark.parametrize("op", NORMS)
-def test_any_batch_and_length_is_claimed(op: str, dimensions: tuple[int, ...]) -> None:
+def test_dynamic_batch_and_length_are_supported(op: str, dimensions: tuple[int, ...]) -> None:
     inputs = [randn(2, 3, 16), randn(2, 3, 16, seed=1), W]
     for t, dimension in [(t, d) for t in inputs[:2] for d in dimensions]:
         torch._dynamo.mark_dynamic(t, dimension)
@@ -249,8 +249,8 @@ def test_any_batch_and_length_is_claimed(op: str, dimensions: tuple[int, ...]) -
 
 
 @pytest.mark.parametrize("turned", ["x", "y", "x y"])
-def test_any_layout_is_claimed(turned: str) -> None:
-    """The sum has that of eager's, where dropout keeps x's."""
+def test_any_layout_is_supported(turned: str) -> None:
+    """The sum has the strides of eager's."""
 
     def function(drop: Callable[..., Tensor]) -> Function:
         def run(x: Tensor, y: Tensor, w: Tensor) -> Any:
@@ -272,7 +272,7 @@ def block(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
     return layer(x + F.dropout(torch.tanh(rms(x + F.dropout(y, P), w)), P), w)
 
 
-def test_a_checkpoint_draws_its_seeds_again() -> None:
+def test_a_checkpoint_recomputes_with_the_same_seeds() -> None:
     def checkpointed(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
         return checkpoint(block, x, y, w, use_reentrant=False)
 
@@ -284,12 +284,12 @@ def test_a_checkpoint_draws_its_seeds_again() -> None:
 
 
 def test_aot_autograd_draws_each_seed_once() -> None:
-    """Forward and backward of what it makes of the rewritten graph have one mask."""
+    """Its forward and backward of the rewritten graph use the same mask."""
     assert_same(through_aot_autograd(block, X, Y, W), analyse(block, X, Y, W).rewritten)
 
 
 def bert(p: float) -> torch.nn.Module:
-    """BERT with its hidden dropout, and adapters."""
+    """Return a BERT with hidden dropout and adapters."""
     import transformers
     from peft import LoraConfig, get_peft_model
 
@@ -309,7 +309,7 @@ def bert(p: float) -> torch.nn.Module:
 
 @pytest.mark.parametrize("how", ["train", "checkpointing", "verified"])
 def test_bert_trains_with_seeds(how: str) -> None:
-    """With and without checkpoints, its gradients are the same for the same random state."""
+    """Gradients with and without checkpoints are equal for equal random states."""
     results = []
     for recomputes in (False, how == "checkpointing"):
         model = bert(0.1)
@@ -332,7 +332,7 @@ def test_bert_trains_with_seeds(how: str) -> None:
 
 @pytest.mark.parametrize("op", NORMS)
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
-def test_verification_gives_both_sides_one_mask(op: str, dtype: torch.dtype) -> None:
+def test_verification_uses_one_mask_for_both_sides(op: str, dtype: torch.dtype) -> None:
     inputs = [t.detach().to(dtype).requires_grad_() for t in (X, Y, W)]
     outcome = analyse(summed(NORMS[op], F.dropout), *inputs, verify=True)
     assert outcome.ops == [op]
@@ -340,7 +340,7 @@ def test_verification_gives_both_sides_one_mask(op: str, dtype: torch.dtype) -> 
     assert "dropout" not in outcome.targets()
 
 
-def test_verification_finds_another_probability() -> None:
+def test_verification_detects_another_probability() -> None:
     @fuse(ops.add_layer_norm, attrs={"dropout": 0.25})
     def wrong(residual, x, _p: Scalar):
         total = residual + seeded("seed", x, _p, where=lambda view, value: True)

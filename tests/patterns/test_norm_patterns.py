@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm as models write them: all are claimed with the right arguments, and compute what eager does."""
+"""Graphs of RMSNorm and LayerNorm as in models are fused with the right arguments, and equal eager."""
 
 from __future__ import annotations
 
@@ -103,15 +103,15 @@ def test_every_spelling_of_rms_norm_is_one_op(
         outcome.assert_close()
 
 
-def test_the_two_rounding_orders_are_two_ops_arguments() -> None:
+def test_the_rounding_order_is_an_argument_of_the_op() -> None:
     inputs = [randn(*SHAPE, dtype=bf16), randn(16, dtype=bf16)]
     early, late = (analyse(function, *inputs).chosen[0].arguments["norm_dtype"] for function in (llama, gpt_oss))
     assert (early, late) == (bf16, f32)
 
 
 @pytest.mark.parametrize("dtype", [f32, bf16, torch.float16], ids=str)
-def test_torchs_own_norm_has_torchs_own_default_eps(dtype: torch.dtype) -> None:
-    """On small values eps is all that matters."""
+def test_torch_rms_norm_has_its_default_eps(dtype: torch.dtype) -> None:
+    """On values so small that eps dominates."""
     inputs = [randn(*SHAPE, dtype=dtype, scale=1e-3)]
     function = lambda x: F.rms_norm(x, (16,))  # noqa: E731
     outcome = analyse(function, *inputs)
@@ -119,7 +119,7 @@ def test_torchs_own_norm_has_torchs_own_default_eps(dtype: torch.dtype) -> None:
     outcome.assert_close(1e-6 if dtype == f32 else 2e-2)
 
 
-def test_query_and_key_norms_of_heads_are_claimed() -> None:
+def test_norms_of_query_and_key_heads_are_fused() -> None:
     def function(q: Tensor, k: Tensor, wq: Tensor, wk: Tensor) -> tuple[Tensor, Tensor]:
         q, k = q.view(2, 3, 4, 4), k.view(2, 3, 4, 4)
         return llama(q, wq).transpose(1, 2), llama(k.transpose(1, 2), wk)
@@ -142,7 +142,7 @@ def test_the_norm_of_a_residual_sum_is_fused_with_it(function: Function, keeps_s
     outcome.assert_close()
 
 
-def test_two_norms_of_one_sum_share_nothing_they_may_not() -> None:
+def test_two_norms_of_one_sum_are_fused_separately() -> None:
     def function(x: Tensor, y: Tensor, w: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         total = x + y
         return llama(total, w), llama(total, v)
@@ -159,7 +159,7 @@ def test_a_value_added_to_itself_gets_both_gradients() -> None:
     outcome.assert_close()
 
 
-def test_a_chain_of_residual_blocks_is_claimed_link_by_link() -> None:
+def test_every_norm_of_a_chain_of_blocks_is_fused() -> None:
     def function(x: Tensor, *weights: Tensor) -> Tensor:
         for w in weights:
             x = x + torch.sin(llama(x, w))
@@ -200,7 +200,7 @@ def test_every_spelling_of_layer_norm_is_one_op(name: str) -> None:
     outcome.assert_close(2e-6)
 
 
-def test_a_module_of_layer_norm_is_claimed_with_its_parameters() -> None:
+def test_an_nn_layer_norm_is_fused() -> None:
     norm = torch.nn.LayerNorm(16)
     outcome = analyse(lambda x: norm(x), randn(*SHAPE))
     assert outcome.ops == ["layer_norm"]
@@ -210,7 +210,7 @@ def test_a_module_of_layer_norm_is_claimed_with_its_parameters() -> None:
 @pytest.mark.parametrize("dynamic", [False, True], ids=["of one size", "of any size"])
 @pytest.mark.parametrize("added", [False, True], ids=["alone", "with a residual"])
 def test_layer_norm_of_a_transposed_convolution_output_is_fused(added: bool, dynamic: bool) -> None:
-    """As in vision models, whose embeddings stay so through all residual additions; torch's own norm is contiguous."""
+    """As in vision models, whose residual stream keeps these strides; the output of torch's own norm is contiguous."""
 
     def function(x: Tensor, y: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         patches = F.avg_pool2d(x, (3, 1)).flatten(2).transpose(1, 2)
@@ -235,8 +235,8 @@ def test_layer_norm_of_a_residual_sum_is_fused_with_it() -> None:
 
 
 @pytest.mark.parametrize("norm", [llama, lambda x, w: F.layer_norm(x, (16,), w, None, 1e-5)], ids=["rms", "layer"])
-def test_a_weight_that_only_a_dead_end_reads_gets_no_gradient(norm: Function) -> None:
-    """None, not zeros: an optimizer decays and counts a weight whose gradient is zero."""
+def test_the_weight_of_an_unused_norm_gets_no_gradient(norm: Function) -> None:
+    """None, not zeros: with a gradient of zeros, an optimizer would still apply weight decay."""
 
     def function(x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         total = x + y
@@ -248,14 +248,14 @@ def test_a_weight_that_only_a_dead_end_reads_gets_no_gradient(norm: Function) ->
 
 
 @pytest.mark.parametrize("trained", ["x", "weight"])
-def test_a_norm_with_only_some_gradients_is_claimed(trained: str) -> None:
+def test_any_subset_of_tensors_may_be_trained(trained: str) -> None:
     x, w = randn(*SHAPE, grad=trained == "x"), randn(16, grad=trained == "weight")
     outcome = analyse(llama, x, w)
     assert outcome.ops == ["rms_norm"]
     outcome.assert_close()
 
 
-def test_a_norm_of_any_length_is_claimed() -> None:
+def test_a_dynamic_length_is_supported() -> None:
     outcome = analyse(llama, randn(*SHAPE), randn(16), dynamic=True)
     assert outcome.ops == ["rms_norm"]
     outcome.assert_close()

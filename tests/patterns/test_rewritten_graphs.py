@@ -1,4 +1,4 @@
-"""What holds for every rewritten graph: side effects survive, checkpoints are entered, code can be run again."""
+"""Properties of all rewritten graphs: side effects, checkpoints, copies, repeated runs and rewrites."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DOWN = (randn(16, 24, grad=False, seed=3), randn(4, 24, seed=3), randn(16, 4, se
 
 
 def layer(x: Tensor, w: Tensor, *weights: Tensor, p: float = 0.0) -> Tensor:
-    """A transformer layer in small: norm, adapter, residual, norm, gated MLP."""
+    """A small transformer layer: norm, adapter, residual, norm, gated MLP."""
     x = x + lora(rms_norm(x, w), *weights[:3], p=p)
     h = rms_norm(x, w)
     gate, up = lora(h, *weights[3:6], p=p), lora(h, *weights[6:9], p=p)
@@ -35,8 +35,8 @@ def layer(x: Tensor, w: Tensor, *weights: Tensor, p: float = 0.0) -> Tensor:
 MODEL = (X, W, *LAYER, *GATE, *UP, *DOWN)
 
 
-def test_writes_without_users_survive_the_rewriting() -> None:
-    """A general dead-code elimination would drop them, and the loss would become another one."""
+def test_in_place_writes_without_users_are_kept() -> None:
+    """FX's dead-code elimination would drop them, and change the loss."""
 
     def function(x: Tensor, w: Tensor, count: Tensor, log: Tensor) -> Any:
         y = rms_norm(x, w)
@@ -83,7 +83,7 @@ def test_a_graph_without_matches_is_not_touched() -> None:
     assert (gm.code, list(gm.graph.nodes)) == (before, nodes)
 
 
-def test_a_whole_layer_is_claimed_and_equals_eager() -> None:
+def test_a_whole_layer_is_fused_and_equals_eager() -> None:
     outcome = analyse(layer, *MODEL)
     assert outcome.ops == ["add_rms_norm", "lora_linear", "lora_mlp", "rms_norm"]
     assert not outcome.misses
@@ -106,7 +106,7 @@ def test_checkpointed_layers_recompute_with_eagers_dropout_masks(p: float) -> No
     outcome.assert_close(3e-6)
 
 
-def test_a_checkpoint_in_a_checkpoint_is_entered() -> None:
+def test_nested_checkpoints_are_rewritten() -> None:
     def inner(x: Tensor, w: Tensor) -> Tensor:
         return rms_norm(F.dropout(x, 0.4), w)
 
@@ -118,7 +118,7 @@ def test_a_checkpoint_in_a_checkpoint_is_entered() -> None:
     outcome.assert_close()
 
 
-def test_running_a_lowered_graph_twice_draws_new_masks_and_right_gradients() -> None:
+def test_each_run_of_a_graph_draws_new_masks() -> None:
     def function(x: Tensor, *weights: Tensor) -> Tensor:
         return checkpoint(lambda h, *ws: layer(h, *ws, p=0.3), x, *weights, use_reentrant=False)
 
@@ -135,8 +135,8 @@ def test_running_a_lowered_graph_twice_draws_new_masks_and_right_gradients() -> 
             y = call(*own)
             wanted = [t for t in own if t.requires_grad]
             results.append([y, *torch.autograd.grad(y.sum(), wanted)])
-        for mine, its in zip(*results, strict=True):
-            torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 FUSED: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -156,7 +156,7 @@ FUSED: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 @pytest.mark.parametrize("name", FUSED)
-def test_a_second_derivative_is_refused_not_wrong(name: str) -> None:
+def test_a_second_derivative_raises(name: str) -> None:
     function, inputs = FUSED[name]
     gm, given = trace(function, inputs)
     (made,) = rewrite(gm, default_rules())
@@ -170,7 +170,7 @@ def test_a_second_derivative_is_refused_not_wrong(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FUSED)
-def test_a_retained_graph_gives_the_same_gradients_again(name: str) -> None:
+def test_a_retained_graph_gives_equal_gradients(name: str) -> None:
     function, inputs = FUSED[name]
     gm, given = trace(function, inputs)
     rewrite(gm, default_rules())
@@ -181,8 +181,8 @@ def test_a_retained_graph_gives_the_same_gradients_again(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def _same_results(mine: Any, its: Any, given: list[Any]) -> None:
-    for a, b in zip(evaluate(mine, given).tensors(), evaluate(its, given).tensors(), strict=True):
+def _same_results(actual: Any, expected: Any, given: list[Any]) -> None:
+    for a, b in zip(evaluate(actual, given).tensors(), evaluate(expected, given).tensors(), strict=True):
         assert (a is None) == (b is None)
         assert a is None or torch.equal(a, b)
 
@@ -206,7 +206,7 @@ def test_a_rewritten_module_can_be_pickled(rewritten: tuple[fx.GraphModule, list
     _same_results(pickle.loads(pickle.dumps(fx.GraphModule(gm, copy.deepcopy(gm.graph)))), gm, given)
 
 
-def test_generated_code_can_be_executed_elsewhere(rewritten: tuple[fx.GraphModule, list[Any]]) -> None:
+def test_generated_code_can_be_executed_separately(rewritten: tuple[fx.GraphModule, list[Any]]) -> None:
     gm, given = rewritten
     python = gm.graph.python_code("self")
     scope = dict(python.globals)
@@ -222,7 +222,7 @@ def test_a_rewritten_module_can_be_traced_again(rewritten: tuple[fx.GraphModule,
 
 
 def test_a_rewritten_module_has_metadata_on_every_value(rewritten: tuple[fx.GraphModule, list[Any]]) -> None:
-    """Whatever runs after us (a second pass, a printer, Inductor) reads shapes from it."""
+    """Later passes, printers and Inductor read shapes from it."""
     gm, _ = rewritten
     (output,) = (node for node in gm.graph.nodes if node.op == "output")
     for node in output.all_input_nodes:

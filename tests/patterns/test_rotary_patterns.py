@@ -1,4 +1,4 @@
-"""Rotary embeddings as models write them."""
+"""Graphs of rotary embeddings as in models are fused, those of q and k to one op."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def in_float(x, cos, sin):
     return (h * cos.float() + rotate_half(h) * sin.float()).to(x.dtype)
 
 
-def turned_before_the_cast(x, cos, sin):
+def rotated_before_the_cast(x, cos, sin):
     return (x.float() * cos + rotate_half(x).float() * sin).to(x.dtype)
 
 
@@ -71,7 +71,7 @@ SPELLINGS: list[tuple[Function, str]] = [
     (pairs_by_view, "pairs"),
     (pairs_in_float, "pairs"),
     (in_float, "half"),
-    (turned_before_the_cast, "half"),
+    (rotated_before_the_cast, "half"),
 ]
 
 
@@ -107,7 +107,7 @@ SECTIONS = [1, 1, 2]
 
 
 def multimodal(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The tables have a row for each axis, of which each section of the head takes its own."""
+    """The tables have a row per axis, and each section of a head uses one of them."""
     cos, sin = (
         torch.cat([part[i % 3] for i, part in enumerate(table.split(SECTIONS * 2, dim=-1))], dim=-1).unsqueeze(1)
         for table in (cos, sin)
@@ -115,7 +115,7 @@ def multimodal(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + rotate_half(x) * sin
 
 
-def test_sections_that_turn_with_positions_of_their_own_are_one_op() -> None:
+def test_sections_with_different_positions_are_one_op() -> None:
     tables = [randn(3, 2, 3, 8, seed=s, grad=False) for s in (1, 2)]
     outcome = analyse(multimodal, randn(2, 4, 3, 8), *tables)
     assert outcome.ops == ["rotary"]
@@ -143,13 +143,13 @@ QUERY, KEY = randn(2, 3, 32), randn(2, 3, 16, seed=3)
 
 
 SHARING = [rotary, halves_by_chunk, halves_by_split, flipped, pairs]
-"""The spellings that read the angles as they come, so that q and k read the same, and whose result is laid out as x."""
+"""The spellings that use cos and sin directly, so that q and k share them, and whose result has the strides of x."""
 
 
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
 @pytest.mark.parametrize("function", SHARING, ids=lambda function: function.__name__)
 def test_query_and_key_become_one_op(function: Function, dtype: torch.dtype) -> None:
-    """Their heads may differ in number and stay transposed."""
+    """Their numbers of heads may differ, and heads stay transposed."""
 
     def attention(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
@@ -193,7 +193,7 @@ def test_query_and_key_are_grouped_layer_by_layer() -> None:
     outcome.assert_close()
 
 
-def test_a_key_that_depends_on_the_query_stays_apart() -> None:
+def test_a_key_that_depends_on_the_query_is_not_grouped() -> None:
     def chain(q: Tensor, cos: Tensor, sin: Tensor) -> Any:
         turned = rotary(q, cos, sin)
         return turned, rotary(torch.tanh(turned), cos, sin)
@@ -203,7 +203,7 @@ def test_a_key_that_depends_on_the_query_stays_apart() -> None:
     outcome.assert_close()
 
 
-def test_other_angles_stay_apart() -> None:
+def test_embeddings_with_other_angles_are_not_grouped() -> None:
     def attention(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
         return rotary(q, cos, sin), rotary(k, sin, cos)
 
@@ -212,8 +212,8 @@ def test_other_angles_stay_apart() -> None:
     outcome.assert_close()
 
 
-def test_a_key_without_gradients_stays_apart() -> None:
-    """In one op its output would require them."""
+def test_a_key_without_gradients_is_not_grouped() -> None:
+    """In a group, its output would require one."""
 
     def attention(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
         return rotary(q, cos, sin), rotary(k, cos, sin)
@@ -225,7 +225,7 @@ def test_a_key_without_gradients_stays_apart() -> None:
 
 
 def test_learned_angles_are_not_grouped() -> None:
-    """The group would copy q and k for their gradients, which alone keep what they read."""
+    """A group would have to copy q and k to save them."""
 
     def attention(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
         return rotary(q, cos, sin), rotary(k, cos, sin)
@@ -251,7 +251,7 @@ def test_learned_tables_get_their_gradients() -> None:
     outcome.assert_close()
 
 
-def test_a_rotary_embedding_of_any_length_is_claimed() -> None:
+def test_a_dynamic_length_is_supported() -> None:
     inputs = [randn(2, 4, 3, 8), *(randn(3, 8, seed=s, grad=False) for s in (1, 2))]
     for tensor in inputs:
         torch._dynamo.mark_dynamic(tensor, tensor.dim() - 2)

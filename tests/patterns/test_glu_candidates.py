@@ -1,5 +1,5 @@
-"""Which gated units are counted: each once, in every spelling, with the reason why it is not fused; and no
-look-alikes. What a report and strict=True then say."""
+"""Candidates for gated units: each is counted once, in every spelling, with the reason why it is not fused; look-alikes
+are not counted. What reports and strict=True say about them."""
 
 from __future__ import annotations
 
@@ -76,13 +76,13 @@ def test_a_gated_unit_of_two_layers_is_one_candidate(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["silu spelled out", "quick-GELU", "relu", "sigmoid"])
-def test_a_gated_unit_of_one_layer_in_halves_is_one_candidate(name: str) -> None:
+def test_a_gated_unit_of_a_fused_layer_is_one_candidate(name: str) -> None:
     unit, reason = UNITS[name]
     assert_one(lambda x, w: unit(*F.linear(x, w).chunk(2, -1)), (X, BOTH), "glu", reason)
 
 
 @pytest.mark.parametrize("name", ["relu", "sigmoid"])
-def test_a_gated_unit_of_adapted_layers_is_one_candidate(name: str) -> None:
+def test_a_gated_unit_of_lora_layers_is_one_candidate(name: str) -> None:
     unit, reason = UNITS[name]
     adapters = [t for seed in (0, 1) for t in (randn(24, 16, grad=False, seed=seed), randn(4, 16), randn(24, 4))]
 
@@ -93,7 +93,7 @@ def test_a_gated_unit_of_adapted_layers_is_one_candidate(name: str) -> None:
 
 
 @pytest.mark.parametrize("dim", [-1, 1])
-def test_glu_is_a_candidate_by_itself(dim: int) -> None:
+def test_f_glu_is_a_candidate(dim: int) -> None:
     joined = "F.glu takes gate and up as one tensor, which no rule covers"
     assert_one(lambda x: F.glu(x, dim=dim), (randn(2, 4, 16),), "glu", joined)
 
@@ -151,7 +151,7 @@ NO_UNITS: dict[str, Function] = {
 
 
 @pytest.mark.parametrize("name", NO_UNITS)
-def test_what_gates_otherwise_is_no_gated_unit(name: str) -> None:
+def test_other_gates_are_not_candidates(name: str) -> None:
     assert_none(NO_UNITS[name], (X, INTO, ONTO), "glu")
 
 
@@ -159,7 +159,7 @@ def test_what_gates_otherwise_is_no_gated_unit(name: str) -> None:
 
 
 class Written(nn.Module):
-    """A block whose norm, gated unit and adapter no rule covers."""
+    """A block whose norm, gated unit and adapter are not covered by any rule."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class Written(nn.Module):
         return self.down(hidden) + self.lora_b(self.lora_a(hidden.mT)).mT
 
 
-def test_the_report_counts_what_stays() -> None:
+def test_the_report_lists_unfused_candidates() -> None:
     report = fastlora.explain(Written(), x=X)
     assert {name: (c.seen, c.fused) for name, c in report.coverage.items() if c.seen} == {
         "glu": (1, 0),
@@ -184,7 +184,7 @@ def test_the_report_counts_what_stays() -> None:
 
 
 @pytest.mark.parametrize("said", ["quick-GELU", "computed by conv1d", "normalized by F.normalize"])
-def test_strict_names_what_stays(said: str) -> None:
+def test_strict_raises_for_unfused_candidates(said: str) -> None:
     with pytest.raises(fastlora.StrictError, match=said):
         fastlora.compile(Written(), strict=True)(X.detach())
 
@@ -207,7 +207,7 @@ class Adapted(nn.Module):
         return self.base(x) + self.b(self.a(x)) * 2.0
 
 
-def test_adapters_under_tensor_parallelism_are_seen(one_rank) -> None:
+def test_adapters_under_tensor_parallelism_are_candidates(one_rank) -> None:
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 

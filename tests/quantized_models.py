@@ -1,4 +1,4 @@
-"""Tiny models whose linear layers bitsandbytes keeps in 4 or 8 bits, with LoRA, and the same ones decoded."""
+"""Tiny LoRA models with linear layers in bitsandbytes' 4 or 8 bits, and the same models dequantized."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import FAMILIES
 from torch import nn
 
-from fastlora.tools.zoo.quantised import decode, four_bit_layer
+from fastlora.tools.zoo.quantize import dequantize_layers, four_bit_layer
 
 WIDTHS = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
-"""Multiples of the block sizes that are tested: bitsandbytes 0.50's kernel for CPUs decodes others wrongly."""
+"""Multiples of all tested block sizes, since bitsandbytes 0.50's CPU kernel decodes others incorrectly."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """How weights are kept: see `bitsandbytes.nn.Params4bit`; `quant_type` may also be "int8"."""
+    """How weights are stored: see `bitsandbytes.nn.Params4bit`; `quant_type` may also be "int8"."""
 
     quant_type: str = "nf4"
     nested: bool = True
@@ -30,20 +30,20 @@ class Format:
     dtype: torch.dtype = torch.float32
 
     def layer(self, linear: nn.Linear) -> nn.Module:
-        """A quantised layer of a linear one."""
+        """Return a quantized layer with the weights of a linear one."""
         linear.requires_grad_(False)
         if self.quant_type != "int8":
-            kept = {"quant_type": self.quant_type, "blocksize": self.blocksize, "compress_statistics": self.nested}
-            return four_bit_layer(linear, self.compute, self.storage, **kept)
+            options = {"quant_type": self.quant_type, "blocksize": self.blocksize, "compress_statistics": self.nested}
+            return four_bit_layer(linear, self.compute, self.storage, **options)
         sizes = linear.in_features, linear.out_features, linear.bias is not None
-        made: Any = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0)
-        made.weight = bnb.nn.Int8Params(linear.weight.data.half(), requires_grad=False, has_fp16_weights=False)
-        made.bias = linear.bias
-        return made.to(linear.weight.device)
+        layer: Any = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0)
+        layer.weight = bnb.nn.Int8Params(linear.weight.data.half(), requires_grad=False, has_fp16_weights=False)
+        layer.bias = linear.bias
+        return layer.to(linear.weight.device)
 
 
 def build(family: str, kept: Format, device: str = "cpu", adapters: torch.dtype = torch.float32, **lora: Any) -> Any:
-    """A PEFT model over quantised layers; neither A nor B is zero, so that every gradient is something."""
+    """Build a PEFT model on quantized layers; neither A nor B is zero, so that no gradient is."""
     import transformers
 
     name, settings = FAMILIES[family]
@@ -65,7 +65,7 @@ def build(family: str, kept: Format, device: str = "cpu", adapters: torch.dtype 
 
 
 def fill(model: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """The same model with adapters of that dtype, of which no B is zero."""
+    """Cast the model's adapters to `dtype`, set every B to random values, and return the model."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -76,5 +76,5 @@ def fill(model: Any, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def decoded(model: nn.Module) -> nn.Module:
-    """The same model with plain linear layers of the decoded weights, in float32."""
-    return decode(copy.deepcopy(model)).float()
+    """Return a copy of the model with plain linear layers of the dequantized weights, in float32."""
+    return dequantize_layers(copy.deepcopy(model)).float()

@@ -1,5 +1,5 @@
-"""Which adapters and norms are counted: each once, in every spelling, with the reason why it is not fused; and no
-look-alikes."""
+"""Candidates for adapters and norms: each is counted once, in every spelling, with the reason why it is not fused;
+look-alikes are not counted."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ PAIRS: dict[str, tuple[Function, str | None]] = {
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_a_pair_of_low_rank_is_one_candidate(name: str) -> None:
+def test_an_adapter_is_one_candidate(name: str) -> None:
     pair, reason = PAIRS[name]
     assert_one(lambda x, w, a, b: F.linear(x, w) + pair(x, a, b), (X, W, A, B), "lora", reason)
 
@@ -69,7 +69,7 @@ NO_PAIRS: dict[str, Function] = {
 
 
 @pytest.mark.parametrize("name", NO_PAIRS)
-def test_what_is_no_pair_of_low_rank_is_no_adapter(name: str) -> None:
+def test_other_products_are_not_candidates(name: str) -> None:
     assert_none(NO_PAIRS[name], (X, A, B), "lora")
 
 
@@ -121,11 +121,11 @@ NO_NORMS: dict[str, Function] = {
 
 
 @pytest.mark.parametrize("name", NO_NORMS)
-def test_what_divides_otherwise_is_no_norm(name: str) -> None:
+def test_other_divisions_are_not_candidates(name: str) -> None:
     assert_none(NO_NORMS[name], (X, NORM_W), "norm")
 
 
-def test_the_norm_of_a_weight_is_none_of_activations() -> None:
+def test_the_norm_of_a_weight_is_not_a_candidate() -> None:
     class Cosine(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""QLoRA: models whose base layers are quantised train compiled as they do eager, in every format, and are fused."""
+"""QLoRA: models with bitsandbytes' quantized base layers equal eager in all formats, and are fused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
-from quantised_models import Format, build, decoded
+from quantized_models import Format, build, decoded
 from tiny_models import batch, distance, relative, step
 
 import fastlora
@@ -43,7 +43,7 @@ def unexplained(model: Any) -> list[Any]:
 
 MODELS = [("llama", kept) for kept in FORMATS]
 MODELS += [(family, kept) for family in ("qwen2", "gemma", "bert") for kept in ("nf4 twice", "fp4")]
-"""Each format, and each kind of model: what a format decodes to does not depend on the model."""
+"""All formats with one model, and all models with one format."""
 
 
 @pytest.mark.parametrize(("family", "kept"), MODELS)
@@ -61,7 +61,7 @@ def test_losses_and_gradients_equal_eager(family: str, kept: str) -> None:
 
 @pytest.mark.parametrize("adapters", [f32, None], ids=["float32 adapters", "adapters of its dtype"])
 @pytest.mark.parametrize("kept", HALVES.values(), ids=HALVES)
-def test_lower_precisions_are_no_less_exact_than_eager(kept: Format, adapters: torch.dtype | None) -> None:
+def test_half_precision_is_as_precise_as_eager(kept: Format, adapters: torch.dtype | None) -> None:
     model = build("llama", kept, DEVICE, adapters or kept.dtype)
     truth = step(decoded(model), inputs())
     eager = step(model, inputs())
@@ -87,7 +87,7 @@ def test_weights_are_decoded_to_bitsandbytes_bits(kept: Format) -> None:
 
 
 @pytest.mark.parametrize("lora", [{"lora_dropout": 0.2}, {"use_rslora": True}, {"lora_bias": True}], ids=str)
-def test_adapters_may_be_set_as_they_like(lora: dict[str, Any]) -> None:
+def test_other_lora_options_are_supported(lora: dict[str, Any]) -> None:
     model = build("llama", Format(), DEVICE, **lora)
     eager = step(model.eval(), inputs())
     fastlora.compile(model)
@@ -96,9 +96,9 @@ def test_adapters_may_be_set_as_they_like(lora: dict[str, Any]) -> None:
     assert not unexplained(model)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.2] if DEVICE == "cpu" else [0.0])  # on a GPU masks are others than eager's
+@pytest.mark.parametrize("p", [0.0, 0.2] if DEVICE == "cpu" else [0.0])  # on a GPU masks differ from eager's
 @pytest.mark.parametrize("nested", [False, True])
-def test_dora_is_fused_and_its_norms_read_decoded_weights(nested: bool, p: float) -> None:
+def test_dora_is_fused(nested: bool, p: float) -> None:
     model = build("llama", Format(nested=nested), DEVICE, use_dora=True, lora_dropout=p).train()
     eager = step(model, inputs())
     fastlora.compile(model, strict=True)
@@ -110,7 +110,7 @@ def test_dora_is_fused_and_its_norms_read_decoded_weights(nested: bool, p: float
 
 
 @pytest.mark.parametrize("kept", HALVES.values(), ids=HALVES)
-def test_dora_in_lower_precisions_is_no_less_exact_than_eager(kept: Format) -> None:
+def test_dora_in_half_precision_is_as_precise_as_eager(kept: Format) -> None:
     model = build("llama", kept, DEVICE, use_dora=True)
     truth = step(decoded(model), inputs())
     eager = step(model, inputs())
@@ -122,8 +122,8 @@ def test_dora_in_lower_precisions_is_no_less_exact_than_eager(kept: Format) -> N
 
 @pytest.mark.parametrize("compute", [f32, bf16], ids=str)
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]], ids=str)
-def test_autocast_trains_as_eager_does(compute: torch.dtype, targets: Any) -> None:
-    """Products that no op claims have the backward that bitsandbytes wrote, whatever dtype gradients come in."""
+def test_autocast_equals_eager(compute: torch.dtype, targets: Any) -> None:
+    """Products that are not fused keep bitsandbytes' backward, for gradients of any dtype."""
     model = build("llama", Format(compute=compute), DEVICE, target_modules=targets)
     truth = step(decoded(model), inputs())
     eager = step(model, inputs(), autocast=bf16, device=DEVICE)
@@ -133,7 +133,7 @@ def test_autocast_trains_as_eager_does(compute: torch.dtype, targets: Any) -> No
     assert "lora_add" not in {site.op for site in fastlora.report(model).fused}
 
 
-def test_a_layer_is_fused_as_a_plain_one_is() -> None:
+def test_a_quantized_layer_is_fused_like_a_plain_one() -> None:
     model = build("llama", Format(), DEVICE)
     fastlora.compile(model, strict=True, verify=True)
     step(model, inputs())
@@ -144,7 +144,7 @@ def test_a_layer_is_fused_as_a_plain_one_is() -> None:
     assert not report.breaks
 
 
-def test_layers_of_8_bits_run_as_their_owner_wrote_them() -> None:
+def test_8_bit_layers_run_unchanged() -> None:
     model = build("llama", Format("int8"), DEVICE)
     eager = step(model, inputs())
     fastlora.compile(model)
@@ -155,10 +155,10 @@ def test_layers_of_8_bits_run_as_their_owner_wrote_them() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_model_that_is_loaded_in_4_bits_trains_is_saved_and_loaded(tmp_path: Path, reentrant: bool) -> None:
-    """The way that users go."""
+def test_a_4_bit_model_can_be_trained_saved_and_loaded(tmp_path: Path, reentrant: bool) -> None:
+    """By the public API of transformers and PEFT."""
     from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-    from quantised_models import FAMILIES, WIDTHS
+    from quantized_models import FAMILIES, WIDTHS
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -188,6 +188,6 @@ def test_a_model_that_is_loaded_in_4_bits_trains_is_saved_and_loaded(tmp_path: P
     assert losses[1][-1] < losses[1][0]
     assert fastlora.report(model).coverage["lora"].fused == 6
     model.save_pretrained(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(load(), tmp_path / "adapter").train()  # in evaluation, CPUs have other kernels
+    again = PeftModel.from_pretrained(load(), tmp_path / "adapter").train()  # in evaluation, the CPU uses other kernels
     with torch.no_grad():
         assert torch.allclose(again(**inputs()).loss, model(**inputs()).loss, rtol=1e-5)

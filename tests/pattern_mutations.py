@@ -1,9 +1,9 @@
-"""Mistakes that authors make within a pattern; see `mistakes_in_rules.py`."""
+"""Mutations of valid rules within the pattern; see `rule_mutations.py`."""
 
 from __future__ import annotations
 
 import torch
-from mistakes_in_rules import MISTAKES, at_each, mistake, renamed, set_to, typo
+from rule_mutations import MUTATIONS, at_each, mutation, renamed, set_to, typo
 
 from fastlora.graph.canonical_ops import operations, signature_of
 from fastlora.match.combinators import Cast, Either, Kept, Raised
@@ -13,38 +13,38 @@ from fastlora.match.pattern_lint import subpatterns
 from fastlora.match.rule import group
 
 
-@mistake
-def _an_operation_that_there_is_not(written, rng):
+@mutation
+def _unknown_operation(written, rng):
     for at, part in at_each(written, Op):
         wrong = typo(part.op, rng)
         if wrong not in operations():
             yield written.with_part(at, set_to("op", wrong)), f"{wrong!r} is not an operation: did you mean"
 
 
-@mistake
-def _an_operation_that_patterns_never_see(written, rng):
+@mutation
+def _operation_without_canonical_name(written, rng):
     for at, _ in at_each(written, Op):
         wrong = rng.choice(["transpose", "getitem", "contiguous", "clone", "chunk"])
         yield written.with_part(at, set_to("op", wrong)), f"patterns never see {wrong!r}, but "
 
 
-@mistake
-def _an_argument_that_there_is_not(written, rng):
+@mutation
+def _unknown_argument_of_an_operation(written, rng):
     for at, part in at_each(written, Op):
         name = rng.choice(list(part.args))
         wrong = typo(name, rng)
         yield written.with_part(at, renamed(name, wrong, "args")), f"{part.op} has no argument {wrong!r}"
 
 
-@mistake
-def _an_argument_left_out(written, rng):
+@mutation
+def _missing_argument_of_an_operation(written, rng):
     for at, part in at_each(written, Op):
         name = rng.choice(signature_of(part.op).required())
         yield written.with_part(at, lambda p, n=name: p.args.pop(n)), f"{part.op} has no default for {name!r}"
 
 
-@mistake
-def _a_predicate_that_cannot_be_asked(written, rng):
+@mutation
+def _invalid_predicate(written, rng):
     for at, part in at_each(written, Op):
         name = rng.choice(list(part.args))
         for wrong, said in ((float, "float is a type"), (Scalar, "Scalar is not a predicate"), (silu, "silu is not")):
@@ -52,16 +52,16 @@ def _a_predicate_that_cannot_be_asked(written, rng):
             yield written.with_part(at, lambda p, n=name, c=changed: p.args.update({n: c})), said
 
 
-@mistake
-def _a_value_that_is_no_pattern(written, rng):
+@mutation
+def _value_that_is_not_a_pattern(written, rng):
     for at, _ in at_each(written, Cast):
-        yield written.with_part(at, set_to("inner", (1, 2))), "(1, 2) stands where a pattern must"
+        yield written.with_part(at, set_to("inner", (1, 2))), "(1, 2) is not a pattern"
     for at, _ in at_each(written, Literal):
         yield written.with_part(at, set_to("value", torch.ones(1))), "tensor([1.]) is neither a pattern nor a constant"
 
 
-@mistake
-def _alternatives_that_are_none(written, rng):
+@mutation
+def _too_few_or_equal_alternatives(written, rng):
     for at, part in at_each(written, Either):
         first = next(iter(part.alternatives.items()))
         yield written.with_part(at, set_to("alternatives", {})), "either has 0 alternatives"
@@ -70,8 +70,8 @@ def _alternatives_that_are_none(written, rng):
         yield written.with_part(at, again), "are the same pattern, so again is never taken"
 
 
-@mistake
-def _alternatives_that_hide_others(written, rng):
+@mutation
+def _alternative_that_hides_another(written, rng):
     def add_a_longer_one(part):
         first = next(iter(part.alternatives.values()))
         part.alternatives["longer"] = Op(first.op, **{**first.args, "input": tanh(first.args["input"])})
@@ -82,16 +82,16 @@ def _alternatives_that_hide_others(written, rng):
             yield written.with_part(at, add_a_longer_one), "is smaller than longer after it, and would hide it"
 
 
-@mistake
-def _a_name_for_two_things(written, rng):
+@mutation
+def _name_bound_twice(written, rng):
     captured = [p.name for p in written.parameters() if written.decorator is not group]
     for at, part in at_each(written, Named):
         name = rng.choice([n for n in captured if n in _below(part)] or captured)
         yield written.with_part(at, set_to("name", name)), f"{name!r} is bound twice in one match"
 
 
-@mistake
-def _a_capture_for_two_things(written, rng):
+@mutation
+def _capture_bound_twice(written, rng):
     captured = [p.name for p in written.parameters()]
     for at, _ in at_each(written, Kept):
         name = rng.choice(captured)
@@ -102,42 +102,42 @@ def _below(part: Pattern) -> set[str]:
     return {inner.name for inner in subpatterns(part) if hasattr(inner, "name")}
 
 
-@mistake
-def _a_name_that_is_none(written, rng):
+@mutation
+def _invalid_name(written, rng):
     for at, _ in at_each(written, Named):
         wrong = rng.choice([3, None, "", "a name"])
         yield written.with_part(at, set_to("name", wrong)), f"the name {wrong!r} is not an identifier"
 
 
-@mistake
-def _an_override_that_is_no_argument(written, rng):
+@mutation
+def _unknown_override(written, rng):
     for at, part in at_each(written, Raised):
         name = rng.choice(list(part.overrides))
         wrong = typo(name, rng)
         yield written.with_part(at, renamed(name, wrong, "overrides")), f"{part.op.name} has no argument {wrong!r}"
 
 
-@mistake
-def _a_raised_argument_that_goes_nowhere(written, rng):
+@mutation
+def _unused_argument_of_a_raised_op(written, rng):
     for at, part in at_each(written, Raised):
         for name in sorted(part.overrides.keys() & {"dropout", "base_dtype"}):
             without = written.with_part(at, lambda p, n=name: p.overrides.pop(n))
             yield without, f"{part.prefix}{name}' is not an argument of lora_mlp"
 
 
-@mistake
-def _a_prefix_that_collides(written, rng):
+@mutation
+def _prefix_used_twice(written, rng):
     raisings = [(at, part) for at, part in at_each(written, Raised) if part.prefix]
     for at, part in raisings:
         other = rng.choice([p.prefix for _, p in raisings if p is not part])
         yield written.with_part(at, set_to("prefix", other)), f"{other}weight' is bound twice in one match"
 
 
-@mistake
-def _a_raised_op_that_is_none(written, rng):
+@mutation
+def _invalid_raised_op(written, rng):
     for at, part in at_each(written, Raised):
         yield written.with_part(at, set_to("op", part.op.name)), "raised takes an op of fastlora.kernels.ops"
         yield written.with_part(at, set_to("prefix", None)), "the prefix None"
 
 
-__all__ = ["MISTAKES"]
+__all__ = ["MUTATIONS"]

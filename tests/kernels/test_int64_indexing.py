@@ -1,5 +1,8 @@
-"""Tensors of more than 2^31 elements: everything but the last rows is zeros, so the results of the last rows, and the
-gradients of parameters, are those of the last rows alone."""
+"""Kernels index tensors of more than 2^31 elements correctly.
+
+All rows but the last are zeros, so results of the last rows, and gradients of parameters, equal those of these rows
+alone.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from fastlora.tools.bench.accuracy import cotangents, flat, leaves
 from fastlora.tools.bench.cases import Arguments, Case, cases
 from fastlora.tools.bench.shapes import SHAPES
 
-FORMS = ["triton"]
+IMPLEMENTATIONS = ["triton"]
 MEMORY = torch.cuda.get_device_properties(DEVICE).total_memory if DEVICE.type == "cuda" else 0
 pytestmark = pytest.mark.skipif(MEMORY < 100 << 30, reason="needs 100 GiB of a GPU's memory")
 
@@ -29,13 +32,13 @@ def _cases(tokens: int) -> dict[str, Case]:
 
 
 def _width(case: Case) -> int:
-    """Elements of a token in the largest activation that is certain to be a tensor."""
+    """Return the elements per token of the largest activation that is certain to exist."""
     sizes = case.sizes
     return max(sizes.get(name, 1) for name in ("H", "I", "K")) if "D" not in sizes else sizes["M"] * sizes["D"] // 2
 
 
 def _tail(t: torch.Tensor, tokens: int) -> torch.Tensor:
-    """The part of an activation that belongs to the last tokens; what has no tokens is there as a whole."""
+    """Return the part of an activation for the last tokens; other tensors are returned unchanged."""
     return t.narrow(list(t.shape).index(tokens), tokens - TAIL, TAIL) if tokens in t.shape else t
 
 
@@ -48,7 +51,7 @@ def _zeros_before(small: torch.Tensor, shape: torch.Size, tokens: int) -> torch.
 
 
 def _pair(name: str, tokens: int) -> tuple[Arguments, Arguments]:
-    """The arguments of the last tokens alone, and of all."""
+    """Return the arguments of the last tokens alone, and of all tokens."""
     made: list[torch.Tensor] = []
     generator = torch.Generator(DEVICE).manual_seed(0)
 
@@ -70,7 +73,7 @@ def _pair(name: str, tokens: int) -> tuple[Arguments, Arguments]:
 
 
 @pytest.mark.parametrize("name", _cases(TAIL))
-def test_rows_beyond_2_to_the_31_elements_are_computed(name: str) -> None:
+def test_rows_beyond_2_to_the_31_elements(name: str) -> None:
     tokens = 2**31 // _width(_cases(TAIL)[name]) + TAIL
     small, large = _pair(name, tokens)
     op = _cases(TAIL)[name].op
@@ -84,13 +87,15 @@ def test_rows_beyond_2_to_the_31_elements_are_computed(name: str) -> None:
                                    strict=True):  # fmt: skip
         tail = _tail(value, tokens) if truth.shape != value.shape else value
         off = (tail.double() - truth.double()).norm() / truth.double().norm()
-        assert off < 0.01, f"{label}: {off:.3g}"  # other tiles round what is between otherwise; other rows are off by 1
+        assert off < 0.01, (
+            f"{label}: {off:.3g}"
+        )  # other tiles round intermediate results differently; wrong rows would be off by 1
         if tail is not value:
             rows = list(value.shape).index(tokens)
             assert (value.narrow(rows, 0, TAIL) == value.narrow(rows, 0, 1)).all()
 
 
-def test_masks_beyond_2_to_the_31_elements_are_drawn() -> None:
+def test_masks_beyond_2_to_the_31_elements() -> None:
     size, p = 2**31 + 5 * TAIL, 0.25
     x, seed = torch.ones(size, dtype=torch.bfloat16, device=DEVICE), torch.tensor([12345], device=DEVICE)
     found = dropout(x=x, base=None, seed=seed, p=p, out_dtype=torch.bfloat16)
@@ -100,7 +105,7 @@ def test_masks_beyond_2_to_the_31_elements_are_drawn() -> None:
         assert torch.equal(found[start : start + TAIL] != 0, kept)
 
 
-def test_weights_beyond_2_to_the_31_elements_are_decoded() -> None:
+def test_weights_beyond_2_to_the_31_elements() -> None:
     rows, cols, block, nested = 2**17 + 256, 2**14, 64, 256
     generator = torch.Generator(DEVICE).manual_seed(0)
 

@@ -1,6 +1,6 @@
-"""Adapters over base layers of any owner train compiled as they do eager, and are fused onto what the layer gives.
+"""Adapters on quantized base layers of other libraries equal eager, and are fused with the layer's output.
 
-The layers are those of torchao, of packages that are tested where they are installed, and one that is defined here.
+The layers are those of torchao, of packages that are tested if installed, and one that is defined here.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from quantised_models import WIDTHS, fill
+from quantized_models import WIDTHS, fill
 from tiny_models import FAMILIES, batch, distance, relative, step
 from torch import Tensor, nn
 
 import fastlora
 
-Quantise = Callable[[nn.Linear], nn.Module]
+Quantize = Callable[[nn.Linear], nn.Module]
 f16, bf16, f32 = torch.float16, torch.bfloat16, torch.float32
 GROUP = 32
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class Coded(torch.autograd.Function):
-    """A product with bytes, scaled row by row, whose backward its owner wrote."""
+    """A product with int8 weights, scaled row by row, with a hand-written backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class Coded(torch.autograd.Function):
 
 
 class CodedLinear(nn.Linear):
-    """A linear layer of anybody's, which holds no matrix: PEFT takes it for an ordinary one."""
+    """A user-defined linear layer with quantized weights, which PEFT treats as a plain one."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, dtype=linear.weight.dtype)
@@ -53,8 +53,8 @@ class CodedLinear(nn.Linear):
         return Coded.apply(x, self.weight, self.scales)  # type: ignore[no-any-return]
 
 
-def by_torchao(name: str, **options: Any) -> Quantise:
-    def quantise(linear: nn.Linear) -> nn.Module:
+def by_torchao(name: str, **options: Any) -> Quantize:
+    def quantize(linear: nn.Linear) -> nn.Module:
         api: Any = pytest.importorskip("torchao.quantization")
         if "granularity" in options:
             options["granularity"] = api.PerGroup(GROUP)
@@ -62,21 +62,21 @@ def by_torchao(name: str, **options: Any) -> Quantise:
         api.quantize_(holder, getattr(api, name)(**options))
         return holder[0]
 
-    return quantise
+    return quantize
 
 
-def by_hqq(bits: int) -> Quantise:
-    def quantise(linear: nn.Linear) -> nn.Module:
+def by_hqq(bits: int) -> Quantize:
+    def quantize(linear: nn.Linear) -> nn.Module:
         hqq: Any = pytest.importorskip("hqq.core.quantize")
         config = hqq.BaseQuantizeConfig(nbits=bits, group_size=GROUP)
         made: nn.Module = hqq.HQQLinear(linear, config, compute_dtype=linear.weight.dtype, device="cpu")
         return made
 
-    return quantise
+    return quantize
 
 
 def _codes(linear: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Scales and zero points of symmetric 4-bit groups."""
+    """Return scales and zero points of symmetric 4-bit groups."""
     groups = linear.weight.data.float().view(linear.out_features, -1, GROUP)
     scales = (groups.abs().amax(-1) / 7).to(linear.weight.dtype).float()
     return scales, torch.full_like(scales, 8)
@@ -110,18 +110,18 @@ def by_awq(linear: nn.Linear) -> nn.Module:
 INT8, FLOAT8 = by_torchao("Int8WeightOnlyConfig"), by_torchao("Float8WeightOnlyConfig")
 INT8_DYNAMIC = by_torchao("Int8DynamicActivationInt8WeightConfig")
 INT4 = by_torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4, granularity=None)
-IN_FLOAT32: dict[str, Quantise] = {
+IN_FLOAT32: dict[str, Quantize] = {
     "torchao int8": INT8, "torchao float8": FLOAT8, "torchao int4": INT4, "torchao int8 dynamic": INT8_DYNAMIC,
     "hqq 4": by_hqq(4), "hqq 8": by_hqq(8), "of one's own": CodedLinear,
 }  # fmt: skip
-HALVES: dict[str, tuple[torch.dtype, Quantise]] = {
+HALVES: dict[str, tuple[torch.dtype, Quantize]] = {
     "torchao int8": (bf16, INT8), "torchao float8": (bf16, FLOAT8), "torchao int4": (bf16, INT4),
     "hqq 4": (bf16, by_hqq(4)), "gptq": (f16, by_gptq), "awq": (bf16, by_awq), "of one's own": (bf16, CodedLinear),
 }  # fmt: skip
 
 
-def build(quantise: Quantise, dtype: torch.dtype = f32, **lora: Any) -> Any:
-    """A tiny Llama with float32 adapters over quantised layers; no B is zero, so that every gradient is something."""
+def build(quantize: Quantize, dtype: torch.dtype = f32, **lora: Any) -> Any:
+    """Build a tiny Llama with float32 adapters on quantized layers; no B is zero, so that no gradient is."""
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -129,13 +129,13 @@ def build(quantise: Quantise, dtype: torch.dtype = f32, **lora: Any) -> Any:
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
         if name.endswith(tuple(TARGETS)):
-            model.set_submodule(name, quantise(module))
+            model.set_submodule(name, quantize(module))
     model = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": TARGETS, **lora}))
     return fill(model).train()
 
 
 def decoded(model: Any) -> Any:
-    """The same model over plain layers, of what the quantised ones make of a unit matrix, in float32."""
+    """Return the model with plain float32 layers, computed by applying the quantized ones to an identity matrix."""
     model = copy.deepcopy(model)
     dtype = model.get_input_embeddings().weight.dtype
     for module in [each for each in model.modules() if hasattr(each, "lora_A")]:
@@ -143,7 +143,7 @@ def decoded(model: Any) -> Any:
         plain = nn.Linear(width, rows, bias=False)
         with torch.no_grad():
             plain.weight.copy_(module.get_base_layer()(torch.eye(width, dtype=dtype)).T)
-        for place in ("base_layer", "quant_linear_module"):  # which some of PEFT's layers call it as well
+        for place in ("base_layer", "quant_linear_module"):  # some of PEFT's layers have this name as well
             if hasattr(module, place):
                 setattr(module, place, plain.requires_grad_(False))
     return model.float()
@@ -157,9 +157,9 @@ def assert_fused(model: Any, sites: int) -> None:
     assert report.graphs <= 3
 
 
-@pytest.mark.parametrize("quantise", IN_FLOAT32.values(), ids=IN_FLOAT32)
-def test_losses_and_gradients_equal_eager(quantise: Quantise) -> None:
-    model = build(quantise, lora_dropout=0.2)
+@pytest.mark.parametrize("quantize", IN_FLOAT32.values(), ids=IN_FLOAT32)
+def test_losses_and_gradients_equal_eager(quantize: Quantize) -> None:
+    model = build(quantize, lora_dropout=0.2)
     eager = step(model, batch(padded=True))
     fastlora.compile(model)
     compiled = step(model, batch(padded=True))
@@ -169,9 +169,9 @@ def test_losses_and_gradients_equal_eager(quantise: Quantise) -> None:
     assert_fused(model, 14)
 
 
-@pytest.mark.parametrize(("dtype", "quantise"), HALVES.values(), ids=HALVES)
-def test_lower_precisions_are_no_less_exact_than_eager(dtype: torch.dtype, quantise: Quantise) -> None:
-    model = build(quantise, dtype)
+@pytest.mark.parametrize(("dtype", "quantize"), HALVES.values(), ids=HALVES)
+def test_half_precision_is_as_precise_as_eager(dtype: torch.dtype, quantize: Quantize) -> None:
+    model = build(quantize, dtype)
     batches = [batch(padded=True, seed=seed) for seed in range(3)]
     truths = [step(decoded(model), inputs) for inputs in batches]
     eager = [step(model, inputs) for inputs in batches]
@@ -182,9 +182,9 @@ def test_lower_precisions_are_no_less_exact_than_eager(dtype: torch.dtype, quant
     assert_fused(model, 14)
 
 
-@pytest.mark.parametrize("quantise", [INT8, by_hqq(4)], ids=["torchao int8", "hqq 4"])
-def test_dora_over_them_is_fused(quantise: Quantise) -> None:
-    model = build(quantise, use_dora=True)
+@pytest.mark.parametrize("quantize", [INT8, by_hqq(4)], ids=["torchao int8", "hqq 4"])
+def test_dora_is_fused(quantize: Quantize) -> None:
+    model = build(quantize, use_dora=True)
     eager = step(model, batch())
     fastlora.compile(model)
     compiled = step(model, batch())
@@ -194,7 +194,7 @@ def test_dora_over_them_is_fused(quantise: Quantise) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointed_layers_train_as_eager_ones(reentrant: bool) -> None:
+def test_checkpointed_layers_equal_eager(reentrant: bool) -> None:
     model = build(CodedLinear, lora_dropout=0.2)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model.enable_input_require_grads()
@@ -205,7 +205,7 @@ def test_checkpointed_layers_train_as_eager_ones(reentrant: bool) -> None:
     assert_fused(model, 14)
 
 
-def test_layers_without_a_backward_have_none_in_eager_either() -> None:
-    """torchao's products of quantised activations have no backward; what adapters and residuals give is left."""
+def test_layers_without_a_backward_equal_eager() -> None:
+    """torchao's products of quantized activations have no backward; only adapters and residuals give gradients."""
     layer = INT8_DYNAMIC(nn.Linear(64, 64, bias=False).requires_grad_(False))
     assert not layer(torch.randn(3, 64, requires_grad=True)).requires_grad

@@ -1,6 +1,6 @@
-"""Mistakes that authors make around a pattern: in what a decorator, its `attrs` and the function's parameters say.
+"""Mutations of valid rules outside of the pattern: in the decorator, in its `attrs` and in the function's parameters.
 
-Each yields changed rules, with a part of the message that they have to get.
+Each yields mutated rules, with a part of the expected message.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from written_rules import Written
+from valid_rules import RuleSource
 
 from fastlora.graph.canonical_ops import operations
 from fastlora.kernels import ops
@@ -21,28 +21,28 @@ from fastlora.match.dsl import Param, Scalar, silu
 from fastlora.match.pattern import Named, Op
 from fastlora.match.rule import dtype_of, group, rule, tag_of
 
-Mistake = Callable[[Written, random.Random], Iterator[tuple[Written, str]]]
-MISTAKES: dict[str, Mistake] = {}
+Mutation = Callable[[RuleSource, random.Random], Iterator[tuple[RuleSource, str]]]
+MUTATIONS: dict[str, Mutation] = {}
 
 
-def mistake(make: Mistake) -> Mistake:
-    MISTAKES[make.__name__.strip("_")] = make
+def mutation(make: Mutation) -> Mutation:
+    MUTATIONS[make.__name__.strip("_")] = make
     return make
 
 
 def typo(name: str, rng: random.Random) -> str:
-    """The name with a letter too many, or another one."""
+    """Return the name with an inserted, replaced or doubled letter."""
     at = rng.randrange(len(name))
     return rng.choice([name[:at] + "j" + name[at:], name[:at] + "j" + name[at + 1 :], name[:at] + name[at] + name[at:]])
 
 
-def at_each(written: Written, kind: type) -> Iterator[tuple[int, Any]]:
-    """The parts of a kind in a rule's pattern, and where they are; a group has none."""
+def at_each(written: RuleSource, kind: type) -> Iterator[tuple[int, Any]]:
+    """Yield the parts of a kind in a rule's pattern with their positions; a group has none."""
     yield from ((position, part) for position, part in enumerate(written.tree()) if isinstance(part, kind))
 
 
-def _attributes(written: Written, type_: str) -> list[str]:
-    """The attributes of a rule that are of a type."""
+def _attributes(written: RuleSource, type_: str) -> list[str]:
+    """Return the attributes of a rule that are of a type."""
     types = {a.name: a.type.removesuffix("?") for a in written.given[0].arguments}
     return [name for name in written.options.get("attrs", {}) if types[name] == type_]
 
@@ -52,7 +52,7 @@ def set_to(name: str, value: Any) -> Callable[[Any], None]:
 
 
 def renamed(old: str, new: str, of: str) -> Callable[[Any], None]:
-    """Gives an entry of a part's dictionary another name."""
+    """Return a change that renames an entry of a part's dictionary."""
 
     def change(part: Any) -> None:
         entries = getattr(part, of)
@@ -61,23 +61,23 @@ def renamed(old: str, new: str, of: str) -> Callable[[Any], None]:
     return change
 
 
-@mistake
-def _an_anchor_that_there_is_not(written, rng):
+@mutation
+def _unknown_anchor(written, rng):
     if isinstance(written.options.get("anchor"), str):
         wrong = typo(written.options["anchor"], rng)
-        yield written.given_in("anchor", wrong), f"anchor={wrong!r}"
+        yield written.with_option("anchor", wrong), f"anchor={wrong!r}"
 
 
-@mistake
-def _an_anchor_that_the_pattern_has_not(written, rng):
+@mutation
+def _anchor_that_is_not_in_the_pattern(written, rng):
     if isinstance(written.options.get("anchor"), str):
         named = {part.op for _, part in at_each(written, Op)} | {"cast"}
         wrong = rng.choice(sorted(operations() - named))
-        yield written.given_in("anchor", wrong), f"anchor={wrong!r} is in no match"
+        yield written.with_option("anchor", wrong), f"anchor={wrong!r} does not occur in the pattern"
 
 
-@mistake
-def _an_anchor_that_cannot_be_asked(written, rng):
+@mutation
+def _invalid_anchor(written, rng):
     if written.decorator is rule:
         for wrong, said in (
             (3, "anchor=3 is neither"),
@@ -85,18 +85,18 @@ def _an_anchor_that_cannot_be_asked(written, rng):
             (lambda node: True, "does not take a view and a node"),
             (["silu"], "anchor=['silu'] is neither"),
         ):
-            yield written.given_in("anchor", wrong), said
+            yield written.with_option("anchor", wrong), said
 
 
-@mistake
-def _an_attribute_that_there_is_not(written, rng):
+@mutation
+def _unknown_attribute(written, rng):
     for name in written.options.get("attrs", {}):
         wrong = typo(name, rng)
         yield written.with_attribute(wrong, 1.0), f"attrs {wrong!r} is not an argument of {written.given[0].name}"
 
 
-@mistake
-def _an_attribute_of_the_wrong_type(written, rng):
+@mutation
+def _attribute_of_the_wrong_type(written, rng):
     wrongs = {
         "float": ["mean", True, torch.float32, None],
         "int": [1.5, "8", None],
@@ -109,15 +109,15 @@ def _an_attribute_of_the_wrong_type(written, rng):
             yield written.with_attribute(name, wrong), f"attrs {name}={wrong!r}"
 
 
-@mistake
-def _an_attribute_that_is_no_choice(written, rng):
+@mutation
+def _attribute_that_is_not_a_valid_choice(written, rng):
     for name in _attributes(written, "str"):
         wrong = typo(rng.choice(written.given[0].choices[name]), rng)
         yield written.with_attribute(name, wrong), f"attrs {name}={wrong!r} is not a valid {name}"
 
 
-@mistake
-def _an_alternative_that_is_no_choice(written, rng):
+@mutation
+def _alternative_that_is_not_a_valid_choice(written, rng):
     for at, part in at_each(written, Named):
         if part.name in ("act", "layout"):
             tag = rng.choice(list(part.inner.alternatives))
@@ -126,104 +126,104 @@ def _an_alternative_that_is_no_choice(written, rng):
             yield written.with_part(at, lambda p, r=renames: r(p.inner)), f"the alternative {wrong} of"
 
 
-@mistake
-def _the_dtype_of_what_is_not_bound(written, rng):
+@mutation
+def _dtype_of_an_unbound_name(written, rng):
     for name in _attributes(written, "ScalarType"):
         wrong = typo("power", rng)
         yield written.with_attribute(name, dtype_of(wrong)), f"nothing is captured or named {wrong!r}"
 
 
-@mistake
-def _the_tag_of_what_is_not_bound(written, rng):
+@mutation
+def _tag_of_an_unbound_name(written, rng):
     for name in _attributes(written, "str"):
         yield written.with_attribute(name, tag_of("layuot")), "no either is named 'layuot'"
         yield written.with_attribute(name, lambda match: match.tag("actt")), "no either is named 'actt'"
 
 
-@mistake
-def _the_value_of_what_is_not_bound(written, rng):
+@mutation
+def _value_of_an_unbound_name(written, rng):
     for name in written.options.get("attrs", {}):
         yield written.with_attribute(name, lambda match: match.value("wieght")), "nothing is captured or named 'wieght'"
 
 
-@mistake
-def _an_attribute_that_cannot_be_computed(written, rng):
+@mutation
+def _attribute_function_with_a_wrong_signature(written, rng):
     for name in written.options.get("attrs", {}):
         yield written.with_attribute(name, dtype_of), f"attrs {name!r}: call dtype_of"
         for wrong in (lambda: 1.0, float):
             yield written.with_attribute(name, wrong), f"attrs {name!r}: {wrong!r} is neither"
 
 
-@mistake
-def _an_attribute_that_is_captured(written, rng):
+@mutation
+def _attribute_that_is_also_captured(written, rng):
     if written.decorator is not group:
         name = rng.choice([p.name for p in written.parameters() if not p.name.startswith("_")])
         yield written.with_attribute(name, 1.0), f"{name!r} is both captured and in attrs"
 
 
-@mistake
-def _an_attribute_that_is_raised(written, rng):
+@mutation
+def _attribute_that_is_also_raised(written, rng):
     for _, part in at_each(written, Raised):
         if name := next((n for n in part.captures() if n in written.given[0].names), None):
             yield written.with_attribute(name, None), f"{name!r} is both in attrs and captured from what was raised"
 
 
-@mistake
-def _an_attribute_left_out(written, rng):
+@mutation
+def _missing_attribute(written, rng):
     for name in written.options.get("attrs", {}):
         rest = {n: value for n, value in written.options["attrs"].items() if n != name}
         if written.decorator is rule:
-            yield written.given_in("attrs", rest), f"nothing provides [{name!r}]"
+            yield written.with_option("attrs", rest), f"nothing provides [{name!r}]"
 
 
-@mistake
-def _attributes_that_are_no_dict(written, rng):
+@mutation
+def _attributes_that_are_not_a_dict(written, rng):
     if written.decorator is not group:
-        yield written.given_in("attrs", [("out_dtype", dtype_of())]), "is not a dict"
+        yield written.with_option("attrs", [("out_dtype", dtype_of())]), "is not a dict"
 
 
-@mistake
-def _a_decorator_without_parentheses(written, rng):
+@mutation
+def _decorator_without_parentheses(written, rng):
     bare = replace(written, decorator=lambda: written.decorator, given=(), options={})
     yield bare, f"write @{written.decorator.__name__}(ops."
 
 
-@mistake
-def _an_op_that_is_none(written, rng):
+@mutation
+def _invalid_op(written, rng):
     for wrong in (written.given[0].name, written.given[0].target, 7, ops):
         yield replace(written, given=(wrong,)), f"@{written.decorator.__name__} takes an op of fastlora.kernels.ops"
 
 
-@mistake
-def _a_benefit_that_is_no_integer(written, rng):
+@mutation
+def _benefit_that_is_not_an_integer(written, rng):
     for wrong in ("2", 1.5, None, True):
-        yield written.given_in("benefit", wrong), f"benefit={wrong!r} is not an integer"
+        yield written.with_option("benefit", wrong), f"benefit={wrong!r} is not an integer"
 
 
-@mistake
-def _a_function_that_raises(written, rng):
+@mutation
+def _function_that_raises(written, rng):
     if written.decorator is not group:
         for change in (lambda p: p @ p, lambda p: 1 if p else 2, lambda p: p.anything, lambda p: [*p]):
             raises = lambda p, c=change: c(p[0] if isinstance(p, tuple) else p)  # noqa: E731
             yield written.returning(raises), "its function raises "
 
 
-@mistake
-def _a_function_that_returns_no_pattern(written, rng):
+@mutation
+def _function_that_does_not_return_a_pattern(written, rng):
     if written.decorator is not group:
         for wrong in (None, 1.0, "silu", [], silu):
             yield written.returning(lambda _, w=wrong: w), f"returns {wrong!r}"
 
 
-@mistake
-def _outputs_too_many(written, rng):
+@mutation
+def _too_many_outputs(written, rng):
     if written.decorator is not group:
         more = written.returning(lambda p: (*p, p[1]) if isinstance(p, tuple) else (p, p))
         yield more, f"values, but {written.given[0].name} has"
 
 
-@mistake
-def _a_parameter_that_is_no_argument(written, rng):
+@mutation
+def _parameter_that_is_not_an_argument(written, rng):
     if written.decorator is not group:
         parameters = [p for p in written.parameters() if not p.name.startswith("_")]
         old = rng.choice(parameters)
@@ -236,16 +236,16 @@ def _a_parameter_that_is_no_argument(written, rng):
         yield written.taking(renamed, call), f"{wrong!r} is not an argument of"
 
 
-@mistake
-def _a_parameter_that_is_not_used(written, rng):
+@mutation
+def _unused_parameter(written, rng):
     if written.decorator is not group:
         more = [*written.parameters(), inspect.Parameter("_more", inspect.Parameter.KEYWORD_ONLY)]
         used = written.taking(more, lambda c: written.function(**{n: v for n, v in c.items() if n != "_more"}))
         yield used, "the parameters ['_more'] do not appear"
 
 
-@mistake
-def _an_annotation_that_is_no_predicate(written, rng):
+@mutation
+def _invalid_annotation(written, rng):
     if written.decorator is not group:
         chosen = rng.choice([p.name for p in written.parameters()])
         for wrong in (torch.Tensor, float, Param, 2, lambda value: True):
@@ -253,8 +253,8 @@ def _an_annotation_that_is_no_predicate(written, rng):
             yield written.taking(changed, lambda c: written.function(**c)), f"of {chosen!r} "
 
 
-@mistake
-def _a_default_of_the_wrong_type(written, rng):
+@mutation
+def _default_of_the_wrong_type(written, rng):
     if written.decorator is not group:
         for chosen in written.parameters():
             if chosen.annotation is Scalar and not chosen.name.startswith("_"):
@@ -265,22 +265,22 @@ def _a_default_of_the_wrong_type(written, rng):
                 yield written.taking(changed, lambda c: written.function(**c)), f"the default {chosen.name}='1.0'"
 
 
-@mistake
-def _a_group_by_nothing_shared(written, rng):
+@mutation
+def _group_by_an_argument_that_cannot_be_shared(written, rng):
     if written.decorator is group:
         for wrong in (typo(written.options["by"], rng), 3, "lora_a" if written.given[0] is ops.lora_linear else "x"):
-            yield written.given_in("by", wrong), repr(wrong)
+            yield written.with_option("by", wrong), repr(wrong)
 
 
-@mistake
-def _a_group_into_what_it_cannot_be(written, rng):
+@mutation
+def _group_into_an_unsuitable_op(written, rng):
     if written.decorator is group:
         wrong = rng.choice([ops.glu, ops.lora_mlp, ops.linear_cross_entropy])
-        yield written.given_in("into", wrong), f"{wrong.name} takes "
-        yield written.given_in("into", "lora_group"), "@group takes an op of fastlora.kernels.ops as into"
+        yield written.with_option("into", wrong), f"{wrong.name} takes "
+        yield written.with_option("into", "lora_group"), "@group takes an op of fastlora.kernels.ops as into"
 
 
-@mistake
-def _a_condition_that_cannot_be_asked(written, rng):
+@mutation
+def _group_condition_with_a_wrong_signature(written, rng):
     if written.decorator is group:
         yield replace(written, function=lambda first, second: True), "is not a function of the list of matches"

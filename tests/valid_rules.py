@@ -1,4 +1,4 @@
-"""Rules that are right, in several styles, in a form that can be changed one thing at a time."""
+"""Valid rules in several styles, with methods to mutate one thing at a time."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ spell("own_swish", "input beta=1.0", _own_swish)
 
 
 @dataclass(frozen=True)
-class Written:
-    """A rule as its author wrote it: what the decorator was given, and the function."""
+class RuleSource:
+    """The source of a rule: the decorator with its arguments, and the decorated function."""
 
     decorator: Callable[..., Any]
     given: tuple[Any, ...]
@@ -56,14 +56,14 @@ class Written:
     def define(self) -> Any:
         return self.decorator(*self.given, **self.options)(self.function)
 
-    def given_in(self, name: str, value: Any) -> Written:
+    def with_option(self, name: str, value: Any) -> RuleSource:
         return replace(self, options={**self.options, name: value})
 
-    def with_attribute(self, name: str, value: Any) -> Written:
-        return self.given_in("attrs", {**self.options.get("attrs", {}), name: value})
+    def with_attribute(self, name: str, value: Any) -> RuleSource:
+        return self.with_option("attrs", {**self.options.get("attrs", {}), name: value})
 
-    def returning(self, change: Callable[[Any], Any]) -> Written:
-        """The same, but for a change to what the function returns."""
+    def returning(self, change: Callable[[Any], Any]) -> RuleSource:
+        """Return a copy whose function's result is changed."""
 
         @functools.wraps(self.function)
         def changed(*args: Any, **captures: Any) -> Any:
@@ -71,8 +71,8 @@ class Written:
 
         return replace(self, function=changed)
 
-    def taking(self, parameters: list[inspect.Parameter], calls: Callable[[dict[str, Any]], Any]) -> Written:
-        """The same, but for what the function takes; `calls` calls it with that."""
+    def taking(self, parameters: list[inspect.Parameter], calls: Callable[[dict[str, Any]], Any]) -> RuleSource:
+        """Return a copy whose function takes other parameters; `calls` calls the original with these."""
 
         @functools.wraps(self.function)
         def changed(**captures: Any) -> Any:
@@ -85,12 +85,12 @@ class Written:
         return list(inspect.signature(self.function, eval_str=True).parameters.values())
 
     def tree(self) -> list[Any]:
-        """The parts of its pattern, in an order that is the same each time."""
+        """Return the parts of its pattern in a fixed order."""
         made = self.define()
         return subpatterns(made.outputs[0]) if isinstance(made, Rule) else []
 
-    def with_part(self, position: int, change: Callable[[Any], None]) -> Written:
-        """The same, but for a change to one part of its pattern."""
+    def with_part(self, position: int, change: Callable[[Any], None]) -> RuleSource:
+        """Return a copy with one part of its pattern changed."""
 
         def changed(returned: Any) -> Any:
             first = returned[0] if isinstance(returned, tuple) else returned
@@ -100,35 +100,37 @@ class Written:
         return self.returning(changed)
 
 
-RIGHT: list[Written] = []
+VALID_RULES: list[RuleSource] = []
 
 
-def right(decorator: Callable[..., Any], *given: Any, **options: Any) -> Callable[[Any], Any]:
+def valid_rule(decorator: Callable[..., Any], *given: Any, **options: Any) -> Callable[[Any], Any]:
     def keep(function: Any) -> Any:
-        RIGHT.append(Written(decorator, given, options, function))
+        VALID_RULES.append(RuleSource(decorator, given, options, function))
         return function
 
     return keep
 
 
-@right(rule, ops.glu, anchor="silu", attrs={"activation": "silu", "out_dtype": dtype_of()})
+@valid_rule(rule, ops.glu, anchor="silu", attrs={"activation": "silu", "out_dtype": dtype_of()})
 def swiglu(gate, up):
     return silu(gate) * up
 
 
-@right(rule, ops.glu, anchor="own_swish", attrs={"activation": "silu", "out_dtype": dtype_of()}, benefit=3)
+@valid_rule(rule, ops.glu, anchor="own_swish", attrs={"activation": "silu", "out_dtype": dtype_of()}, benefit=3)
 def own_swiglu(gate, up):
     return cast(Op("own_swish", input=gate) * up)
 
 
-@right(rule, ops.glu, anchor=lambda view, node: True, attrs={"activation": tag_of("act"), "out_dtype": dtype_of("all")})
+@valid_rule(
+    rule, ops.glu, anchor=lambda view, node: True, attrs={"activation": tag_of("act"), "out_dtype": dtype_of("all")}
+)
 def tagged(gate, up):
     g = widened(gate)
     act = either(silu=silu(g), gelu=gelu(g)).named("act")
     return cast(act * widened(up)).named("all")
 
 
-@right(
+@valid_rule(
     rule,
     ops.rms_norm,
     anchor="rsqrt",
@@ -147,12 +149,12 @@ def written_out(x, weight: Opt[Param(1)], eps: Scalar = 1e-6):
     return cast(n * either(distance=1.0 + widened(weight), plain=cast(weight)).named("scale"))
 
 
-@right(rule, ops.layer_norm, anchor="layer_norm", attrs={"out_dtype": dtype_of("x")})
+@valid_rule(rule, ops.layer_norm, anchor="layer_norm", attrs={"out_dtype": dtype_of("x")})
 def called(x, weight: Opt, bias: Opt, eps: Scalar, _shape: Constant):
     return Op("layer_norm", input=x, normalized_shape=_shape, weight=weight, bias=bias, eps=eps)
 
 
-@right(
+@valid_rule(
     rule,
     ops.rotary,
     attrs={"layout": tag_of("layout"), "rotary_dim": 8, "compute_dtype": torch.float32, "out_dtype": dtype_of()},
@@ -162,7 +164,7 @@ def turned(x, cos, sin):
     return x * cos + turn.named("layout") * sin
 
 
-@right(
+@valid_rule(
     rule,
     ops.linear_cross_entropy,
     anchor="cross_entropy",
@@ -185,7 +187,7 @@ def loss(x, weight: Param(2), bias: Opt[Param(1)], labels, ignore_index: Constan
     )
 
 
-@right(
+@valid_rule(
     rule,
     ops.lora_linear,
     attrs={"base_dtype": dtype_of("base"), "lora_dtype": dtype_of("inner"), "out_dtype": dtype_of()},
@@ -199,13 +201,13 @@ def adapted(
     return linear(x, weight, bias).named("base") + either(scaled=low * scaling, plain=low)
 
 
-@right(fuse, ops.add_rms_norm)
+@valid_rule(fuse, ops.add_rms_norm)
 def after_a_sum(residual, x):
     total = residual + x
     return raised(ops.rms_norm, x=total), total
 
 
-@right(fuse, ops.lora_mlp, benefit=3, attrs={"out_dtype": dtype_of("x")})
+@valid_rule(fuse, ops.lora_mlp, benefit=3, attrs={"out_dtype": dtype_of("x")})
 def mlp(x, base_dtype: Constant, lora_dtype: Constant, proj_dtype: Constant, hidden_dtype: Constant):
     alike = {"base_dtype": base_dtype, "lora_dtype": lora_dtype, "x_dropped": None, "seed": None, "dropout": None}
     gate = raised(ops.lora_linear, "gate_", x=x, out_dtype=proj_dtype, **alike)
@@ -214,11 +216,11 @@ def mlp(x, base_dtype: Constant, lora_dtype: Constant, proj_dtype: Constant, hid
     return raised(ops.lora_linear, "down_", x=product, out_dtype=lambda dtype: True, **alike)
 
 
-@right(group, ops.lora_linear, by="x", into=ops.lora_group)
+@valid_rule(group, ops.lora_linear, by="x", into=ops.lora_group)
 def shared(matches):
     return len(matches) < 8
 
 
-@right(group, ops.rotary, by="cos", into=ops.rotary_group, benefit=2)
+@valid_rule(group, ops.rotary, by="cos", into=ops.rotary_group, benefit=2)
 def turned_together(matches):
     return True
