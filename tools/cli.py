@@ -40,7 +40,7 @@ Dropout = Annotated[float, typer.Option(help="Dropout in front of the adapters."
 Checkpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="Recompute activations to save memory.")]
 Bfloat16 = Annotated[bool, typer.Option("--bf16", help="Frozen weights and arithmetic in bfloat16, not float32.")]
 FourBits = Annotated[
-    bool, typer.Option("--load-in-4bit", help="QLoRA: frozen weights in 4 bits (NF4, quantised twice).")
+    bool, typer.Option("--load-in-4bit", help="QLoRA: frozen weights in 4 bits (NF4, with double quantization).")
 ]
 
 
@@ -212,12 +212,12 @@ def zoo(
     list_: Annotated[bool, typer.Option("--list", help="List the model types and exit.")] = False,
 ) -> None:
     """Train a tiny model of every architecture in transformers, eager and compiled, and compare them."""
-    from fastlora.tools.zoo.command import Visit, run
-    from fastlora.tools.zoo.kinds import kinds
+    from fastlora.tools.zoo.architectures import architectures
+    from fastlora.tools.zoo.command import Options, run
 
     if list_:
-        print("\n".join(kinds()))
-    elif not run(Visit(output, names or [], _split(way), jobs, seconds, resume, page, golden), Console()):
+        print("\n".join(architectures()))
+    elif not run(Options(output, names or [], _split(way), jobs, seconds, resume, page, golden), Console()):
         raise RunError("some architectures fail or differ once compiled; the lines above say which")
 
 

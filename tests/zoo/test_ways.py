@@ -1,7 +1,6 @@
-"""Whatever PEFT is set to and whatever a loop does around a step, compiled gradients are eager's.
+"""Each way to train of `fastlora zoo`, with two models: compiled gradients equal eager's.
 
-Each way to train with two models here; `fastlora zoo --way all` takes any, and `docs/results/ways.md` has what it
-found.
+`docs/results/ways.md` has the results for all causal language models.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from fastlora.tools.zoo import examine as zoo
-from fastlora.tools.zoo.examine import DIFFERENT, EQUAL, examine
-from fastlora.tools.zoo.kinds import kinds
-from fastlora.tools.zoo.page import UNCOVERED
+from fastlora.tools.zoo import compare as zoo
+from fastlora.tools.zoo.architectures import architectures
+from fastlora.tools.zoo.compare import DIFFERENT, EQUAL, compare
+from fastlora.tools.zoo.page import NO_RULE
 from fastlora.tools.zoo.ways import WAYS
 
 OTHERS = ("gemma2", "qwen3", "phi3", "granite", "olmo2", "glm4", "mixtral")
@@ -23,36 +22,36 @@ PAIRS = [(way, name) for i, way in enumerate(WAYS) for name in ("llama", OTHERS[
 PAIRS += [("experts", name) for name in ("mixtral", "gpt_oss")]
 PAIRS += [("eva", "bert:AutoModelForMaskedLM"), ("prefix", "whisper")]
 UNFUSED = ("adalora", "prefix")
-"""Where other tuners' layers, or a cache, keep blocks from being fused entirely."""
+"""Ways in which layers of other tuners, or a KV cache, keep blocks from being fused entirely."""
 
 
 @pytest.mark.parametrize(("way", "name"), PAIRS)
-def test_compiled_gradients_are_eagers(way: str, name: str) -> None:
-    found = examine(kinds()[name], WAYS[way])
-    assert found["verdict"] == EQUAL, found["problem"]
+def test_compiled_gradients_equal_eager_gradients(way: str, name: str) -> None:
+    result = compare(architectures()[name], WAYS[way])
+    assert result["verdict"] == EQUAL, result["problem"]
     if way not in UNFUSED:
-        assert {why: count for why, count in found["missed"].items() if not why.endswith(UNCOVERED)} == {}
+        assert {why: count for why, count in result["missed"].items() if not why.endswith(NO_RULE)} == {}
 
 
 @pytest.mark.parametrize(("way", "last"), [("plain", 3 + zoo.BATCHES), ("bfloat16", 2 + zoo.BATCHES)])
-def test_a_wrong_gradient_is_found(way: str, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_gradient_is_detected(way: str, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
     stepped, calls, largest = zoo._step, [], []
 
     def wrong(*args: object) -> zoo._Step:
         result = stepped(*args)  # type: ignore[arg-type]
         calls.append(1)
-        exact = next(iter(result.gradients.values())).dtype is torch.float64
-        if 2 <= len(calls) <= last and not exact:  # after eager's, the compiled ones
+        is_reference = next(iter(result.gradients.values())).dtype is torch.float64
+        if 2 <= len(calls) <= last and not is_reference:  # the compiled steps, after the eager one
             largest.append(max(result.gradients, key=lambda each: float(result.gradients[each].norm())))
             name = largest[0]  # the same in all batches
             result.gradients[name] = result.gradients[name] * 1.5
         return result
 
     monkeypatch.setattr(zoo, "_step", wrong)
-    assert examine(kinds()["llama"], WAYS[way])["verdict"] == DIFFERENT
+    assert compare(architectures()["llama"], WAYS[way])["verdict"] == DIFFERENT
 
 
-class Cusp(nn.Module):
+class InfiniteGradient(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.x = nn.Parameter(torch.zeros(()))
@@ -61,6 +60,6 @@ class Cusp(nn.Module):
         return SimpleNamespace(loss=self.x.sqrt())
 
 
-def test_gradients_that_are_no_numbers_in_eager_say_nothing() -> None:
+def test_infinite_eager_gradients_are_an_error() -> None:
     with pytest.raises(ArithmeticError, match="1 gradients are not finite"):
-        zoo._step(Cusp(), {})
+        zoo._step(InfiniteGradient(), {})

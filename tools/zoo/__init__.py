@@ -1,1 +1,1 @@
-"""`fastlora zoo`: a tiny model of every architecture that the installed transformers knows, eager and compiled."""
+"""`fastlora zoo`: train a tiny model of each architecture in the installed transformers, eager and compiled."""

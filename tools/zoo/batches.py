@@ -1,8 +1,8 @@
-"""A batch for a tiny model: tokens that predict themselves, and pictures and sounds of noise where it sees and hears.
+"""Random batches for a tiny model: labels are the input tokens, images and audio are noise.
 
-What a model takes is read off the names of its forward's arguments and of its configuration's fields. Where they do
-not tell which of several layouts of a picture or a sound it wants, it is the first that a forward takes. How many
-tokens of a row stand for it, its own encoder is asked.
+The arguments are derived from the signature of the model's forward and from its config. If they allow several layouts
+of images or audio, the first that the forward accepts is taken. The number of placeholder tokens for an image or audio
+clip is the number of features that the model's own encoder returns.
 """
 
 from __future__ import annotations
@@ -14,103 +14,120 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.tools.zoo.kinds import Kind
-from fastlora.tools.zoo.senses import SENSES, Inputs, pictures, sounds, values
-from fastlora.tools.zoo.shrink import VOCABULARY
+from fastlora.tools.zoo.architectures import Architecture
+from fastlora.tools.zoo.multimodal_inputs import (
+    MULTIMODAL_ARGUMENTS,
+    Inputs,
+    audio_inputs,
+    config_values,
+    image_inputs,
+)
+from fastlora.tools.zoo.tiny_config import VOCAB
 
-ROWS, LENGTH, BEFORE = 2, 16, 4
-"""Of a batch, and how many tokens of a row come before what stands for a picture or a sound."""
+ROWS, LENGTH = 2, 16
+PREFIX = 4
+"""Text tokens of a row in front of the placeholder tokens."""
 CLASSES = 2
-TRANSCRIPT = 4
-"""Tokens of a label that a connectionist loss aligns with a sound, which must be shorter than that."""
+CTC_LENGTH = 4
+"""Tokens of a CTC label, which must be shorter than the audio."""
 IGNORED = -100
-TYPES = ("mm_token_type_ids", "token_type_ids", "image_embeds_position_mask")
-"""Arguments that say which tokens stand for something else."""
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids", "image_embeds_position_mask")
+"""Arguments that mark the placeholder tokens with 1."""
 
 
-def batch(model: nn.Module, kind: Kind, seed: int = 0) -> Inputs:
-    """Two rows for the model, or for the one that PEFT has wrapped.
+def make_batch(model: nn.Module, architecture: Architecture, seed: int = 0) -> Inputs:
+    """Return a batch of two rows for a model, which PEFT may have wrapped.
 
     Raises:
-        Exception: what the model raises for the first layout, if it takes none.
+        Exception: anything that the model raises for the first layout, if it accepts none.
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    taken = frozenset(inspect.signature(base.forward).parameters)
-    problem: Exception | None = None
-    for noise, encoder, token in _senses(base, kind, taken, seed):
-        inputs = typed(base, noise)
+    arguments = frozenset(inspect.signature(base.forward).parameters)
+    first_problem: Exception | None = None
+    for noise, encoder, token in _multimodal_inputs(base, architecture, arguments, seed):
+        inputs = cast_floats(base, noise)
         try:
-            standing = _standing(base, taken, inputs, encoder, token)
-            made = inputs | _words(base, kind, taken, standing, seed)
+            placeholders = _placeholders(base, arguments, inputs, encoder, token)
+            batch = inputs | _text_inputs(base, architecture, arguments, placeholders, seed)
             if inputs:
                 with torch.no_grad():
-                    base(**made)
-        except Exception as raised:  # libraries raise anything for shapes that they do not take
-            problem = problem or raised
+                    base(**batch)
+        except Exception as problem:  # libraries raise anything for layouts that they do not accept
+            first_problem = first_problem or problem
         else:
-            return made
-    raise problem or ValueError("nothing is known of what it sees or hears")
+            return batch
+    raise first_problem or ValueError(f"{architecture}: no known layout of images or audio fits its forward")
 
 
-def typed(model: nn.Module, inputs: Inputs) -> Inputs:
-    """With noise in the dtype of the model, that of adapters aside."""
+def cast_floats(model: nn.Module, inputs: Inputs) -> Inputs:
+    """Return the inputs with floating-point tensors cast to the dtype of the base model."""
     dtype = next(parameter.dtype for name, parameter in model.named_parameters() if "lora_" not in name)
-    noise = {name for name, value in inputs.items() if torch.is_tensor(value) and value.is_floating_point()}
-    return {name: value.to(dtype) if name in noise else value for name, value in inputs.items()}
+    floats = {name for name, value in inputs.items() if torch.is_tensor(value) and value.is_floating_point()}
+    return {name: value.to(dtype) if name in floats else value for name, value in inputs.items()}
 
 
-def _senses(base: Any, kind: Kind, taken: frozenset[str], seed: int) -> Iterator[tuple[Inputs, str, str]]:
-    """What it may be given to see, or else to hear, with the names of the encoder's method and of the token."""
-    if kind.reads_only or not taken & SENSES:
+def _multimodal_inputs(
+    base: Any, architecture: Architecture, arguments: frozenset[str], seed: int
+) -> Iterator[tuple[Inputs, str, str]]:
+    """Yield layouts of images, then of audio, each with the name of the encoder's method and a pattern of the config
+    field with the placeholder token; nothing but empty inputs for models that take text alone."""
+    if architecture.is_text_only or not arguments & MULTIMODAL_ARGUMENTS:
         yield {}, "", ""
         return
     generator = torch.Generator().manual_seed(seed)
-    for inputs in pictures(base.config, taken, ROWS, generator):
+    for inputs in image_inputs(base.config, arguments, ROWS, generator):
         yield inputs, "get_image_features", "image_token_(id|index)"
-    for inputs in sounds(base.config, taken, ROWS, generator):
+    for inputs in audio_inputs(base.config, arguments, ROWS, generator):
         yield inputs, "get_audio_features", "audio_token_(id|index)"
 
 
-def _standing(base: Any, taken: frozenset[str], inputs: Inputs, encoder: str, token: str) -> torch.Tensor:
-    """The tokens of a row that stand for what an encoder makes of the inputs, or at most one if there is no encoder."""
-    numbers = values(base.config, token)
+def _placeholders(base: Any, arguments: frozenset[str], inputs: Inputs, encoder: str, token: str) -> torch.Tensor:
+    """Return the placeholder tokens of a row: one per feature that the encoder returns; without an encoder, one if the
+    config has such a token, or none."""
+    token_ids = config_values(base.config, token)
     encode = getattr(base, encoder, None) or getattr(getattr(base, "model", None), encoder, None)
-    if "image_embeds_position_mask" in taken:
-        return torch.zeros(values(base.config, "latent_query_num")[0], dtype=torch.int64)
-    if encode is None or not numbers:
-        return torch.tensor(numbers[:1], dtype=torch.int64)
+    if "image_embeds_position_mask" in arguments:
+        return torch.zeros(config_values(base.config, "latent_query_num")[0], dtype=torch.int64)
+    if encode is None or not token_ids:
+        return torch.tensor(token_ids[:1], dtype=torch.int64)
     names = inspect.signature(encode).parameters
     with torch.no_grad():
-        found = encode(**{name: value for name, value in inputs.items() if name in names or "kwargs" in names})
-    features = getattr(found, "pooler_output", found)
-    features = found.last_hidden_state if features is None else features
+        outputs = encode(**{name: value for name, value in inputs.items() if name in names or "kwargs" in names})
+    features = getattr(outputs, "pooler_output", outputs)
+    features = outputs.last_hidden_state if features is None else features
     parts = features if isinstance(features, list | tuple) else [features]
-    return torch.full((sum(part.shape[:-1].numel() for part in parts) // ROWS,), numbers[0])
+    return torch.full((sum(part.shape[:-1].numel() for part in parts) // ROWS,), token_ids[0])
 
 
-def _words(base: Any, kind: Kind, taken: frozenset[str], standing: torch.Tensor, seed: int) -> Inputs:
-    """Tokens, if it takes any, and labels."""
+def _text_inputs(
+    base: Any, architecture: Architecture, arguments: frozenset[str], placeholders: torch.Tensor, seed: int
+) -> Inputs:
+    """Return the labels and, if the forward takes them, tokens with a mask."""
     generator = torch.Generator().manual_seed(seed)
-    special = values(base.config, r".*token_(id|index)")
-    ordinary = torch.tensor([i for i in range(3, VOCABULARY - 1) if i not in special])
-    words = ordinary[torch.randint(len(ordinary), (ROWS, LENGTH), generator=generator)]
-    ids = torch.cat([words[:, :BEFORE], standing.expand(ROWS, -1), words[:, BEFORE:]], dim=1)
-    seen = torch.zeros_like(ids)
-    seen[:, BEFORE : BEFORE + len(standing)] = 1
-    labels = ids.masked_fill(seen.bool(), IGNORED)
-    if kind.classifies:
+    special = config_values(base.config, r".*token_(id|index)")
+    ordinary = torch.tensor([i for i in range(3, VOCAB - 1) if i not in special])
+    text = ordinary[torch.randint(len(ordinary), (ROWS, LENGTH), generator=generator)]
+    ids = torch.cat([text[:, :PREFIX], placeholders.expand(ROWS, -1), text[:, PREFIX:]], dim=1)
+    is_placeholder = torch.zeros_like(ids)
+    is_placeholder[:, PREFIX : PREFIX + len(placeholders)] = 1
+    labels = ids.masked_fill(is_placeholder.bool(), IGNORED)
+    if architecture.is_classifier:
         labels = torch.randint(CLASSES, (ROWS,), generator=generator)
-    elif "input_ids" not in taken and "decoder_input_ids" not in taken:
-        labels = words[:, :TRANSCRIPT] % min(values(base.config, "vocab_size"))
-    if "input_ids" not in taken:
+    elif "input_ids" not in arguments and "decoder_input_ids" not in arguments:
+        labels = text[:, :CTC_LENGTH] % min(config_values(base.config, "vocab_size"))
+    if "input_ids" not in arguments:
         return {"labels": labels}
-    made = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    types = [name for name in TYPES if name in taken and not kind.reads_only]
-    return made | dict.fromkeys(types, seen) | _crossed(base.config, taken, ids.shape[1])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    types = [name for name in TOKEN_TYPES if name in arguments and not architecture.is_text_only]
+    return inputs | dict.fromkeys(types, is_placeholder) | _masks_of_ones(base.config, arguments, ids.shape[1])
 
 
-def _crossed(config: Any, taken: frozenset[str], length: int) -> Inputs:
-    """Which pictures a token looks at, of models that do so in layers of their own: all; and where on a page it is."""
-    one, tiles = (ROWS, length, 1), (values(config, "max_num_tiles") or [1])[0]
-    masks = {"image_attention_mask": one, "cross_attention_mask": (*one, tiles), "bbox": (ROWS, length, 4)}
-    return {name: torch.ones(shape, dtype=torch.int64) for name, shape in masks.items() if name in taken}
+def _masks_of_ones(config: Any, arguments: frozenset[str], length: int) -> Inputs:
+    """Return the masks of cross-attention layers, so that each token attends to all images, and bounding boxes."""
+    tiles = (config_values(config, "max_num_tiles") or [1])[0]
+    shapes = {
+        "image_attention_mask": (ROWS, length, 1),
+        "cross_attention_mask": (ROWS, length, 1, tiles),
+        "bbox": (ROWS, length, 4),
+    }
+    return {name: torch.ones(shape, dtype=torch.int64) for name, shape in shapes.items() if name in arguments}

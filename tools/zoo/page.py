@@ -1,4 +1,4 @@
-"""Writes what `fastlora zoo` has found: a page to read, and the part of it that must not change unseen."""
+"""Pages with the results of `fastlora zoo`, and the file of results that tests compare with."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from fastlora.tools.zoo.examine import EQUAL, UNBUILT, UNTRAINED
-from fastlora.tools.zoo.kinds import LANGUAGE
+from fastlora.tools.zoo.architectures import CAUSAL_LM
+from fastlora.tools.zoo.compare import EQUAL, UNBUILT, UNTRAINED
 from fastlora.tools.zoo.ways import WAYS
 
-UNCOVERED = "which no rule covers"
-Row = dict[str, Any]
-
+NO_RULE = "which no rule covers"
+"""End of the reason for a candidate that is recognized, but that no rule is meant to match."""
 FAMILIES = ("lora", "norm", "rotary", "glu", "loss")
+
+Row = dict[str, Any]
+"""The fields of a `Result` of `compare.py`."""
 
 _HEAD = """\
 # Architectures
@@ -26,30 +28,30 @@ Measured on {date} on a CPU with {versions} by
 fastlora zoo --page docs/results/coverage.md
 ```
 
-Every causal language model that this transformers knows, every model that sees or hears and answers in words, and some
-encoders, encoder-decoders and classifiers of texts, pictures and sounds. A tiny model with random float32 weights, made
-by one shrinking rule, with LoRA on all linear layers but the output head, those of vision and audio towers included,
-takes one step in evaluation mode, eager and compiled; pictures and sounds are noise. "Equal" means that the loss and
-every gradient differ by rounding: by no more than 1e-5, or are no further from a float64 step than 1.25 times eager is,
-in the median over eight batches if not in the first.
+All causal language models, image-text-to-text models, speech and multimodal models of this version of transformers, and
+some encoders, encoder-decoders and classifiers of text, images and audio. Each type is a tiny model with random float32
+weights and LoRA on all linear layers except the output head, vision and audio towers included. It takes one training
+step in evaluation mode, eager and compiled, on random tokens, images and audio. "Equal" means that the loss and every
+gradient differ from eager's by at most 1e-5, or that their error against a float64 step is at most 1.25 times eager's,
+in the first batch or in the median over eight.
 
 | | of | |
 | --- | --- | --- |
 {counts}
 
-| what is trained | types | built and trained | equal | fused entirely |
+| auto class | types | built and trained | equal | fused entirely |
 | --- | --- | --- | --- | --- |
 {classes}
 """
 
 
 def trained(rows: list[Row]) -> list[Row]:
-    """Those that could be built and that eager trains."""
+    """Return the rows of models that can be built and trained eagerly."""
     return [row for row in rows if row["verdict"] not in (UNBUILT, UNTRAINED)]
 
 
 def counts(rows: list[Row]) -> list[tuple[str, int, int]]:
-    """What is counted, of how many, and how many: types, and sites of each family."""
+    """Return the numbers of types by verdict, and of fused sites by family, as (description, total, count)."""
     known = trained(rows)
     equal, whole = sum(row["verdict"] == EQUAL for row in known), sum(not row["missed"] for row in known)
     found = [
@@ -64,44 +66,45 @@ def counts(rows: list[Row]) -> list[tuple[str, int, int]]:
 
 
 def _classes(rows: list[Row]) -> list[str]:
-    """A line for each class of models."""
-    of: dict[str, list[Row]] = {}
+    """Return a table row for each auto class."""
+    by_class: dict[str, list[Row]] = {}
     for row in rows:
-        of.setdefault(row["name"].partition(":")[2] or LANGUAGE, []).append(row)
+        by_class.setdefault(row["name"].partition(":")[2] or CAUSAL_LM, []).append(row)
     lines = []
-    for name, named in of.items():
-        numbers = [many for _, _, many in counts(named)[:3]]
-        lines.append(f"| {name} | {len(named)} | {' | '.join(map(str, numbers))} |")
+    for name, members in by_class.items():
+        numbers = [count for _, _, count in counts(members)[:3]]
+        lines.append(f"| {name} | {len(members)} | {' | '.join(map(str, numbers))} |")
     return lines
 
 
 def _conditions(rows: list[Row]) -> dict[str, str]:
-    """What a page says of when and with what it was measured: results of several machines can be read together."""
+    """Return the date and the versions of the libraries; results may have been measured with several."""
     versions = " and ".join(dict.fromkeys(row["versions"] for row in rows))
     return {"date": datetime.date.today().isoformat(), "versions": versions}
 
 
-def _problem(row: Row, most: int) -> str:
-    """As the cell of a table."""
-    return str(row["problem"]).replace("|", "/")[:most]
+def _problem(row: Row, length: int) -> str:
+    """Return the problem as a table cell of at most this length."""
+    return str(row["problem"]).replace("|", "/")[:length]
 
 
 def write_page(rows: list[Row], path: Path) -> None:
+    """Write the page on architectures, trained in the plain way."""
     head = _HEAD.format(
         **_conditions(rows),
-        counts="\n".join(f"| {what} | {of} | {many} |" for what, of, many in counts(rows)),
+        counts="\n".join(f"| {what} | {total} | {count} |" for what, total, count in counts(rows)),
         classes="\n".join(_classes(rows)),
     )
     known = trained(rows)
-    path.write_text("\n".join([head, *_by_type(known), *_left(known), *_others(rows)]) + "\n")
+    path.write_text("\n".join([head, *_by_type(known), *_not_fused(known), *_not_trained(rows)]) + "\n")
 
 
 def _by_type(rows: list[Row]) -> list[str]:
     lines = [
         "## By type",
         "",
-        "Sites fused of sites seen; graphs that were compiled, and how many reasons TorchDynamo had to break them; the",
-        "largest relative difference of a gradient to eager's.",
+        "Fused sites of all sites by family, the number of compiled graphs and of graph breaks, and the largest",
+        "relative difference of a gradient from eager's.",
         "",
         f"| type | compiled | {' | '.join(FAMILIES)} | graphs | breaks | gradients |",
         f"| --- | --- |{' --- |' * (len(FAMILIES) + 3)}",
@@ -115,35 +118,32 @@ def _by_type(rows: list[Row]) -> list[str]:
     return lines
 
 
-def _left(rows: list[Row]) -> list[str]:
-    """Why candidates stayed, and blocks ran as they were."""
+def _not_fused(rows: list[Row]) -> list[str]:
+    """Return the table of reasons why candidates were not fused and why blocks ran uncompiled."""
     reasons: dict[str, list[str]] = {}
     for row in rows:
         for reason in [*row["missed"], *(note for note in row["notes"] if "uncompiled" in note)]:
             reasons.setdefault(reason, []).append(row["name"])
-    lines = ["", "## What is left, and why", "", "| reason | types |", "| --- | --- |"]
+    lines = ["", "## What is not fused, and why", "", "| reason | types |", "| --- | --- |"]
     return lines + [f"| {reason} | {', '.join(names)} |" for reason, names in sorted(reasons.items())]
 
 
-def _others(rows: list[Row]) -> list[str]:
-    problems = Counter(row["verdict"] for row in rows if row["verdict"] in (UNBUILT, UNTRAINED))
-    lines = ["", "## Types without a tiny model", "", f"{sum(problems.values())} of them.", "", "| type | | problem |"]
+def _not_trained(rows: list[Row]) -> list[str]:
+    left_out = [row for row in rows if row["verdict"] in (UNBUILT, UNTRAINED)]
+    lines = ["", "## Types without a tiny model", "", f"{len(left_out)} types.", "", "| type | | problem |"]
     lines.append("| --- | --- | --- |")
-    for row in rows:
-        if row["verdict"] in problems:
-            lines.append(f"| {row['name']} | {row['verdict']} | {_problem(row, 160)} |")
-    return lines
+    return lines + [f"| {row['name']} | {row['verdict']} | {_problem(row, 160)} |" for row in left_out]
 
 
 def golden(row: Row) -> dict[str, Any]:
-    """Return what must not change unseen of a row."""
-    left = {why: count for why, count in row["missed"].items() if why.endswith(UNCOVERED)}
+    """Return the part of a row that tests compare; `uncovered` counts the candidates that no rule is meant to match."""
+    uncovered = sum(count for reason, count in row["missed"].items() if reason.endswith(NO_RULE))
     kept = {key: row[key] for key in ("verdict", "graphs", "sites")}
-    return kept | ({"uncovered": sum(left.values())} if left else {})
+    return kept | ({"uncovered": uncovered} if uncovered else {})
 
 
 def write_golden(rows: list[Row], path: Path) -> None:
-    """One line for each type that eager trains; `uncovered` are the sites of units that no rule is about."""
+    """Write a JSON object with one line for each type that trains eagerly."""
     lines = [f"{json.dumps(row['name'])}: {json.dumps(golden(row))}" for row in trained(rows)]
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
@@ -157,28 +157,28 @@ Measured on {date} on a CPU with {versions} by
 fastlora zoo {names}--way all --page docs/results/ways.md
 ```
 
-Tiny models as in [coverage.md](coverage.md), each trained in every way. "Equal" is as there; where eager itself rounds
-to bfloat16, it means that over eight batches the gradients are in the median no further from a float32 step than 1.25
-times eager's. Not every model can be trained in every way: some cannot be built so, and some eager does not train.
+The tiny models of [coverage.md](coverage.md), each trained in every way. "Equal" is defined there; in lower precisions
+it means that over eight batches, the median error of the gradients against a float32 step is at most 1.25 times
+eager's. A model that cannot be built or trained eagerly in a way is not counted in its row.
 
-| way | what it is | models | equal | sites fused | what is left, most often |
+| way | what it is | models | equal | sites fused | most frequent reasons for the rest |
 | --- | --- | --- | --- | --- | --- |
 """
 
 
 def write_ways(rows: list[Row], path: Path, names: list[str]) -> None:
-    """A line for each way, and one for each model and problem with it. `names` are those that were asked for."""
+    """Write the page on ways to train: a row for each way, and one for each problem of a model. `names` are the
+    arguments of the command."""
     head = _WAYS_HEAD.format(**_conditions(rows), names="".join(f"{name} " for name in names))
-    lines = [
-        _way_line(way, [row for row in rows if row["way"] == way]) for way in dict.fromkeys(r["way"] for r in rows)
-    ]
-    odd: dict[tuple[str, str, str], list[str]] = {}
+    ways = dict.fromkeys(row["way"] for row in rows)
+    lines = [_way_line(way, [row for row in rows if row["way"] == way]) for way in ways]
+    problems: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
         if row["verdict"] != EQUAL:
-            odd.setdefault((row["name"], row["verdict"], _problem(row, 140)), []).append(row["way"])
+            problems.setdefault((row["name"], row["verdict"], _problem(row, 140)), []).append(row["way"])
     table = ["", "## What is not equal", "", "| model | | problem | ways |", "| --- | --- | --- | --- |"]
-    for (name, verdict, problem), ways in odd.items():
-        shown = "all" if len(ways) == len(lines) > 1 else ", ".join(ways)
+    for (name, verdict, problem), affected in problems.items():
+        shown = "all" if len(affected) == len(ways) > 1 else ", ".join(affected)
         table.append(f"| {name} | {verdict} | {problem} | {shown} |")
     path.write_text(head + "\n".join([*lines, *table]) + "\n")
 
@@ -191,4 +191,4 @@ def _way_line(way: str, rows: list[Row]) -> str:
         reasons.update(row["missed"])
     left = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(2)).replace("|", "/")
     equal = sum(row["verdict"] == EQUAL for row in known)
-    return f"| {way} | {WAYS[way].does} | {len(known)} | {equal} | {fused} of {seen} | {left} |"
+    return f"| {way} | {WAYS[way].description} | {len(known)} | {equal} | {fused} of {seen} | {left} |"

@@ -1,8 +1,8 @@
-"""Tiny configurations by one rule: what is called a width, a number of layers or a vocabulary becomes a small one.
+"""Tiny configurations of any model type: fields that hold a size, such as a width or a number of layers, are reduced.
 
-The rule goes by the names of a configuration's fields, nested ones included. Widths that a model divides or multiplies
-fit one another: hidden size 32 is 4 heads of 8, of which 2 have keys and values. Lists with an entry for each layer
-keep entries of as many kinds as there are layers left.
+Fields are found by name, also in nested configs. The sizes are consistent with each other: hidden size 32 is 4 heads
+of head dimension 8, with 2 key-value heads. Lists with one entry per layer are cut to as many different entries as
+there are layers left.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY, LENGTH = 2, 32, 48, 4, 2, 8, 128, 64
-PICTURE, PATCH = 32, 8
+LAYERS, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCAB, LENGTH = 2, 32, 48, 4, 2, 8, 128, 64
+IMAGE, PATCH = 32, 8
 
-RULES: list[tuple[str, int]] = [
+SIZES: list[tuple[str, int]] = [
     (
         r"(num_hidden|num|n|encoder|decoder|num_encoder|num_decoder)_layers?|depths?|num_blocks|num_layers_per_stack",
         LAYERS,
@@ -21,7 +21,7 @@ RULES: list[tuple[str, int]] = [
     (r"num_global_layers|first_k_dense_replace|num_dense_layers|num_nextn_predict_layers", 1),
     (r"num_layers_per_stack", LAYERS),
     (r"num_kv_shared_layers", 0),
-    (r"vocab_size|decoder_vocab_size|vocab_size_per_layer_input|unpadded_vocab_size", VOCABULARY),
+    (r"vocab_size|decoder_vocab_size|vocab_size_per_layer_input|unpadded_vocab_size", VOCAB),
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_(source|target)_positions|model_max_length", LENGTH),
     (r"(n|num)_(attention_)?heads?|num_(encoder|decoder)_attention_heads|(encoder|decoder)_attention_heads", HEADS),
     (r"swa_num_attention_heads|linear_num_value_heads|index_n_heads|linear_num_heads", HEADS),
@@ -29,14 +29,17 @@ RULES: list[tuple[str, int]] = [
     (r"(swa_|dim_|linear_|attention_)?head_dim|head_dim|kv_channels|dim_head|d_kv|attention_head_size", HEAD_DIM),
     (r"linear_(key|value)_head_dim|index_head_dim|qk_nope_head_dim|qk_rope_head_dim|v_head_dim|rotary_dim", HEAD_DIM),
     (r"qk_head_dim", 2 * HEAD_DIM),
-    (r".*intermediate_size.*|(ffn|encoder_ffn|decoder_ffn)_dim|d_ff|n_inner|dff|dim_ff|.*ffn_hidden_size", INNER),
-    (r"mlp_dim|feed_forward_size", INNER),
+    (
+        r".*intermediate_size.*|(ffn|encoder_ffn|decoder_ffn)_dim|d_ff|n_inner|dff|dim_ff|.*ffn_hidden_size",
+        INTERMEDIATE,
+    ),
+    (r"mlp_dim|feed_forward_size", INTERMEDIATE),
     (r"patch_embed_hidden_size", 3 * PATCH * PATCH),
     (r".*hidden_sizes?|.*embed(ding)?_dims?|d_model|n_embd|embedding_size|word_embed_proj_dim|lru_width", HIDDEN),
     (r"hidden_size_global|hidden_size_per_layer_input|(hidden|conv|tdnn)_dim", HIDDEN),
     (r"(projector_input|projector_output|projection|output_proj)_dims?", HIDDEN),
     (r"(output|conv|downsample)_channels", HIDDEN),
-    (r"num_position_embeddings|max_num_patches", (PICTURE // PATCH) ** 2),
+    (r"num_position_embeddings|max_num_patches", (IMAGE // PATCH) ** 2),
     (r"mm_tokens_per_image", 4),
     (r"(q_|kv_|o_)?lora_rank|laurel_rank|gated_norm_rank", 16),
     (r"(num_|n_routed_|num_local_|moe_num_|n_)?experts|zero_expert_num", 4),
@@ -51,12 +54,12 @@ RULES: list[tuple[str, int]] = [
     (r"time_step_rank|mamba_dt_rank", 4),
     (r"chunk_size|mamba_chunk_size|chunk_length|context_size|n_window", 16),
     (r"n_groups|mamba_n_groups", 1),
-    (r"image_size|crop_size", PICTURE),
+    (r"image_size|crop_size", IMAGE),
     (r"patch_size", PATCH),
     (r"max_length", 2 * LENGTH),
     (r"ngram_vocab_size_base", 97),
 ]
-"""What fields become whose whole name matches, where they are larger numbers."""
+"""Upper bounds of fields, by a pattern that the whole name matches; the first match counts."""
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 INDEXER = {
@@ -75,7 +78,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE}},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
-    "distilbert": {"dim": HIDDEN, "hidden_dim": INNER},
+    "distilbert": {"dim": HIDDEN, "hidden_dim": INTERMEDIATE},
     "donut-swin": {"num_heads": [2, 2, 4, 4], "window_size": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {"mrope_section": [1, 1, 2]}}},
@@ -106,7 +109,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "is_decoder": True,
         "attn_layers": ["local", "lsh"],
         "axial_pos_embds": False,
-        "feed_forward_size": INNER,
+        "feed_forward_size": INTERMEDIATE,
     },
     "roc_bert": {
         "pronunciation_embed_dim": 16,
@@ -119,7 +122,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "swinv2": {"num_heads": [2, 2, 4, 4]},
     "voxtral": {"audio_config": {"intermediate_size": 4 * HIDDEN}},
     "xlm": {"emb_dim": HIDDEN},
-    "xlnet": {"d_head": HEAD_DIM, "d_inner": INNER},
+    "xlnet": {"d_head": HEAD_DIM, "d_inner": INTERMEDIATE},
     "xlstm": {"embedding_dim": 128, "hidden_size": 128, "num_heads": 2},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
@@ -129,71 +132,26 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "zamba2": {"attention_hidden_size": 64},
 }
-"""What the rule does not know of single types."""
+"""Further fields of single model types, which `SIZES` does not get right."""
 
-CHOSEN = r".*_ind(ex|ic)es|vision_feature_layers?|.*_layer_ids"
-"""Lists of the numbers of some layers."""
+LAYER_INDICES = r".*_ind(ex|ic)es|vision_feature_layers?|.*_layer_ids"
+"""Fields with a list of layer indices."""
 PER_LAYER = re.compile(r"layer_types|.*layers?_block_type|mlp_layer_types|.*_layers|.*_per_layer|layer_.*|.*_pattern")
-INSIDE = ("text_config", "vision_config")
-"""Configurations without which a model has no such part."""
+REQUIRED_SUBCONFIGS = ("text_config", "vision_config")
+"""Nested configs that are created where they are None by default, because a model lacks that part without them."""
 
 
-def shrunk(model_type: str) -> Any:
-    """A tiny configuration of a type.
-
-    Raises:
-        Exception: whatever the configuration's class raises for sizes that it does not take.
-    """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    made = CONFIG_MAPPING[model_type]
-    fields = made().to_dict()
-    del fields["model_type"]
-    for name, inside in made.sub_configs.items():
-        if name in INSIDE and fields.get(name) is None:
-            fields[name] = inside().to_dict()
-    small = _small(fields)
-    rope = small.get("text_config", {}).get("rope_parameters", {})
-    if "rope_type" in rope:
-        rope.setdefault("mrope_section", _sections(rope))  # what is of full width where a model looks for it in vain
-    return made(**_merged(small, OVERRIDES.get(model_type, {})))
-
-
-def _sections(rope: dict[str, Any]) -> list[int]:
-    """Which frequencies of a rotary embedding are for time, height and width."""
-    frequencies = int(HEAD_DIM * rope.get("partial_rotary_factor", 1)) // 2
-    return [frequencies - 2 * (frequencies // 3), frequencies // 3, frequencies // 3]
-
-
-def _merged(fields: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """With others in their place, inside too."""
-    inside = {name: _merged(fields.get(name) or {}, value) for name, value in more.items() if isinstance(value, dict)}
-    return fields | more | inside
-
-
-def _small(fields: dict[str, Any]) -> dict[str, Any]:
-    """What is None is left out, for the class to derive it from other fields, but for what some classes do not."""
-    layers = _layers(fields)
-    fields = {name: _UNSET.get(name) if value is None else value for name, value in fields.items()}
-    given = {name: value for name, value in fields.items() if value not in (None, {}) and name not in _DERIVED}
-    small = {name: _value(name, value, layers) for name, value in given.items()}
-    if "mrope_section" in fields:
-        small["mrope_section"] = _sections(fields)
-    if "kv_lora_rank" in fields and fields.get("num_key_value_heads") == fields.get("num_attention_heads"):
-        small["num_key_value_heads"] = HEADS
-    return small
-
-
-_UNSET: dict[str, Any] = {
+_IF_NONE: dict[str, Any] = {
     "head_dim": HEAD_DIM,
     "num_key_value_heads": HEADS,
     "num_experts_per_tok": 2,
-    "vocab_size": VOCABULARY,
+    "vocab_size": VOCAB,
     "image_token_index": 5,
     "image_token_id": 5,
     "audio_token_id": 6,
 }
-_DERIVED = {
+"""Values of fields that some config classes do not derive from other fields if they are None."""
+_DROPPED = {
     "architectures",
     "out_features",
     "out_indices",
@@ -203,46 +161,94 @@ _DERIVED = {
     "dtype",
     "_name_or_path",
 }
+"""Fields that config classes derive from other fields, or that have nothing to do with the architecture."""
 
 
-def _layers(fields: dict[str, Any]) -> int | None:
-    """How many layers the configuration had, if a field says so."""
-    names = re.compile(RULES[0][0])
+def tiny_config(model_type: str) -> Any:
+    """Return a tiny config of a model type.
+
+    Raises:
+        Exception: anything that the config class raises for sizes that it does not accept.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config_class = CONFIG_MAPPING[model_type]
+    fields = config_class().to_dict()
+    del fields["model_type"]
+    for name, subconfig_class in config_class.sub_configs.items():
+        if name in REQUIRED_SUBCONFIGS and fields.get(name) is None:
+            fields[name] = subconfig_class().to_dict()
+    reduced = _reduce_fields(fields)
+    rope = reduced.get("text_config", {}).get("rope_parameters", {})
+    if "rope_type" in rope:
+        rope.setdefault("mrope_section", _mrope_section(rope))  # the default of some models needs the full head_dim
+    return config_class(**_merge(reduced, OVERRIDES.get(model_type, {})))
+
+
+def _mrope_section(rope: dict[str, Any]) -> list[int]:
+    """Return the numbers of rotary frequencies for time, height and width."""
+    frequencies = int(HEAD_DIM * rope.get("partial_rotary_factor", 1)) // 2
+    return [frequencies - 2 * (frequencies // 3), frequencies // 3, frequencies // 3]
+
+
+def _merge(fields: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return fields with overrides applied, recursively."""
+    nested = {name: _merge(fields.get(name) or {}, value) for name, value in overrides.items() if type(value) is dict}
+    return fields | overrides | nested
+
+
+def _reduce_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Reduce the fields of a config. Those that are None are left out, so that the class derives them from others,
+    except for those in `_IF_NONE`."""
+    layers = _num_layers(fields)
+    fields = {name: _IF_NONE.get(name) if value is None else value for name, value in fields.items()}
+    kept = {name: value for name, value in fields.items() if value not in (None, {}) and name not in _DROPPED}
+    reduced = {name: _reduce(name, value, layers) for name, value in kept.items()}
+    if "mrope_section" in fields:
+        reduced["mrope_section"] = _mrope_section(fields)
+    if "kv_lora_rank" in fields and fields.get("num_key_value_heads") == fields.get("num_attention_heads"):
+        reduced["num_key_value_heads"] = HEADS
+    return reduced
+
+
+def _num_layers(fields: dict[str, Any]) -> int | None:
+    """Return the original number of layers, or None if no field holds it."""
+    names = re.compile(SIZES[0][0])
     return next((value for name, value in fields.items() if names.fullmatch(name) and type(value) is int), None)
 
 
-def _value(name: str, value: Any, layers: int | None) -> Any:
+def _reduce(name: str, value: Any, layers: int | None) -> Any:
     if isinstance(value, dict):
         if value and all(str(key).isdigit() for key in value):
-            return _of_layers(value)
-        of_its_own = name.endswith("_config") or {"model_type", "rope_type"} & set(value)
-        return _small(value) if of_its_own else value
+            return _reduce_by_layer(value)
+        is_config = name.endswith("_config") or {"model_type", "rope_type"} & set(value)
+        return _reduce_fields(value) if is_config else value
     if name == "image_grid_pinpoints":
-        return [[PICTURE, 2 * PICTURE], [2 * PICTURE, PICTURE]]
-    if isinstance(value, list) and re.fullmatch(CHOSEN, name):
+        return [[IMAGE, 2 * IMAGE], [2 * IMAGE, IMAGE]]
+    if isinstance(value, list) and re.fullmatch(LAYER_INDICES, name):
         return list(range(min(LAYERS, len(value))))
     if isinstance(value, list):
-        return _fewer(name, value, layers)
+        return _reduce_list(name, value, layers)
     if type(value) is not int:
         return value
     if name.endswith(("token_id", "token_index")):
-        return value % VOCABULARY
-    small = next((small for pattern, small in RULES if re.fullmatch(pattern, name)), None)
-    return value if small is None else min(small, value)
+        return value % VOCAB
+    size = next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), None)
+    return value if size is None else min(size, value)
 
 
-def _of_layers(values: dict[Any, Any]) -> dict[Any, Any]:
-    """What is set by the number of a layer, for those that are left."""
-    left = {key: value for key, value in values.items() if int(key) < LAYERS}
-    return {key: _small(value) if isinstance(value, dict) else value for key, value in left.items()}
+def _reduce_by_layer(values: dict[Any, Any]) -> dict[Any, Any]:
+    """Reduce a dict with layer indices as keys."""
+    kept = {key: value for key, value in values.items() if int(key) < LAYERS}
+    return {key: _reduce_fields(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
-def _fewer(name: str, values: list[Any], layers: int | None) -> list[Any]:
-    """A list with an entry for each layer: the first entries of different kinds, then the first ones."""
+def _reduce_list(name: str, values: list[Any], layers: int | None) -> list[Any]:
+    """Reduce a list; one with an entry per layer keeps as many different entries as possible, in their order."""
     if name.endswith("token_id"):
-        return [value % VOCABULARY for value in values]
+        return [value % VOCAB for value in values]
     if len(values) != layers and not (len(values) > LAYERS and PER_LAYER.fullmatch(name)):
-        return [_value(name, value, None) if type(value) is int else value for value in values]
-    kinds = [value for i, value in enumerate(values) if value not in values[:i]]
-    chosen = (kinds + values)[:LAYERS]
-    return [_value(name, value, None) for value in sorted(chosen, key=values.index)]
+        return [_reduce(name, value, None) if type(value) is int else value for value in values]
+    distinct = [value for i, value in enumerate(values) if value not in values[:i]]
+    kept = (distinct + values)[:LAYERS]
+    return [_reduce(name, value, None) for value in sorted(kept, key=values.index)]
