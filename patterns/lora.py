@@ -66,12 +66,12 @@ def is_cheap_to_recompute(view: View, dropped: fx.Node) -> bool | str:
 
 
 def _fused_dropout(x, p):
-    """A dropout that becomes part of the op, on x in its own dtype or widened."""
+    """Return the pattern of a dropout that becomes part of the op, on x in its own dtype or widened."""
     return seeded("seed", widened(x), p, where=is_cheap_to_recompute)
 
 
 def _separate_dropout(x, p):
-    """A dropout that stays in the graph."""
+    """Return the pattern of a dropout that stays in the graph."""
     return kept("x_dropped", dropout(cast(x), p))
 
 
@@ -82,8 +82,11 @@ def _low_rank_path(x, lora_a, lora_b, lora_bias, scaling):
 
 
 def _contribution(x, lora_a, lora_b, lora_bias, scaling):
-    """The adapter's output. PEFT rounds it to the dtype of a quantized base layer's output before the addition, and for
-    some layers before scaling; the op rounds only the sum."""
+    """Return the pattern of the adapter's output.
+
+    PEFT rounds it to the dtype of a quantized base layer's output before the addition, and for some layers before
+    scaling; the op rounds only the sum.
+    """
     return cast(_low_rank_path(x, lora_a, lora_b, lora_bias, scaling))
 
 

@@ -51,7 +51,7 @@ def picks_log_probabilities(view: View, node: fx.Node) -> bool:
 
 
 def _read_logits(x: Pattern, weight, bias, factor: Pattern, divisor: Pattern, softcap: Pattern) -> Pattern:
-    """The logits as the input of a loss: optionally scaled, soft-capped, widened and flattened."""
+    """Return the pattern of a loss's input: logits that are optionally scaled, soft-capped, widened and flattened."""
     logits = linear(x, weight, bias).named("logits")
     scaled = either(multiplied=logits * factor, divided=logits / divisor, plain=logits).named("scaled")
     capped = either(capped=tanh(widened(scaled) / softcap) * softcap, plain=scaled).named("capped")

@@ -44,7 +44,7 @@ def _scale(weight: Pattern) -> Pattern:
 
 
 def _last_dimension(match: Match) -> bool | str:
-    """The weight has one entry for each normalized element."""
+    """Check that the weight has one entry for each normalized element."""
     if match.value("weight") is None:
         return True
     fits = known_equal(match.tensor("weight").shape[-1], match.tensor("x").shape[-1])
@@ -164,7 +164,7 @@ def _written_weight_fits(match):
 
 
 def _sum(residual: Pattern, x: Pattern, p: Pattern) -> Pattern:
-    """A residual addition, optionally with dropout of either operand, which becomes part of the op."""
+    """Return the pattern of a residual addition, optionally with dropout of either operand, which the op applies."""
     dropped = seeded("seed", x, p, where=is_cheap_to_recompute)
     return either(seeded=residual + dropped, plain=residual + x)
 

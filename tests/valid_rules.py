@@ -159,9 +159,9 @@ def called(x, weight: Opt, bias: Opt, eps: Scalar, _shape: Constant):
     ops.rotary,
     attrs={"layout": tag_of("layout"), "rotary_dim": 8, "compute_dtype": torch.float32, "out_dtype": dtype_of()},
 )
-def turned(x, cos, sin):
-    turn = either(half=cat(-second_half(x), first_half(x)), flipped=cat(second_half(x), -first_half(x)))
-    return x * cos + turn.named("layout") * sin
+def rotated(x, cos, sin):
+    rotated_x = either(half=cat(-second_half(x), first_half(x)), flipped=cat(second_half(x), -first_half(x)))
+    return x * cos + rotated_x.named("layout") * sin
 
 
 @valid_rule(
@@ -209,11 +209,11 @@ def after_a_sum(residual, x):
 
 @valid_rule(fuse, ops.lora_mlp, benefit=3, attrs={"out_dtype": dtype_of("x")})
 def mlp(x, base_dtype: Constant, lora_dtype: Constant, proj_dtype: Constant, hidden_dtype: Constant):
-    alike = {"base_dtype": base_dtype, "lora_dtype": lora_dtype, "x_dropped": None, "seed": None, "dropout": None}
-    gate = raised(ops.lora_linear, "gate_", x=x, out_dtype=proj_dtype, **alike)
-    up = raised(ops.lora_linear, "up_", x=x, out_dtype=proj_dtype, **alike)
+    common = {"base_dtype": base_dtype, "lora_dtype": lora_dtype, "x_dropped": None, "seed": None, "dropout": None}
+    gate = raised(ops.lora_linear, "gate_", x=x, out_dtype=proj_dtype, **common)
+    up = raised(ops.lora_linear, "up_", x=x, out_dtype=proj_dtype, **common)
     product = raised(ops.glu, gate=gate, up=up, out_dtype=hidden_dtype)
-    return raised(ops.lora_linear, "down_", x=product, out_dtype=lambda dtype: True, **alike)
+    return raised(ops.lora_linear, "down_", x=product, out_dtype=lambda dtype: True, **common)
 
 
 @valid_rule(group, ops.lora_linear, by="x", into=ops.lora_group)
@@ -222,5 +222,5 @@ def shared(matches):
 
 
 @valid_rule(group, ops.rotary, by="cos", into=ops.rotary_group, benefit=2)
-def turned_together(matches):
+def rotated_together(matches):
     return True

@@ -37,11 +37,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dtypes", nargs="*", default=DTYPES)
     parser.add_argument("--tokens", type=int, default=333)
-    asked = parser.parse_args()
-    count, dtypes = 0, [getattr(torch, name) for name in asked.dtypes]
+    options = parser.parse_args()
+    count, dtypes = 0, [getattr(torch, name) for name in options.dtypes]
     with implementations.only("triton"):
         for name in ("Qwen3-0.6B", "BERT-large"):
-            for case in (*cases(SHAPES[name], asked.tokens, [16]), *dropout_cases()):
+            for case in (*cases(SHAPES[name], options.tokens, [16]), *dropout_cases()):
                 for dtype in dtypes:
                     for everything in (False, True):
                         run(case, dtype, everything)

@@ -77,8 +77,8 @@ def check_every_subset_of_gradients(case: Case) -> None:
                 assert_same_but_for_rounding(gradient, full.gradient(name), name)
             else:
                 assert gradient is None, f"{name} got a gradient when only {wanted} wanted one"
-        asked = [{n for n, need in labelled(op.wanted(needs)).items() if need} for _, needs, *_ in calls]
-        assert made == asked == [expected for expected in [_computed(op, arguments, wanted)] if expected]
+        requested = [{n for n, need in labelled(op.wanted(needs)).items() if need} for _, needs, *_ in calls]
+        assert made == requested == [expected for expected in [_computed(op, arguments, wanted)] if expected]
 
 
 def _computed(op: SemanticOp, arguments: Arguments, wanted: Collection[str]) -> set[str]:

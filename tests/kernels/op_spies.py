@@ -27,9 +27,9 @@ def backward_calls(op: SemanticOp) -> Iterator[list[tuple[Any, ...]]]:
     calls: list[tuple[Any, ...]] = []
 
     def spy(target: Any) -> Any:
-        def run(*arguments: Any, **told: Any) -> Any:
+        def run(*arguments: Any, **options: Any) -> Any:
             calls.append(arguments)
-            return target(*arguments, **told)
+            return target(*arguments, **options)
 
         return run
 

@@ -151,10 +151,10 @@ def test_backward_recomputes_the_hidden_state_in_place(
     from fastlora.kernels.triton.glu import run_backward
 
     gate, up, dy = (randn(6, 5) for _ in range(3))
-    asked = dict(zip(("gate", "up"), wanted, strict=True))
-    expected = backward(asked, [dy], gate, up, "gelu_tanh")
+    requested = dict(zip(("gate", "up"), wanted, strict=True))
+    expected = backward(requested, [dy], gate, up, "gelu_tanh")
     (hidden,) = forward(gate, up, "gelu_tanh", f32)
-    found = {name: t for name, t in (("gate", gate), ("up", up)) if asked[name]}
+    found = {name: t for name, t in (("gate", gate), ("up", up)) if requested[name]}
     with launches() as launched:
         run_backward(dy, gate, up, "gelu_tanh", found.get("gate"), found.get("up"), dy)
     assert launched == ["backward_kernel"]

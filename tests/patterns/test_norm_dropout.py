@@ -63,7 +63,7 @@ def assert_stays(outcome: Outcome, op: str) -> None:
     outcome.assert_close(2e-6)
 
 
-@pytest.mark.parametrize("ends", [False, True], ids=["sum goes on", "sum ends"])
+@pytest.mark.parametrize("ends", [False, True], ids=["sum is used", "sum is not used"])
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 @pytest.mark.parametrize("op", NORMS)
 def test_dropout_of_a_branch_becomes_a_seed(op: str, left: bool, ends: bool) -> None:

@@ -130,7 +130,7 @@ def test_norms_of_query_and_key_heads_are_fused() -> None:
 
 
 @pytest.mark.parametrize("function", [llama, gemma, weightless, builtin], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("keeps_sum", [True, False], ids=["sum goes on", "sum ends"])
+@pytest.mark.parametrize("keeps_sum", [True, False], ids=["sum is used", "sum is not used"])
 def test_the_norm_of_a_residual_sum_is_fused_with_it(function: Function, keeps_sum: bool) -> None:
     def block(x: Tensor, y: Tensor, w: Tensor) -> Any:
         total = x + y

@@ -284,7 +284,7 @@ def up_gradients(
 
 
 def down_gradient(dxa: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return dA (R, K) = dxa (T, R)^T @ x (T, K) in `dtype`; for a group, dxa has the members' columns side by side."""
+    """Return dA (R, K) = dxa (T, R)^T @ x (T, K) in `dtype`; for a group, dxa has all members' columns."""
     if not _by_columns(x, dxa):
         return _cublas_product(dxa.t(), x, dtype)
     out = allocate((dxa.shape[1], x.shape[1]), dtype, x.device)
