@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx
 
 from fastlora.graph.canonical_ops import signature_of
+from fastlora.graph.derived import Derived
 from fastlora.graph.fake_values import meta
 from fastlora.graph.view import View
 
@@ -64,13 +65,15 @@ def tensors(view: View, value: Any) -> list[fx.Node]:
 
 
 def writes(view: View, node: fx.Node) -> bool:
-    """Return whether a node writes to one of its operands in place."""
-    return node in view.mutations.writers(node)
+    """Return whether a node writes to one of its operands in place, in a way that no rule can read."""
+    return node in view.mutations.writers(node) and node not in view.functional_writes
 
 
 def _origin(view: View, value: Any) -> Any:
     """Return the value at the start of the chain of operations with a single input that ends at a value."""
     node = view.producer(value)
+    if isinstance(node, Derived):
+        (node,) = node.nodes()
     while isinstance(node, fx.Node) and len(node.all_input_nodes) == 1:
         (node,) = node.all_input_nodes
     return node

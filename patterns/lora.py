@@ -8,16 +8,20 @@ instead, and neither the mask nor the dropped-out input is saved. Otherwise it s
 numbers of eager mode, and the op takes both x and the dropped-out x.
 """
 
+from typing import Any
+
+import torch
 from torch import fx
 
 from fastlora.compat.dispatch import is_wrapper_subclass
+from fastlora.graph.derived import Derived, transposed
 from fastlora.graph.fake_values import known_less, meta, same_shape
 from fastlora.graph.view import View
 from fastlora.kernels import ops
 from fastlora.kernels.formulas.dropout import is_cheap
-from fastlora.match.dsl import Opt, Param, Scalar, cast, dropout, either, kept, linear, seeded, widened
+from fastlora.match.dsl import Op, Opt, Param, Scalar, cast, dropout, either, kept, linear, scaled, seeded, widened
 from fastlora.match.rule import GroupRule, Match, Rule, dtype_of, group, rule
-from fastlora.patterns.candidates import Product, before, name_of, product
+from fastlora.patterns.candidates import Product, before, is_given, name_of, product
 
 _REACH = 12
 
@@ -42,8 +46,11 @@ def _pair(view: View, node: fx.Node) -> tuple[Product, Product, list[fx.Node]] |
 
 
 def low_rank(view: View, node: fx.Node) -> bool:
-    """Return whether a node is the second of two consecutive products with weights of low rank."""
-    return _pair(view, node) is not None
+    """Return whether a node is the second of two consecutive products with weights of low rank, or a sum with it."""
+    term = view.term(node)
+    added = list(term.args.values()) if term is not None and term.op == "add" else []
+    products = (node, *(value for value in added if isinstance(value, Derived)))
+    return any(_pair(view, value) is not None for value in products)
 
 
 def _has_lower_rank(a, b):
@@ -51,9 +58,9 @@ def _has_lower_rank(a, b):
     return known_less(a.shape[0], a.shape[1]) and known_less(a.shape[0], b.shape[0])
 
 
-def has_low_rank(match: Match):
+def has_low_rank(match: Match, b: str = "lora_b"):
     """Return whether the rank of an adapter is smaller than its input and output."""
-    return _has_lower_rank(match.tensor("lora_a"), match.tensor("lora_b")) or "the inner dimension is not the smallest"
+    return _has_lower_rank(match.tensor("lora_a"), match.tensor(b)) or "the inner dimension is not the smallest"
 
 
 def is_cheap_to_recompute(view: View, dropped: fx.Node) -> bool | str:
@@ -75,34 +82,46 @@ def _separate_dropout(x, p):
     return kept("x_dropped", dropout(cast(x), p))
 
 
-def _low_rank_path(x, lora_a, lora_b, lora_bias, scaling):
-    inner = linear(x, lora_a).named("inner")
-    low = either(biased=linear(inner, lora_b, lora_bias), plain=linear(inner, lora_b))
-    return either(scaled=cast(low) * scaling, plain=low)
+def _contribution(x, lora_a, lora_b, lora_bias, scaling, gain):
+    """The adapter's output, with scales anywhere on the path, but not before a bias, which they would not scale. PEFT
+    rounds it to the dtype of a quantized base layer's output before the addition, and for some layers before scaling;
+    the op rounds only the sum."""
+    biased = linear(linear(x, lora_a).named("inner"), lora_b, lora_bias)
+    inner = linear(scaled(x, scaling, gain), lora_a).named("inner")
+    plain = linear(scaled(inner, scaling, gain), lora_b)
+    return cast(scaled(cast(either(biased=biased, plain=plain)), scaling, gain))
 
 
-def _contribution(x, lora_a, lora_b, lora_bias, scaling):
-    """Return the pattern of the adapter's output.
+def _gained(name: str):
+    """For `attrs`: a captured parameter, times the scalar parameters that scale the adapter."""
 
-    PEFT rounds it to the dtype of a quantized base layer's output before the addition, and for some layers before
-    scaling; the op rounds only the sum.
-    """
-    return cast(_low_rank_path(x, lora_a, lora_b, lora_bias, scaling))
+    def multiply(match: Match):
+        value, gain = match.value(name), match.value("_gain")
+        return value if gain is None or value is None else Derived(torch.mul, (value, gain))
+
+    return multiply
 
 
 @rule(
     ops.lora_linear,
     anchor=low_rank,
     benefit=2,
-    attrs={"base_dtype": dtype_of("base"), "lora_dtype": dtype_of("inner"), "out_dtype": dtype_of()},
+    attrs={
+        "lora_b": _gained("_lora_b"),
+        "lora_bias": _gained("_lora_bias"),
+        "base_dtype": dtype_of("base"),
+        "lora_dtype": dtype_of("inner"),
+        "out_dtype": dtype_of(),
+    },
 )
 def lora_linear(
     x,
     weight: Param(2),
     bias: Opt[Param(1)],
     lora_a: Param(2),
-    lora_b: Param(2),
-    lora_bias: Opt[Param(1)],
+    _lora_b: Param(2),
+    _lora_bias: Opt[Param(1)],
+    _gain: Opt,
     _p: Scalar = 0.0,
     scaling: Scalar = 1.0,
     dropout: Scalar = None,
@@ -110,7 +129,7 @@ def lora_linear(
     read = either(same=x, rounded=cast(x)).named("read")
     base = cast(linear(read, weight, bias).named("base"))  # the op does not round here
     adapted = either(seeded=_fused_dropout(x, dropout), dropped=_separate_dropout(x, _p), plain=cast(x))
-    return cast(base + _contribution(adapted, lora_a, lora_b, lora_bias, scaling))
+    return cast(base + _contribution(adapted, lora_a, _lora_b, _lora_bias, scaling, _gain))
 
 
 @lora_linear.where
@@ -120,23 +139,34 @@ def _base_is_rounded_once(match: Match):
     return direct or "the base's input is rounded to another dtype before it is read"
 
 
-@rule(ops.lora_add, anchor=low_rank, benefit=2, attrs={"lora_dtype": dtype_of("inner"), "out_dtype": dtype_of()})
+@rule(
+    ops.lora_add,
+    anchor=low_rank,
+    benefit=2,
+    attrs={
+        "lora_b": _gained("_lora_b"),
+        "lora_bias": _gained("_lora_bias"),
+        "lora_dtype": dtype_of("inner"),
+        "out_dtype": dtype_of(),
+    },
+)
 def lora_add(
     base,
     x,
     lora_a: Param(2),
-    lora_b: Param(2),
-    lora_bias: Opt[Param(1)],
+    _lora_b: Param(2),
+    _lora_bias: Opt[Param(1)],
+    _gain: Opt,
     scaling: Scalar = 1.0,
     dropout: Scalar = None,
 ):
     """An adapter on any base layer: a quantized layer, a Conv1D, a layer that already has an adapter."""
     adapted = either(seeded=_fused_dropout(x, dropout), plain=cast(x))
-    return cast(base + _contribution(adapted, lora_a, lora_b, lora_bias, scaling))
+    return cast(base + _contribution(adapted, lora_a, _lora_b, _lora_bias, scaling, _gain))
 
 
 for _adapter in (lora_linear, lora_add):
-    _adapter.where(has_low_rank)
+    _adapter.where(lambda match: has_low_rank(match, "_lora_b"))
 
 
 @lora_linear.otherwise
@@ -182,10 +212,73 @@ def _undropped(view: View, x: fx.Node) -> fx.Node:
     return x
 
 
+def merged_low_rank(view: View, node: fx.Node) -> bool:
+    """Return whether a node is a linear layer whose weight is a sum with a product of low rank."""
+    term = view.term(node)
+    weight = view.term(term.args["weight"]) if term is not None and term.op == "linear" else None
+    return weight is not None and weight.op == "add" and any(_is_delta(view, each) for each in weight.args.values())
+
+
+def _is_delta(view: View, value: Any) -> bool:
+    """Return whether a value is a product of two weights of low rank, possibly scaled, cast or transposed."""
+    for _ in range(_REACH):
+        found = product(view, value) if value is not None else None
+        left = meta(found.input) if found is not None else None
+        if found is not None and left is not None:
+            low = known_less(found.in_features, found.out_features) and known_less(found.in_features, left.shape[0])
+            return low and is_given(view, found.input)
+        value = before(view, value) if value is not None else None
+    return False
+
+
+def _merged_a(match: Match):
+    """A of the product: of left @ right.T, or of its transpose."""
+    return transposed(match.value("_left" if match.tag("delta") == "transposed" else "_right"))
+
+
+def _merged_b(match: Match):
+    b, gain = match.value("_right" if match.tag("delta") == "transposed" else "_left"), match.value("_gain")
+    return b if gain is None else Derived(torch.mul, (b, gain))
+
+
+@rule(
+    ops.lora_linear,
+    anchor=merged_low_rank,
+    benefit=2,
+    attrs={
+        "lora_a": _merged_a,
+        "lora_b": _merged_b,
+        "base_dtype": dtype_of("base"),
+        "lora_dtype": dtype_of("delta"),
+        "out_dtype": dtype_of(),
+    },
+)
+def merged_lora(
+    x,
+    weight: Param(2),
+    bias: Opt[Param(1)],
+    _left: Param(2),
+    _right: Param(2),
+    _gain: Opt,
+    scaling: Scalar = 1.0,
+):
+    """An adapter that is added to the weight at each call, `linear(x, W + s * B @ A)`. The op never makes the sum."""
+    low = linear(_left, _right)
+    delta = either(transposed=Op("transposed", input=scaled(low, scaling, _gain)), plain=low).named("delta")
+    return cast(linear(x, weight + scaled(cast(delta), scaling, _gain), bias).named("base"))
+
+
+@merged_lora.where
+def _merged_low_rank(match: Match):
+    a, b = match.tensor("_left"), match.tensor("_right")
+    low = known_less(a.shape[1], a.shape[0]) and known_less(b.shape[1], b.shape[0])
+    return low or "the inner dimension is not the smallest"
+
+
 @group(ops.lora_linear, by="x", into=ops.lora_group, benefit=2)
 def shared_input(matches: list[Match]):
     """q, k and v, or gate and up if the MLP is not fused; with dropout if each member has a seed of its own."""
     return len({match.dtype("lora_a") for match in matches}) == 1 or "the adapters differ in dtype"
 
 
-RULES: list[Rule | GroupRule] = [lora_linear, lora_add, shared_input]
+RULES: list[Rule | GroupRule] = [lora_linear, lora_add, merged_lora, shared_input]

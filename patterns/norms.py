@@ -84,8 +84,10 @@ def rms_norm(x, weight: Opt[Param(1)], eps: Scalar):
     h = widened(x).named("h")
     power = mean(h**2).named("power") + eps
     root = either(reciprocal=1.0 / sqrt(power), rsqrt=rsqrt(power))
-    n = cast(either(widened=either(h=h, x=x) * root, divided=either(h=h, x=x) / sqrt(power))).named("n")
-    return cast(either(weighted=n * _scale(weight), bare=n))
+    read = either(h=h, x=x)
+    n = cast(either(widened=read * root, divided=read / sqrt(power))).named("n")
+    together = (read * root * _scale(weight)).named("n")  # in any order, as in x * (root * weight)
+    return cast(either(weighted=n * _scale(weight), together=together, bare=n))
 
 
 @rms_norm.where

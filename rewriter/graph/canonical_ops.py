@@ -37,16 +37,41 @@ _TRANSPOSED = "transposed, of a matrix, or mT, of a stack of them"
 _COPY = "what they copy"
 
 # Arithmetic
-canonical("add", "input other", call("input other alpha=1", torch.add, "add"), operator.add, fresh=True)
-canonical("sub", "input other", call("input other alpha=1", torch.sub, "sub"), operator.sub, fresh=True)
 canonical(
-    "mul", "input other", operator.mul, torch.mul, torch.multiply, "mul", "multiply", fresh=True, read=readers.product
+    "add",
+    "input other",
+    call("input other alpha=1", torch.add, "add"),
+    operator.add,
+    inplace=(operator.iadd, "add_"),
+    fresh=True,
+    read=readers.sum_of,
+)
+canonical(
+    "sub",
+    "input other",
+    call("input other alpha=1", torch.sub, "sub"),
+    operator.sub,
+    inplace=(operator.isub, "sub_"),
+    fresh=True,
+)
+canonical(
+    "mul",
+    "input other",
+    operator.mul,
+    torch.mul,
+    torch.multiply,
+    "mul",
+    "multiply",
+    inplace=(operator.imul, "mul_"),
+    fresh=True,
+    read=readers.product,
 )
 canonical(
     "div",
     "input other",
     call("input other rounding_mode=None", torch.div, torch.true_divide, "div"),
     operator.truediv,
+    inplace=(operator.itruediv, "div_"),
     fresh=True,
     read=readers.quotient,
 )
@@ -73,9 +98,29 @@ canonical("gelu_tanh", "input")
 
 # Products
 canonical("linear", "input weight bias=None", F.linear, fresh=True)
-canonical("matmul", "input other", operator.matmul, torch.matmul, "matmul", fresh=True, read=readers.matmul)
+canonical(
+    "matmul",
+    "input other",
+    operator.matmul,
+    torch.matmul,
+    "matmul",
+    torch.mm,
+    "mm",
+    fresh=True,
+    read=readers.matmul,
+)
+canonical(
+    "addmm",
+    "input mat1 mat2 beta=1 alpha=1",
+    torch.addmm,
+    "addmm",
+    inplace=("addmm_",),
+    fresh=True,
+    read=readers.addmm,
+    instead="linear, or the sum of a value and a linear layer",
+)
 canonical("baddbmm", "input batch1 batch2 beta=1 alpha=1", torch.baddbmm, "baddbmm", fresh=True)
-canonical("einsum", "equation first second", torch.einsum)
+canonical("einsum", "equation first second", torch.einsum, read=readers.einsum)
 canonical(
     "grouped_mm",
     "input mat2 offs",

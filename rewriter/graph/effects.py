@@ -83,7 +83,7 @@ class Mutations:
     def __init__(self, graph: fx.Graph, always: bool = False) -> None:
         self._alias: dict[fx.Node, fx.Node] = {}
         self._writes: dict[fx.Node, list[fx.Node]] = {}
-        probes = {node: _probe(node) for node in graph.nodes if node.op.startswith("call") and not _is_fresh(node)}
+        probes = {node: _probe(node) for node in graph.nodes if node.op.startswith("call") and not is_fresh(node)}
         if not always and not any(written for written, _ in probes.values()):
             return
         for node, (_, aliased) in probes.items():
@@ -104,6 +104,13 @@ class Mutations:
         """Return the nodes that may write in place to the memory of `node`."""
         return self._writes.get(self.storage(node), []) if self._writes else []
 
+    def sharing(self, node: fx.Node) -> list[fx.Node]:
+        """Return the nodes whose values may share memory with that of `node`, itself included."""
+        memory = self.storage(node)
+        return [node, *(other for other in self._alias if other is not node and self.storage(other) is memory)] + (
+            [memory] if memory is not node else []
+        )
+
     def _join(self, left: fx.Node, right: fx.Node) -> None:
         if self.storage(left) is not self.storage(right):
             self._alias[self.storage(left)] = self.storage(right)
@@ -116,15 +123,16 @@ class Mutations:
                 self._join(node, first_of.setdefault(storage_id(tensor), node))
 
 
-def _is_fresh(node: fx.Node) -> bool:
+def is_fresh(node: fx.Node) -> bool:
     """Return whether a node is known to return a new tensor and to have no effects."""
     if isinstance(node.target, OpOverload):
         schema = schema_of(node.target)
         return not schema.is_mutable and all(result.alias_info is None for result in schema.returns)
     spelling = spelling_of(node)
     bound = spelling.bind(node) if spelling is not None else None
-    fresh = spelling is not None and bound is not None and operation(spelling.op).fresh
-    return fresh and bound is not None and not bound.get("inplace")
+    if spelling is None or bound is None or spelling.writes or bound.get("inplace"):
+        return False
+    return operation(spelling.op).fresh
 
 
 _PROBED: dict[Any, Probe] = {}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fastlora.graph.derived import Derived, transposed
 from fastlora.graph.fake_values import known_equal, meta, same_shape
 from fastlora.graph.term import Term, Terms, identity
 
@@ -117,13 +118,71 @@ def var(terms: Terms, node: fx.Node, args: dict[str, Any]) -> Term | None:
     return Term("var", {"input": args["input"]}) if last else None
 
 
+def sum_of(terms: Terms, node: fx.Node, args: dict[str, Any]) -> Term | None:
+    """Read `add(x, y, alpha=a)` as the sum of x and a * y."""
+    alpha, other = args.pop("alpha"), args["other"]
+    if not _is_number(alpha) or (alpha != 1 and not isinstance(other, fx.Node)):
+        return None
+    return Term("add", {"input": args["input"], "other": _times(other, alpha)})
+
+
 def matmul(terms: Terms, node: fx.Node, args: dict[str, Any]) -> Term | None:
-    """Read `x @ W.T` as a linear layer without bias."""
-    right = terms.term(args["other"])
-    weight = meta(right.args["input"]) if right is not None and right.op == "transposed" else None
-    if right is None or weight is None:
-        return Term("matmul", args)
-    return Term("linear", {"input": args["input"], "weight": right.args["input"], "bias": None})
+    """Read `x @ W.T`, and `x @ W` of a parameter W, as linear layers without bias."""
+    weight = _weight(terms, args["other"])
+    return Term("matmul", args) if weight is None else linear(args["input"], weight)
+
+
+def linear(x: Any, weight: Any, bias: Any = None) -> Term:
+    """The term of a linear layer."""
+    return Term("linear", {"input": x, "weight": weight, "bias": bias})
+
+
+def addmm(terms: Terms, node: fx.Node, args: dict[str, Any]) -> Term | None:
+    """Read a product with a weight and a bias as a linear layer, and any other as the sum of a value and a product."""
+    added, x, alpha = args["input"], args["mat1"], args["alpha"]
+    weight, result, tensor = _weight(terms, args["mat2"]), meta(node), meta(added)
+    if weight is None or result is None or tensor is None or args["beta"] != 1 or not _is_number(alpha):
+        return None
+    if tensor.dim() == 1 and alpha == 1 and known_equal(tensor.shape[0], result.shape[1]):
+        return linear(x, weight, added)
+    if not same_shape(tensor, result):
+        return None
+    product = Derived(torch.mm, (x, args["mat2"]), linear(x, weight), result)
+    return Term("add", {"input": added, "other": _times(product, alpha)})
+
+
+def einsum(terms: Terms, node: fx.Node, args: dict[str, Any]) -> Term | None:
+    """Read products of the last dimension with a parameter as linear layers: `"btk,rk->btr"` and `"btk,kr->btr"`."""
+    equation, values = args["equation"], (args["first"], args["second"])
+    left, _, result = equation.replace(" ", "").partition("->") if isinstance(equation, str) else ("", "", "")
+    letters = left.split(",")
+    for i, weight in enumerate(values):
+        if len(letters) == 2 and len(letters[i]) == 2 and _is_graph_input(terms, weight):
+            x, summed = values[1 - i], letters[1 - i][-1:]
+            made = letters[i].replace(summed, "")
+            if len(made) == 1 and made not in letters[1 - i] and result == letters[1 - i][:-1] + made:
+                return linear(x, weight if letters[i][1] == summed else transposed(weight))
+    return Term("einsum", args)
+
+
+def _weight(terms: Terms, matrix: Any) -> Any:
+    """The weight of the linear layer that a product with `matrix` (in, out) is, or None if it is none."""
+    term = terms.term(matrix)
+    if term is not None and term.op == "transposed" and meta(term.args["input"]) is not None:
+        return term.args["input"]
+    tensor = meta(matrix)
+    given = tensor is not None and tensor.dim() == 2 and _is_graph_input(terms, matrix)
+    return transposed(matrix) if given else None
+
+
+def _is_graph_input(terms: Terms, value: Any) -> bool:
+    producer = terms.producer(value)
+    return isinstance(producer, fx.Node) and producer.op in ("placeholder", "get_attr")
+
+
+def _times(value: Any, factor: float) -> Any:
+    """A multiple of a value."""
+    return value if factor == 1 else Derived(torch.mul, (value, factor), Term("mul", {"input": value, "other": factor}))
 
 
 def attribute(terms: Terms, node: fx.Node, args: dict[str, Any]) -> Term | None:
@@ -262,8 +321,12 @@ def _is_full(part: slice) -> bool:
     return part.start in (None, 0) and part.stop is None and part.step in (None, 1)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _is_one(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == 1
+    return _is_number(value) and value == 1
 
 
 def _keeps_dtype(node: fx.Node, source: Any) -> bool:

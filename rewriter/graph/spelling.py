@@ -21,10 +21,12 @@ Target = Callable[..., Any] | str
 
 @dataclass(frozen=True)
 class Spelling:
-    """One way to write a canonical operation, and the signature of its calls."""
+    """One way to write a canonical operation, the signature of its calls, and whether they write in place, to the first
+    argument."""
 
     op: str
     signature: Signature
+    writes: bool = False
 
     def bind(self, node: fx.Node) -> dict[str, Any] | None:
         """Return the node's arguments by name, with defaults, including those of arguments that only other spellings
@@ -96,11 +98,13 @@ def canonical(
     ignores_autocast: bool = False,
     read: Reader | None = None,
     instead: str | None = None,
+    inplace: tuple[Target, ...] = (),
 ) -> None:
     """Declare a canonical operation; see `CanonicalOp`.
 
     `arguments` lists the arguments that patterns see, in order; `name=value` gives a default, a literal or a bare word.
-    Spellings have the same arguments, unless they are in a `call`.
+    Spellings have the same arguments, unless they are in a `call`. Those in `inplace` have the arguments of all others
+    together, and write the result over the first; patterns see them where nothing reads the old value afterwards.
     """
     seen = parse(arguments)
     plain = tuple(each for each in spellings if not isinstance(each, Call))
@@ -110,6 +114,7 @@ def canonical(
     _OPS[name] = CanonicalOp(name, seen, called, fresh, ignores_autocast, read, instead)
     for each in calls:
         _spell(name, each)
+    _spell(name, Call(called, inplace), writes=True)
 
 
 def spell(op: str, signature: str, *spellings: Target) -> None:
@@ -149,9 +154,9 @@ def _check_arguments(op: CanonicalOp, spelled: Signature) -> None:
             raise ValueError(f"{op.name!r} needs the argument {name!r}; spell it by another name")
 
 
-def _spell(op: str, calls: Call) -> None:
+def _spell(op: str, calls: Call, writes: bool = False) -> None:
     for target in calls.targets:
-        _table_of(op, target)[target] = Spelling(op, calls.signature)
+        _table_of(op, target)[target] = Spelling(op, calls.signature, writes)
 
 
 def _table_of(op: str, target: Any) -> dict[Any, Spelling]:

@@ -16,8 +16,10 @@ from torch import fx
 
 from fastlora.graph import readers
 from fastlora.graph.canonical_ops import operation, spelling_of
+from fastlora.graph.derived import Derived
 from fastlora.graph.effects import Mutations, modes
 from fastlora.graph.fake_values import meta
+from fastlora.graph.overwrites import replaces_its_input
 from fastlora.graph.term import Term
 
 
@@ -42,6 +44,7 @@ class View:
         self._terms: dict[fx.Node, Term | None] = {}
         self.mutations = Mutations(self.graph)
         self.modes = modes(self.graph)
+        self.functional_writes: set[fx.Node] = set()  # those that are read as operations that write to nothing
         for node in self.graph.nodes:
             term = self._read(node)
             if term is not None and term.op in ("identity", "cast") and self._stops_gradients(node, term.args["input"]):
@@ -64,7 +67,17 @@ class View:
 
     def _is_written(self, node: fx.Node, source: Any) -> bool:
         """Return whether a node or its source is written in place: they may differ when they are read."""
-        return bool(self.mutations.writers(node) or self.mutations.writers(source))
+        return bool(self.writers(node) or self.writers(source))
+
+    def writers(self, node: fx.Node) -> list[fx.Node]:
+        """Return the nodes that may write in place to the memory of `node`, after it is computed and until one of
+        `functional_writes` replaces its value.
+        """
+        found = self.mutations.writers(node)
+        replacing = [self.order[writer] for writer in found if writer in self.functional_writes]
+        computed = max((at for at in replacing if at <= self.order[node]), default=float("-inf"))
+        replaced = min((at for at in replacing if at > self.order[node]), default=float("inf"))
+        return [writer for writer in found if computed < self.order[writer] <= replaced]
 
     # -- value classes -------------------------------------------------------------------------------------------------
 
@@ -88,6 +101,8 @@ class View:
 
     def term(self, value: Any) -> Term | None:
         """Return the term of the node that computes a value, or None if it has none."""
+        if isinstance(value, Derived):
+            return value.term
         return self._terms.get(self._producers.get(value, value)) if isinstance(value, fx.Node) else None
 
     def producers(self) -> list[fx.Node]:
@@ -103,4 +118,18 @@ class View:
             return readers.reshape(self, node)
         spelling = spelling_of(node)
         args = spelling.bind(node) if spelling is not None else None
-        return operation(spelling.op).term(self, node, args) if spelling is not None and args is not None else None
+        if spelling is None or args is None:
+            return None
+        writes = spelling.writes or args.get("inplace") is True
+        op = operation(spelling.op)
+        if writes and not self._replaces_its_input(node, args[op.arguments.names[0]]):
+            return None
+        term = op.term(self, node, args | {"inplace": False} if "inplace" in args else args)
+        if writes and term is not None:
+            if term.op == "identity":
+                return None
+            self.functional_writes.add(node)
+        return term
+
+    def _replaces_its_input(self, node: fx.Node, source: Any) -> bool:
+        return isinstance(source, fx.Node) and replaces_its_input(node, source, self.order, self.mutations)

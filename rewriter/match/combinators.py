@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fastlora.graph.derived import Derived
 from fastlora.graph.fake_values import meta
 from fastlora.graph.view import View
 from fastlora.kernels.core.semantic_op import SemanticOp
@@ -28,6 +29,8 @@ class Var(Pattern):
         if self.name in state.values:  # the same name through another pattern object
             if same_value(view.producer(state.values[self.name]), view.producer(value)):
                 yield state
+            return
+        if isinstance(value, Derived) and not value.may_be_argument:
             return
         verdict = self.predicate(view, value) if self.predicate is not None else meta(value) is not None
         if verdict is True or (value is None and self.optional):
@@ -60,7 +63,7 @@ class Cast(Pattern):
             producer = view.producer(value)
             # A cast of a captured value is cheap, so it stays in the graph if other nodes use it.
             shared = (*state.shared, producer) if isinstance(self.inner, Var) else state.shared
-            inside = state._replace(members=(*state.members, producer), shared=shared)
+            inside = state.including(producer)._replace(shared=shared)
             yield from self.inner.match(view, term.args["input"], inside, trace)
         yield from self.inner.match(view, value, state, trace)
 

@@ -13,22 +13,23 @@ capture.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
-
-from torch import fx
 
 from fastlora.errors import suggestion
 from fastlora.graph.canonical_ops import operations, signature_of
 from fastlora.graph.fake_values import meta
 from fastlora.graph.view import View
 from fastlora.kernels.core.semantic_op import SemanticOp
-from fastlora.kernels.ops import dequantize_4bit
-from fastlora.match.combinators import Cast, Either, Kept, Raised
+from fastlora.match.combinators import Cast, Either, Kept, Raised, Var
 from fastlora.match.pattern import Op, Pattern
+from fastlora.match.predicates import Constant as Constant
+from fastlora.match.predicates import Opt as Opt
+from fastlora.match.predicates import Param as Param
+from fastlora.match.predicates import Scalar as Scalar
+from fastlora.match.scaled import Scaled
 from fastlora.match.seeded_dropout import Seeded
-from fastlora.match.state import Predicate, State, Trace, describe
+from fastlora.match.state import Predicate, State, Trace
 
 
 def __getattr__(name: str) -> Callable[..., Op]:
@@ -65,6 +66,12 @@ def cast(inner: Pattern) -> Pattern:
 def widened(inner: Pattern) -> Pattern:
     """Match an optional cast that is exact, which an op may skip."""
     return Cast(inner, widening=True)
+
+
+def scaled(inner: Pattern, scaling: Var, gain: Var) -> Pattern:
+    """Match `inner`, or a multiple of it. The product of all numbers is captured as `scaling`, and that of all scalar
+    parameters and buffers as `gain`. Several parts of a pattern may share the two."""
+    return Scaled(inner, scaling, gain)
 
 
 def kept(name: str, shape: Pattern) -> Pattern:
@@ -139,43 +146,3 @@ def odds(x: Pattern) -> Pattern:
 def piece(x: Pattern, name: str) -> Pattern:
     """Match a contiguous slice of the last dimension, and name it for `match.slice_of`."""
     return Op("slice", input=x, step=1, start=_anything, stop=_anything).named(name)
-
-
-@dataclass(frozen=True)
-class Param:
-    """A graph input with `dim` dimensions, such as a parameter or buffer, or a 4-bit weight dequantized from inputs."""
-
-    dim: int
-
-    def __call__(self, view: View, value: Any) -> bool | str:
-        producer, tensor = view.producer(value), meta(value)
-        if not isinstance(producer, fx.Node) or tensor is None or not _is_input(producer):
-            return f"{describe(value)} is not a parameter"
-        return tensor.dim() == self.dim or f"{producer.name} has {tensor.dim()} dimensions, not {self.dim}"
-
-
-def _is_input(node: fx.Node) -> bool:
-    return node.op in ("placeholder", "get_attr") or node.target is dequantize_4bit.target
-
-
-def Scalar(view: View, value: Any) -> bool | str:
-    """Accept numbers: literals, and symbolic numbers of the graph."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return True
-    symbolic = isinstance(value, fx.Node) and not isinstance(value.meta.get("example_value"), (type(None), tuple, list))
-    return (symbolic and meta(value) is None) or f"{describe(value)} is not a number"
-
-
-def Constant(view: View, value: Any) -> bool | str:
-    """Accept constants, such as the name of a reduction."""
-    return not isinstance(value, fx.Node) or f"{describe(value)} is not a constant"
-
-
-class Opt:
-    """An optional capture: `Opt` alone for any tensor or None, `Opt[Param(1)]` with a predicate."""
-
-    def __init__(self, predicate: Predicate | None = None) -> None:
-        self.predicate = predicate
-
-    def __class_getitem__(cls, predicate: Predicate) -> Opt:
-        return cls(predicate)

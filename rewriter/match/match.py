@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from fastlora.errors import RuleError, suggestion
+from fastlora.graph.derived import nodes_in
 from fastlora.graph.fake_values import meta
 from fastlora.graph.view import View
 from fastlora.kernels.core.semantic_op import SemanticOp
@@ -46,10 +47,7 @@ class Match:
 
     def argument_nodes(self) -> list[fx.Node]:
         """Return the nodes that the replacement will read."""
-        found: list[fx.Node] = []
-        for value in self.arguments.values():
-            found += [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, fx.Node)]
-        return found
+        return nodes_in(list(self.arguments.values()))
 
     def outside_users(self) -> list[fx.Node]:
         """Return the nodes that will read the replacement's outputs."""

@@ -14,11 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import permutations
 from typing import Any
 
 from torch import fx
 
 from fastlora.graph.canonical_ops import signature_of
+from fastlora.graph.derived import Derived
 from fastlora.graph.readers import POWERS
 from fastlora.graph.view import View
 from fastlora.match.state import State, Trace, describe, same_value
@@ -152,11 +154,30 @@ class Op(Pattern):
             if trace is not None:
                 trace.note(state, f"expected {self.op}, found {describe(value, term.op if term else None)}")
             return
-        inside = state._replace(members=(*state.members, view.producer(value)))
+        inside = state.including(view.producer(value))
         yield from self._arguments(view, term.args, inside, trace)
         if self.op in COMMUTATIVE:
             swapped = {**term.args, "input": term.args["other"], "other": term.args["input"]}
             yield from self._arguments(view, swapped, inside, trace)
+            yield from self._reassociated(view, value, state)
+
+    @cached_property
+    def _operands(self) -> tuple[Pattern, ...]:
+        """The operands of a chain such as `a * b * c`, whose parts have no names."""
+        chained = (
+            child._operands if type(child) is Op and child.op == self.op else (child,) for child in self.children()
+        )
+        return tuple(operand for operands in chained for operand in operands)
+
+    def _reassociated(self, view: View, value: Any, state: State) -> Iterator[State]:
+        """Match a chain of three operands or more that is evaluated in another order, such as `a * (b * c)`."""
+        count = len(self._operands)
+        for operands, nodes in _expansions(view, self.op, [value], (), count) if count > 2 else ():
+            inside = state
+            for node in nodes:
+                inside = inside.including(node)
+            for order in permutations(operands):
+                yield from match_all(list(zip(self._operands, order, strict=True)), view, inside, None)
 
     def _arguments(self, view: View, args: dict[str, Any], state: State, trace: Trace | None) -> Iterator[State]:
         pairs: list[tuple[Pattern, Any]] = []
@@ -186,6 +207,20 @@ class Op(Pattern):
         return None
 
 
+def _expansions(
+    view: View, op: str, operands: list[Any], nodes: tuple[Any, ...], count: int
+) -> Iterator[tuple[list[Any], tuple[Any, ...]]]:
+    """Yield the ways to read a value as a chain of `count` operands, and the nodes that compute the chain."""
+    if len(operands) == count:
+        yield operands, nodes
+        return
+    for i, operand in enumerate(operands):
+        term = view.term(operand)
+        if term is not None and term.op == op:
+            parts = [*operands[:i], term.args["input"], term.args["other"], *operands[i + 1 :]]
+            yield from _expansions(view, op, parts, (*nodes, view.producer(operand)), count)
+
+
 @dataclass(eq=False)
 class Literal(Pattern):
     """A constant, such as the 1 of `1 + w`."""
@@ -204,7 +239,7 @@ class Literal(Pattern):
 
 def _is_constant(value: Any, constant: Any) -> bool:
     """Return whether a value equals a constant; 1 equals 1.0, but not True."""
-    if isinstance(value, fx.Node) or isinstance(value, bool) != isinstance(constant, bool):
+    if isinstance(value, (fx.Node, Derived)) or isinstance(value, bool) != isinstance(constant, bool):
         return False
     return bool(value == constant)
 
@@ -219,7 +254,7 @@ class ConstantCheck(Pattern):
         return {ANYTHING}
 
     def _branches(self, view: View, value: Any, state: State, trace: Trace | None) -> Iterator[State]:
-        if not isinstance(value, fx.Node) and self.predicate(value):
+        if not isinstance(value, (fx.Node, Derived)) and self.predicate(value):
             yield state
 
 

@@ -18,8 +18,8 @@ from fastlora.graph.canonical_ops import operations, seen_instead, signature_of
 from fastlora.graph.readers import POWERS
 from fastlora.kernels.core.semantic_op import SemanticOp
 from fastlora.match.combinators import Cast, Either, Kept, Raised, Var
-from fastlora.match.dsl import Param
 from fastlora.match.pattern import ANYTHING, COMMUTATIVE, ConstantCheck, Literal, Named, Op, Pattern
+from fastlora.match.predicates import Param
 from fastlora.match.seeded_dropout import Seeded
 
 _CONSTANTS = (
@@ -110,7 +110,10 @@ def _constant_check(part: ConstantCheck) -> Iterator[str]:
     name = getattr(predicate, "__name__", repr(predicate))
     if isinstance(predicate, type):
         yield f"{name} is a type, not a predicate: write lambda value: isinstance(value, {name})"
-    elif getattr(predicate, "__module__", "") == "fastlora.match.dsl" and not name.startswith("_"):
+    elif getattr(predicate, "__module__", "") in (
+        "fastlora.match.dsl",
+        "fastlora.match.predicates",
+    ) and not name.startswith("_"):
         yield f"{name} is not a predicate on a constant: call it if it makes a pattern, or annotate a parameter with it"
     elif not accepts_positional(predicate, 1):
         yield f"the predicate {name} must take one argument, the constant"

@@ -26,9 +26,9 @@ from fastlora.kernels.core.semantic_op import SemanticOp
 from fastlora.match.combinators import Var
 from fastlora.match.constants import constant_fault
 from fastlora.match.definition import Anchor, Definition, PatternDefinition
-from fastlora.match.dsl import Opt, Param, Scalar
 from fastlora.match.match import Match, dtype_of, tag_of
 from fastlora.match.pattern_lint import alternatives, bound_names
+from fastlora.match.predicates import Opt, Param, Scalar
 from fastlora.match.result import Result
 from fastlora.match.rule_lint import (
     anchor_faults,
@@ -71,7 +71,8 @@ class Rule(PatternDefinition):
     def find(self, view: View, root: fx.Node) -> Match | None:
         """Return the first match with this root, or None."""
         for state in self.outputs[0].match(view, root, State(), None):
-            return self._match(view, root, state)
+            if all(id(output) in state.seen for output in self.outputs):  # one of a chain in another order may not be
+                return self._match(view, root, state)
         return None
 
     def trace(self, view: View, root: fx.Node) -> Trace:

@@ -17,7 +17,6 @@ from fastlora.kernels.core.semantic_op import SemanticOp
 from fastlora.match.combinators import Cast, Either, Kept, Raised, Var
 from fastlora.match.constants import constant_fault
 from fastlora.match.definition import PatternDefinition
-from fastlora.match.dsl import Constant, Scalar
 from fastlora.match.match import DtypeOf, TagOf, dtype_of, tag_of
 from fastlora.match.pattern import ANYTHING, RAISED, Op, Pattern
 from fastlora.match.pattern_lint import (
@@ -29,6 +28,7 @@ from fastlora.match.pattern_lint import (
     subpatterns,
     unknown_operation,
 )
+from fastlora.match.predicates import Constant, Scalar
 
 
 def decorator_faults(kind: str, function: Any, given: dict[str, Any], benefit: Any) -> Iterator[str]:

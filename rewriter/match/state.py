@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
+from fastlora.graph.derived import Derived
 from fastlora.graph.view import View
 
 Predicate = Callable[[View, Any], "bool | str"]
@@ -31,6 +32,12 @@ class State(NamedTuple):
     shared: tuple[fx.Node, ...] = ()
     seen: Mapping[int, Any] = MappingProxyType({})
     tags: Mapping[str, str] = MappingProxyType({})
+
+    def including(self, node: Any) -> State:
+        """Return the state with a member more, if the value is a node of the graph."""
+        if not isinstance(node, fx.Node):
+            return self
+        return State(self.values, (*self.members, node), self.shared, self.seen, self.tags)
 
     def bind(self, name: str, value: Any) -> State:
         return State({**self.values, name: value}, self.members, self.shared, self.seen, self.tags)
@@ -56,5 +63,6 @@ def describe(value: Any, op: str | None = None) -> str:
 
 
 def same_value(left: Any, right: Any) -> bool:
-    """Return whether two values are the same node, or equal constants."""
-    return left is right if isinstance(left, fx.Node) or isinstance(right, fx.Node) else bool(left == right)
+    """Return whether two values are the same node or derived value, or equal constants."""
+    kinds = (fx.Node, Derived)
+    return left is right if isinstance(left, kinds) or isinstance(right, kinds) else bool(left == right)

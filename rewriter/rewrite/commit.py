@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from fastlora.graph.derived import Derived
 from fastlora.graph.view import View
 from fastlora.match.rule import Match
 from fastlora.match.seeded_dropout import Seed
@@ -33,10 +34,13 @@ def _replace(graph: fx.Graph, view: View, match: Match, replaced: dict[fx.Node, 
     def value(argument: Any) -> Any:
         if isinstance(argument, Seed):
             return _draw(graph, view, argument, insertion_point)
+        if isinstance(argument, Derived):
+            with graph.inserting_before(insertion_point):
+                return argument.insert(graph, lambda node: replaced.get(node, node))
         return replaced.get(argument, argument) if isinstance(argument, fx.Node) else argument
 
-    values = fx.node.map_aggregate(match.op.order(match.arguments), value)
     inserted = insertion_point.prev
+    values = fx.node.map_aggregate(match.op.order(match.arguments), value)
     with graph.inserting_before(insertion_point):
         call = graph.call_function(match.op.target, tuple(values))  # type: ignore[arg-type]
         results = _unpack(graph, call, match)

@@ -25,6 +25,7 @@ from torch import fx
 from fastlora.compat.dispatch import is_wrapper_subclass
 from fastlora.compat.tracing import FakeTensor
 from fastlora.graph.canonical_ops import operation
+from fastlora.graph.derived import Derived
 from fastlora.graph.fake_values import hint, known_equal, meta
 from fastlora.graph.view import View
 from fastlora.kernels.ops import dequantize_4bit
@@ -38,7 +39,6 @@ class Legality:
 
     def __init__(self, view: View) -> None:
         self._view = view
-        self._mutations = view.mutations
         self._modes = view.modes
         self._results: dict[Any, Any] = {}
 
@@ -73,15 +73,16 @@ class Legality:
 
     def _effects(self, match: Match) -> Refusal | None:
         seeded = {seed.dropout for seed in seeds(match.arguments)}
+        members = set(match.members)
         for member in match.members:
             term = self._view.term(member)
             if term is not None and term.op == "dropout" and member not in seeded:
                 return Refusal(Code.EFFECT, member, f"{member.name} is random, which the fused op is not")
-            for writer in self._mutations.writers(member):
-                if not self._may_write(match, member, writer):
+            for writer in self._view.writers(member):
+                if writer not in members and not self._may_write(match, member, writer):
                     return Refusal(Code.EFFECT, writer, f"{writer.name} writes to {member.name} in place")
         for node in match.argument_nodes():
-            writers = self._mutations.writers(node)
+            writers = [writer for writer in self._view.writers(node) if writer not in members]
             first_read = self._first_read(match, node) if writers else 0.0
             for writer in writers:
                 if self._view.order[writer] >= first_read:
@@ -187,6 +188,8 @@ def _run_fake(match: Match, values: list[Any]) -> tuple[list[torch.Tensor], list
             return [example(item) for item in value]
         if isinstance(value, Seed):
             return value.example()
+        if isinstance(value, Derived):
+            return value.example
         found = value.meta.get("example_value") if isinstance(value, fx.Node) else value
         return hint(found) if isinstance(found, torch.SymFloat) else found  # calling an op would specialize it
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fastlora.graph.derived import Derived
 from fastlora.graph.fake_values import hint, meta
 from fastlora.graph.view import View
 from fastlora.kernels.core import grouped_mm
@@ -142,6 +143,9 @@ def _call(view: View, node: fx.Node, value: Callable[[fx.Node], Any], exact: boo
     term = view.term(node)
     if exact and term is not None and term.op == "grouped_mm":  # PyTorch does not support it in float64
         return grouped_mm.reference(*(value(term.args[name]) for name in ("input", "mat2", "offs")))
+    if node in view.functional_writes:
+        first: Any = args[0]
+        args = (first.clone(), *args[1:])  # it may be one of the inputs
     with nullcontext() if exact else _autocast_of(view, node):
         if node.op == "call_method":
             result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -161,6 +165,8 @@ def _run_op(match: Match, inputs: dict[fx.Node, torch.Tensor], exact: bool) -> l
                 return [argument(item) for item in value]
             if isinstance(value, Seed):
                 return value.fixed(device)
+            if isinstance(value, Derived):
+                return value.evaluate(argument)
             if isinstance(value, fx.Node):
                 return leaves.get(value, hint(value.meta.get("example_value")))
             return torch.float64 if exact and isinstance(value, torch.dtype) else value

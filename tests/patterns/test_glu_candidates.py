@@ -27,6 +27,17 @@ def augmented(g: Tensor, u: Tensor) -> Tensor:
     return active
 
 
+def read_twice(g: Tensor, u: Tensor) -> Tensor:
+    first = g[0]
+    return F.silu(g, inplace=True) * u + first
+
+
+def written_twice(g: Tensor, u: Tensor) -> Tensor:
+    active = F.silu(g)
+    first = active[0]
+    return active.mul_(u) + first
+
+
 def tanh_gelu(g: Tensor) -> Tensor:
     return 0.5 * g * (1 + torch.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * g**3)))
 
@@ -63,9 +74,11 @@ UNITS: dict[str, tuple[Function, str | None]] = {
     "softplus": (lambda g, u: F.softplus(g) * u, "gated by softplus"),
     "sigmoid": (lambda g, u: torch.sigmoid(g) * u, "gated by a sigmoid"),
     "tanh": (lambda g, u: u * torch.tanh(g), "gated by tanh"),
-    "an activation in place": (lambda g, u: F.silu(g, inplace=True) * u, "the activation writes in place"),
-    "a product in place": (lambda g, u: F.silu(g).mul_(u), WRITTEN_OVER),
-    "an augmented activation": (augmented, WRITTEN_OVER),
+    "an activation in place": (lambda g, u: F.silu(g, inplace=True) * u, None),
+    "a product in place": (lambda g, u: F.silu(g).mul_(u), None),
+    "an augmented activation": (augmented, None),
+    "an activation in place of a value that is read": (read_twice, "the activation writes in place"),
+    "a product in place of a value that is read": (written_twice, WRITTEN_OVER),
 }  # fmt: skip
 
 

@@ -22,11 +22,6 @@ def mutated_activation(gate, up):
     return active * up
 
 
-def activated_in_place(gate, up):
-    gate = gate * 1.5
-    return F.silu(gate, inplace=True) * up
-
-
 def written_between(gate, up):
     gate, up = gate * 1.5, up * 1.5
     active = F.silu(gate)
@@ -61,7 +56,6 @@ GLUS = [
         "the activation leaves the graph", escaping_activation, (GATE, UP), missed="leaves the graph as an output"
     ),
     Lookalike("the activation is clamped in place", mutated_activation, (GATE, UP), missed="clamp_"),
-    Lookalike("the gate is activated in place", activated_in_place, (GATE, UP)),
     Lookalike("the gate is written between", written_between, (GATE.detach(), UP), missed="in place"),
     Lookalike(
         "the activation has no gradients",

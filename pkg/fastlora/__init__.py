@@ -1,0 +1,1 @@
+../../rewriter/__init__.py
