@@ -239,9 +239,9 @@ def kernels(
 ) -> None:
     """Time each op on this GPU, and compare with eager PyTorch, torch.compile, Liger and Unsloth."""
     _check_installed()
-    from fastlora.tools.bench.command import Sweep, run
+    from fastlora.tools.bench.command import Options, run
 
-    sweep = Sweep(
+    chosen = Options(
         output=output,
         models=models or [],
         ops=ops or [],
@@ -252,7 +252,7 @@ def kernels(
         timed=timed,
         seconds=seconds,
     )
-    if not run(sweep, Console()):
+    if not run(chosen, Console()):
         raise RunError("some ops are less accurate than allowed, and were not timed")
 
 

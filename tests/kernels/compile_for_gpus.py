@@ -76,9 +76,9 @@ def _run(case: Case, dtype: torch.dtype) -> None:
     def empty(*shape: int, dtype: torch.dtype = dtype, **_: Any) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    arguments = case.made_of(empty, dtype)
+    arguments = case.arguments_from(empty, dtype)
     for everything in (False, True):
-        if everything and case.wanted:
+        if everything and case.grad_arguments:
             require_every_gradient(arguments)
         values = case.op.order(arguments)
         run_on_meta(Call(case.op, values, [t is not None and t.requires_grad for t in case.op.leaves.flat(values)]))

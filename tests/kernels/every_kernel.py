@@ -25,7 +25,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 def run(case: Case, dtype: torch.dtype, everything: bool) -> None:
     arguments = case.arguments(dtype, torch.device("cuda"))
-    if everything and case.wanted:
+    if everything and case.grad_arguments:
         require_every_gradient(arguments)
     outputs = flat(case.op(**arguments))
     wanted = list(leaves(arguments).values())

@@ -11,7 +11,7 @@ import torch
 from fastlora.kernels.core.call_site import call_site
 from fastlora.kernels.core.implementations import restricted
 from fastlora.kernels.core.semantic_op import SemanticOp
-from fastlora.tools.bench.accuracy import flat, labelled
+from fastlora.tools.bench.accuracy import expand_lists, flat
 from fastlora.tools.bench.cases import Arguments
 
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -76,7 +76,7 @@ def call_directly(op: SemanticOp, arguments: Arguments) -> Any:
 
 def leaves(arguments: Arguments) -> dict[str, torch.Tensor]:
     """Return the floating-point tensors by name."""
-    return {n: t for n, t in labelled(arguments).items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
+    return {n: t for n, t in expand_lists(arguments).items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
 
 
 def require_every_gradient(arguments: Arguments) -> None:

@@ -29,7 +29,7 @@ from op_spies import backward_calls, computed_gradients, guarded_memory, saved_f
 from fastlora.kernels.core import implementations
 from fastlora.kernels.core.implementations import restricted
 from fastlora.kernels.core.semantic_op import SemanticOp
-from fastlora.tools.bench.accuracy import flat, labelled
+from fastlora.tools.bench.accuracy import expand_lists, flat
 
 
 def assert_same_but_for_rounding(value: torch.Tensor, expected: torch.Tensor, name: str) -> None:
@@ -77,7 +77,7 @@ def check_every_subset_of_gradients(case: Case) -> None:
                 assert_same_but_for_rounding(gradient, full.gradient(name), name)
             else:
                 assert gradient is None, f"{name} got a gradient when only {wanted} wanted one"
-        requested = [{n for n, need in labelled(op.wanted(needs)).items() if need} for _, needs, *_ in calls]
+        requested = [{n for n, need in expand_lists(op.wanted(needs)).items() if need} for _, needs, *_ in calls]
         assert made == requested == [expected for expected in [_computed(op, arguments, wanted)] if expected]
 
 

@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fastlora.kernels.core.implementations import Implementation
 from fastlora.kernels.core.semantic_op import SemanticOp
-from fastlora.tools.bench.accuracy import labelled
+from fastlora.tools.bench.accuracy import expand_lists
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def computed_gradients(op: SemanticOp) -> Iterator[list[set[str]]]:
 
         def backward(**named: Any) -> dict[str, Any]:
             gradients = implementation.backward(**named)
-            made.append({name for name, gradient in labelled(gradients).items() if gradient is not None})
+            made.append({name for name, gradient in expand_lists(gradients).items() if gradient is not None})
             return gradients
 
         return replace(implementation, backward=backward)

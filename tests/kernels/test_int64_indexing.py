@@ -27,7 +27,7 @@ IGNORED = -100
 
 
 def _cases(tokens: int) -> dict[str, Case]:
-    found = [c for name in ("Qwen3-0.6B", "BERT-large") for c in cases(SHAPES[name], tokens, [16]) if c.wanted]
+    found = [c for name in ("Qwen3-0.6B", "BERT-large") for c in cases(SHAPES[name], tokens, [16]) if c.grad_arguments]
     return {f"{c.op.name}, {c.place}": c for c in found}
 
 
@@ -62,8 +62,8 @@ def _pair(name: str, tokens: int) -> tuple[Arguments, Arguments]:
     def again(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> torch.Tensor:
         return _zeros_before(made.pop(0), torch.Size(shape), tokens)
 
-    small = _cases(TAIL)[name].made_of(randn, torch.bfloat16)
-    large = _cases(tokens)[name].made_of(again, torch.bfloat16)
+    small = _cases(TAIL)[name].arguments_from(randn, torch.bfloat16)
+    large = _cases(tokens)[name].arguments_from(again, torch.bfloat16)
     for angles in ("cos", "sin"):
         if angles in small:
             small[angles] = _tail(large[angles], tokens)

@@ -1,1 +1,1 @@
-"""Benchmarks. What is timed has first been compared with float64, and everything else in a table is of the same run."""
+"""Benchmarks. Only what has passed a comparison with float64 is timed, and all numbers of a table are from one run."""

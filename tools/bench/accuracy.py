@@ -1,11 +1,12 @@
-"""How far an op is from the truth, beside eager: the gate that a case passes before it is timed.
+"""The accuracy check that a case must pass before it is timed.
 
-The truth is the op's reference in float64. The error of a tensor is the root mean square of its elements' errors over
-that of the truth; an op passes where each output and each gradient has
+The op and its eager reference are compared with the reference in float64. The error of a tensor is the root mean square
+of its difference from float64, relative to the root mean square of the float64 tensor. An op passes if for each output
+and each gradient
 
-    err(op) <= 1.25 * err(eager) + eps / 2
+    error(op) <= 1.25 * error(eager) + eps / 2
 
-with eager the reference in the case's dtype, and eps that of the tensor's own dtype: half of it is one rounding.
+where eps is that of the tensor's dtype, so that eps / 2 is one rounding.
 """
 
 from __future__ import annotations
@@ -19,32 +20,39 @@ import torch
 from fastlora.tools.bench.cases import Arguments, Case
 
 RATIO = 1.25
-LARGEST = 1 << 31
-"""The truth is computed for so many elements of an output or of logits at most; it takes 8 bytes for each."""
+MAX_ELEMENTS = 1 << 31
+"""Cases with a larger output, or with more logits, are not checked: float64 takes 8 bytes per element."""
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Errors of one output or gradient, relative to the truth."""
+    """Relative errors of one output or gradient against float64.
+
+    Attributes:
+        tensor: the name of the output or gradient.
+        error, eager_error: errors of the op and of its eager reference.
+        rounding: half of eps.
+    """
 
     case: Case
     dtype: torch.dtype
     tensor: str
     error: float
-    eager: float
-    floor: float
+    eager_error: float
+    rounding: float
 
     @property
     def passes(self) -> bool:
-        return self.error <= RATIO * self.eager + self.floor
+        return self.error <= RATIO * self.eager_error + self.rounding
 
 
 def flat(value: Any) -> list[torch.Tensor]:
+    """Return the tensors of a nested sequence."""
     return [value] if isinstance(value, torch.Tensor) else [t for v in value for t in flat(v)]
 
 
-def labelled(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with every list's members by themselves, as `name[0]`, `name[1]`, ..."""
+def expand_lists(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values with each list replaced by its members, named `name[0]`, `name[1]` and so on."""
     named: dict[str, Any] = {}
     for name, value in values.items():
         named |= {f"{name}[{i}]": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
@@ -52,28 +60,29 @@ def labelled(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def leaves(arguments: Arguments) -> dict[str, torch.Tensor]:
-    """The tensors whose gradients are wanted, by name."""
-    return {n: t for n, t in labelled(arguments).items() if isinstance(t, torch.Tensor) and t.requires_grad}
+    """Return the tensors that require gradients, by name."""
+    return {n: t for n, t in expand_lists(arguments).items() if isinstance(t, torch.Tensor) and t.requires_grad}
 
 
 def cotangents(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Random incoming gradients, drawn where the outputs are, which may be large."""
+    """Return random incoming gradients, generated on the outputs' device because they may be large."""
     generator = torch.Generator(outputs[0].device).manual_seed(1)
     return [torch.randn(t.shape, generator=generator, device=t.device).to(t.dtype) for t in outputs]
 
 
 def results(function: Callable[..., Any], arguments: Arguments, like: list[torch.Tensor] | None = None) -> Arguments:
-    """Outputs and gradients by name; the incoming gradients are random in the dtypes of `like`, or of the outputs."""
+    """Return outputs and gradients by name. The incoming gradients are random and rounded to the dtypes of `like`, by
+    default the outputs."""
     outputs = flat(function(**arguments))
     grads = [g.to(t.dtype) for g, t in zip(cotangents(like or outputs), outputs, strict=True)]
-    wanted = leaves(arguments)
-    found = torch.autograd.grad(outputs, list(wanted.values()), grads) if wanted else ()
+    inputs = leaves(arguments)
+    found = torch.autograd.grad(outputs, list(inputs.values()), grads) if inputs else ()
     named = {f"output {i}": t.detach() for i, t in enumerate(outputs)}
-    return named | {f"gradient of {n}": g for n, g in zip(wanted, found, strict=True)}
+    return named | {f"gradient of {n}": g for n, g in zip(inputs, found, strict=True)}
 
 
 def in_float64(arguments: Arguments) -> Arguments:
-    """The same numbers and the same computation, with every dtype in it float64."""
+    """Return the arguments with tensors converted to float64, and dtypes replaced by it."""
     return {name: _in_float64(value) for name, value in arguments.items()}
 
 
@@ -88,32 +97,32 @@ def _in_float64(value: Any) -> Any:
 
 
 def accuracy(case: Case, dtype: torch.dtype, device: torch.device) -> list[Accuracy]:
-    """The errors of every output and gradient of a case."""
+    """Return the errors of every output and gradient of a case."""
     arguments = case.arguments(dtype, device)
-    mine = results(case.op, arguments)
-    outputs = [t for name, t in mine.items() if name.startswith("output")]
+    ours = results(case.op, arguments)
+    outputs = [t for name, t in ours.items() if name.startswith("output")]
     eager = results(case.op.reference, arguments)
-    truth = results(case.op.reference, in_float64(arguments), like=outputs)
+    reference = results(case.op.reference, in_float64(arguments), like=outputs)
     return [
         Accuracy(
             case,
             dtype,
             name,
-            _error(mine[name], true),
-            _error(eager[name], true),
-            torch.finfo(mine[name].dtype).eps / 2,
+            _error(ours[name], expected),
+            _error(eager[name], expected),
+            torch.finfo(ours[name].dtype).eps / 2,
         )
-        for name, true in truth.items()
+        for name, expected in reference.items()
     ]
 
 
-def _error(value: torch.Tensor, truth: torch.Tensor) -> float:
-    """nan where the value has one, so that it fails."""
-    size = truth.square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-    return ((value.double() - truth).square().mean().sqrt() / size).item()
+def _error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return the relative error. It is nan if the value has a nan, and then fails the check."""
+    size = reference.square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    return ((value.double() - reference).square().mean().sqrt() / size).item()
 
 
-def affordable(case: Case) -> bool:
-    """Whether there is memory for the truth."""
+def fits_in_float64(case: Case) -> bool:
+    """Return whether there is enough memory for the float64 reference."""
     sizes = case.sizes
-    return case.tokens * max(sizes.get(name, 1) for name in ("H", "I", "N", "K", "V")) <= LARGEST
+    return case.tokens * max(sizes.get(name, 1) for name in ("H", "I", "N", "K", "V")) <= MAX_ELEMENTS

@@ -1,7 +1,7 @@
-"""What is benchmarked: each op at the places where a model uses it, with the arguments that it meets there.
+"""The benchmarked cases: each op at each place where a model uses it, with the arguments of that place.
 
-Activations and base weights are bfloat16 (or what is asked for), adapters float32 and cast where they are used, as
-PEFT has them under autocast. Gradients are wanted for what LoRA trains and what leads to it.
+Activations and base weights have the dtype of the benchmark, adapters are float32 and cast where they are used, as in
+PEFT under autocast. Gradients are required for activations and adapters.
 """
 
 from __future__ import annotations
@@ -22,7 +22,16 @@ Randn = Callable[..., torch.Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """An op at one place of one model, for some tokens and some rank (0 where there is no adapter)."""
+    """An op at one place of one model.
+
+    Attributes:
+        place: the layers or modules that the op replaces, such as "q, k, v".
+        tokens: number of tokens, which is the number of rows of the activations.
+        rank: rank of the adapters; 0 without adapters.
+        sizes: dimensions by the letters of the op's cost formulas.
+        build: makes the arguments, given a function that makes random tensors.
+        grad_arguments: names of the arguments that require gradients.
+    """
 
     op: SemanticOp
     model: str
@@ -31,36 +40,36 @@ class Case:
     rank: int
     sizes: dict[str, int]
     build: Callable[[Randn, torch.dtype], Arguments]
-    wanted: tuple[str, ...]
+    grad_arguments: tuple[str, ...]
 
     def __str__(self) -> str:
         rank = f", r={self.rank}" if self.rank else ""
         return f"{self.op.name} ({self.model}, {self.place}, {self.tokens} tokens{rank})"
 
     def arguments(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Arguments:
-        """Random arguments, with gradients required where they are wanted."""
+        """Return random arguments; those in `grad_arguments` require gradients."""
         generator = torch.Generator(device).manual_seed(seed)
 
         def randn(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> torch.Tensor:
             return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
 
-        return self.made_of(randn, dtype)
+        return self.arguments_from(randn, dtype)
 
-    def made_of(self, randn: Randn, dtype: torch.dtype) -> Arguments:
-        """Arguments of the tensors that `randn` makes."""
+    def arguments_from(self, randn: Randn, dtype: torch.dtype) -> Arguments:
+        """Return arguments whose tensors are made by `randn`."""
         arguments = self.build(randn, dtype)
         complete = dict(zip((a.name for a in self.op.arguments), self.op.order(arguments), strict=False))
-        return {name: _requiring(value, name in self.wanted) for name, value in complete.items()}
+        return {name: _set_requires_grad(value, name in self.grad_arguments) for name, value in complete.items()}
 
     @property
     def directions(self) -> list[str]:
-        """The passes to time; where the forward makes the gradients, they are one."""
+        """The passes to time; "both" is a single one for ops whose forward computes the gradients."""
         if self.op.policy.grads_in_forward:
             return ["both"]
-        return ["forward", "backward"] if self.wanted else ["forward"]
+        return ["forward", "backward"] if self.grad_arguments else ["forward"]
 
     def work(self, direction: str, dtype: torch.dtype) -> tuple[float, float]:
-        """Floating-point operations and bytes of the "forward", the "backward" or "both", by the op's own formulas."""
+        """Return the floating-point operations and bytes of a pass, by the op's cost formulas."""
         assert self.op.cost is not None
         sizes = {**self.sizes, "b": dtype.itemsize, "w": dtype.itemsize, "p": 4}
         passes = ("forward", "backward") if direction == "both" else (direction,)
@@ -68,16 +77,16 @@ class Case:
         return sum(flops), sum(moved)
 
 
-def _requiring(value: Any, wanted: bool) -> Any:
+def _set_requires_grad(value: Any, requires_grad: bool) -> Any:
     if isinstance(value, list):
-        return [_requiring(v, wanted) for v in value]
+        return [_set_requires_grad(v, requires_grad) for v in value]
     if isinstance(value, torch.Tensor) and value.is_floating_point():
-        return value.requires_grad_(wanted)
+        return value.requires_grad_(requires_grad)
     return value
 
 
 def cases(shape: Shape, tokens: int, ranks: list[int]) -> Iterator[Case]:
-    """Every op at every place of a model."""
+    """Yield the cases of all ops at all places of a model."""
     yield from _norms(shape, tokens)
     if shape.norm == "rms":
         yield from _rotary(shape, tokens)
@@ -85,7 +94,7 @@ def cases(shape: Shape, tokens: int, ranks: list[int]) -> Iterator[Case]:
     for rank in ranks:
         yield from _projections(shape, tokens, rank)
     yield from _losses(shape, tokens)
-    yield _quantised(shape, tokens)
+    yield _dequantize(shape, tokens)
 
 
 def _norms(shape: Shape, T: int) -> Iterator[Case]:
@@ -137,7 +146,7 @@ def _glu(shape: Shape, T: int) -> Iterator[Case]:
 
 
 def _adapter(randn: Randn, N: int, K: int, R: int) -> Arguments:
-    """One adapted layer; B is not zero, as it is not after the first step."""
+    """Return the arguments of one adapted layer. B is random, since it is zero only before the first step."""
     f32 = torch.float32
     return {
         "weight": randn(N, K, scale=K**-0.5),
@@ -195,8 +204,8 @@ def _mlp(shape: Shape, T: int, R: int) -> Case:
             given[f"{layer}_scaling"] = 2.0
         return {**given, "proj_dtype": dtype, "hidden_dtype": dtype}
 
-    wanted = ("x", *(f"{layer}_{name}" for layer in layers for name in ("lora_a", "lora_b")))
-    return Case(ops.lora_mlp, shape.name, "MLP", T, R, {"T": T, "H": hidden, "I": inner, "R": R}, build, wanted)
+    grads = ("x", *(f"{layer}_{name}" for layer in layers for name in ("lora_a", "lora_b")))
+    return Case(ops.lora_mlp, shape.name, "MLP", T, R, {"T": T, "H": hidden, "I": inner, "R": R}, build, grads)
 
 
 def _losses(shape: Shape, T: int) -> Iterator[Case]:
@@ -218,24 +227,24 @@ def _losses(shape: Shape, T: int) -> Iterator[Case]:
             "logits_dtype": torch.float32,
         }
 
-    for place, wanted in (("frozen head", ("x",)), ("trained head", ("x", "weight"))):
-        sizes = {"T": T, "H": H, "V": V, "S": int("weight" in wanted)}
-        yield Case(ops.linear_cross_entropy, shape.name, place, T, 0, sizes, build, wanted)
+    for place, grads in (("frozen head", ("x",)), ("trained head", ("x", "weight"))):
+        sizes = {"T": T, "H": H, "V": V, "S": int("weight" in grads)}
+        yield Case(ops.linear_cross_entropy, shape.name, place, T, 0, sizes, build, grads)
 
 
-def _quantised(shape: Shape, T: int) -> Case:
-    """A weight in NF4 with double quantisation; tokens do not matter to it."""
+def _dequantize(shape: Shape, T: int) -> Case:
+    """Return a case with an NF4 weight with double quantization; the number of tokens does not affect it."""
     N, K, block, nested_block = shape.intermediate, shape.hidden, 64, 256
 
     def build(randn: Randn, dtype: torch.dtype) -> Arguments:
         device = randn(1).device
 
-        def stored(n: int) -> torch.Tensor:
+        def random_bytes(n: int) -> torch.Tensor:
             return torch.randint(256, (n,), dtype=torch.uint8, device=device)
 
         return {
-            "packed": stored(N * K // 2),
-            "absmax": stored(N * K // block),
+            "packed": random_bytes(N * K // 2),
+            "absmax": random_bytes(N * K // block),
             "nested_absmax": randn(-(-N * K // block // nested_block), dtype=torch.float32),
             "nested_code": randn(256, dtype=torch.float32),
             "offset": randn(1, dtype=torch.float32)[0],

@@ -1,4 +1,4 @@
-"""Runs `fastlora bench kernels`: checks each case, times what passes, shows and writes the results."""
+"""Implementation of `fastlora bench kernels`: check each case, time those that pass, show and write the results."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """What to benchmark; empty means all."""
+class Options:
+    """Options of `fastlora bench kernels`. Empty lists mean all, `timed=False` only checks, and no case is started
+    after `seconds`.
+    """
 
     output: Path
     models: list[str] = field(default_factory=list)
@@ -36,49 +38,49 @@ class Sweep:
     seconds: float | None = None
 
 
-def run(sweep: Sweep, console: Console) -> bool:
-    """Benchmarks a sweep; False if a case failed its check.
+def run(options: Options, console: Console) -> bool:
+    """Run the benchmark, and return whether all cases passed the accuracy check.
 
     Raises:
         UsageError: for an unknown name.
         RunError: without a CUDA device.
     """
-    _check(sweep)
-    dtype, names = DTYPES[sweep.dtype], [n for n in installed() if not sweep.contenders or n in sweep.contenders]
+    _check(options)
+    dtype, names = DTYPES[options.dtype], [n for n in installed() if not options.contenders or n in options.contenders]
     timings: list[results.Row] = []
     accuracies: list[results.Row] = []
-    started, wrong, left = time.monotonic(), [], 0
-    for case in chosen(sweep):
-        if sweep.seconds is not None and time.monotonic() - started > sweep.seconds:
-            left += 1
+    started, inaccurate, skipped = time.monotonic(), [], 0
+    for case in selected_cases(options):
+        if options.seconds is not None and time.monotonic() - started > options.seconds:
+            skipped += 1
             continue
         errors = check(case, dtype)
         accuracies += [results.accuracy_row(found) for found in errors]
         if not all(found.passes for found in errors):
-            wrong.append(case)
-            console.print(f"[red]not timed, its error is too large:[/] {case}")
+            inaccurate.append(case)
+            console.print(f"[red]not timed, less accurate than allowed:[/] {case}")
             continue
-        if not sweep.timed:
+        if not options.timed:
             continue
         rows = measure(case, names, dtype)
         timings += [results.timing_row(timing) for timing in rows]
         console.print(_line(case, rows), highlight=False)
     conditions = results.environment(ceilings(dtype), dtype)
-    results.write(sweep.output, conditions, timings, accuracies)
-    console.print(results.table(results.beside(timings)))
-    note = f", {left} cases left out for lack of time" if left else ""
-    console.print(f"{len(timings)} timings, {len(wrong)} cases with too large an error{note}; see {sweep.output}")
-    return not wrong
+    results.write(options.output, conditions, timings, accuracies)
+    console.print(results.table(results.with_ratios(timings)))
+    note = f", {skipped} cases skipped after the time limit" if skipped else ""
+    console.print(f"{len(timings)} timings, {len(inaccurate)} inaccurate cases{note}; see {options.output}")
+    return not inaccurate
 
 
-def chosen(sweep: Sweep) -> Iterator[Case]:
-    """The cases of a sweep, the common numbers of tokens first."""
-    for tokens in sweep.tokens or [8192, 1, 2048, 128, 65536]:
+def selected_cases(options: Options) -> Iterator[Case]:
+    """Yield the cases to run, those with common numbers of tokens first."""
+    for tokens in options.tokens or [8192, 1, 2048, 128, 65536]:
         for name, shape in SHAPES.items():
-            if not sweep.models or name in sweep.models:
-                yield from (
-                    c for c in cases(shape, tokens, sweep.ranks or [16]) if not sweep.ops or c.op.name in sweep.ops
-                )
+            if not options.models or name in options.models:
+                for case in cases(shape, tokens, options.ranks or [16]):
+                    if not options.ops or case.op.name in options.ops:
+                        yield case
 
 
 def _line(case: Case, rows: list[Timing]) -> str:
@@ -86,14 +88,14 @@ def _line(case: Case, rows: list[Timing]) -> str:
     return f"{case}: " + ", ".join(times)
 
 
-def _check(sweep: Sweep) -> None:
+def _check(options: Options) -> None:
     from fastlora.kernels import ops
 
     known = {"models": list(SHAPES), "ops": list(ops.__all__), "contenders": list(NAMES), "dtype": list(DTYPES)}
     for option, allowed in known.items():
-        given = getattr(sweep, option)
+        given = getattr(options, option)
         for name in [given] if isinstance(given, str) else given:
             if name not in allowed:
                 raise UsageError(f"--{option} {name}: unknown; choose from {', '.join(allowed)}")
     if not torch.cuda.is_available():
-        raise RunError("benchmarks of kernels need a CUDA device, and PyTorch sees none here")
+        raise RunError("`fastlora bench kernels` needs a CUDA device, and torch.cuda.is_available() is False")

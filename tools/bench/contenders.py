@@ -1,9 +1,9 @@
-"""Who an op is timed against: eager PyTorch, torch.compile, and the peers' kernels where they have the op.
+"""The contenders that an op is timed against: eager PyTorch, torch.compile, and kernels of other libraries.
 
-A contender turns a case's arguments into a call without arguments that returns outputs, which autograd differentiates.
-Peers are imported when they are asked for, and left out where they are not installed. Each is called the way its own
-models call it. "bare product" is no contender but a yardstick: the products with the base weights and nothing else, as
-one product where the layers share their input.
+A contender turns a case's arguments into a function without arguments that returns differentiable outputs. Other
+libraries are imported on use, left out if not installed, and called as their own models call them. "bare product" is a
+lower bound rather than a contender: the matrix products with the base weights and nothing else, as one product where
+the layers share their input.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from fastlora.tools.bench.cases import Arguments, Case
 
 Contender = Callable[[Arguments], Callable[[], Any]]
 Function = Callable[..., Any]
-MINE, BARE = "fastlora", "bare product"
-NAMES = ("eager", "torch.compile", "liger", "unsloth", "bitsandbytes", BARE)
+FASTLORA, BARE_PRODUCT = "fastlora", "bare product"
+NAMES = ("eager", "torch.compile", "liger", "unsloth", "bitsandbytes", BARE_PRODUCT)
 
 
 def installed() -> list[str]:
-    """The contenders that can run here."""
-    needed = {"liger": "liger_kernel", "unsloth": "unsloth", "bitsandbytes": "bitsandbytes"}
-    return [name for name in NAMES if name not in needed or find_spec(needed[name]) is not None]
+    """Return the contenders whose packages are installed."""
+    packages = {"liger": "liger_kernel", "unsloth": "unsloth", "bitsandbytes": "bitsandbytes"}
+    return [name for name in NAMES if name not in packages or find_spec(packages[name]) is not None]
 
 
 def contender(name: str, case: Case) -> Contender | None:
-    """The contender for a case; None where it has nothing for it."""
-    if name == BARE:
-        return _bare(case)
+    """Return the contender for a case, or None if it does not have the op."""
+    if name == BARE_PRODUCT:
+        return _bare_product(case)
     function: Function | None
     if name == "torch.compile":
         torch._dynamo.reset()
         function = torch.compile(case.op.reference, dynamic=False)
-    elif name in (MINE, "eager"):
-        function = case.op if name == MINE else case.op.reference
+    elif name in (FASTLORA, "eager"):
+        function = case.op if name == FASTLORA else case.op.reference
     else:
         function = {"liger": _liger, "unsloth": _unsloth, "bitsandbytes": _bitsandbytes}[name](case)
     if function is None:
@@ -47,35 +47,36 @@ def contender(name: str, case: Case) -> Contender | None:
     return lambda arguments: partial(function, **arguments)
 
 
-def _bare(case: Case) -> Contender | None:
+def _bare_product(case: Case) -> Contender | None:
     if case.op.name == "lora_linear":
-        return lambda given: partial(F.linear, given["x"], given["weight"])
+        return lambda arguments: partial(F.linear, arguments["x"], arguments["weight"])
     if case.op.name == "lora_group":
-        return lambda given: partial(F.linear, given["x"], torch.cat(given["weight"]))
+        return lambda arguments: partial(F.linear, arguments["x"], torch.cat(arguments["weight"]))
     if case.op.name == "lora_mlp":
         return _bare_mlp
     return None
 
 
-def _bare_mlp(given: Arguments) -> Callable[[], Any]:
-    both = torch.cat((given["gate_weight"], given["up_weight"]))
-    return partial(_BareMlp.apply, given["x"], both, given["down_weight"])
+def _bare_mlp(arguments: Arguments) -> Callable[[], Any]:
+    gate_up = torch.cat((arguments["gate_weight"], arguments["up_weight"]))
+    return partial(_BareMlp.apply, arguments["x"], gate_up, arguments["down_weight"])
 
 
 class _BareMlp(torch.autograd.Function):
-    """The MLP's products, two in each direction, on whatever numbers are at hand."""
+    """The matrix products of the MLP, two in each direction. Their values have no meaning, as the activation is left
+    out."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, both: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-        inner = x @ both.t()
-        ctx.save_for_backward(inner, both, down)
+    def forward(ctx: Any, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        inner = x @ gate_up.t()
+        ctx.save_for_backward(inner, gate_up, down)
         return inner[:, : down.shape[1]] @ down.t()
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        inner, both, down = ctx.saved_tensors
+        inner, gate_up, down = ctx.saved_tensors
         dy @ down
-        return inner @ both, None, None
+        return inner @ gate_up, None, None
 
 
 def _liger(case: Case) -> Function | None:
@@ -90,14 +91,14 @@ def _liger(case: Case) -> Function | None:
     return functions.get(case.op.name)
 
 
-def _casting(offset: float) -> str:
+def _casting_mode(offset: float) -> str:
     return "gemma" if offset else "llama"
 
 
 def _liger_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float, **_: Any) -> Any:
     from liger_kernel.ops import LigerRMSNormFunction
 
-    return LigerRMSNormFunction.apply(x, weight, eps, offset, _casting(offset), False)
+    return LigerRMSNormFunction.apply(x, weight, eps, offset, _casting_mode(offset), False)
 
 
 def _liger_add_rms_norm(
@@ -105,7 +106,7 @@ def _liger_add_rms_norm(
 ) -> Any:
     from liger_kernel.ops import LigerFusedAddRMSNormFunction
 
-    return LigerFusedAddRMSNormFunction.apply(x, residual, weight, eps, offset, _casting(offset), False)
+    return LigerFusedAddRMSNormFunction.apply(x, residual, weight, eps, offset, _casting_mode(offset), False)
 
 
 def _liger_layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, **_: Any) -> Any:
@@ -117,7 +118,7 @@ def _liger_layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor,
 def _liger_rotary(x: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, **_: Any) -> Any:
     from liger_kernel.ops import LigerRopeFunction
 
-    q, k = (t.clone() for t in x)  # it turns its inputs in place
+    q, k = (t.clone() for t in x)  # it rotates its inputs in place
     return LigerRopeFunction.apply(q, k, cos[0], sin[0])
 
 
@@ -148,7 +149,7 @@ def _unsloth(case: Case) -> Function | None:
 
 
 class _Norm:
-    """What Unsloth's norm reads off a module."""
+    """A module with the attributes that Unsloth's norm reads."""
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
         self.weight, self.variance_epsilon, self.eps = weight, eps, eps

@@ -1,4 +1,4 @@
-"""`fastlora bench kernels`: every op against its limit, eager PyTorch, torch.compile and the peers, on one GPU."""
+"""Check and time one case: fastlora and each contender, on one GPU."""
 
 from __future__ import annotations
 
@@ -10,24 +10,33 @@ from typing import Any
 
 import torch
 
-from fastlora.tools.bench.accuracy import Accuracy, accuracy, affordable, cotangents, flat, leaves
+from fastlora.tools.bench.accuracy import Accuracy, accuracy, cotangents, fits_in_float64, flat, leaves
 from fastlora.tools.bench.cases import Arguments, Case
-from fastlora.tools.bench.contenders import MINE, Contender, contender
+from fastlora.tools.bench.contenders import FASTLORA, Contender, contender
 from fastlora.tools.bench.measure import ceilings, device_time, extra_memory, host_time
 
-_CACHED = 512 << 20
-"""Bytes of data that do not fit in any cache."""
-_SETS = 4
-"""Sets of arguments at least, if they are no larger than `_LARGE` bytes: where memory lies makes a tenth of a copy's
-time, so no contender's should depend on one place."""
-_LARGE = 8 << 30
+_EXCEEDS_CACHES = 512 << 20
+"""Bytes that fit in no cache of the GPU. A case is timed on sets of arguments that have at least this size together."""
+_MIN_SETS = 4
+"""Least number of sets of arguments, if a set is no larger than `_LARGE_SET` bytes. The address of a tensor changes the
+time of a copy by up to a tenth, so the time should not depend on one allocation."""
+_LARGE_SET = 8 << 30
 _FAILED = "none"
-"""The direction of a contender that failed."""
+"""Direction in the `Timing` of a contender that failed."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One contender in one direction of one case; `problem` says why there is no time."""
+    """Times of one contender for one pass of a case.
+
+    Attributes:
+        direction: "forward", "backward" or "both".
+        seconds: GPU time.
+        host_seconds: time of a call from Python.
+        share: the limit of the case over `seconds`.
+        extra_bytes: peak memory of a call beyond its arguments.
+        problem: why there is no time, or None.
+    """
 
     case: Case
     contender: str
@@ -40,17 +49,17 @@ class Timing:
 
 
 def check(case: Case, dtype: torch.dtype) -> list[Accuracy]:
-    """The errors of the case's results, where the truth can be afforded."""
-    return accuracy(case, dtype, torch.device("cuda")) if affordable(case) else []
+    """Return the errors of a case, or [] if it is too large for float64."""
+    return accuracy(case, dtype, torch.device("cuda")) if fits_in_float64(case) else []
 
 
 def measure(case: Case, names: list[str], dtype: torch.dtype) -> list[Timing]:
-    """Times of fastlora and of each contender that has the op, forward and backward.
+    """Return the times of fastlora and of each contender that has the op.
 
-    Everybody is measured twice, the second time in the opposite order, and the shorter time counts: what was done just
-    before, and where memory came to lie, makes a difference of several percent.
+    All are measured twice, in opposite orders, and the shorter time counts: the work just before a measurement and the
+    addresses of tensors change times by several percent.
     """
-    prepared = {name: prepare for name in (MINE, *names) if (prepare := contender(name, case)) is not None}
+    prepared = {name: prepare for name in (FASTLORA, *names) if (prepare := contender(name, case)) is not None}
     best: dict[tuple[str, str], Timing] = {}
     with torch.cuda.stream(torch.cuda.Stream()):
         for name in (*prepared, *reversed(prepared)):
@@ -65,8 +74,8 @@ def measure(case: Case, names: list[str], dtype: torch.dtype) -> list[Timing]:
 def _attempt(case: Case, name: str, prepare: Contender, dtype: torch.dtype) -> list[Timing]:
     try:
         return list(_measure(case, name, prepare, dtype))
-    except Exception as problem:  # a peer that fails at a shape is a finding, not the end of the run
-        if name == MINE:
+    except Exception as problem:  # other libraries may not support a shape
+        if name == FASTLORA:
             raise
         return [Timing(case, name, _FAILED, problem=f"{type(problem).__name__}: {problem}"[:200])]
     finally:
@@ -76,9 +85,9 @@ def _attempt(case: Case, name: str, prepare: Contender, dtype: torch.dtype) -> l
 
 def _measure(case: Case, name: str, prepare: Contender, dtype: torch.dtype) -> Iterator[Timing]:
     directions = case.directions
-    moved = sum(case.work(direction, dtype)[1] for direction in directions)
-    count = min(16, 1 + int(_CACHED // moved))
-    count = max(count, _SETS) if moved <= _LARGE else count
+    num_bytes = sum(case.work(direction, dtype)[1] for direction in directions)
+    count = min(16, 1 + int(_EXCEEDS_CACHES // num_bytes))
+    count = max(count, _MIN_SETS) if num_bytes <= _LARGE_SET else count
     sets = [case.arguments(dtype, torch.device("cuda"), seed) for seed in range(count)]
     passes = [_passes(prepare, arguments) for arguments in sets]
     for direction in directions:
@@ -90,15 +99,15 @@ def _measure(case: Case, name: str, prepare: Contender, dtype: torch.dtype) -> I
 
 
 def _passes(prepare: Contender, arguments: Arguments) -> dict[str, Callable[[], Any]]:
-    """The forward pass, the backward pass of one forward pass as often as one likes, and the two together. The gradient
-    of a loss is 1, as in `loss.backward()`."""
+    """Return a function for each pass. "backward" can be called repeatedly; the incoming gradient of a loss is 1, as in
+    `loss.backward()`."""
     forward = prepare(arguments)
-    wanted = list(leaves(arguments).values())
-    if not wanted:
+    inputs = list(leaves(arguments).values())
+    if not inputs:
         return {"forward": forward}
     outputs = flat(forward())
     grads = [g if g.dim() else torch.ones_like(g) for g in cotangents(outputs)]
-    differentiate = partial(torch.autograd.grad, inputs=wanted, grad_outputs=grads, allow_unused=True)
+    differentiate = partial(torch.autograd.grad, inputs=inputs, grad_outputs=grads, allow_unused=True)
     return {
         "forward": forward,
         "backward": partial(differentiate, outputs, retain_graph=True),

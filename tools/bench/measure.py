@@ -1,4 +1,4 @@
-"""Times and memory on a CUDA device, and the ceilings that a time is compared with."""
+"""Measuring times and memory on a CUDA device, and the peak rates that times are compared with."""
 
 from __future__ import annotations
 
@@ -11,45 +11,50 @@ from functools import cache
 import torch
 
 REPLAYS = 7
-"""Replays of a captured graph; the median counts."""
-SHORTEST = 2e-3
-"""A graph repeats its work until it takes about this many seconds, so that gaps between replays do not matter."""
+"""Number of measurements, of which the median counts."""
+MIN_GRAPH_SECONDS = 2e-3
+"""A CUDA graph repeats the calls until it takes about this long, so that gaps between replays are negligible."""
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this GPU reaches: bytes per second in a large copy, read and written; operations per second in a product."""
+    """Measured peak rates of a GPU.
+
+    Attributes:
+        bandwidth: bytes per second of a large copy, reads and writes.
+        rate: floating-point operations per second of a large matrix product.
+    """
 
     bandwidth: float
     rate: float
 
-    def limit(self, flops: float, moved: float) -> float:
-        """The least seconds for so many operations and bytes."""
-        return max(flops / self.rate, moved / self.bandwidth)
+    def limit(self, flops: float, num_bytes: float) -> float:
+        """Return the least time in seconds at these rates."""
+        return max(flops / self.rate, num_bytes / self.bandwidth)
 
 
 def device_time(calls: Sequence[Callable[[], object]]) -> float:
-    """Seconds of GPU time of one call, without the time that the host takes to launch it.
+    """Return the GPU time of one call in seconds, without the time to launch it.
 
-    The calls do the same to different data, so that caches do not hold what is read. They are captured in a CUDA graph,
-    over and over until it is long enough; the median replay counts. Must run on a stream that is not the default one,
-    where the calls' forward passes ran too. Work in which the host waits for the GPU cannot be captured: it is timed as
-    it runs.
+    The calls do the same on different data, so that their inputs are not in the caches. They are captured in a CUDA
+    graph, repeatedly until it is long enough, and the median replay counts. Calls that synchronize with the GPU cannot
+    be captured, and are timed directly. The current stream must not be the default stream, and the calls' forward
+    passes must have run on it.
     """
     for call in calls:
         call()
-    if _waits(calls[0]):
-        return statistics.median(_timed(call) for _ in range(REPLAYS) for call in calls)
-    graph = _captured(calls, 1)
+    if _synchronizes(calls[0]):
+        return statistics.median(_time(call) for _ in range(REPLAYS) for call in calls)
+    graph = _capture(calls, 1)
     graph.replay()
-    repeats = max(1, min(100, int(SHORTEST / _timed(graph.replay))))  # the host's time would say too few
+    repeats = max(1, min(100, int(MIN_GRAPH_SECONDS / _time(graph.replay))))  # GPU time, as the host takes longer
     if repeats > 1:
-        graph = _captured(calls, repeats)
+        graph = _capture(calls, repeats)
         graph.replay()
-    return statistics.median(_timed(graph.replay) for _ in range(REPLAYS)) / (repeats * len(calls))
+    return statistics.median(_time(graph.replay) for _ in range(REPLAYS)) / (repeats * len(calls))
 
 
-def _captured(calls: Sequence[Callable[[], object]], repeats: int) -> torch.cuda.CUDAGraph:
+def _capture(calls: Sequence[Callable[[], object]], repeats: int) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         for call in itertools.chain.from_iterable(itertools.repeat(calls, repeats)):
@@ -57,8 +62,8 @@ def _captured(calls: Sequence[Callable[[], object]], repeats: int) -> torch.cuda
     return graph
 
 
-def _waits(call: Callable[[], object]) -> bool:
-    """Whether the host waits for the GPU in a call."""
+def _synchronizes(call: Callable[[], object]) -> bool:
+    """Return whether a call makes the host wait for the GPU."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         call()
@@ -70,7 +75,7 @@ def _waits(call: Callable[[], object]) -> bool:
 
 
 def host_time(function: Callable[[], object], calls: int = 30) -> float:
-    """Seconds of one call among many as a training loop makes them, launches and Python included; the median counts."""
+    """Return the time of a call in seconds, Python and launches included, when called repeatedly."""
 
     def run() -> None:
         for _ in range(calls):
@@ -78,14 +83,14 @@ def host_time(function: Callable[[], object], calls: int = 30) -> float:
 
     run()
     torch.cuda.synchronize()
-    return statistics.median(_timed(run) for _ in range(REPLAYS)) / calls
+    return statistics.median(_time(run) for _ in range(REPLAYS)) / calls
 
 
 def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
     return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
 
-def _timed(function: Callable[[], object]) -> float:
+def _time(function: Callable[[], object]) -> float:
     started, ended = _events()
     started.record()
     function()
@@ -95,7 +100,7 @@ def _timed(function: Callable[[], object]) -> float:
 
 
 def extra_memory(function: Callable[[], object]) -> int:
-    """The most bytes that a call holds at a time beyond what was there before, its results included."""
+    """Return the peak memory of a call in bytes, beyond what was allocated before; its results count."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -107,13 +112,14 @@ def extra_memory(function: Callable[[], object]) -> int:
 
 @cache
 def ceilings(dtype: torch.dtype) -> Ceilings:
-    """Measured on random data: on zeros a product runs faster than on any real one.
+    """Measure the peak rates.
 
-    The copy is not captured: in a graph it is another operation, and slower.
+    The data are random, as products of zeros are faster. The copy is not captured, because a CUDA graph runs it as a
+    memcpy node, which is slower.
     """
     source = torch.randn(1 << 28, device="cuda")
     target = torch.empty_like(source).copy_(source)
-    copy = statistics.median(_timed(lambda: target.copy_(source)) for _ in range(REPLAYS))
+    copy = statistics.median(_time(lambda: target.copy_(source)) for _ in range(REPLAYS))
     left, right = (torch.randn(8192, 8192, device="cuda").to(dtype) for _ in range(2))
     with torch.cuda.stream(torch.cuda.Stream()):
         product = device_time([lambda: torch.mm(left, right)])

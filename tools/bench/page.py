@@ -1,13 +1,13 @@
-"""Writes the page of kernel benchmarks from a run's results: every op against its target, and where fastlora loses."""
+"""Implementation of `fastlora bench page`: the page of kernel benchmarks."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fastlora.tools.bench.results import SLOWER, beside
+from fastlora.tools.bench.results import SLOWER, with_ratios
 from fastlora.tools.bench.targets import MEASURES, TARGETS
 from fastlora.tools.problems import UsageError
 
@@ -17,22 +17,26 @@ _HEAD = """\
 # Kernel benchmarks
 
 Measured on {date} on one {gpu} (compute capability {capability}, torch {torch}, triton {triton}) in {dtype}, by
-`fastlora bench kernels`. Times are GPU times of captured CUDA graphs, the median of several replays, on data that does
-not fit in the caches, and the better of two turns; "call" is the time of one call from Python, launches included. The
+`fastlora bench kernels`. "us" is GPU time: the median of several replays of a CUDA graph, on data that does not fit in
+the caches, and the better of two measurements. "call us" is the time of one call from Python, launches included. The
 limit of an op is the larger of its floating-point operations over {product_rate:.0f} TFLOP/s and its bytes, each
-counted once, over {copy_bandwidth:.2f} TB/s: a product of 8192 x 8192 matrices and a copy of 1 GiB, measured in the
-same run. No case is timed whose error against float64 is above 1.25 times eager's plus one rounding.
+counted once, over {copy_bandwidth:.2f} TB/s. These rates are those of a product of 8192 x 8192 matrices and of a copy
+of 1 GiB in the same run. Only cases whose error against float64 is at most 1.25 times eager's plus one rounding are
+timed.
 """
 
 
 def write(paths: list[Path], output: Path, notes: Path | None = None) -> None:
-    """Writes the page of one run, or of several on one machine and of one version, of different cases. Those that only
-    checked may be in other dtypes.
+    """Write the page of one or several runs.
 
-    `notes` is a Markdown file with the conclusions, which are put in front of the tables.
+    Args:
+        paths: results.json files of runs with the same GPU, versions and dtype; runs without times may have another
+            dtype.
+        output: file for the page.
+        notes: a Markdown file to put in front of the tables.
 
     Raises:
-        UsageError: for a file that is no such result, or runs that do not belong together.
+        UsageError: for a file that is not a result, or runs under different conditions.
     """
     runs = []
     for path in paths:
@@ -46,15 +50,15 @@ def write(paths: list[Path], output: Path, notes: Path | None = None) -> None:
         for name in ("gpu", "torch", "triton", *(["dtype"] if run["timings"] else [])):
             if run["conditions"][name] != first[name]:
                 raise UsageError(
-                    f"{path}: its {name} is {run['conditions'][name]}, that of the others is {first[name]}"
+                    f"{path}: its {name} is {run['conditions'][name]}, but that of the other runs is {first[name]}"
                 )
     rows = {name: [row for run in runs for row in run[name]] for name in ("timings", "accuracy")}
     output.write_text(page({"conditions": first, **rows}, notes.read_text() if notes else ""))
 
 
 def page(results: Row, notes: str = "") -> str:
-    """The page, in Markdown."""
-    conditions, rows = results["conditions"], beside(results["timings"])
+    """Return the page, in Markdown."""
+    conditions, rows = results["conditions"], with_ratios(results["timings"])
     head = _HEAD.format(
         **{
             **conditions,
@@ -62,7 +66,7 @@ def page(results: Row, notes: str = "") -> str:
             "copy_bandwidth": conditions["copy_bandwidth"] / 1e12,
         }
     )
-    sections = [head, notes, _targets(rows), _losses(rows), _times(rows), _errors(results["accuracy"])]
+    sections = [head, notes, _targets(rows), _slower(rows), _times(rows), _errors(results["accuracy"])]
     return "\n".join(section for section in sections if section)
 
 
@@ -79,27 +83,25 @@ def _where(row: Row) -> list[str]:
 def _targets(rows: list[Row]) -> str:
     lines = []
     for target in TARGETS:
-        for row in filter(target.states, rows):
+        for row in filter(target.applies_to, rows):
             measure = MEASURES[target.measure]
-            verdict = "reached" if target.met(row) else "**missed**"
-            bound = ("≥ " if measure.more_is_better else "≤ ") + measure.written.format(target.bound)
-            lines.append([*_where(row), target.measure, bound, measure.written.format(measure.of(row)), verdict])
+            verdict = "reached" if target.is_met(row) else "**missed**"
+            bound = ("≥ " if measure.more_is_better else "≤ ") + measure.form.format(target.bound)
+            lines.append([*_where(row), target.measure, bound, measure.form.format(measure.read(row)), verdict])
     titles = ["op", "where", "tokens", "pass", "measure", "target", "measured", ""]
     return "## Targets\n\n" + table(titles, lines)
 
 
-def _losses(rows: list[Row]) -> str:
+def _slower(rows: list[Row]) -> str:
     lines = [
-        [*_where(row), f"{row['device_us']:.1f}", ", ".join(f"{n} ({row['ratios'][n]:.2f})" for n in row["lost"])]
+        [*_where(row), f"{row['device_us']:.1f}", ", ".join(f"{n} ({row['ratios'][n]:.2f})" for n in row["faster"])]
         for row in rows
-        if row["lost"]
+        if row["faster"]
     ]
-    text = (
-        f"## Where fastlora loses\n\nEvery case in which a contender took less than 1/{SLOWER} of fastlora's time.\n\n"
-    )
-    return text + (
-        table(["op", "where", "tokens", "pass", "us", "faster (our time / theirs)"], lines) if lines else "None.\n"
-    )
+    text = "## Where fastlora is slower\n\n"
+    text += f"All cases in which a contender took less than 1/{SLOWER} of fastlora's time.\n\n"
+    titles = ["op", "where", "tokens", "pass", "us", "faster (our time / theirs)"]
+    return text + (table(titles, lines) if lines else "None.\n")
 
 
 def _times(rows: list[Row]) -> str:
@@ -117,24 +119,26 @@ def _times(rows: list[Row]) -> str:
     ]
     titles = ["op", "where", "tokens", "pass", "us", "call us", "of limit", "extra MiB", *names]
     return (
-        "## All times\n\nThe last columns are fastlora's time over the contender's: below 1, fastlora is faster.\n\n"
+        "## All times\n\nThe last columns are fastlora's time over each contender's; below 1, fastlora is faster.\n\n"
         + table(titles, lines)
     )
 
 
 def _errors(accuracies: list[Row]) -> str:
-    """The worst tensor of each op and dtype, by its error over eager's."""
+    """Return the largest ratio of the error to eager's for each op, dtype and tensor, over all cases."""
     worst: dict[tuple[str, str, str], Row] = {}
-    badness: Callable[[Row], float] = lambda row: row["error"] / max(row["eager_error"], 1e-30)  # noqa: E731
     for row in accuracies:
         key = (row["op"], row["dtype"], row["tensor"].partition("[")[0])
-        if key not in worst or badness(row) > badness(worst[key]):
+        if key not in worst or _error_ratio(row) > _error_ratio(worst[key]):
             worst[key] = row
     lines = [
-        [f"`{op}`", dtype, tensor, f"{row['error']:.2e}", f"{row['eager_error']:.2e}", f"{badness(row):.2f}"]
+        [f"`{op}`", dtype, tensor, f"{row['error']:.2e}", f"{row['eager_error']:.2e}", f"{_error_ratio(row):.2f}"]
         for (op, dtype, tensor), row in sorted(worst.items())
     ]
-    text = (
-        "## Errors against float64\n\nRoot mean squares over the truth's; of each tensor, the worst beside eager.\n\n"
-    )
+    text = "## Errors against float64\n\n"
+    text += "Relative root mean square errors; for each tensor, the case with the largest ratio.\n\n"
     return text + table(["op", "dtype", "tensor", "fastlora", "eager", "ratio"], lines)
+
+
+def _error_ratio(row: Row) -> float:
+    return row["error"] / max(row["eager_error"], 1e-30)

@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: tables as CSV, everything as JSON, a picture, and the lines to print."""
+"""Results of the kernel benchmark: JSON, CSV tables, a plot, and the table to print."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from fastlora.tools.bench.accuracy import Accuracy
-from fastlora.tools.bench.contenders import BARE, MINE
+from fastlora.tools.bench.contenders import BARE_PRODUCT, FASTLORA
 from fastlora.tools.bench.kernels import Timing
 from fastlora.tools.bench.measure import Ceilings
 
 Row = dict[str, Any]
 SLOWER = 1.03
-"""A contender is faster if fastlora takes more than this many times as long; less is noise."""
+"""A contender counts as faster if fastlora takes more than this many times as long; smaller differences are noise."""
 
 
 def environment(ceilings: Ceilings, dtype: torch.dtype) -> Row:
-    """The conditions that a number has to be read with."""
+    """Return the conditions of a run: date, GPU, versions, dtype and peak rates."""
     import triton
 
     return {
@@ -65,13 +65,13 @@ def accuracy_row(found: Accuracy) -> Row:
         "dtype": str(found.dtype).removeprefix("torch."),
         "tensor": found.tensor,
         "error": found.error,
-        "eager_error": found.eager,
+        "eager_error": found.eager_error,
         "passes": found.passes,
     }
 
 
 def write(folder: Path, conditions: Row, timings: list[Row], accuracies: list[Row]) -> None:
-    """Writes timings.csv, accuracy.csv, results.json and, if anything was timed, shares.png into `folder`."""
+    """Write timings.csv, accuracy.csv, results.json and, if anything was timed, shares.png."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("timings", timings), ("accuracy", accuracies)):
         with open(folder / f"{name}.csv", "w", newline="") as file:
@@ -86,17 +86,18 @@ def write(folder: Path, conditions: Row, timings: list[Row], accuracies: list[Ro
 
 
 def _plot(path: Path, conditions: Row, timings: list[Row]) -> None:
-    """For every op, the share of the limit against tokens, one line per contender; mean over models and places."""
+    """Plot the share of the limit over tokens, with a panel per op and pass and a line per contender. Values are means
+    over models and places."""
     panels = list(dict.fromkeys((row["op"], row["direction"]) for row in timings))
     columns = 4
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(4 * columns, 3 * lines), layout="constrained")
+    num_lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(4 * columns, 3 * num_lines), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (op, direction) in zip(figure.subplots(lines, columns, squeeze=False).flat, panels, strict=False):
+    for axes, (op, direction) in zip(figure.subplots(num_lines, columns, squeeze=False).flat, panels, strict=False):
         rows = [r for r in timings if (r["op"], r["direction"]) == (op, direction)]
         for name in dict.fromkeys(r["contender"] for r in rows):
             points = _means([(r["tokens"], r["share_of_limit"]) for r in rows if r["contender"] == name])
-            style = {"linewidth": 2.5, "color": "tab:blue"} if name == MINE else {"linewidth": 1}
+            style = {"linewidth": 2.5, "color": "tab:blue"} if name == FASTLORA else {"linewidth": 1}
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, **style)
         axes.set(title=f"{op}, {direction}", xscale="log", xlabel="tokens", ylabel="share of limit", ylim=(0, None))
         axes.grid(alpha=0.3)
@@ -112,26 +113,27 @@ def _means(points: Iterable[tuple[int, float]]) -> list[tuple[int, float]]:
     return sorted((tokens, sum(shares) / len(shares)) for tokens, shares in by_tokens.items())
 
 
-def beside(timings: list[Row]) -> list[Row]:
-    """One row per op, place and direction: fastlora's row, and the ratios of its time to the contenders'."""
+def with_ratios(timings: list[Row]) -> list[Row]:
+    """Return fastlora's rows with two more fields: `ratios`, its time over each contender's, and `faster`, the names of
+    faster contenders."""
     names = ("op", "model", "place", "tokens", "rank", "direction")
     groups: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in timings:
         groups.setdefault(tuple(row[n] for n in names), {})[row["contender"]] = row
     rows = []
     for group in groups.values():
-        if group.get(MINE, {}).get("device_us") is None:
+        if group.get(FASTLORA, {}).get("device_us") is None:
             continue
-        mine = group[MINE]
-        others = {n: r["device_us"] for n, r in group.items() if n != MINE and r["device_us"] is not None}
-        ratios = {name: mine["device_us"] / other for name, other in others.items()}
-        lost = [name for name, ratio in ratios.items() if name != BARE and ratio > SLOWER]
-        rows.append({**mine, "ratios": ratios, "lost": lost})
+        row = group.pop(FASTLORA)
+        times = {name: other["device_us"] for name, other in group.items() if other["device_us"] is not None}
+        ratios = {name: row["device_us"] / time for name, time in times.items()}
+        faster = [name for name, ratio in ratios.items() if name != BARE_PRODUCT and ratio > SLOWER]
+        rows.append({**row, "ratios": ratios, "faster": faster})
     return rows
 
 
 def table(rows: list[Row]) -> Table:
-    """What is printed: times of fastlora, its share of the limit, and its time over that of each contender."""
+    """Return the table of fastlora's times, share of the limit, extra memory, and time over that of each contender."""
     names = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
     shown = Table(title="fastlora's time, and that time over each contender's (below 1: fastlora is faster)")
     for column in ("op", "model", "place", "tokens", "r", "pass", "us", "of limit", "MiB", *names):
@@ -140,5 +142,5 @@ def table(rows: list[Row]) -> Table:
         ratios = [f"{row['ratios'][n]:.2f}" if n in row["ratios"] else "" for n in names]
         fixed = (row["op"], row["model"], row["place"], str(row["tokens"]), str(row["rank"] or ""), row["direction"])
         numbers = (f"{row['device_us']:.1f}", f"{row['share_of_limit']:.0%}", f"{row['extra_mib']:.0f}")
-        shown.add_row(*fixed, *numbers, *ratios, style="red" if row["lost"] else None)
+        shown.add_row(*fixed, *numbers, *ratios, style="red" if row["faster"] else None)
     return shown

@@ -1,11 +1,18 @@
-"""The sizes of models that people fine-tune, as their published configurations have them."""
+"""Sizes of popular models, from their published configurations."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One transformer: hidden and intermediate size, heads and their width, vocabulary; how it norms and gates."""
+    """Sizes of a transformer.
+
+    Attributes:
+        norm: "rms" or "layer".
+        softcap: soft-capping of the logits; 0 for none.
+        offset: added to the norms' weights, 1 for Gemma.
+        attention_bias: whether q, k and v have a bias.
+    """
 
     name: str
     hidden: int

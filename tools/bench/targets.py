@@ -1,4 +1,4 @@
-"""What the kernels are meant to reach on an H200 in bfloat16, as data: one number to a place, a pass and a measure."""
+"""Performance targets of the kernels on an H200 in bfloat16."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fastlora.tools.bench.contenders import BARE
+from fastlora.tools.bench.contenders import BARE_PRODUCT
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on a measure of one op in one direction, at the tokens, model and place where it is stated."""
+    """A bound on a measure of one op for one pass, model, place (None: all places) and number of tokens."""
 
     op: str
     direction: str
@@ -23,29 +23,28 @@ class Target:
     place: str | None = None
     tokens: int = 8192
 
-    def states(self, row: Row) -> bool:
-        """Whether a row of `results.beside` is one that this target speaks of."""
-        place = self.place is None or row["place"] == self.place
-        where = row["op"] == self.op and row["model"] == self.model and row["tokens"] == self.tokens
-        return where and place and row["direction"] == self.direction and MEASURES[self.measure].of(row) is not None
+    def applies_to(self, row: Row) -> bool:
+        """Return whether this is the target of a row of `results.with_ratios`."""
+        same = all(row[name] == getattr(self, name) for name in ("op", "direction", "model", "tokens"))
+        return same and self.place in (None, row["place"]) and MEASURES[self.measure].read(row) is not None
 
-    def met(self, row: Row) -> bool:
+    def is_met(self, row: Row) -> bool:
         measure = MEASURES[self.measure]
-        found = measure.of(row)
+        found = measure.read(row)
         return found >= self.bound if measure.more_is_better else found <= self.bound
 
 
 @dataclass(frozen=True)
 class Measure:
-    """How to read a measure off a row, and how to write it."""
+    """How to read a measure from a row, and how to format it."""
 
-    of: Callable[[Row], Any]
-    written: str
+    read: Callable[[Row], Any]
+    form: str
     more_is_better: bool = False
 
 
 MEASURES = {
-    "time over the bare product's": Measure(lambda row: row["ratios"].get(BARE), "{:.2f}"),
+    "time / bare product": Measure(lambda row: row["ratios"].get(BARE_PRODUCT), "{:.2f}"),
     "share of the limit": Measure(lambda row: row["share_of_limit"], "{:.0%}", more_is_better=True),
     "milliseconds": Measure(lambda row: row["device_us"] / 1e3, "{:.2f}"),
     "extra MiB": Measure(lambda row: row["extra_mib"], "{:.0f}"),
@@ -55,7 +54,7 @@ _BOTH = ("forward", "backward")
 
 TARGETS = [
     *(
-        Target(op, direction, "time over the bare product's", bound)
+        Target(op, direction, "time / bare product", bound)
         for op in ("lora_linear", "lora_group", "lora_mlp")
         for direction, bound in zip(_BOTH, (1.08, 1.12), strict=True)
     ),
