@@ -1,4 +1,4 @@
-"""The rules of the house that a program can check: packaging, style, types, and what may import what."""
+"""Rules of this repository that a program can check: packaging, style, types, and the layers of imports."""
 
 import ast
 import re
@@ -54,7 +54,7 @@ NARROW = {
     "patterns": {"compat", "errors", "kernels.core", "kernels.formulas", "kernels.ops", "graph", "match"},
     "tools": {"", "compat", "errors", "kernels.core", "kernels.ops"},
 }
-"""Packages that import less than all those before them."""
+"""Packages that may import only these, not all packages before them."""
 
 
 def run(*command: str, cwd: Path = ROOT) -> None:
@@ -112,7 +112,7 @@ def test_every_dependency_that_is_tested_is_pinned():
 
 @cache
 def modules() -> dict[str, Path]:
-    """The package's modules by their name without `fastlora.`."""
+    """Return the package's modules by name, without `fastlora.`."""
     found = {}
     for package, folder in FOLDERS.items():
         if package != "fastlora.kernel_tests":
@@ -124,7 +124,7 @@ def modules() -> dict[str, Path]:
 
 @cache
 def imports(module: str) -> set[str]:
-    """The modules that a module imports anywhere, in functions and for types included."""
+    """Return the modules that a module imports, including imports in functions and for type checking."""
     found = set()
     for node in ast.walk(ast.parse(modules()[module].read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fastlora":
@@ -138,7 +138,7 @@ def imports(module: str) -> set[str]:
 
 
 def layer(module: str) -> str:
-    """The layer that a module is in."""
+    """Return the layer of a module."""
     if module in ("", "kernels"):
         return module
     parts = module.split(".")
@@ -176,10 +176,10 @@ PRIVATE_BUT_USED = {
     "_version": "the version counter of tensors, which PyTorch's notes on autograd describe; read in every call",
     "_dora_cache": "of PEFT's DoRA layers; `peft_shims` tries out what it replaces before it does",
 }
-"""Private attributes of libraries that modules other than those of `fastlora.compat` read."""
+"""Private attributes of libraries that are read outside of `fastlora.compat`."""
 
 
-def test_private_apis_are_used_in_compat_alone():
+def test_private_apis_are_used_only_in_compat():
     found = {
         f"{path.relative_to(ROOT)}:{line}: {name}"
         for path in sources("rewriter", "patterns", "kernels")
@@ -190,8 +190,10 @@ def test_private_apis_are_used_in_compat_alone():
 
 
 def private_names(path: Path) -> Iterator[tuple[int, str]]:
-    """The private names of libraries that a module imports, or reads as attributes: those that fastlora does not define
-    itself, but for names of operators and what named tuples have."""
+    """Yield the private names that a module imports from libraries, or reads as attributes, with their lines.
+
+    Names that fastlora defines itself, names of operators and members of named tuples are not included.
+    """
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [(alias.name, "") for alias in node.names]
@@ -214,7 +216,7 @@ def private_names(path: Path) -> Iterator[tuple[int, str]]:
 
 @cache
 def own_private_names() -> frozenset[str]:
-    """The private names that the code of fastlora defines, and those of named tuples."""
+    """Return the private names that the code of fastlora defines, and those of named tuples."""
     names = {"_asdict", "_fields", "_replace"}
     for path in sources("rewriter", "patterns", "kernels"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -240,15 +242,15 @@ def sources(*folders: str) -> list[Path]:
 
 
 def test_every_package_is_packaged():
-    """Packages are listed in pyproject.toml, since `fastlora` is put together from several folders."""
+    """Packages are listed in pyproject.toml, since `fastlora` is composed of several folders."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
     folders = {path.parent.relative_to(ROOT) for name in FOLDERS.values() for path in (ROOT / name).rglob("*.py")}
     assert {Path(folder) for folder in listed.values()} == folders
 
 
-def test_the_pass_knows_no_model_by_name():
-    for room in ("rewriter", "patterns", "kernels"):
-        for path in (ROOT / room).rglob("*.py"):
+def test_the_package_does_not_import_model_libraries():
+    for folder in ("rewriter", "patterns", "kernels"):
+        for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Import):
                     assert not any(alias.name.split(".")[0] in ("transformers", "peft") for alias in node.names), path
@@ -256,10 +258,10 @@ def test_the_pass_knows_no_model_by_name():
                     assert node.module.split(".")[0] not in ("transformers", "peft"), path
 
 
-def test_the_code_of_the_pass_says_no_architectures_name():
+def test_the_code_names_no_architecture():
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    everyday = {
+    common_words = {
         "align",
         "data",
         "decision",
@@ -274,17 +276,17 @@ def test_the_code_of_the_pass_says_no_architectures_name():
         "table",
         "time",
     }
-    names = {re.split(r"[_\-0-9]", name)[0] for name in CONFIG_MAPPING_NAMES} - everyday
+    names = {re.split(r"[_\-0-9]", name)[0] for name in CONFIG_MAPPING_NAMES} - common_words
     names = {name for name in names if len(name) >= 4}
     assert {"llama", "gemma", "bert"} <= names
-    for room in ("rewriter", "patterns", "kernels"):
-        for path in (ROOT / room).rglob("*.py"):
+    for folder in ("rewriter", "patterns", "kernels"):
+        for path in (ROOT / folder).rglob("*.py"):
             said = {part.lower() for word in _words(path) for part in re.findall(r"[A-Z]?[a-z]+", word)}
             assert not said & names, (path, said & names)
 
 
 def _words(path):
-    """The identifiers and strings of a module, without its docstrings."""
+    """Yield the identifiers and strings of a module, without its docstrings."""
     tree = ast.parse(path.read_text())
     alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
