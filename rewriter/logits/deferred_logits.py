@@ -232,7 +232,7 @@ _ADJOINTS = {
 
 
 def _only_copies(kwargs: dict[str, Any], device: torch.device) -> bool:
-    """Whether the keywords of an operation are those of a copy on the same device."""
+    """Return whether the keyword arguments of an operator are those of a copy on the same device."""
     known = kwargs.keys() <= _COPY_OPTIONS and kwargs.get("layout") in (None, torch.strided)
     where = kwargs.get("device")
     return known and not kwargs.get("pin_memory") and (where is None or torch.device(where) == device)

@@ -36,7 +36,7 @@ def _is_input(view: View, node: fx.Node) -> bool:
 
 
 def Scalar(view: View, value: Any) -> bool | str:
-    """Whether a value is a number: a literal, or a symbolic number of the graph."""
+    """Accept numbers: literals, and symbolic numbers of the graph."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return True
     symbolic = isinstance(value, fx.Node) and not isinstance(value.meta.get("example_value"), (type(None), tuple, list))
