@@ -1,9 +1,13 @@
 """Rotary position embeddings, x * cos + rotate(x) * sin, in the layouts of `kernels/formulas/rotary.py`; those of q and
 k are grouped to one op."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from fastlora.graph.fake_values import known_equal, same_shape
+import torch
+from torch import fx
+
+from fastlora.graph.derived import Derived
+from fastlora.graph.fake_values import known_equal, meta, same_shape
 from fastlora.graph.view import View
 from fastlora.kernels import ops
 from fastlora.match.dsl import (
@@ -13,11 +17,15 @@ from fastlora.match.dsl import (
     either,
     evens,
     first_half,
+    flatten,
     flatten_pairs,
     odds,
     piece,
     raised,
+    reshape,
     second_half,
+    view_as_complex,
+    view_as_real,
     widened,
 )
 from fastlora.match.rule import GroupRule, Match, Rule, dtype_of, fuse, group, rule, tag_of
@@ -99,6 +107,51 @@ def _tables_broadcast_into_x(match):
     return same_shape(match.tensor(), match.tensor("x")) or "cos and sin make the result larger than x"
 
 
+def _is_complex_rotation(view: View, node: fx.Node) -> bool:
+    """Return whether a node reads a product of complex numbers, one of them made of pairs of entries, as real ones."""
+    term = view.term(node)
+    if term is None or term.op != "view_as_real":
+        return False
+    factors = view.term(term.args["input"])
+    made = map(view.term, factors.args.values()) if factors is not None and factors.op == "mul" else ()
+    return any(each is not None and each.op == "view_as_complex" for each in made)
+
+
+def _table(part: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Match], Derived]:
+    """For `attrs`: a table of the op, each entry twice, of the complex table that the model multiplies by."""
+    return lambda match: Derived(torch.repeat_interleave, (Derived(part, (match.value("_turns"),)), 2, -1))
+
+
+@rule(
+    ops.rotary,
+    benefit=2,
+    anchor=_is_complex_rotation,
+    attrs={
+        "cos": _table(torch.real),
+        "sin": _table(torch.imag),
+        "layout": "pairs",
+        "rotary_dim": _width,
+        "compute_dtype": dtype_of("q"),
+        "out_dtype": dtype_of(),
+    },
+)
+def complex_rotary(x, _turns):
+    """Pairs as complex numbers, which are multiplied by cos + i sin."""
+    q = widened(x).named("q")
+    turned = view_as_real(view_as_complex(reshape(q).named("pairs")) * _turns)
+    return cast(either(flattened=flatten(turned), reshaped=reshape(turned)))
+
+
+@complex_rotary.where
+def _pairs_are_adjacent_entries(match):
+    x, pairs, turns = match.tensor("x"), match.tensor("pairs"), match.tensor("_turns")
+    shape = (*x.shape[:-1], pairs.shape[-2], 2)
+    split = pairs.dim() == x.dim() + 1 and all(map(known_equal, pairs.shape, shape))
+    whole = split and known_equal(2 * pairs.shape[-2], x.shape[-1]) and same_shape(match.tensor(), x)
+    fits = turns.is_complex() and known_equal(turns.shape[-1], pairs.shape[-2])
+    return (whole and fits) or "the complex numbers are not the pairs of adjacent entries of x"
+
+
 def _rotated_width(match: Match) -> int:
     return match.slice_of("rotated")["stop"]
 
@@ -150,10 +203,11 @@ def _neighbors(view: View, matches: list[Match]) -> Iterator[list[Match]]:
 @group(ops.rotary, by="cos", into=ops.rotary_group, benefit=2)
 def query_and_key(matches: list[Match]):
     """q and k of one attention layer, which share cos and sin."""
-    learned = any(match.tensor(name).requires_grad for match in matches for name in ("cos", "sin"))
+    tables = [meta(match.arguments[name]) for match in matches for name in ("cos", "sin")]
+    learned = any(table is None or table.requires_grad for table in tables)
     return not learned or "the angles are learned: each embedding keeps its own input"
 
 
 query_and_key = _InOneLayer(**vars(query_and_key))
 
-RULES: list[Rule | GroupRule] = [rotary, interleaved_rotary, partial_rotary, query_and_key]
+RULES: list[Rule | GroupRule] = [rotary, interleaved_rotary, complex_rotary, partial_rotary, query_and_key]

@@ -159,6 +159,9 @@ canonical("t", "input", torch.t, "t", read=readers.t, instead=_TRANSPOSED)
 canonical("attribute", "input name", getattr, read=readers.attribute, instead=_TRANSPOSED)
 canonical("reshape", "input")
 
+canonical("view_as_complex", "input", torch.view_as_complex)
+canonical("view_as_real", "input", torch.view_as_real)
+
 # Norms, dropout and losses
 canonical(
     "dropout",

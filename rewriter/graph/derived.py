@@ -36,6 +36,13 @@ class Derived:
     ) -> None:
         self.function, self.args, self.term, self._recorded = function, args, term, example
 
+    def __eq__(self, other: object) -> bool:
+        """Whether two are the same operation on the same values."""
+        return isinstance(other, Derived) and (self.function, self.args) == (other.function, other.args)
+
+    def __hash__(self) -> int:
+        return hash((self.function, self.args))
+
     def __repr__(self) -> str:
         return f"{self.function.__name__} of {', '.join(map(str, self.args))}"
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-from fastlora.graph.derived import Derived
 from fastlora.graph.view import View
 
 Predicate = Callable[[View, Any], "bool | str"]
@@ -64,5 +63,4 @@ def describe(value: Any, op: str | None = None) -> str:
 
 def same_value(left: Any, right: Any) -> bool:
     """Return whether two values are the same node or derived value, or equal constants."""
-    kinds = (fx.Node, Derived)
-    return left is right if isinstance(left, kinds) or isinstance(right, kinds) else bool(left == right)
+    return left is right if isinstance(left, fx.Node) or isinstance(right, fx.Node) else bool(left == right)

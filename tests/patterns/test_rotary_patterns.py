@@ -258,3 +258,47 @@ def test_a_dynamic_length_is_supported() -> None:
     outcome = analyse(rotary, *inputs, dynamic=None)
     assert outcome.ops == ["rotary"]
     outcome.assert_close()
+
+
+def turn_by_complex_numbers(x: Tensor, turns: Tensor) -> Tensor:
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
+
+
+TURNS = torch.polar(torch.ones(5, 8), torch.linspace(0, 3, 40).view(5, 8))[None, :, None]
+
+
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+def test_complex_numbers_rotate_pairs(dtype: torch.dtype) -> None:
+    x = randn(2, 5, 4, 16, dtype=dtype)
+    outcome = analyse(turn_by_complex_numbers, x, TURNS, verify=True)
+    assert outcome.ops == ["rotary"], outcome.missed()
+    assert not outcome.misses
+    assert_as_exact(outcome, turn_by_complex_numbers, (x, TURNS))
+
+
+def test_complex_query_and_key_are_one_op() -> None:
+    def function(q: Tensor, k: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+        return turn_by_complex_numbers(q, turns), turn_by_complex_numbers(k, turns)
+
+    q, k = randn(2, 5, 4, 16, dtype=bf16), randn(2, 5, 2, 16, dtype=bf16, seed=1)
+    outcome = analyse(function, q, k, TURNS, verify=True)
+    assert outcome.ops == ["rotary_group"]
+    assert_as_exact(outcome, function, (q, k, TURNS))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, turns: torch.view_as_real(torch.view_as_complex(x.reshape(2, 5, 4, 8, 2)) * turns.conj()).flatten(-2),
+        lambda x, turns: torch.view_as_real(torch.view_as_complex(x.reshape(2, 5, 4, 8, 2)) * turns),
+        lambda x, turns: torch.view_as_real(torch.view_as_complex(x.reshape(2, 5, 8, 4, 2)) * turns[..., :4]).view(
+            x.shape
+        ),
+        lambda x, turns: torch.view_as_real(torch.view_as_complex(x.reshape(2, 5, 4, 8, 2)) + turns).flatten(-2),
+    ],
+    ids=["conjugate", "left as pairs", "of other heads", "shifted"],
+)
+def test_other_complex_numbers_compute_the_same(function: Function) -> None:
+    outcome = analyse(function, randn(2, 5, 4, 16), TURNS)
+    outcome.assert_close(3e-6)
