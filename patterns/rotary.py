@@ -112,9 +112,10 @@ def _is_complex_rotation(view: View, node: fx.Node) -> bool:
     term = view.term(node)
     if term is None or term.op != "view_as_real":
         return False
-    factors = view.term(term.args["input"])
-    made = map(view.term, factors.args.values()) if factors is not None and factors.op == "mul" else ()
-    return any(each is not None and each.op == "view_as_complex" for each in made)
+    product = view.term(term.args["input"])
+    factors = list(product.args.values()) if product is not None and product.op == "mul" else []
+    is_pairs = [each is not None and each.op == "view_as_complex" for each in map(view.term, factors)]
+    return any(is_pairs) and all(tensor is not None and tensor.is_complex() for tensor in map(meta, factors))
 
 
 def _table(part: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Match], Derived]:
@@ -148,7 +149,7 @@ def _pairs_are_adjacent_entries(match):
     shape = (*x.shape[:-1], pairs.shape[-2], 2)
     split = pairs.dim() == x.dim() + 1 and all(map(known_equal, pairs.shape, shape))
     whole = split and known_equal(2 * pairs.shape[-2], x.shape[-1]) and same_shape(match.tensor(), x)
-    fits = turns.is_complex() and known_equal(turns.shape[-1], pairs.shape[-2])
+    fits = known_equal(turns.shape[-1], pairs.shape[-2])
     return (whole and fits) or "the complex numbers are not the pairs of adjacent entries of x"
 
 
