@@ -34,6 +34,13 @@ LONGEST = (
     "kernels/test_linear_cross_entropy.py",
     "zoo/test_ways.py",
     "models/test_quantized_models.py",
+    "tools/test_step_benchmark.py",
+    "rewriter/test_interference.py",
+    "end_to_end/test_experts.py",
+    "tools/test_finetune_cli.py",
+    "end_to_end/test_trainers.py",
+    "end_to_end/test_changed_modules.py",
+    "end_to_end/test_logits_are_tensors.py",
     "kernels/test_linear_cross_entropy_errors.py",
 )
 """Files that take more than half a minute. They run first, so that processes side by side end together."""

@@ -4,8 +4,8 @@ The ops run on meta tensors, whose device is assumed to have the capability, and
 each different launch is then compiled. Prints registers, local memory (spills) and shared memory of each kernel, and
 exits with 1 if a kernel does not compile, does not fit, or spills.
 
-Of several capabilities, each kernel is compiled for a random one, and has to fit all on which it is launched: GPUs of
-one generation differ only in the last compilation step.
+Of several capabilities, and of float16 and bfloat16, each kernel is compiled for a random one, and has to fit all GPUs
+on which it is launched: those of one generation differ only in the last compilation step.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ SHARED_MEMORY = {70: 96, 75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
 """KiB of shared memory that one program can use, by compute capability."""
 
 PROCESSORS = 132
+
+HALF = re.compile(r"\b(bf|fp)16\b")
+"""The types of 16 bits, which differ by the instructions that convert and multiply them."""
 
 CACHE_HINT = "READ"
 """The parameter for the eviction policy of loads, which changes neither registers nor memory of a kernel."""
@@ -134,22 +137,22 @@ def usage(cubin: bytes) -> tuple[int, int]:
 
 
 def main(*capabilities: int) -> int:
-    failed, kernels = 0, dict[str, dict[int, Any]]()
+    failed, kernels = 0, dict[str, dict[tuple[int, str], Any]]()
     for capability in capabilities:
         for made in launches(capability):
             name, compile_ = compiled(made, capability)
-            kernels.setdefault(name, {})[capability] = compile_
-    for name, compilers in kernels.items():
-        capability = random.Random(name).choice(list(compilers))
+            kernels.setdefault(HALF.sub("16 bits", name), {})[capability, name] = compile_
+    for key, compilers in kernels.items():
+        capability, name = random.Random(key).choice(list(compilers))
         try:
-            kernel = compilers[capability]()
+            kernel = compilers[capability, name]()
             registers, local = usage(kernel.asm["cubin"])
             shared = kernel.metadata.shared
         except Exception as problem:
             print(f"FAILED sm_{capability} {name}: {type(problem).__name__}: {str(problem)[-500:]}")
             failed += 1
             continue
-        good = local == 0 and shared <= min(SHARED_MEMORY[each] for each in compilers) * 1024
+        good = local == 0 and shared <= min(SHARED_MEMORY[each] for each, _ in compilers) * 1024
         failed += not good
         used = f"sm_{capability}, {registers} registers, {local} B local, {shared} B shared"
         print(f"{'ok    ' if good else 'FAILED'} {used}: {name}")

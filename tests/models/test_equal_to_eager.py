@@ -15,6 +15,8 @@ SLACK = 1.25
 SEEDS = 16
 LOSS_SEEDS = 64
 SHAPES = 20
+SHAPED_LIKE_LLAMA = ("mistral", "qwen2", "gemma", "granite")
+"""Families whose graphs depend on shapes exactly as Llama's do: they differ in biases, constants and the norms' offset."""
 
 
 def assert_equal_in_float32(model, found, eager, inputs) -> None:
@@ -73,7 +75,7 @@ def test_new_lengths_cause_at_most_one_recompilation(family):
     assert graphs[1] == graphs[2] == graphs[3]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in SHAPED_LIKE_LLAMA])
 def test_changing_shapes_compile_each_region_at_most_twice(family):
     """For lengths beyond the sliding window of 8, up to which there is no mask."""
     model, eager = fastlora.compile(build(family)), build(family)
