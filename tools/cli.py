@@ -288,9 +288,9 @@ def step(
 ) -> None:
     """Time a whole LoRA training step and measure its memory; compare with eager, torch.compile, Liger and Unsloth."""
     _check_installed()
-    from fastlora.tools.bench.step.command import Race, run
+    from fastlora.tools.bench.step.command import Options, run
 
-    race = Race(
+    chosen = Options(
         output=output,
         model=model,
         layers=layers,
@@ -302,7 +302,7 @@ def step(
         profile=profile,
         quant=quant,
     )
-    if not run(race, Console(width=None if sys.stdout.isatty() else FILE_WIDTH)):
+    if not run(chosen, Console(width=None if sys.stdout.isatty() else FILE_WIDTH)):
         raise RunError("fastlora is not ranked everywhere; the lines above say why")
 
 

@@ -1,4 +1,4 @@
-"""When a step's gradients and loss pass for the same computation as eager's, and when not."""
+"""The check of a step's loss and gradients against the float32 reference."""
 
 from __future__ import annotations
 
@@ -8,32 +8,31 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastlora.tools.bench.step.agreement import Truth, disagreement, errors
+from fastlora.tools.bench.step.agreement import Reference, disagreement, errors
 
-TRUE = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([1.0, 0.0])}
+EXPECTED = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([1.0, 0.0])}
 LOSS, EAGER_LOSS = 2.0, 2.002
 
 
 def saved(path: Path, a: float, b: float, **more: torch.Tensor) -> Path:
-    """Gradients with relative errors of `a` and `b`."""
-    save_file({"a": TRUE["a"] * (1 + a), "b": TRUE["b"] * (1 - b), **more}, path)
+    """Save gradients with relative errors `a` and `b`."""
+    save_file({"a": EXPECTED["a"] * (1 + a), "b": EXPECTED["b"] * (1 - b), **more}, path)
     return path
 
 
 @pytest.fixture
-def truth(tmp_path: Path) -> Truth:
-    """Eager is off by 1% in one tensor and by 4% in the other."""
-    save_file(TRUE, tmp_path / "truth")
-    return Truth(
-        tmp_path / "truth", LOSS, errors(saved(tmp_path / "eager", 0.01, 0.04), tmp_path / "truth"), EAGER_LOSS
-    )
+def reference(tmp_path: Path) -> Reference:
+    """A reference from which eager differs by 1% in one tensor and by 4% in the other."""
+    save_file(EXPECTED, tmp_path / "reference")
+    path = tmp_path / "reference"
+    return Reference(path, LOSS, errors(saved(tmp_path / "eager", 0.01, 0.04), path), EAGER_LOSS)
 
 
-def test_errors_are_relative_to_the_truth(truth: Truth) -> None:
-    assert truth.eager.tensors == pytest.approx({"a": 0.01, "b": 0.04}, rel=1e-4)
-    assert truth.eager.step == pytest.approx(((0.05**2 + 0.04**2) / 26) ** 0.5, rel=1e-4)
-    assert truth.eager.worst == "b"
-    assert truth.eager_loss_error == pytest.approx(0.001)
+def test_errors_are_relative_to_the_reference(reference: Reference) -> None:
+    assert reference.eager.tensors == pytest.approx({"a": 0.01, "b": 0.04}, rel=1e-4)
+    assert reference.eager.step == pytest.approx(((0.05**2 + 0.04**2) / 26) ** 0.5, rel=1e-4)
+    assert reference.eager.worst == "b"
+    assert reference.eager_loss_error == pytest.approx(0.001)
 
 
 @pytest.mark.parametrize(
@@ -49,23 +48,23 @@ def test_errors_are_relative_to_the_truth(truth: Truth) -> None:
         (0.0, 0.0, float("nan"), "loss nan"),
     ],
 )
-def test_what_is_less_exact_than_eager_disagrees(
-    tmp_path: Path, truth: Truth, a: float, b: float, loss: float, named: str | None
+def test_steps_with_larger_errors_than_eager_fail(
+    tmp_path: Path, reference: Reference, a: float, b: float, loss: float, named: str | None
 ) -> None:
-    problem = disagreement(errors(saved(tmp_path / "found", a, b), truth.path), loss, truth, 1.25)
+    problem = disagreement(errors(saved(tmp_path / "found", a, b), reference.path), loss, reference, 1.25)
     assert problem is None if named is None else named in str(problem)
 
 
-def test_a_larger_ratio_lets_more_pass(tmp_path: Path, truth: Truth) -> None:
-    found = errors(saved(tmp_path / "found", 0.03, 0.1), truth.path)
-    assert disagreement(found, LOSS, truth, 1.25) is not None
-    assert disagreement(found, LOSS, truth, 4.0) is None
+def test_a_larger_ratio_allows_larger_errors(tmp_path: Path, reference: Reference) -> None:
+    found = errors(saved(tmp_path / "found", 0.03, 0.1), reference.path)
+    assert disagreement(found, LOSS, reference, 1.25) is not None
+    assert disagreement(found, LOSS, reference, 4.0) is None
 
 
-def test_gradients_must_all_be_there(tmp_path: Path, truth: Truth) -> None:
-    found = errors(saved(tmp_path / "found", 0.0, 0.0, c=torch.ones(1)), truth.path)
-    assert "such as c" in str(disagreement(found, LOSS, truth, 1.25))
-    save_file({"a": TRUE["a"]}, tmp_path / "found")
-    assert "such as b" in str(disagreement(errors(tmp_path / "found", truth.path), LOSS, truth, 1.25))
+def test_missing_and_unexpected_gradients_fail(tmp_path: Path, reference: Reference) -> None:
+    found = errors(saved(tmp_path / "found", 0.0, 0.0, c=torch.ones(1)), reference.path)
+    assert "such as c" in str(disagreement(found, LOSS, reference, 1.25))
+    save_file({"a": EXPECTED["a"]}, tmp_path / "found")
+    assert "such as b" in str(disagreement(errors(tmp_path / "found", reference.path), LOSS, reference, 1.25))
     save_file({}, tmp_path / "found")
-    assert "2 gradients" in str(disagreement(errors(tmp_path / "found", truth.path), LOSS, truth, 1.25))
+    assert "2 gradients" in str(disagreement(errors(tmp_path / "found", reference.path), LOSS, reference, 1.25))

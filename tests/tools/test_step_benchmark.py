@@ -1,4 +1,4 @@
-"""`fastlora bench step`: from its arguments to its table and files, with real processes on a tiny model."""
+"""`fastlora bench step` on a tiny model, with real processes: arguments, checks, table and files."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ import torch
 from fastlora.kernels.core import shortcuts
 from fastlora.tools.bench.step import results, weights
 from fastlora.tools.bench.step.batches import parse
-from fastlora.tools.bench.step.contenders import CONTENDERS, RATIO, Contender, named
-from fastlora.tools.bench.step.measurement import Trainer, gradients, loss_of, measure
-from fastlora.tools.bench.step.processes import work
-from fastlora.tools.bench.step.truth import TRUTH, write_truth
+from fastlora.tools.bench.step.contenders import CONTENDERS, RATIO, Contender, get_contender
+from fastlora.tools.bench.step.measurement import Trainer, compute_loss, gradients, measure
+from fastlora.tools.bench.step.processes import run_worker
+from fastlora.tools.bench.step.reference import REFERENCE, write_reference
 from fastlora.tools.cli import main
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_race_is_shown_and_recorded(tmp_path: Path) -> None:
+def test_results_are_printed_and_written(tmp_path: Path) -> None:
     output = tmp_path / "out"
     command = [sys.executable, "-m", "fastlora.tools.cli", *TINY, "--contenders", "eager,fastlora"]
     done = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True, check=False)
@@ -53,7 +53,7 @@ def test_a_race_is_shown_and_recorded(tmp_path: Path) -> None:
         written = {row["contender"]: float(row["seconds"]) for row in csv.DictReader(file)}
     assert written == {name: row["seconds"] for name, row in rows.items()}
     if not torch.cuda.is_available():
-        _check_that_what_only_cuda_measures_is_null(found)
+        _check_cuda_measurements_are_null(found)
         assert not (output / "frontier.png").exists()
 
 
@@ -81,25 +81,25 @@ def _check_rows(rows: dict[str, Any]) -> None:
     assert rows["fastlora"]["described"]["coverage"]["lora"]["fused"] > 0
 
 
-def _check_that_what_only_cuda_measures_is_null(found: dict[str, Any]) -> None:
+def _check_cuda_measurements_are_null(found: dict[str, Any]) -> None:
     for row in found["steps"]:
         for name in ("peak_bytes", "extra_bytes", "first_step_peak_bytes", "limit_seconds", "share_of_limit"):
             assert row[name] is None
     assert found["conditions"]["ceilings"] is None
 
 
-def test_who_is_wrong_or_fails_is_listed_and_not_ranked(
+def test_wrong_and_failing_contenders_are_listed_but_not_ranked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    odd = [
-        Contender("fastlora-halved", "odd_contenders:one_gradient_halved", ratio=RATIO),
-        Contender("raising", "odd_contenders:raising"),
-        Contender("dying", "odd_contenders:dying"),
+    faulty = [
+        Contender("fastlora-halved", "faulty_contenders:one_gradient_halved", ratio=RATIO),
+        Contender("raising", "faulty_contenders:raising"),
+        Contender("dying", "faulty_contenders:dying"),
     ]
-    for each in odd:
+    for each in faulty:
         monkeypatch.setitem(CONTENDERS, each.name, each)
-    there = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(there))
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     names = ["fastlora-halved", "raising", "dying", "eager"]
     assert main([*TINY, "--contenders", ",".join(names), "--output", str(tmp_path / "out")]) == 1
     steps = json.loads((tmp_path / "out" / "results.json").read_text())["steps"]
@@ -117,20 +117,21 @@ def test_who_is_wrong_or_fails_is_listed_and_not_ranked(
     assert printed.err.startswith("error: fastlora is not ranked everywhere")
 
 
-def test_a_worker_is_stopped_in_time(tmp_path: Path) -> None:
-    found = work("save", tmp_path, tmp_path / "log", timeout=0.05, model="tiny", layers=1)
+def test_a_worker_is_stopped_after_the_timeout(tmp_path: Path) -> None:
+    found = run_worker("save_weights", tmp_path, tmp_path / "log", timeout=0.05, model="tiny", layers=1)
     assert found == {"error": "stopped after --timeout 0.05 seconds"}
     assert {path.name for path in tmp_path.iterdir()} == {"log"}
 
 
-def test_a_worker_ends_with_the_command(tmp_path: Path) -> None:
-    given = "from fastlora.tools.bench.step.processes import work; from pathlib import Path; "
-    call = f"work('save', Path({str(tmp_path)!r}), Path({str(tmp_path / 'log')!r}), 60, model='tiny', layers=1)"
-    command = subprocess.Popen([sys.executable, "-c", given + call])
+def test_terminating_the_command_stops_its_worker(tmp_path: Path) -> None:
+    imports = "from fastlora.tools.bench.step.processes import run_worker; from pathlib import Path; "
+    paths = f"Path({str(tmp_path)!r}), Path({str(tmp_path / 'log')!r})"
+    call = f"run_worker('save_weights', {paths}, 60, model='tiny', layers=1)"
+    command = subprocess.Popen([sys.executable, "-c", imports + call])
     while not _workers(tmp_path):
         assert command.poll() is None
         time.sleep(0.01)
-    time.sleep(0.5)  # the command has started the worker, and waits for it
+    time.sleep(0.5)  # until the command waits for the worker
     command.terminate()
     assert command.wait(600) == 128 + signal.SIGTERM
     assert not list(tmp_path.glob("worker-*"))
@@ -138,45 +139,45 @@ def test_a_worker_ends_with_the_command(tmp_path: Path) -> None:
 
 
 def _workers(folder: Path) -> list[str]:
-    """How the processes were started that work in the folder."""
+    """Return the command lines of workers in the folder."""
     lines = []
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has just ended
+        with contextlib.suppress(OSError):  # the process has just ended
             lines.append((process / "cmdline").read_bytes().decode(errors="replace"))
     return [line for line in lines if str(folder / "worker-") in line]
 
 
-def test_the_truth_is_that_of_the_whole_batch(saved: Path) -> None:
+def test_the_reference_is_that_of_the_whole_batch(saved: Path) -> None:
     from safetensors.torch import load_file
 
-    found = write_truth(saved, rows=3, length=8, device=CPU)
-    model = weights.adapted(weights.load(saved, CPU, torch.float32), saved).train()
-    loss = loss_of(model, weights.batch(model.config.vocab_size, 3, 8, CPU), CPU, autocast=False)
+    found = write_reference(saved, rows=3, length=8, device=CPU)
+    model = weights.add_adapters(weights.load(saved, CPU, torch.float32), saved).train()
+    loss = compute_loss(model, weights.make_batch(model.config.vocab_size, 3, 8, CPU), CPU, autocast=False)
     loss.backward()
     assert found["loss"] == pytest.approx(loss.item(), rel=1e-6)
-    truth = load_file(saved / TRUTH)
-    whole = gradients(model)
-    assert whole.keys() == truth.keys()
-    for name, value in whole.items():
+    reference = load_file(saved / REFERENCE)
+    expected = gradients(model)
+    assert expected.keys() == reference.keys()
+    for name, value in expected.items():
         assert value.norm() > 0
-        torch.testing.assert_close(truth[name], value, rtol=1e-4, atol=1e-5 * value.abs().max().item())
+        torch.testing.assert_close(reference[name], value, rtol=1e-4, atol=1e-5 * value.abs().max().item())
 
 
-def test_adapters_that_are_not_the_saved_ones_are_refused(saved: Path) -> None:
-    model = weights.adapted(weights.load(saved, CPU), saved)
+def test_adapters_must_equal_the_saved_ones(saved: Path) -> None:
+    model = weights.add_adapters(weights.load(saved, CPU), saved)
     model.get_input_embeddings().weight.requires_grad_(True)
-    with pytest.raises(ValueError, match="29 tensors are trained, where the adapters are 28"):
+    with pytest.raises(ValueError, match="29 parameters require gradients, but 28 adapter weights were saved"):
         weights.load_adapters(model, saved)
-    model = weights.adapted(weights.load(saved, CPU), saved)
-    with pytest.raises(ValueError, match="is not what was saved"):
+    model = weights.add_adapters(weights.load(saved, CPU), saved)
+    with pytest.raises(ValueError, match="differs from the saved weight"):
         weights.load_adapters(model.bfloat16(), saved)
 
 
-def test_every_contender_can_be_prepared_by_something() -> None:
+def test_every_contender_has_a_preparation() -> None:
     for contender in CONTENDERS.values():
         module, _, function = contender.prepare.partition(":")
         assert callable(getattr(import_module(module), function))
-    assert {name for name, contender in CONTENDERS.items() if contender.mine} == {
+    assert {name for name, contender in CONTENDERS.items() if contender.is_fastlora} == {
         "fastlora",
         "fastlora@0",
         "fastlora-graphs",
@@ -187,9 +188,9 @@ def test_every_contender_can_be_prepared_by_something() -> None:
     }
 
 
-def test_fastlora_takes_part_with_any_memory_budget() -> None:
-    found = named("fastlora@1.5GiB")
-    assert (found.name, found.mine, found.options) == ("fastlora@1.5GiB", True, {"memory_budget": "1.5GiB"})
+def test_a_contender_name_may_have_a_memory_budget() -> None:
+    found = get_contender("fastlora@1.5GiB")
+    assert (found.name, found.is_fastlora, found.options) == ("fastlora@1.5GiB", True, {"memory_budget": "1.5GiB"})
 
 
 @pytest.mark.parametrize(
@@ -206,7 +207,7 @@ def test_fastlora_takes_part_with_any_memory_budget() -> None:
         (["--timeout", "0"], "--timeout 0: must be"),
     ],
 )
-def test_wrong_arguments_are_named(
+def test_errors_name_the_wrong_argument(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], named: str
 ) -> None:
     output = tmp_path / "out"
@@ -215,7 +216,7 @@ def test_wrong_arguments_are_named(
     assert not output.exists()
 
 
-def test_the_picture_joins_those_that_none_beats(tmp_path: Path) -> None:
+def test_the_plot_has_the_pareto_frontier(tmp_path: Path) -> None:
     def row(contender: str, seconds: float, gib: float, status: str = "ranked") -> dict[str, Any]:
         measured = {"seconds": seconds, "extra_bytes": gib * 2**30, "tokens_per_second": 8192 / seconds}
         return {
@@ -228,26 +229,26 @@ def test_the_picture_joins_those_that_none_beats(tmp_path: Path) -> None:
             **measured,
         }
 
-    rows = [row("eager", 0.4, 40), row("fastlora", 0.25, 10), row("small", 0.3, 5), row("late", 0.5, 6)]
+    rows = [row("eager", 0.4, 40), row("fastlora", 0.25, 10), row("small", 0.3, 5), row("slow", 0.5, 6)]
     assert [each["contender"] for each in results.frontier(rows)] == ["small", "fastlora"]
     conditions = {"model": "Llama-3.1-8B", "layers": 16, "device": "a GPU"}
     unranked = row("wrong", 0.1, 1, status="wrong")
     written = results.write(tmp_path, conditions, [*rows, unranked])
     assert "frontier.png" in written
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
-    assert results.ranked([unranked, *rows])[-1] is unranked
+    assert results.rank([unranked, *rows])[-1] is unranked
     assert rows[1]["rank"] == 1
     assert rows[1]["times_eager"] == pytest.approx(1.6)
 
 
-def test_a_contender_does_without_one_shortcut() -> None:
+def test_a_contender_name_may_disable_one_shortcut() -> None:
     for name in shortcuts.NAMES:
-        assert named(f"fastlora-without-{name}").options == {"mode": "no-cudagraphs", "without": name}
+        assert get_contender(f"fastlora-without-{name}").options == {"mode": "no-cudagraphs", "without": name}
     with pytest.raises(ValueError, match=r"fastlora-without-\(plans\|traces\|kernels\|precompilation\)"):
-        named("fastlora-without-luck")
+        get_contender("fastlora-without-unknown")
 
 
-def test_lengths_change_within_bounds_and_are_always_the_same() -> None:
+def test_random_lengths_are_within_bounds_and_reproducible() -> None:
     batches = parse("4x8-32")
     assert (str(batches), batches.is_constant) == ("4x8-32", False)
     lengths = batches.lengths()
@@ -259,14 +260,14 @@ def test_lengths_change_within_bounds_and_are_always_the_same() -> None:
 
 
 @pytest.mark.parametrize("text", ["4x1", "x8", "4x32-8", "4x8-", "0x8", "4x8x8"])
-def test_batches_that_are_none_are_refused(text: str) -> None:
+def test_invalid_batches_are_rejected(text: str) -> None:
     with pytest.raises(ValueError, match="4x128-1024 for changing lengths"):
         parse(text)
 
 
-def test_batches_of_changing_lengths_are_trained_on_in_turn(saved: Path, tmp_path: Path) -> None:
-    model = weights.adapted(weights.load(saved, CPU), saved)
-    batches = [weights.batch(model.config.vocab_size, 2, length, CPU) for length in (8, 4, 6)]
+def test_each_step_takes_the_next_batch(saved: Path, tmp_path: Path) -> None:
+    model = weights.add_adapters(weights.load(saved, CPU), saved)
+    batches = [weights.make_batch(model.config.vocab_size, 2, length, CPU) for length in (8, 4, 6)]
     trainer = Trainer(model, batches, CPU)
     found = measure(trainer, steps=2, warmup=1, path=tmp_path / "gradients.safetensors")
     assert len(found["all_seconds"]) == 6

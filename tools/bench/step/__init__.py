@@ -1,6 +1,6 @@
-"""A whole training step of LoRA, fastlora beside eager PyTorch, torch.compile and the peers, each in its own process.
+"""`fastlora bench step`: a whole LoRA training step with fastlora, eager PyTorch, torch.compile and other libraries.
 
-The parent (`command`) touches no model: it starts one worker (`worker`) for the weights, one for the truth, one for the
-ceilings and one for each contender, compares the gradients that they leave in files, and shows what was measured.
-Nothing that a contender patches or caches can reach another one.
+The parent (`command`) loads no model. It starts one worker process (`worker`) to make the weights, one for the float32
+reference, one for the peak rates and one for each contender, and compares the gradients that they write to files. So
+nothing that a contender patches or caches affects another one.
 """

@@ -1,4 +1,4 @@
-"""What this GPU reaches: a large copy, a large product, and attention at a batch's shape with its best backend."""
+"""Peak rates of the GPU: a large copy, a large matrix product, and attention at a batch's shape in the best backend."""
 
 from __future__ import annotations
 
@@ -19,36 +19,41 @@ _BACKENDS = {
 }
 
 
-def measured(shape: Shape, batches: list[tuple[int, int]]) -> dict[str, Any]:
-    """Rates, and seconds of attention for each batch of (rows, length)."""
+def measure_ceilings(shape: Shape, batches: list[tuple[int, int]]) -> dict[str, Any]:
+    """Return the rates, and the times of attention for each batch of (rows, length)."""
     found = ceilings(torch.bfloat16)
-    with torch.cuda.stream(torch.cuda.Stream()):  # nothing can be captured on the default one
+    with torch.cuda.stream(torch.cuda.Stream()):  # CUDA graphs cannot be captured on the default stream
         attention = [attention_seconds(shape, rows, length) for rows, length in batches]
     return {"bandwidth": found.bandwidth, "rate": found.rate, "attention": attention}
 
 
 def attention_seconds(shape: Shape, rows: int, length: int) -> dict[str, Any]:
-    """Seconds of one layer's causal attention, forward and backward, where they are least together.
+    """Return the seconds of one layer's causal attention, forward and backward, in the fastest backend.
 
-    Keys and values are taken both as they are and repeated beforehand for every head, as some backends cannot share
-    them.
+    Each backend runs with grouped keys and values, and with keys and values repeated for every head in advance, since
+    some backends do not support grouped-query attention.
+
+    Raises:
+        RuntimeError: if no backend supports the shape.
     """
     found = []
     for name, backend in _BACKENDS.items():
-        for shared in (True, False):
+        for grouped in (True, False):
             try:
                 with sdpa_kernel(backend):
-                    forward, backward = _measure(shape, rows, length, shared)
-            except RuntimeError:  # this backend has no kernel for the shape
+                    forward, backward = _measure(shape, rows, length, grouped)
+            except RuntimeError:  # the backend does not support the shape
                 continue
             found.append({"backend": name, "forward": forward, "backward": backward})
     if not found:
-        raise RuntimeError(f"no backend of attention runs at {rows} x {length} with heads of {shape.head_dim}")
+        raise RuntimeError(
+            f"no backend of scaled_dot_product_attention supports {rows} x {length} with head_dim={shape.head_dim}"
+        )
     return min(found, key=lambda each: each["forward"] + each["backward"])
 
 
-def _measure(shape: Shape, rows: int, length: int, shared: bool) -> tuple[float, float]:
-    kv_heads = shape.kv_heads if shared else shape.heads
+def _measure(shape: Shape, rows: int, length: int, grouped: bool) -> tuple[float, float]:
+    kv_heads = shape.kv_heads if grouped else shape.heads
     q, k, v = (
         torch.randn(rows, heads, length, shape.head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         for heads in (shape.heads, kv_heads, kv_heads)

@@ -1,7 +1,7 @@
-"""Who takes part. A contender is named here and prepared in its own process, by a function of `preparations`.
+"""The contenders by name. Each is prepared in its own process, by a function of `preparations`.
 
-`fastlora@9GiB` is fastlora with that memory budget, and `fastlora-without-traces` fastlora without one of the shortcuts
-that make calls cheap for the host.
+`fastlora@9GiB` is fastlora with that memory budget. `fastlora-without-traces` is fastlora without one of the shortcuts
+that save host time, and without CUDA graphs, which would hide the host time.
 """
 
 from __future__ import annotations
@@ -12,18 +12,22 @@ from typing import Any
 
 from fastlora.kernels.core import shortcuts
 
-MINE, EAGER = "fastlora", "eager"
-WITHOUT = f"{MINE}-without-"
-"""Without CUDA graphs as well, which would hide what the host does."""
+FASTLORA, EAGER = "fastlora", "eager"
+WITHOUT = f"{FASTLORA}-without-"
 RATIO = 1.25
-"""fastlora's error may be so many times eager's, as everywhere in this project."""
+"""Largest allowed error of fastlora over eager's, as everywhere in this project."""
 OTHERS_RATIO = 4.0
-"""Others may round differently, and their errors are shown; beyond this they compute something else."""
+"""The same for others, which may round differently; with larger errors they compute something else."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """`prepare` is `module:function`, called with a `Place` and the options; it returns a `Prepared`."""
+    """A way to run the training step.
+
+    Attributes:
+        prepare: `module:function`, called with a `Workspace` and the options, which returns a `Prepared`.
+        ratio: largest allowed error over eager's.
+    """
 
     name: str
     prepare: str
@@ -31,52 +35,52 @@ class Contender:
     ratio: float = OTHERS_RATIO
 
     @property
-    def mine(self) -> bool:
-        return re.split("[-@]", self.name)[0] == MINE
+    def is_fastlora(self) -> bool:
+        return re.split("[-@]", self.name)[0] == FASTLORA
 
 
-def _here(function: str) -> str:
+def _preparation(function: str) -> str:
     return f"fastlora.tools.bench.step.preparations:{function}"
 
 
-def _mine(name: str, **options: Any) -> Contender:
-    return Contender(name, _here("with_fastlora"), options, RATIO)
+def _fastlora(name: str, **options: Any) -> Contender:
+    return Contender(name, _preparation("with_fastlora"), options, RATIO)
 
 
 CONTENDERS = {
     contender.name: contender
     for contender in (
-        Contender(EAGER, _here("eager")),
-        _mine(MINE),
-        _mine("fastlora@0", memory_budget="0"),
-        _mine("fastlora-graphs", mode="reduce-overhead"),
-        _mine("fastlora-no-graphs", mode="no-cudagraphs"),
-        _mine("fastlora-inductor", lower="inductor"),
-        Contender("compile-layers", _here("compiled_layers")),
-        Contender("compile", _here("compiled_whole")),
-        Contender("liger", _here("with_liger")),
-        Contender("liger+compile", _here("with_liger"), {"compiled": True}),
-        Contender("unsloth", _here("with_unsloth")),
-        Contender("eager-checkpointing", _here("eager"), {"checkpointing": True}),
-        _mine("fastlora-checkpointing", checkpointing=True),
-        _mine("fastlora-inductor-checkpointing", lower="inductor", checkpointing=True),
-        Contender("unsloth-checkpointing", _here("with_unsloth"), {"checkpointing": True}),
+        Contender(EAGER, _preparation("eager")),
+        _fastlora(FASTLORA),
+        _fastlora("fastlora@0", memory_budget="0"),
+        _fastlora("fastlora-graphs", mode="reduce-overhead"),
+        _fastlora("fastlora-no-graphs", mode="no-cudagraphs"),
+        _fastlora("fastlora-inductor", lower="inductor"),
+        Contender("compile-layers", _preparation("compiled_layers")),
+        Contender("compile", _preparation("compiled_whole")),
+        Contender("liger", _preparation("with_liger")),
+        Contender("liger+compile", _preparation("with_liger"), {"compiled": True}),
+        Contender("unsloth", _preparation("with_unsloth")),
+        Contender("eager-checkpointing", _preparation("eager"), {"checkpointing": True}),
+        _fastlora("fastlora-checkpointing", checkpointing=True),
+        _fastlora("fastlora-inductor-checkpointing", lower="inductor", checkpointing=True),
+        Contender("unsloth-checkpointing", _preparation("with_unsloth"), {"checkpointing": True}),
     )
 }
 
 
-def named(name: str) -> Contender:
-    """The contender of that name.
+def get_contender(name: str) -> Contender:
+    """Return the contender of a name.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if the name is unknown.
     """
     if name in CONTENDERS:
         return CONTENDERS[name]
     base, at, budget = name.partition("@")
-    if base == MINE and at:
-        return _mine(name, memory_budget=budget)
+    if base == FASTLORA and at:
+        return _fastlora(name, memory_budget=budget)
     if name.removeprefix(WITHOUT) in shortcuts.NAMES:
-        return _mine(name, mode="no-cudagraphs", without=name.removeprefix(WITHOUT))
-    others = f"{MINE}@BUDGET, {WITHOUT}({'|'.join(shortcuts.NAMES)})"
+        return _fastlora(name, mode="no-cudagraphs", without=name.removeprefix(WITHOUT))
+    others = f"{FASTLORA}@BUDGET, {WITHOUT}({'|'.join(shortcuts.NAMES)})"
     raise ValueError(f"unknown; choose from {', '.join(CONTENDERS)}, {others}")

@@ -1,9 +1,9 @@
-"""The least seconds of a LoRA step: every part of it at the ceiling of its kind, one after the other.
+"""The least time of a LoRA step: the sum of its parts, each at the peak rate of its kind.
 
-Products run at the rate of a large cuBLAS product, memory-bound ops at the bandwidth of a large copy with each byte
-counted once, attention as fast as its best backend at this very shape. The work is that of the ops' own cost formulas:
-frozen weights have no gradient, the input of the first layer needs none, logits are never written, and nothing is
-computed twice. Attention counts as causal over the whole length, also where a model slides a window over it.
+Matrix products run at the rate of a large cuBLAS product, memory-bound ops at the bandwidth of a large copy with each
+byte counted once, and attention in its best backend at the same shape. The work is that of the ops' cost formulas:
+frozen weights and the input of the first layer have no gradient, logits are never materialized, and nothing is
+recomputed. Attention is causal over the whole length, also for models with sliding windows.
 """
 
 from __future__ import annotations
@@ -22,39 +22,44 @@ from fastlora.tools.bench.step.weights import RANK
 
 _DTYPE = torch.bfloat16
 _BLOCKSIZE = 64
-"""Of quantised weights; their scales are a byte each."""
+"""Block size of quantized weights; a scale takes one byte."""
 _ADAMW_BYTES = 7 * 4
-"""Per trained float32 weight: weight, gradient and two moments read, weight and moments written."""
+"""Per trained float32 weight: reads of weight, gradient and two moments, writes of weight and moments."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One kind of work in a step: so many times so many operations and bytes."""
+    """One kind of work in a step, which occurs several times.
+
+    Attributes:
+        times: how often it occurs; negative for work that others count but that is not needed.
+        flops, num_bytes: of one occurrence.
+    """
 
     name: str
     times: int
     flops: float
-    moved: float
+    num_bytes: float
 
     def seconds(self, ceilings: Ceilings) -> float:
-        return self.times * ceilings.limit(self.flops, self.moved)
+        return self.times * ceilings.limit(self.flops, self.num_bytes)
 
 
 def limit(
-    model: Model, layers: int, rows: int, length: int, measured: dict[str, Any], quantised: bool = False
+    model: Model, layers: int, rows: int, length: int, measured: dict[str, Any], quantized: bool = False
 ) -> dict[str, Any]:
-    """Seconds of a step at the ceilings that were measured, in total and by part."""
-    found = Ceilings(measured["bandwidth"], measured["rate"])
+    """Return the least seconds of a step, in total and by part, at the measured peak rates."""
+    ceilings = Ceilings(measured["bandwidth"], measured["rate"])
     index = measured["batches"].index([rows, length])
     attention = measured["attention"][index]
     seconds = {"attention": layers * (attention["forward"] + attention["backward"])}
-    for part in parts(model, layers, rows * length, quantised):
-        seconds[part.name] = seconds.get(part.name, 0.0) + part.seconds(found)
+    for part in parts(model, layers, rows * length, quantized):
+        seconds[part.name] = seconds.get(part.name, 0.0) + part.seconds(ceilings)
     return {"seconds": sum(seconds.values()), "parts": seconds, "attention_backend": attention["backend"]}
 
 
-def parts(model: Model, layers: int, tokens: int, quantised: bool = False) -> Iterator[Part]:
-    """All work of a step but attention. Quantised weights are decoded once forward and once backward."""
+def parts(model: Model, layers: int, tokens: int, quantized: bool = False) -> Iterator[Part]:
+    """Yield all work of a step except attention. Quantized weights are dequantized in both passes."""
     yield from _products(model, layers, tokens)
     yield from _norms(model, layers, tokens)
     shape = model.shape
@@ -63,20 +68,20 @@ def parts(model: Model, layers: int, tokens: int, quantised: bool = False) -> It
     yield from _both(ops.rotary_group, "rotary", layers, heads)
     yield from _both(ops.glu, "GLU", layers, {"T": tokens, "I": shape.intermediate})
     yield from _both(ops.linear_cross_entropy, "head and loss", 1, head)
-    for name, widths, K in _linears(model) if quantised else ():
+    for name, widths, K in _linears(model) if quantized else ():
         sizes = {"N": sum(widths), "K": K, "S": _BLOCKSIZE}
         yield _part(ops.dequantize_4bit, "forward", f"{name} decoded", 2 * layers, sizes)
     yield Part("embedding", 1, 0, 2 * tokens * shape.hidden * _DTYPE.itemsize)
-    yield Part("optimizer", 1, 0, _ADAMW_BYTES * trained_weights(model, layers))
+    yield Part("optimizer", 1, 0, _ADAMW_BYTES * num_trained_weights(model, layers))
 
 
-def trained_weights(model: Model, layers: int) -> int:
-    """The elements of all adapters."""
+def num_trained_weights(model: Model, layers: int) -> int:
+    """Return the number of elements of all adapters."""
     return layers * sum(RANK * (sum(widths) + len(widths) * K) for _, widths, K in _linears(model))
 
 
 def _linears(model: Model) -> list[tuple[str, list[int], int]]:
-    """The linear layers of a block that share an input: name, widths of their outputs, width of the input."""
+    """Return the groups of linear layers of a block that share an input: name, output widths, and input width."""
     shape = model.shape
     hidden, inner = shape.hidden, shape.intermediate
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -93,19 +98,20 @@ def _products(model: Model, layers: int, tokens: int) -> Iterator[Part]:
         sizes = {"T": tokens, "N": sum(widths), "K": K, "R": RANK, "M": len(widths)}
         yield _part(ops.lora_group, "forward", f"{name} forward", layers, sizes)
         yield _part(ops.lora_group, "backward", f"{name} backward", layers, sizes)
-    # The first layer's input is the embedding, which is frozen: its gradient is not needed.
+    # The input of the first layer is the output of the frozen embedding, and needs no gradient.
     _, widths, K = _linears(model)[0]
-    spared = 2 * tokens * (sum(widths) * K + RANK * len(widths) * K)
-    yield Part("q, k, v backward", -1, spared, 0)
+    unneeded_flops = 2 * tokens * (sum(widths) * K + RANK * len(widths) * K)
+    yield Part("q, k, v backward", -1, unneeded_flops, 0)
 
 
 def _norms(model: Model, layers: int, tokens: int) -> Iterator[Part]:
-    """Each norm in front is one with the addition before it, but for the first, which has nothing to hand back to."""
+    """Each norm before attention or MLP is fused with the preceding residual addition, except the first, which has none
+    and needs no backward."""
     shape = model.shape
     sizes = {"T": tokens, "H": shape.hidden}
     yield _part(ops.rms_norm, "forward", "norms", 1, sizes)
     yield from _both(ops.add_rms_norm, "norms", 2 * layers, sizes)
-    if model.sandwich:
+    if model.post_norms:
         yield from _both(ops.rms_norm, "norms", 2 * layers, sizes)
     if model.head_norms:
         heads = {"T": tokens * (shape.heads + shape.kv_heads), "H": shape.head_dim}

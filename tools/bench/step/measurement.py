@@ -1,15 +1,15 @@
 """Running and measuring training steps in a contender's process.
 
-A step is forward with the loss, backward, AdamW and zero_grad, under bfloat16 autocast. Steps are not waited for one by
-one, as in a training loop that does not look at its loss. With batches of changing lengths a step is the mean over all
-of them, each of which is then trained on as often as `steps` and `warmup` say. The first one is timed from its call
-until the device has finished, its compilation included: a worker's compile caches are empty (`processes.py`). What a
-contender does before, from its imports to the model that is ready, is `prepare_seconds`.
+A step is forward with the loss, backward, AdamW and zero_grad, under bfloat16 autocast. There is no synchronization
+between steps, as in a training loop that does not read its loss. With batches of changing lengths, the time of a step
+is the mean over all batches, and `steps` and `warmup` count rounds over them. The first step is timed until the device
+has finished, compilation included; the compile caches are empty (`processes.py`). `prepare_seconds` is the time from a
+contender's imports until its model is ready.
 
-Memory, on CUDA only: `peak_bytes` is the most that PyTorch's allocator had given out during the timed steps, and
-`extra_bytes` that less what any contender must hold: the bytes on the device of parameters, buffers, optimizer states
-and the batch. What a contender keeps from step to step (workspaces, copies of weights) thus counts as extra, and so do
-activations, gradients and cuBLAS's workspace. The first step's peak is apart: compilers may need more in it.
+Memory is measured on CUDA only. `peak_bytes` is the peak of PyTorch's allocator during the timed steps. `extra_bytes`
+is the peak without what every contender needs: parameters, buffers, optimizer states and the batches. So activations,
+gradients, copies of weights and workspaces, including cuBLAS's, count as extra. The first step has a peak of its own,
+because compilers may need more memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LEARNING_RATE = 1e-4
 
 
 class Trainer:
-    """A model, its optimizer, and the batches that it is trained on in turn, the first of which has most tokens."""
+    """A model, its optimizer, and the batches that it is trained on in turn; the first batch has the most tokens."""
 
     def __init__(self, model: Any, batches: list[dict[str, Any]], device: torch.device) -> None:
         self.model, self.batches, self.device = model.train(), batches, device
@@ -34,23 +34,23 @@ class Trainer:
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=LEARNING_RATE, fused=True)
 
-    def differentiate(self) -> torch.Tensor:
-        """Forward and backward; returns the loss."""
-        loss = loss_of(self.model, self.batches[self._next], self.device)
+    def forward_backward(self) -> torch.Tensor:
+        """Run forward and backward, and return the loss."""
+        loss = compute_loss(self.model, self.batches[self._next], self.device)
         self._next = (self._next + 1) % len(self.batches)
         loss.backward()
         return loss.detach()
 
     def step(self) -> None:
-        self.differentiate()
+        self.forward_backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def gradients(self) -> dict[str, torch.Tensor]:
         return gradients(self.model)
 
-    def held_bytes(self) -> int:
-        """What any contender must hold on the device between two steps."""
+    def required_bytes(self) -> int:
+        """Return the bytes that any contender needs on the device between two steps."""
         states = [v for state in self.optimizer.state.values() for v in state.values()]
         tensors = [
             *self.model.parameters(),
@@ -62,51 +62,51 @@ class Trainer:
         return sum({t.data_ptr(): t.nbytes for t in on_device}.values())
 
 
-def loss_of(model: Any, batch: dict[str, Any], device: torch.device, autocast: bool = True) -> torch.Tensor:
+def compute_loss(model: Any, batch: dict[str, Any], device: torch.device, autocast: bool = True) -> torch.Tensor:
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         return model(**batch).loss
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
-    """The adapters' gradients by the parameters' names, on the CPU in float32."""
+    """Return the gradients by parameter name, on the CPU in float32."""
     return {n: p.grad.float().cpu() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def save_gradients(found: dict[str, torch.Tensor], path: Path) -> float:
-    """Writes them, and returns their norm."""
+def save_gradients(tensors: dict[str, torch.Tensor], path: Path) -> float:
+    """Write gradients to a safetensors file, and return the norm of all of them together."""
     from safetensors.torch import save_file
 
-    save_file({name: value.contiguous() for name, value in found.items()}, path)
-    return torch.stack([value.double().norm() for value in found.values()]).norm().item() if found else 0.0
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    return torch.stack([value.double().norm() for value in tensors.values()]).norm().item() if tensors else 0.0
 
 
 def measure(trainer: Trainer, steps: int, warmup: int, path: Path) -> dict[str, Any]:
-    """The first step by itself, its gradients into a file, steps to warm up, and the timed ones."""
+    """Run the first step, saving its gradients, then the warmup and the timed steps, and return the measurements."""
     result = _first_step(trainer, path)
-    several = len(trainer.batches)
-    for _ in range(warmup * several):
+    num_batches = len(trainer.batches)
+    for _ in range(warmup * num_batches):
         trainer.step()
     _reset_peak(trainer.device)
-    seconds, wall = _timed(trainer, steps * several)
-    tokens = sum(batch["input_ids"].numel() for batch in trainer.batches) / several
-    typical = statistics.median(seconds) if several == 1 else wall / len(seconds)
+    seconds, wall = _timed(trainer, steps * num_batches)
+    tokens = sum(batch["input_ids"].numel() for batch in trainer.batches) / num_batches
+    typical_seconds = statistics.median(seconds) if num_batches == 1 else wall / len(seconds)
     peak = _peak(trainer.device)
     return result | {
-        "seconds": typical,
+        "seconds": typical_seconds,
         "all_seconds": seconds,
         "wall_seconds": wall / len(seconds),
-        "tokens_per_second": tokens / typical,
+        "tokens_per_second": tokens / typical_seconds,
         "peak_bytes": peak,
-        "extra_bytes": None if peak is None else peak - trainer.held_bytes(),
+        "extra_bytes": None if peak is None else peak - trainer.required_bytes(),
     }
 
 
 def _first_step(trainer: Trainer, path: Path) -> dict[str, Any]:
     _reset_peak(trainer.device)
     started = time.perf_counter()
-    loss = trainer.differentiate()
+    loss = trainer.forward_backward()
     trainer.optimizer.step()
-    _wait(trainer.device)
+    _synchronize(trainer.device)
     seconds = time.perf_counter() - started
     peak = _peak(trainer.device)
     norm = save_gradients(trainer.gradients(), path)
@@ -120,20 +120,20 @@ def _first_step(trainer: Trainer, path: Path) -> dict[str, Any]:
 
 
 def _timed(trainer: Trainer, steps: int) -> tuple[list[float], float]:
-    """Seconds of each step on the device, and of all of them on the wall; without CUDA the device is the wall."""
+    """Return the device time of each step and the wall time of all, in seconds. Without CUDA both are wall times."""
     if trainer.device.type != "cuda":
-        marks = [time.perf_counter()]
+        times = [time.perf_counter()]
         for _ in range(steps):
             trainer.step()
-            marks.append(time.perf_counter())
-        return [after - before for before, after in itertools.pairwise(marks)], marks[-1] - marks[0]
-    _wait(trainer.device)
+            times.append(time.perf_counter())
+        return [after - before for before, after in itertools.pairwise(times)], times[-1] - times[0]
+    _synchronize(trainer.device)
     started = time.perf_counter()
     events = [_event()]
     for _ in range(steps):
         trainer.step()
         events.append(_event())
-    _wait(trainer.device)
+    _synchronize(trainer.device)
     wall = time.perf_counter() - started
     return [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(events)], wall
 
@@ -144,7 +144,7 @@ def _event() -> torch.cuda.Event:
     return event
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
 

@@ -1,4 +1,4 @@
-"""The models whose step is measured: the sizes of `shapes.py`, and what else their published configurations set."""
+"""The models whose step is measured: the sizes of `shapes.py`, with the other settings of their published configs."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ class Model:
     """An architecture of transformers with the sizes of a shape.
 
     Attributes:
-        layers: how many the published model has.
-        settings: what its configuration sets besides the sizes.
-        sandwich: whether attention and MLP are normed behind as well as in front.
-        head_norms: whether the heads of queries and keys are normed.
+        layers: number of layers of the published model.
+        settings: fields of its config besides the sizes.
+        post_norms: whether there are norms after attention and MLP as well as before them.
+        head_norms: whether the heads of queries and keys are normalized.
     """
 
     shape: Shape
     model_type: str
     layers: int
     settings: dict[str, Any] = field(default_factory=dict)
-    sandwich: bool = False
+    post_norms: bool = False
     head_norms: bool = False
 
     def config(self, layers: int) -> Any:
-        """The configuration with so many layers."""
+        """Return the config with this number of layers."""
         from transformers import AutoConfig
 
         shape = self.shape
@@ -86,7 +86,7 @@ MODELS = {
                 "final_logit_softcapping": 30.0,
                 "tie_word_embeddings": True,
             },
-            sandwich=True,
+            post_norms=True,
         ),
         Model(
             Shape("Qwen3-8B", 4096, 12288, 32, 8, 128, 151936),
@@ -95,7 +95,7 @@ MODELS = {
             {"rms_norm_eps": 1e-6, "max_position_embeddings": 40960, "rope_parameters": _rope(1e6)},
             head_norms=True,
         ),
-        # For a CPU. Random weights of this width need the wide spread to carry a usable signal.
+        # For CPUs. With a smaller initializer_range, activations of random weights of this width would vanish.
         Model(
             Shape("tiny", 64, 192, 4, 2, 16, 512),
             "llama",

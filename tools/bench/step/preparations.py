@@ -1,6 +1,6 @@
-"""How each contender makes a model ready to train: the way its own documentation says, from the same folder.
+"""Functions that prepare the model of each contender for training, as its own documentation says.
 
-Each function runs in a process of its own, and imports what it needs itself: Unsloth wants to come before transformers.
+Each runs in a process of its own, and imports libraries itself: Unsloth must be imported before transformers.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from fastlora.tools.bench.step import weights
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where the weights are, where they shall run, and how long the sequences will be."""
+class Workspace:
+    """The folder with the weights, the device to train on, and the largest sequence length."""
 
     folder: Path
     device: torch.device
@@ -26,39 +26,41 @@ class Place:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model with adapters, and what can be said of it after it has run."""
+    """A model with adapters; `describe` returns details for the results after it has run."""
 
     model: Any
     describe: Callable[[], dict[str, Any]] = dict
 
 
-def eager(place: Place, checkpointing: bool = False) -> Prepared:
-    """transformers and PEFT as they are."""
-    return Prepared(_adapted(place, checkpointing))
+def eager(workspace: Workspace, checkpointing: bool = False) -> Prepared:
+    """transformers and PEFT without changes."""
+    return Prepared(_load_model(workspace, checkpointing))
 
 
-def compiled_layers(place: Place) -> Prepared:
+def compiled_layers(workspace: Workspace) -> Prepared:
     """torch.compile on every decoder layer."""
-    model = _adapted(place)
+    model = _load_model(workspace)
     _compile_layers(model)
     return Prepared(model)
 
 
-def compiled_whole(place: Place) -> Prepared:
-    """torch.compile on the model, loss included."""
-    model = _adapted(place)
+def compiled_whole(workspace: Workspace) -> Prepared:
+    """torch.compile on the whole model, loss included."""
+    model = _load_model(workspace)
     model.compile()
     return Prepared(model)
 
 
-def with_fastlora(place: Place, checkpointing: bool = False, without: str | None = None, **options: Any) -> Prepared:
-    """fastlora, with options of `fastlora.compile`, or without one of its shortcuts."""
+def with_fastlora(
+    workspace: Workspace, checkpointing: bool = False, without: str | None = None, **options: Any
+) -> Prepared:
+    """fastlora with options of `fastlora.compile`; `without` is the name of a shortcut to disable."""
     import fastlora
     from fastlora.kernels.core import shortcuts
 
     if without is not None:
         setattr(shortcuts.use, without, False)
-    model = fastlora.compile(_adapted(place, checkpointing), **options)
+    model = fastlora.compile(_load_model(workspace, checkpointing), **options)
 
     def describe() -> dict[str, Any]:
         report = fastlora.report(model)
@@ -69,27 +71,27 @@ def with_fastlora(place: Place, checkpointing: bool = False, without: str | None
     return Prepared(model, describe)
 
 
-def with_liger(place: Place, compiled: bool = False) -> Prepared:
-    """Liger, which patches the model's classes before the model is made."""
+def with_liger(workspace: Workspace, compiled: bool = False) -> Prepared:
+    """Liger, which patches the model classes before the model is loaded."""
     import liger_kernel.transformers as liger
     from transformers import AutoConfig
 
-    model_type = AutoConfig.from_pretrained(weights.model_folder(place.folder)).model_type
+    model_type = AutoConfig.from_pretrained(weights.model_folder(workspace.folder)).model_type
     getattr(liger, f"apply_liger_kernel_to_{model_type}")()
-    model = _adapted(place)
+    model = _load_model(workspace)
     if compiled:
         _compile_layers(model)
     return Prepared(model)
 
 
-def with_unsloth(place: Place, checkpointing: bool = False) -> Prepared:
-    """Unsloth with weights as they are to be; its checkpointing is the mode that it calls "unsloth"."""
+def with_unsloth(workspace: Workspace, checkpointing: bool = False) -> Prepared:
+    """Unsloth; with checkpointing, in its own mode "unsloth"."""
     from unsloth import FastLanguageModel
 
-    mode, quant = "unsloth" if checkpointing else False, weights.quantisation(place.folder)
+    mode, quant = "unsloth" if checkpointing else False, weights.quantization(workspace.folder)
     model, _ = FastLanguageModel.from_pretrained(
-        str(weights.model_folder(place.folder)),
-        max_seq_length=place.length,
+        str(weights.model_folder(workspace.folder)),
+        max_seq_length=workspace.length,
         dtype=torch.bfloat16,
         load_in_4bit=quant is not None,
         load_in_16bit=quant is None,
@@ -98,20 +100,20 @@ def with_unsloth(place: Place, checkpointing: bool = False) -> Prepared:
         fix_tokenizer=False,
     )
     model = FastLanguageModel.get_peft_model(model, use_gradient_checkpointing=mode, **weights.lora_options())
-    weights.load_adapters(model, place.folder)
+    weights.load_adapters(model, workspace.folder)
     FastLanguageModel.for_training(model, use_gradient_checkpointing=mode)
     return Prepared(model)
 
 
-def _adapted(place: Place, checkpointing: bool = False) -> Any:
-    model = weights.adapted(weights.load(place.folder, place.device), place.folder)
+def _load_model(workspace: Workspace, checkpointing: bool = False) -> Any:
+    model = weights.add_adapters(weights.load(workspace.folder, workspace.device), workspace.folder)
     if checkpointing:
-        checkpoint(model)
+        enable_checkpointing(model)
     return model
 
 
-def checkpoint(model: Any) -> None:
-    """Gradient checkpointing as transformers' Trainer turns it on."""
+def enable_checkpointing(model: Any) -> None:
+    """Enable gradient checkpointing with the options of transformers' Trainer."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 

@@ -1,4 +1,4 @@
-"""Starting a worker in a process of its own, and hearing how it went, whatever happens to it."""
+"""Running a worker in a process of its own, with a timeout."""
 
 from __future__ import annotations
 
@@ -17,31 +17,36 @@ from typing import Any
 WORKER = "fastlora.tools.bench.step.worker"
 
 
-def work(role: str, folder: Path, log: Path, timeout: float, **arguments: Any) -> dict[str, Any]:
-    """What a worker found in a role, or {"error": why it found nothing}; its output goes to `log`.
+def run_worker(role: str, folder: Path, log: Path, timeout: float, **arguments: Any) -> dict[str, Any]:
+    """Run a role of `worker` and return its result, or {"error": message} if it fails; its output goes to `log`.
 
-    Each worker has compile caches of its own, which are empty, so that first steps are cold.
+    Each worker starts with empty compile caches, so that its first step is cold.
     """
-    with tempfile.TemporaryDirectory(dir=folder, prefix="worker-", ignore_cleanup_errors=True) as own:
-        place = Path(own)
-        spec, result = place / "spec.json", place / "result.json"
+    with tempfile.TemporaryDirectory(dir=folder, prefix="worker-", ignore_cleanup_errors=True) as name:
+        own_folder = Path(name)
+        spec, result = own_folder / "spec.json", own_folder / "result.json"
         spec.write_text(
             json.dumps({"role": role, "folder": str(folder), "result": str(result), "arguments": arguments})
         )
         with open(log, "w") as output:
-            ended = _run([sys.executable, "-m", WORKER, str(spec)], place, output, timeout)
-        if ended is None:
+            code = _run([sys.executable, "-m", WORKER, str(spec)], own_folder, output, timeout)
+        if code is None:
             return {"error": f"stopped after --timeout {timeout:g} seconds"}
         if not result.exists():
-            return {"error": f"ended with exit code {ended}: {_last_line(log)}"}
+            return {"error": f"ended with exit code {code}: {_last_line(log)}"}
         return json.loads(result.read_text())
 
 
-def _run(command: list[str], place: Path, output: Any, timeout: float) -> int | None:
-    """The exit code; None after the timeout, when all that the process has started is stopped with it."""
+def _run(command: list[str], folder: Path, output: Any, timeout: float) -> int | None:
+    """Return the exit code, or None after the timeout. Everything that the process has started is stopped with it."""
     with _sigterm_raises():
         process = subprocess.Popen(
-            command, cwd=place, env=_environment(place), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=folder,
+            env=_environment(folder),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             return process.wait(timeout)
@@ -53,32 +58,32 @@ def _run(command: list[str], place: Path, output: Any, timeout: float) -> int | 
 
 @contextlib.contextmanager
 def _sigterm_raises() -> Iterator[None]:
-    """A worker has a session of its own, and would go on holding the GPU if this process were just ended."""
-    if threading.current_thread() is not threading.main_thread():  # where Python lets nobody handle signals
+    """Turn SIGTERM into SystemExit, so that `_stop` runs: the worker has a session of its own, and would keep running."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can set signal handlers
         yield
         return
-    usual = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    previous = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, usual)
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends the worker's session, with the compilers that a library may have left running in it."""
+    """Kill the worker's session, with any compiler processes that a library has left running."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def _environment(place: Path) -> dict[str, str]:
-    """Empty compile caches, no hub, and an import path that holds from any folder."""
-    given = [str(Path(entry).resolve()) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+def _environment(folder: Path) -> dict[str, str]:
+    """Return an environment with empty compile caches, an offline hub, and a PYTHONPATH of absolute paths."""
+    paths = [str(Path(entry).resolve()) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     return {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(given),
-        "TORCHINDUCTOR_CACHE_DIR": str(place / "inductor"),
-        "TRITON_CACHE_DIR": str(place / "triton"),
+        "PYTHONPATH": os.pathsep.join(paths),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "TRITON_CACHE_DIR": str(folder / "triton"),
         "HF_HUB_OFFLINE": "1",
         "UNSLOTH_DISABLE_STATISTICS": "1",
     }
@@ -86,4 +91,4 @@ def _environment(place: Path) -> dict[str, str]:
 
 def _last_line(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "it wrote nothing"
+    return lines[-1][:300] if lines else "it printed nothing"

@@ -1,7 +1,8 @@
-"""What runs in a process of its own: `python -m fastlora.tools.bench.step.worker SPEC.json`.
+"""The worker process: `python -m fastlora.tools.bench.step.worker SPEC.json`.
 
-The specification names a role, its arguments, and the file for the result, which is JSON: what the role returns, or
-`{"error": ...}`. Libraries are imported inside the roles, as a contender may want to be the first to import them.
+The JSON file has the name of a role, which is a function of this module, its arguments, and the file for the result.
+The result is the role's return value as JSON, or `{"error": message}`. Imports are inside the roles, because a
+contender may have to be imported before other libraries.
 """
 
 from __future__ import annotations
@@ -19,30 +20,31 @@ import torch
 from fastlora.tools.problems import one_line
 
 
-def save(folder: Path, device: torch.device, model: str, layers: int, quant: str | None) -> dict[str, Any]:
-    """Draws and saves the weights that all share."""
+def save_weights(folder: Path, device: torch.device, model: str, layers: int, quant: str | None) -> dict[str, Any]:
+    """Save the weights that all contenders share."""
     from fastlora.tools.bench.step import weights
 
     weights.save(model, layers, folder, device, quant)
     return {}
 
 
-def truth(folder: Path, device: torch.device, rows: int, length: int) -> dict[str, Any]:
-    """Writes the gradients that contenders are compared with."""
-    from fastlora.tools.bench.step.truth import write_truth
+def reference(folder: Path, device: torch.device, rows: int, length: int) -> dict[str, Any]:
+    """Write the gradients that contenders are compared with."""
+    from fastlora.tools.bench.step.reference import write_reference
 
-    return write_truth(folder, rows, length, device)
+    return write_reference(folder, rows, length, device)
 
 
 def ceilings(folder: Path, device: torch.device, model: str, batches: list[list[int]]) -> dict[str, Any]:
-    """Measures what the limit is computed from."""
-    from fastlora.tools.bench.step.ceilings import measured
+    """Measure the peak rates."""
+    from fastlora.tools.bench.step.ceilings import measure_ceilings
     from fastlora.tools.bench.step.models import MODELS
 
-    return {**measured(MODELS[model].shape, [(rows, length) for rows, length in batches]), "batches": batches}
+    measured = measure_ceilings(MODELS[model].shape, [(rows, length) for rows, length in batches])
+    return {**measured, "batches": batches}
 
 
-def contend(
+def run_contender(
     folder: Path,
     device: torch.device,
     prepare: str,
@@ -54,37 +56,37 @@ def contend(
     gradients: str,
     profile: bool,
 ) -> dict[str, Any]:
-    """Prepares a contender and measures its steps."""
+    """Prepare a contender and measure its steps."""
     from fastlora.tools.bench.step import weights
     from fastlora.tools.bench.step.measurement import Trainer, measure
-    from fastlora.tools.bench.step.preparations import Place
+    from fastlora.tools.bench.step.preparations import Workspace
     from fastlora.tools.bench.step.profile import time_by_work
 
     module, _, function = prepare.partition(":")
     started = time.perf_counter()
-    prepared = getattr(import_module(module), function)(Place(folder, device, max(lengths)), **options)
+    prepared = getattr(import_module(module), function)(Workspace(folder, device, max(lengths)), **options)
     seconds = time.perf_counter() - started
     vocabulary = prepared.model.config.vocab_size
-    trainer = Trainer(prepared.model, [weights.batch(vocabulary, rows, each, device) for each in lengths], device)
+    trainer = Trainer(prepared.model, [weights.make_batch(vocabulary, rows, each, device) for each in lengths], device)
     measured = measure(trainer, steps, warmup, Path(gradients))
     if profile and device.type == "cuda":
         measured["profile"] = time_by_work(trainer)
     return measured | {"prepare_seconds": seconds, "described": prepared.describe()}
 
 
-ROLES = {role.__name__: role for role in (save, truth, ceilings, contend)}
+ROLES = {role.__name__: role for role in (save_weights, reference, ceilings, run_contender)}
 
 
 def main(path: Path) -> None:
-    """Plays the role that a specification names. A failure is a result too, and its traceback goes to the log."""
+    """Run the role of a specification. An exception becomes the result, and its traceback goes to the log."""
     spec = json.loads(path.read_text())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = ROLES[spec["role"]](Path(spec["folder"]), device, **spec["arguments"])
-    except Exception as problem:  # whatever a library raises at a shape is a finding
+        result = ROLES[spec["role"]](Path(spec["folder"]), device, **spec["arguments"])
+    except Exception as problem:  # libraries raise anything for shapes that they do not support
         traceback.print_exc()
-        found = {"error": f"{type(problem).__name__}: {one_line(problem)}"}
-    Path(spec["result"]).write_text(json.dumps(found))
+        result = {"error": f"{type(problem).__name__}: {one_line(problem)}"}
+    Path(spec["result"]).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
