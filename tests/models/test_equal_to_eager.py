@@ -16,7 +16,7 @@ SEEDS = 16
 LOSS_SEEDS = 64
 SHAPES = 20
 SHAPED_LIKE_LLAMA = ("mistral", "qwen2", "gemma", "granite")
-"""Families whose graphs depend on shapes as those of Llama do: they differ in biases, constants and offsets of norms."""
+"""Families whose graphs depend on shapes as those of Llama do: they differ in biases, constants and norm offsets."""
 
 
 def assert_equal_in_float32(model, found, eager, inputs) -> None:
