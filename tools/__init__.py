@@ -1,1 +1,1 @@
-"""The command line and what it needs; uses nothing but fastlora's public API."""
+"""The command line, benchmarks and the zoo, on top of fastlora's public API."""

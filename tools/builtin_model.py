@@ -1,4 +1,4 @@
-"""A small Llama with random weights and a byte-level tokenizer, made without any file or download."""
+"""A small Llama with random weights and a byte-level tokenizer, built without files or downloads."""
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
@@ -8,7 +8,7 @@ CONTEXT = 1024
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte of UTF-8, so every text survives the round trip; three special tokens."""
+    """Return a tokenizer with one token per byte of UTF-8, so that decoding is exact, and three special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: index for index, character in enumerate(alphabet)}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -29,7 +29,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(seed: int = 0, *, hidden_size: int = 128, layers: int = 4) -> LlamaForCausalLM:
-    """The same model for the same seed. Sets the global seed, as drawing the weights has to."""
+    """Return a model with random weights, reproducible by the seed. Sets the global seed."""
     tokenizer = build_tokenizer()
     set_seed(seed)
     return LlamaForCausalLM(
@@ -41,7 +41,7 @@ def build_model(seed: int = 0, *, hidden_size: int = 128, layers: int = 4) -> Ll
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=CONTEXT,
-            # Only adapters are trained: frozen random weights need this spread to carry a usable signal.
+            # With the default, activations of frozen random weights of this width would vanish.
             initializer_range=0.15,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,

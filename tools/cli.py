@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 import fastlora
-from fastlora.tools.problems import RunError, UsageError
+from fastlora.tools.errors import RunError, UsageError
 from fastlora.tools.settings import Lower, Settings
 
 DEFAULTS = Settings()

@@ -1,4 +1,4 @@
-"""How far the losses of two runs over the same steps are apart."""
+"""Comparison of the losses of two runs over the same steps."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ FLOAT32_BOUND, BFLOAT16_BOUND = 1e-3, 2e-2
 
 @dataclass(frozen=True)
 class Comparison:
-    """Relative differences of the losses, step by step; infinite where only one loss is finite."""
+    """Relative differences of the losses per step; infinite where only one loss is finite."""
 
     eager: list[float]
     fused: list[float]
@@ -24,7 +24,7 @@ class Comparison:
 
     @property
     def largest_step(self) -> int:
-        """Counted from 1, as the steps are shown."""
+        """The step with the largest difference, counted from 1."""
         return self.differences.index(self.largest) + 1
 
     @property

@@ -16,7 +16,7 @@ from rich.table import Table
 from fastlora import kernels as kernels_package
 from fastlora.compat.probes.run import failures
 from fastlora.kernels.core.devices import runs_kernels
-from fastlora.tools.problems import RunError, UsageError
+from fastlora.tools.errors import RunError, UsageError
 
 PACKAGES = ("fastlora-fx", "torch", "triton", "transformers", "peft", "accelerate", "trl", "bitsandbytes")
 NEEDED = ("pytest", "hypothesis", "sympy")

@@ -1,27 +1,37 @@
-"""Turning examples into token ids and labels, with the loss only on what the model should say."""
+"""Encoding examples as token ids and labels, with the loss on completions and assistant turns only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastlora.tools.dataset import Conversation, Example, Instruction
-from fastlora.tools.problems import UsageError
+from fastlora.tools.errors import UsageError
 
-IGNORED = -100  # the label that PyTorch's cross entropy leaves out
+IGNORED = -100  # ignore_index of PyTorch's cross-entropy
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A stretch of an example's text. `ends` asks for the end-of-text token after it."""
+class Segment:
+    """A part of an example's text.
+
+    Attributes:
+        in_loss: whether its tokens are labels.
+        add_eos: whether to append the end-of-text token.
+    """
 
     text: str
-    learned: bool
-    ends: bool = False
+    in_loss: bool
+    add_eos: bool = False
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Rows of `input_ids` and `labels`, and what became of the examples on the way."""
+    """Encoded examples.
+
+    Attributes:
+        rows: `input_ids` and `labels` of each example.
+        examples, cut, dropped: numbers of all examples, of truncated ones, and of those without labels.
+    """
 
     rows: list[dict[str, list[int]]]
     examples: int
@@ -34,13 +44,17 @@ class Encoded:
 
 
 def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Encoded:
-    """Encode all examples, cut to `max_length` tokens; those with no learned token left are dropped."""
+    """Encode all examples, truncated to `max_length` tokens. Those without labels are dropped.
+
+    Raises:
+        UsageError: if none is left.
+    """
     rows, cut, dropped = [], 0, 0
     for example in examples:
         row = encode_one(example, tokenizer)
         cut += len(row["input_ids"]) > max_length
         row = {name: values[:max_length] for name, values in row.items()}
-        # The first label is never predicted: a causal model reads a token before it says one.
+        # A causal model does not predict the first token.
         if all(label == IGNORED for label in row["labels"][1:]):
             dropped += 1
         else:
@@ -51,78 +65,77 @@ def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Enco
 
 
 def encode_one(example: Example, tokenizer: Any) -> dict[str, list[int]]:
-    """`input_ids` and `labels` of one example at full length."""
+    """Return `input_ids` and `labels` of one example, not truncated."""
     templated = isinstance(example, Conversation) and bool(tokenizer.chat_template)
-    # A chat template writes the beginning-of-text token itself.
-    ids = [] if templated else _beginning(tokenizer)
+    ids = [] if templated else _bos(tokenizer)  # a chat template adds the beginning-of-text token itself
     labels = [IGNORED] * len(ids)
-    for piece in pieces(example, tokenizer):
-        new = tokenizer(piece.text, add_special_tokens=False)["input_ids"]
-        if piece.ends and tokenizer.eos_token_id is not None:
+    for segment in segments(example, tokenizer):
+        new = tokenizer(segment.text, add_special_tokens=False)["input_ids"]
+        if segment.add_eos and tokenizer.eos_token_id is not None:
             new = [*new, tokenizer.eos_token_id]
         ids += new
-        labels += new if piece.learned else [IGNORED] * len(new)
+        labels += new if segment.in_loss else [IGNORED] * len(new)
     return {"input_ids": ids, "labels": labels}
 
 
-def pieces(example: Example, tokenizer: Any) -> list[Piece]:
-    """The text of an example, split where learning starts and stops."""
+def segments(example: Example, tokenizer: Any) -> list[Segment]:
+    """Split the text of an example where the loss starts and stops."""
     if isinstance(example, Instruction):
-        seam = "" if example.prompt[-1].isspace() or example.completion[0].isspace() else "\n"
-        return [Piece(example.prompt + seam, False), Piece(example.completion, True, ends=True)]
+        separator = "" if example.prompt[-1].isspace() or example.completion[0].isspace() else "\n"
+        return [Segment(example.prompt + separator, False), Segment(example.completion, True, add_eos=True)]
     if isinstance(example, Conversation):
         return _templated(example, tokenizer) if tokenizer.chat_template else _role_prefixed(example)
-    return [Piece(example.text, True, ends=True)]
+    return [Segment(example.text, True, add_eos=True)]
 
 
-def _role_prefixed(example: Conversation) -> list[Piece]:
-    """`User: ...` and `Assistant: ...` lines, for tokenizers without a chat template."""
+def _role_prefixed(example: Conversation) -> list[Segment]:
+    """Return lines `User: ...` and `Assistant: ...`, for tokenizers without a chat template."""
     result = []
     for message in example.messages:
-        learned = message["role"] == "assistant"
+        is_assistant = message["role"] == "assistant"
         label = message["role"].capitalize() + ": "
-        if learned:
-            result += [Piece(label, False), Piece(message["content"], True, ends=True), Piece("\n", False)]
+        if is_assistant:
+            result += [Segment(label, False), Segment(message["content"], True, add_eos=True), Segment("\n", False)]
         else:
-            result.append(Piece(f"{label}{message['content']}\n", False))
+            result.append(Segment(f"{label}{message['content']}\n", False))
     return result[:-1] if result[-1].text == "\n" else result
 
 
-def _templated(example: Conversation, tokenizer: Any) -> list[Piece]:
-    """The template's text; each assistant turn is what its rendering adds to that of the turns before it."""
-    result, done = [], ""
+def _templated(example: Conversation, tokenizer: Any) -> list[Segment]:
+    """Return the rendered chat template. An assistant turn is what the rendering with it adds to the one without it."""
+    result, rendered = [], ""
     for index, message in enumerate(example.messages):
         if message["role"] != "assistant":
             continue
         before = _render(example, tokenizer, index, reply=True)
         after = _render(example, tokenizer, index + 1, reply=False)
-        if not (before.startswith(done) and after.startswith(before)):
+        if not (before.startswith(rendered) and after.startswith(before)):
             raise UsageError(
-                f"--data, line {example.line}: the model's chat template rewrites earlier turns, so the answers "
-                "cannot be told apart; give conversations with a single assistant turn at the end"
+                f"--data, line {example.line}: the model's chat template changes earlier turns, so the assistant turns "
+                "cannot be located; give conversations with a single assistant turn at the end"
             )
-        result += [Piece(before[len(done) :], False), Piece(after[len(before) :], True)]
-        done = after
+        result += [Segment(before[len(rendered) :], False), Segment(after[len(before) :], True)]
+        rendered = after
     return result
 
 
 def _render(example: Conversation, tokenizer: Any, turns: int, *, reply: bool) -> str:
     try:
         return tokenizer.apply_chat_template(example.messages[:turns], tokenize=False, add_generation_prompt=reply)
-    except Exception as problem:  # templates are programs of their own and may raise anything
+    except Exception as problem:  # templates can raise anything
         raise UsageError(
-            f"--data, line {example.line}: the model's chat template refuses these messages ({problem})"
+            f"--data, line {example.line}: the model's chat template fails for these messages ({problem})"
         ) from problem
 
 
-def _beginning(tokenizer: Any) -> list[int]:
-    """The beginning-of-text token for tokenizers that put one before every text."""
-    begins = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in tokenizer("")["input_ids"]
-    return [tokenizer.bos_token_id] if begins else []
+def _bos(tokenizer: Any) -> list[int]:
+    """Return the beginning-of-text token if the tokenizer adds one to every text."""
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in tokenizer("")["input_ids"]
+    return [tokenizer.bos_token_id] if adds_bos else []
 
 
 def collator(tokenizer: Any, length: int) -> Any:
-    """A collator that pads every batch to `length`, so that the model is compiled for one shape only."""
+    """Return a collator that pads every batch to `length`, so that the model is compiled for a single shape."""
     from transformers import DataCollatorForSeq2Seq
 
     return DataCollatorForSeq2Seq(

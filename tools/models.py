@@ -1,4 +1,4 @@
-"""Getting a tokenizer and a model with LoRA adapters, the built-in ones or the user's own."""
+"""Loading a tokenizer and a model with LoRA adapters, the built-in ones or the user's."""
 
 import tempfile
 from pathlib import Path
@@ -9,19 +9,19 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from fastlora.tools.builtin_model import build_model, build_tokenizer
-from fastlora.tools.four_bits import check_installed, four_bits
-from fastlora.tools.problems import UsageError, one_line
+from fastlora.tools.errors import UsageError, one_line
+from fastlora.tools.quantization import check_bitsandbytes, four_bit_config
 from fastlora.tools.settings import Settings
 
 
 def load_tokenizer(settings: Settings) -> Any:
-    """A tokenizer that pads on the right, with the end of text as padding if it has no token for that."""
+    """Return a tokenizer that pads on the right; without a padding token, it pads with the end-of-text token."""
     if settings.model is None:
         return build_tokenizer()
     _check_path(settings.model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    except Exception as problem:  # what a broken folder raises depends on the file that is broken
+    except Exception as problem:  # the type depends on which file is damaged
         raise UsageError(f"--model {settings.model}: its tokenizer cannot be loaded ({one_line(problem)})") from problem
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
@@ -32,11 +32,11 @@ def load_tokenizer(settings: Settings) -> Any:
 
 
 def load_model(settings: Settings) -> PeftModel:
-    """The model with fresh adapters; the same settings give the same weights every time."""
+    """Return the model with new adapters, whose weights depend only on the settings."""
     base = _base_model(settings)
     limit = getattr(base.config, "max_position_embeddings", None)
     if limit is not None and settings.max_length > limit:
-        raise UsageError(f"--max-length {settings.max_length}: {settings.model_name} reads at most {limit} tokens")
+        raise UsageError(f"--max-length {settings.max_length}: {settings.model_name} supports at most {limit} tokens")
     if settings.gradient_checkpointing and not base.supports_gradient_checkpointing:
         raise UsageError(f"--gradient-checkpointing: {settings.model_name} does not support it; leave it out")
     lora = LoraConfig(
@@ -57,15 +57,15 @@ def load_model(settings: Settings) -> PeftModel:
 
 
 def _base_model(settings: Settings) -> Any:
-    """The model without adapters, as they find it."""
+    """Return the model without adapters."""
     if not settings.load_in_4bit:
-        return _loaded(settings)
+        return _load(settings)
     from peft import prepare_model_for_kbit_training
 
-    check_installed("--load-in-4bit")
+    check_bitsandbytes("--load-in-4bit")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return prepare_model_for_kbit_training(
-        _loaded(settings, quantization_config=four_bits(_dtype(settings)), device_map=device),
+        _load(settings, quantization_config=four_bit_config(_dtype(settings)), device_map=device),
         use_gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
     )
@@ -75,21 +75,21 @@ def _dtype(settings: Settings) -> torch.dtype:
     return torch.bfloat16 if settings.bf16 else torch.float32
 
 
-def _loaded(settings: Settings, **options: Any) -> Any:
+def _load(settings: Settings, **options: Any) -> Any:
     if settings.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise UsageError("--bf16: this GPU does not compute in bfloat16; leave it out")
     dtype = _dtype(settings)
     if settings.model is None:
-        return _builtin(settings.seed, dtype, options)
+        return _builtin_model(settings.seed, dtype, options)
     _check_path(settings.model)
     try:
         return AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype, **options)
-    except Exception as problem:  # missing, damaged or foreign files each raise something else
+    except Exception as problem:  # the type depends on which file is missing or damaged
         raise UsageError(f"--model {settings.model}: cannot be loaded ({one_line(problem)})") from problem
 
 
-def _builtin(seed: int, dtype: torch.dtype, options: dict[str, Any]) -> Any:
-    """The built-in model; by way of a folder if there are options of loading one."""
+def _builtin_model(seed: int, dtype: torch.dtype, options: dict[str, Any]) -> Any:
+    """Return the built-in model; with options of `from_pretrained`, it is saved and loaded."""
     model = build_model(seed).to(dtype)
     if not options:
         return model
@@ -99,7 +99,7 @@ def _builtin(seed: int, dtype: torch.dtype, options: dict[str, Any]) -> Any:
 
 
 def _check_path(model: str) -> None:
-    """A clear word on a mistyped path, which would otherwise be looked up on the hub."""
+    """Raise `UsageError` for a path that does not exist, which would otherwise be looked up on the hub."""
     path = Path(model)
     looks_local = path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
     if path.is_file() or (looks_local and not path.is_dir()):

@@ -1,4 +1,4 @@
-"""What `fastlora explain` and `fastlora check` share: a model and one batch of its data."""
+"""The model and batch that `fastlora explain` and `fastlora check` use."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The output folder: written beside its final place and moved there only when all is well."""
+"""The output folder: results are written to a temporary folder next to it, which replaces it if the run succeeds."""
 
 import json
 import shutil
@@ -8,22 +8,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastlora.tools.problems import RunError, UsageError, one_line
+from fastlora.tools.errors import RunError, UsageError, one_line
 
 COMMAND = "fastlora finetune"
 SUMMARY, CURVES, ADAPTER = "summary.json", "losses.png", "adapter"
 
 
 @dataclass(frozen=True)
-class Workplace:
-    """`results` becomes the output folder; `scratch` goes away in any case."""
+class Folders:
+    """Temporary folders of a run: `results` becomes the output folder, `scratch` is deleted."""
 
     results: Path
     scratch: Path
 
 
 def check_output(output: Path) -> Path:
-    """The absolute output path, or a `UsageError` if writing there would harm what is there already."""
+    """Return the absolute path of the output folder.
+
+    Raises:
+        UsageError: if it cannot be created, or replacing it would delete files that are not from an earlier run.
+    """
     target = output.resolve()
     if target.exists() and not target.is_dir():
         raise UsageError(f"--output {output}: is a file; name a folder")
@@ -37,7 +41,7 @@ def check_output(output: Path) -> Path:
 
 
 def check_file(option: str, path: Path | None) -> None:
-    """Raise `UsageError`, naming the option, if there can be no such file."""
+    """Raise `UsageError`, naming the option, if a file of this name cannot be written."""
     if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
         raise UsageError(f"{option} {path}: not a file in an existing folder; name another file")
 
@@ -53,21 +57,21 @@ def _is_earlier_run(folder: Path) -> bool:
 
 
 @contextmanager
-def workplace(output: Path) -> Iterator[Workplace]:
-    """Folders to work in. What is in `results` replaces `output` if the block succeeds; else nothing is left."""
+def output_folder(output: Path) -> Iterator[Folders]:
+    """Make temporary folders. If the block succeeds, `results` replaces `output`; otherwise `output` is unchanged."""
     target = check_output(output)
     try:
-        beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     except OSError as problem:
         raise UsageError(f"--output {output}: cannot be written ({problem.strerror}); name another folder") from problem
-    place = Workplace(beside / "results", beside / "scratch")
+    folders = Folders(temporary / "results", temporary / "scratch")
     try:
-        place.results.mkdir()
-        yield place
+        folders.results.mkdir()
+        yield folders
         with writing(output):
-            _move_into_place(place.results, target, aside=beside / "earlier")
+            _replace(target, folders.results, backup=temporary / "earlier")
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
@@ -79,15 +83,15 @@ def writing(path: Path) -> Iterator[None]:
         raise RunError(f"{path} could not be written: {one_line(problem)}") from problem
 
 
-def _move_into_place(results: Path, target: Path, *, aside: Path) -> None:
-    """Two renames, the second undone if it fails, so that the earlier results are never lost."""
-    check_output(target)  # again: the folder may have been filled while the model was trained
-    replaces = target.exists()
-    if replaces:
-        target.rename(aside)
+def _replace(target: Path, results: Path, *, backup: Path) -> None:
+    """Rename the target to a backup and the results to the target. If that fails, the backup is renamed back."""
+    check_output(target)  # again: other files may have been written to it during the run
+    exists = target.exists()
+    if exists:
+        target.rename(backup)
     try:
         results.rename(target)
     except OSError:
-        if replaces:
-            aside.rename(target)
+        if exists:
+            backup.rename(target)
         raise

@@ -1,4 +1,4 @@
-"""The picture of the loss curves."""
+"""The plot of the loss curves."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ from matplotlib.ticker import MaxNLocator
 
 
 def plot_losses(path: Path, fused: list[float], eager: list[float] | None) -> None:
-    """Write a PNG. Eager is drawn wide and fastlora dashed on top, so that equal curves can both be seen."""
+    """Write a PNG of the loss curves. Eager's line is wider, so that both are visible when they coincide."""
     figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)  # no window system and no global state, unlike pyplot
+    FigureCanvasAgg(figure)  # unlike pyplot, needs no display and has no global state
     axes = figure.add_subplot()
     if eager is not None:
         axes.plot(range(1, len(eager) + 1), eager, color="tab:orange", linewidth=4, alpha=0.5, label="eager")

@@ -1,4 +1,4 @@
-"""Keeping the libraries' own messages off the terminal while a command runs."""
+"""Suppressing the messages of libraries while a command runs."""
 
 import logging
 import warnings
@@ -10,7 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the libraries' warnings and bars, and put everything back afterwards."""
+    """Silence warnings, logs and progress bars of libraries, and restore their settings afterwards."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     disabled = logging.root.manager.disable

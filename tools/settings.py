@@ -1,15 +1,15 @@
-"""The settings of a fine-tuning run and the checks that need neither torch nor the files."""
+"""The settings of a fine-tuning run, and checks that need neither torch nor files."""
 
 import math
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from fastlora.tools.problems import UsageError
+from fastlora.tools.errors import UsageError
 
 
 class Lower(str, Enum):
-    """How fastlora turns the rewritten graph into code."""
+    """Values of the option `lower` of `fastlora.compile`."""
 
     AUTO = "auto"
     INDUCTOR = "inductor"
@@ -18,7 +18,7 @@ class Lower(str, Enum):
 
 @dataclass(frozen=True)
 class Settings:
-    """What `fastlora finetune` was asked to do. `None` stands for the built-in model or data."""
+    """Options of `fastlora finetune`, with None for the built-in model and data and the default learning rate."""
 
     model: str | None = None
     data: Path | None = None
@@ -44,13 +44,13 @@ class Settings:
 
     @property
     def effective_learning_rate(self) -> float:
-        """A random small model learns only at a rate that would ruin a pretrained one."""
+        """The learning rate, by default larger for the built-in model, whose frozen weights are random."""
         if self.learning_rate is not None:
             return self.learning_rate
         return 2e-4 if self.model else 1e-2
 
     def check(self) -> None:
-        """Raise `UsageError` for the first number that makes no sense."""
+        """Raise `UsageError` for the first number that is out of range."""
         for option, number in (
             ("--steps", self.steps),
             ("--batch-size", self.batch_size),
@@ -60,7 +60,7 @@ class Settings:
             if number < 1:
                 raise UsageError(f"{option} {number}: must be a whole number of at least 1")
         if self.max_length < 2:
-            raise UsageError(f"--max-length {self.max_length}: must be at least 2, a token to read and one to learn")
+            raise UsageError(f"--max-length {self.max_length}: must be at least 2, one input token and one label")
         if not 0 <= self.dropout < 1:
             raise UsageError(f"--dropout {self.dropout}: must be at least 0 and less than 1")
         if not (math.isfinite(self.effective_learning_rate) and self.effective_learning_rate > 0):

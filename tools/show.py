@@ -1,4 +1,4 @@
-"""What a fine-tuning run shows on the terminal."""
+"""Terminal output of `fastlora finetune`."""
 
 from collections import Counter
 from typing import Any
@@ -28,8 +28,8 @@ def progress_bar(console: Console) -> Progress:
     )
 
 
-def follow(progress: Progress, name: str, steps: int) -> OnStep:
-    """A bar for one run; the returned function moves it on after every step."""
+def add_bar(progress: Progress, name: str, steps: int) -> OnStep:
+    """Add a progress bar for a run, and return the function that updates it after every step."""
     task = progress.add_task(name, total=steps, measured="first step")
 
     def on_step(run: Run) -> None:
@@ -49,7 +49,7 @@ def show_start(console: Console, settings: Settings, encoded: Encoded, trainable
     if encoded.cut:
         lines.append(f"          {encoded.cut:,} cut to --max-length {settings.max_length} tokens")
     if encoded.dropped:
-        lines.append(f"          {encoded.dropped:,} dropped, as the cut left nothing to learn")
+        lines.append(f"          {encoded.dropped:,} dropped: no label within --max-length")
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
@@ -74,7 +74,7 @@ def show_losses(console: Console, comparison: Comparison) -> None:
 
 
 def _steps_to_show(count: int, largest: int) -> list[int]:
-    """Some steps spread over the run, with the first, the last and the one that differs most."""
+    """Return evenly spaced steps, from the first to the last, and the one with the largest difference."""
     spread = {1 + round(i * (count - 1) / (SHOWN_STEPS - 1)) for i in range(SHOWN_STEPS)}
     return sorted(spread | {largest})
 
@@ -106,7 +106,7 @@ def show_coverage(console: Console, report: Any) -> None:
         table.add_row(escape(name), str(item.seen), str(item.fused))
     console.print(table)
     if report.missed:
-        missed = Table(title="What was not, and why")
+        missed = Table(title="What was not fused, and why")
         missed.add_column("operation")
         missed.add_column("count", justify="right")
         missed.add_column("reason")
@@ -115,7 +115,7 @@ def show_coverage(console: Console, report: Any) -> None:
         console.print(missed)
     for note in report.notes:
         console.print(f"[yellow]Note:[/] {escape(note)}", highlight=False)
-    # TorchDynamo writes an essay on each break, and the same one for every layer; the summary file has it all.
+    # TorchDynamo's texts are long and repeated for every layer. The summary file has them in full.
     for reason, count in Counter(text.strip().split("\n")[0] for text in report.breaks).items():
         console.print(f"[yellow]Graph break[/] ({count} times): {escape(reason)}", highlight=False)
 

@@ -1,4 +1,4 @@
-"""The machine-readable record of a run."""
+"""The summary of a run as JSON."""
 
 import json
 import math
@@ -23,10 +23,10 @@ from fastlora.tools.training import Run
 PACKAGES = ("fastlora-fx", "torch", "triton", "transformers", "peft", "accelerate", "datasets")
 
 
-def summarise(
+def summarize(
     settings: Settings, encoded: Encoded, fused: Run, eager: Run | None, comparison: Comparison | None, report: Any
 ) -> dict[str, Any]:
-    """Everything that was measured, with what is needed to repeat it."""
+    """Return all measurements of a run, with its settings, versions and hardware."""
     return {
         "command": COMMAND,
         "settings": {**asdict(settings), "learning_rate": settings.effective_learning_rate},
@@ -47,11 +47,11 @@ def summarise(
 
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:
-    path.write_text(json.dumps(plain(summary), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(to_json_value(summary), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def peak_process_bytes() -> int:
-    """The most memory this process has held since it started."""
+    """Return the peak resident memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -61,7 +61,7 @@ def versions() -> dict[str, str]:
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # Triton exists for some platforms only
+        except metadata.PackageNotFoundError:  # Triton is not available on all platforms
             continue
     return found
 
@@ -88,7 +88,7 @@ def _run(run: Run) -> dict[str, Any]:
 
 
 def _fused(report: Any) -> dict[str, int]:
-    """How often each fused op is used in the model."""
+    """Return how often the model uses each fused op."""
     uses: Counter[str] = Counter()
     for site in report.fused:
         uses[site.op] += site.count
@@ -104,12 +104,12 @@ def _comparison(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def plain(value: Any) -> Any:
-    """`value` in terms of JSON, which has no paths and no numbers that are not finite."""
+def to_json_value(value: Any) -> Any:
+    """Convert a value for JSON: paths become strings, and nan and infinities None."""
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: to_json_value(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [plain(item) for item in value]
+        return [to_json_value(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value

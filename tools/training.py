@@ -19,7 +19,7 @@ OnStep = Callable[["Run"], None]
 
 @dataclass
 class Run:
-    """What was measured, one entry per step. `tokens` leaves out padding."""
+    """Measurements of a run, one entry per step; `tokens` counts tokens without padding."""
 
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -28,27 +28,27 @@ class Run:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Over all steps but the first, in which compilation and warm-up happen."""
+        """Tokens per second without the first step, which includes compilation; None if there is no other."""
         return sum(self.tokens[1:]) / sum(self.seconds[1:]) if len(self.seconds) > 1 else None
 
 
 def train(
     model: PeftModel, encoded: Encoded, tokenizer: Any, settings: Settings, scratch: Path, on_step: OnStep
 ) -> Run:
-    """Train the adapters in place. The order of the data depends on the seed alone."""
+    """Train the adapters in place and return the measurements. The order of the data depends only on the seed."""
     run = Run()
     arguments = _arguments(settings, len(encoded.rows), scratch)
     on_gpu = arguments.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    trainer = _LossKeeper(
+    trainer = _RecordingTrainer(
         run,
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list(encoded.rows),
         data_collator=collator(tokenizer, encoded.longest),
         processing_class=tokenizer,
-        callbacks=[_Clock(run, on_step)],
+        callbacks=[_StepTimer(run, on_step)],
     )
     trainer.remove_callback(PrinterCallback)
     set_seed(settings.seed)
@@ -63,7 +63,7 @@ def _arguments(settings: Settings, rows: int, scratch: Path) -> TrainingArgument
         output_dir=str(scratch),
         max_steps=settings.steps,
         per_device_train_batch_size=min(settings.batch_size, rows),
-        dataloader_drop_last=True,  # a smaller last batch would be compiled a second time
+        dataloader_drop_last=True,  # a smaller last batch would be compiled again
         learning_rate=settings.effective_learning_rate,
         seed=settings.seed,
         use_cpu=not torch.cuda.is_available(),
@@ -76,13 +76,13 @@ def _arguments(settings: Settings, rows: int, scratch: Path) -> TrainingArgument
         report_to="none",
         disable_tqdm=True,
     )
-    # With several GPUs in sight the Trainer would wrap the model in DataParallel, which is not what is measured here.
+    # With several GPUs, the Trainer would wrap the model in DataParallel.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
 
-class _LossKeeper(Trainer):
-    """A Trainer that keeps every step's loss in full precision."""
+class _RecordingTrainer(Trainer):
+    """A Trainer that records the loss of every step in full precision."""
 
     def __init__(self, run: Run, **options: Any) -> None:
         super().__init__(**options)
@@ -94,8 +94,8 @@ class _LossKeeper(Trainer):
         return loss
 
 
-class _Clock(TrainerCallback):
-    """Fills in a run's seconds and tokens, and reports after every step."""
+class _StepTimer(TrainerCallback):
+    """Records the seconds and tokens of every step, and calls `on_step` after it."""
 
     def __init__(self, run: Run, on_step: OnStep) -> None:
         self._run, self._on_step = run, on_step
@@ -106,7 +106,7 @@ class _Clock(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if args.device.type == "cuda":
-            torch.cuda.synchronize()  # the optimizer's kernels may still be under way
+            torch.cuda.synchronize()  # wait for the optimizer's kernels
         now = time.perf_counter()
         self._run.seconds.append(now - self._last)
         self._run.tokens.append(int(state.num_input_tokens_seen) - self._tokens)

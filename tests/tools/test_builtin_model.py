@@ -1,4 +1,4 @@
-"""The built-in model and tokenizer are the same everywhere and lose nothing."""
+"""The built-in model is reproducible, and its tokenizer exact."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ TEXTS = [
 ]
 
 
-def test_every_text_survives_the_round_trip() -> None:
+def test_decoding_returns_the_encoded_text() -> None:
     tokenizer = build_tokenizer()
     for text in TEXTS:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -24,7 +24,7 @@ def test_every_text_survives_the_round_trip() -> None:
         assert tokenizer.decode(ids) == text
 
 
-def test_the_tokenizer_survives_saving_and_loading(tmp_path: Path) -> None:
+def test_the_tokenizer_can_be_saved_and_loaded(tmp_path: Path) -> None:
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
@@ -39,13 +39,13 @@ def test_the_tokenizer_survives_saving_and_loading(tmp_path: Path) -> None:
     )
 
 
-def test_the_seed_decides_the_weights() -> None:
+def test_the_weights_depend_only_on_the_seed() -> None:
     first, again, other = (build_model(seed, hidden_size=16, layers=1).state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
 
 
-def test_the_model_survives_saving_and_loading(tmp_path: Path) -> None:
+def test_the_model_can_be_saved_and_loaded(tmp_path: Path) -> None:
     model = build_model(0, hidden_size=16, layers=1).eval()
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()

@@ -1,4 +1,4 @@
-"""`fastlora check` prints what came of a check, writes it where asked, and says by its exit code if it is right."""
+"""`fastlora check`: the printed and written result, and the exit code."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def own_model(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_a_right_step_is_said_to_be_and_written(
+def test_a_right_step_is_printed_and_written(
     tmp_path: Path, own_model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "current"
@@ -39,7 +39,7 @@ def test_a_right_step_is_said_to_be_and_written(
     assert written["loss"]["float64"] == pytest.approx(written["loss"]["compiled"], rel=1e-5)
 
 
-def test_a_right_step_in_four_bits_is_said_to_be(own_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_right_step_with_4_bit_weights_is_printed(own_model: str, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("bitsandbytes")
     assert main(["check", "--model", own_model, *SMALL, "--load-in-4bit", "--no-defer-logits"]) == 0
     printed = capsys.readouterr().out
@@ -47,7 +47,7 @@ def test_a_right_step_in_four_bits_is_said_to_be(own_model: str, capsys: pytest.
     assert "Params4bit" in printed
 
 
-def test_a_wrong_step_fails(
+def test_a_wrong_step_exits_with_code_1(
     own_model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     @rule(ops.glu, attrs={"activation": "gelu", "out_dtype": dtype_of()})
@@ -66,17 +66,19 @@ def test_a_wrong_step_fails(
     assert output.err.startswith("error: the compiled step differs from the eager one")
 
 
-def test_a_refusal_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise fastlora.FastLoRAError("not this one")
+def test_errors_of_fastlora_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise fastlora.FastLoRAError("a message")
 
-    monkeypatch.setattr(fastlora, "check", refuse)
+    monkeypatch.setattr(fastlora, "check", fail)
     assert main(["check", *SMALL]) == 1
-    assert capsys.readouterr().err == "error: fastlora stopped: not this one\n"
+    assert capsys.readouterr().err == "error: fastlora stopped: a message\n"
 
 
 @pytest.mark.parametrize("arguments", [["--json", "."], ["--dropout", "1"], ["--model", "./nowhere"], ["--nonsense"]])
-def test_wrong_arguments_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments_exit_with_code_2_and_one_line(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["check", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")

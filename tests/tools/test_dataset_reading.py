@@ -1,4 +1,4 @@
-"""The three data formats, and an error with a line number for everything else."""
+"""Reading the three data formats, and errors with the line number for invalid lines."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fastlora.tools.dataset import Conversation, Instruction, PlainText, read_examples
-from fastlora.tools.problems import UsageError
+from fastlora.tools.errors import UsageError
 
 GOOD = {"prompt": "Say hello.", "completion": "Hello."}
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
@@ -18,7 +18,7 @@ def write(path: Path, *lines: Any) -> Path:
     return path
 
 
-def test_prompt_and_completion_are_read_with_their_line(tmp_path: Path) -> None:
+def test_prompts_and_completions_are_read_with_line_numbers(tmp_path: Path) -> None:
     data = write(tmp_path / "data.jsonl", GOOD, "", {"prompt": "Add 1 and 2.", "completion": "3", "id": 7})
     assert read_examples(data) == [Instruction(1, "Say hello.", "Hello."), Instruction(3, "Add 1 and 2.", "3")]
 
@@ -64,7 +64,7 @@ def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
         ("[" * 100_000, "nested too deeply"),
     ],
 )
-def test_a_wrong_line_is_named_with_what_is_wrong(tmp_path: Path, second_line: Any, expected: str) -> None:
+def test_errors_name_the_invalid_line_and_the_reason(tmp_path: Path, second_line: Any, expected: str) -> None:
     data = write(tmp_path / "data.jsonl", GOOD, second_line)
     with pytest.raises(UsageError) as problem:
         read_examples(data)
@@ -72,7 +72,7 @@ def test_a_wrong_line_is_named_with_what_is_wrong(tmp_path: Path, second_line: A
     assert expected in str(problem.value)
 
 
-def test_a_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+def test_errors_name_a_line_that_is_not_utf8(tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
     with pytest.raises(UsageError, match="line 2: not valid UTF-8"):
@@ -80,14 +80,14 @@ def test_a_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])
-def test_a_file_without_examples_is_refused(tmp_path: Path, content: str) -> None:
+def test_a_file_without_examples_is_an_error(tmp_path: Path, content: str) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text(content)
     with pytest.raises(UsageError, match="holds no examples"):
         read_examples(data)
 
 
-def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+def test_missing_files_and_folders_are_errors(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file"):
         read_examples(tmp_path / "missing.jsonl")
     with pytest.raises(UsageError, match="cannot be read"):

@@ -1,4 +1,4 @@
-"""`fastlora doctor` says what it finds, and runs the kernels' tests from wherever it is called."""
+"""`fastlora doctor`: versions, devices, private APIs, and running the kernels' tests."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fastlora.tools import doctor
 from fastlora.tools.cli import main
 
 
-def test_doctor_names_versions_and_devices(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_prints_versions_and_devices(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
     assert torch.__version__ in printed
     assert "GPU" in printed or "cuda:0" in printed
 
 
-def test_doctor_says_whether_private_apis_changed(
+def test_doctor_reports_changed_private_apis(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["doctor"]) == 0
@@ -37,7 +37,7 @@ def test_kernels_cannot_be_tested_without_a_gpu(capsys: pytest.CaptureFixture[st
 
 
 def test_the_shipped_tests_can_be_collected_from_anywhere(tmp_path) -> None:
-    """As `doctor --kernels` runs them, in a folder that knows nothing of the checkout's settings."""
+    """`doctor --kernels` runs them in a folder without the pytest settings of the repository."""
     command = [*doctor.command(str(tmp_path), verbose=False), "--collect-only"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

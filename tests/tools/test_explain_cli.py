@@ -1,4 +1,4 @@
-"""`fastlora explain` prints a report and writes it where asked."""
+"""`fastlora explain`: the printed and written report."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def test_the_report_is_printed_and_written(
 
 
 @pytest.mark.parametrize("option", ["--json", "--html"])
-def test_a_report_cannot_be_written_over_a_folder(
+def test_a_folder_in_place_of_a_report_file_is_a_usage_error(
     tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["explain", option, str(tmp_path)]) == 2

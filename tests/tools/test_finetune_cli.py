@@ -1,4 +1,4 @@
-"""`fastlora finetune` from its arguments to its exit code and its files."""
+"""`fastlora finetune`: arguments, exit codes, messages and files."""
 
 import json
 import os
@@ -22,7 +22,7 @@ GOOD_LINE = '{"prompt": "Say hello.", "completion": "Hello."}\n'
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder."""
+    """Return an empty folder, which is the current one."""
     empty = tmp_path / "current"
     empty.mkdir()
     monkeypatch.chdir(empty)
@@ -31,7 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def own_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model as a user may have saved it, with a chat template."""
+    """Save a model and a tokenizer with a chat template, and return their folder."""
     path = tmp_path_factory.mktemp("models") / "own"
     build_model(1, hidden_size=16, layers=1).save_pretrained(path)
     tokenizer = build_tokenizer()
@@ -47,10 +47,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def refused(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> str:
-    """The one line printed for wrong arguments, after a check that nothing else happened."""
+def usage_error(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> str:
+    """Run with invalid arguments, check that no file changes, and return the error, which must be one line."""
     before = contents(folder)
-    capsys.readouterr()  # what the preparation of the test has printed
+    capsys.readouterr()  # discard earlier output
     assert main(["finetune", *arguments]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("error: ")
@@ -59,9 +59,7 @@ def refused(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -
     return printed.err
 
 
-def test_a_run_leaves_adapter_picture_and_summary_and_nothing_else(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_writes_adapter_plot_and_summary(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(SMALL) == 0
     assert os.listdir(folder) == ["fastlora-run"]
     output = folder / "fastlora-run"
@@ -88,7 +86,7 @@ def _check_summary(summary: dict) -> None:
     assert any(item["fused"] > 0 for item in summary["coverage"].values())
     assert sum(summary["fused"].values()) > 0
     assert summary["peak_process_bytes"] > 2**20
-    assert torch.__version__.startswith(summary["versions"]["torch"])  # which may leave out the build's suffix
+    assert torch.__version__.startswith(summary["versions"]["torch"])  # without the local version in some installations
     assert summary["settings"]["rank"] == 16
 
 
@@ -100,7 +98,7 @@ def _check_adapter(path: Path) -> None:
     assert len(AutoTokenizer.from_pretrained(path)) == 259
 
 
-def test_own_model_and_conversations_without_comparison(folder: Path, own_model: Path) -> None:
+def test_a_saved_model_trains_on_conversations_without_comparison(folder: Path, own_model: Path) -> None:
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
     (folder / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n" + json.dumps({"messages": turns}) + "\n")
     arguments = ["--model", str(own_model), "--data", "chat.jsonl", "--output", "out", "--no-compare"]
@@ -127,7 +125,7 @@ def test_a_second_run_replaces_the_first(folder: Path, own_model: Path) -> None:
         (["--steps", "many"], "--steps"),
         (["--batch-size", "-1"], "--batch-size -1"),
         (["--max-length", "1"], "--max-length 1"),
-        (["--max-length", "2000"], "--max-length 2000: the built-in model reads at most 1024"),
+        (["--max-length", "2000"], "--max-length 2000: the built-in model supports at most 1024"),
         (["--max-length", "3"], "--max-length 3: no example"),
         (["--rank", "0"], "--rank 0"),
         (["--alpha", "0"], "--alpha 0"),
@@ -147,7 +145,7 @@ def test_a_second_run_replaces_the_first(folder: Path, own_model: Path) -> None:
         (["--model", "full"], "--model full"),
     ],
 )
-def test_wrong_arguments_give_one_line_and_exit_code_2(
+def test_invalid_arguments_exit_with_code_2_and_one_line(
     folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], named: str
 ) -> None:
     (folder / "empty.jsonl").write_text("")
@@ -155,20 +153,20 @@ def test_wrong_arguments_give_one_line_and_exit_code_2(
     (folder / "file").write_text("x")
     (folder / "full").mkdir()
     (folder / "full" / "notes.txt").write_text("mine")
-    assert named in refused(capsys, folder, *arguments)
+    assert named in usage_error(capsys, folder, *arguments)
 
 
-def test_a_damaged_model_is_named(
+def test_a_damaged_model_is_a_usage_error(
     folder: Path, own_model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     damaged = tmp_path / "damaged"
     build_tokenizer().save_pretrained(damaged)
     (damaged / "config.json").write_text((own_model / "config.json").read_text())
     (damaged / "model.safetensors").write_bytes(b"not weights")
-    assert f"--model {damaged}: cannot be loaded" in refused(capsys, folder, "--model", str(damaged))
+    assert f"--model {damaged}: cannot be loaded" in usage_error(capsys, folder, "--model", str(damaged))
 
 
-def test_a_model_without_a_linear_layer_is_named(
+def test_a_model_without_linear_layers_is_a_usage_error(
     folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     bare = tmp_path / "bare"
@@ -176,10 +174,10 @@ def test_a_model_without_a_linear_layer_is_named(
         LlamaConfig(vocab_size=259, hidden_size=16, intermediate_size=16, num_hidden_layers=0, num_attention_heads=1)
     ).save_pretrained(bare)
     build_tokenizer().save_pretrained(bare)
-    assert "has no linear layers, or none that PEFT can adapt" in refused(capsys, folder, "--model", str(bare))
+    assert "has no linear layers, or none that PEFT can adapt" in usage_error(capsys, folder, "--model", str(bare))
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_named(
+def test_a_tokenizer_with_too_many_tokens_is_a_usage_error(
     folder: Path, own_model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     larger = tmp_path / "larger"
@@ -189,11 +187,11 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_named(
     for name in ("config.json", "model.safetensors"):
         (larger / name).write_bytes((own_model / name).read_bytes())
     (folder / "data.jsonl").write_text('{"text": "hello"}\n')
-    error = refused(capsys, folder, "--model", str(larger), "--data", "data.jsonl")
-    assert "uses token 259, but the model knows 259" in error
+    error = usage_error(capsys, folder, "--model", str(larger), "--data", "data.jsonl")
+    assert "uses token 259, but the model has 259 embeddings" in error
 
 
-def test_ctrl_c_leaves_nothing_behind(
+def test_ctrl_c_leaves_no_files(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: object) -> None:
@@ -205,13 +203,13 @@ def test_ctrl_c_leaves_nothing_behind(
     assert "interrupted" in capsys.readouterr().err
 
 
-def test_what_fastlora_refuses_is_one_line_and_exit_code_1(
+def test_errors_of_fastlora_exit_with_code_1_and_one_line(
     folder: Path, own_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object, **__: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise fastlora.FastLoRAError("strict=True, and these stay as they are:\n  norm")
 
-    monkeypatch.setattr(fastlora, "compile", refuse)
+    monkeypatch.setattr(fastlora, "compile", fail)
     assert main([*SMALL, "--model", str(own_model), "--no-compare"]) == 1
     error = capsys.readouterr().err
     assert error == "error: fastlora stopped: strict=True, and these stay as they are: norm\n"
@@ -234,14 +232,14 @@ def test_the_eager_model_is_freed_before_the_next_one_is_loaded(
     assert len(loaded) == 2
 
 
-def test_own_text_trains_the_builtin_model(folder: Path) -> None:
+def test_the_builtin_model_trains_on_plain_text(folder: Path) -> None:
     (folder / "text.jsonl").write_text('{"text": "abcdefgh"}\n')
     assert main([*SMALL, "--data", "text.jsonl", "--no-compare", "--steps", "3"]) == 0
     losses = json.loads((folder / "fastlora-run" / "summary.json").read_text())["fastlora"]["losses"]
     assert losses[2] < losses[0]
 
 
-def test_a_changed_loss_is_said_and_recorded_but_is_no_failure(
+def test_a_different_loss_is_reported_but_no_error(
     folder: Path, own_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastlora.tools.finetune.FLOAT32_BOUND", -1.0)
@@ -256,7 +254,7 @@ def test_help_is_shown_without_arguments(capsys: pytest.CaptureFixture[str]) -> 
     assert "finetune" in capsys.readouterr().out
 
 
-def test_quantised_weights_train_as_well(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quantized_weights_are_trained_and_fused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--load-in-4bit", "--strict"]) == 0
     summary = json.loads((folder / "fastlora-run" / "summary.json").read_text())
     assert summary["comparison"]["within_bound"]
@@ -264,8 +262,8 @@ def test_quantised_weights_train_as_well(folder: Path, capsys: pytest.CaptureFix
     assert summary["settings"]["load_in_4bit"] is True
 
 
-def test_what_quantised_weights_need_is_named(
+def test_load_in_4bit_without_bitsandbytes_is_a_usage_error(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastlora.tools.four_bits.find_spec", lambda _: None)
-    assert "needs bitsandbytes" in refused(capsys, folder, "--load-in-4bit")
+    monkeypatch.setattr("fastlora.tools.quantization.find_spec", lambda _: None)
+    assert "needs bitsandbytes" in usage_error(capsys, folder, "--load-in-4bit")

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from fastlora.tools.cli import main
-from fastlora.tools.problems import UsageError
+from fastlora.tools.errors import UsageError
 from fastlora.tools.zoo import command, compare
 from fastlora.tools.zoo.architectures import Architecture
 from fastlora.tools.zoo.command import RESULTS, Options, run, run_tasks

@@ -16,7 +16,7 @@ from fastlora.tools.bench.contenders import NAMES, installed
 from fastlora.tools.bench.kernels import Timing, check, measure
 from fastlora.tools.bench.measure import ceilings
 from fastlora.tools.bench.shapes import SHAPES
-from fastlora.tools.problems import RunError, UsageError
+from fastlora.tools.errors import RunError, UsageError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastlora.tools.bench.results import SLOWER, with_ratios
 from fastlora.tools.bench.targets import MEASURES, TARGETS
-from fastlora.tools.problems import UsageError
+from fastlora.tools.errors import UsageError
 
 Row = dict[str, Any]
 

@@ -15,8 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fastlora.tools.errors import UsageError
 from fastlora.tools.output import writing
-from fastlora.tools.problems import UsageError
 from fastlora.tools.zoo.architectures import Architecture, architectures
 from fastlora.tools.zoo.compare import DIFFERENT, FAILED, Result
 from fastlora.tools.zoo.page import Row, counts, write_golden, write_page, write_ways

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.tools.problems import one_line
+from fastlora.tools.errors import one_line
 from fastlora.tools.zoo.architectures import Architecture
 from fastlora.tools.zoo.batches import cast_floats, make_batch
 from fastlora.tools.zoo.quantize import dequantize_layers

@@ -19,9 +19,9 @@ from fastlora.tools.bench.step.limit import limit
 from fastlora.tools.bench.step.models import MODELS
 from fastlora.tools.bench.step.processes import run_worker
 from fastlora.tools.bench.step.reference import EAGER, REFERENCE
-from fastlora.tools.four_bits import FORMATS, check_installed
+from fastlora.tools.errors import RunError, UsageError
 from fastlora.tools.output import writing
-from fastlora.tools.problems import RunError, UsageError
+from fastlora.tools.quantization import FORMATS, check_bitsandbytes
 
 LOGS = "logs"
 
@@ -218,7 +218,7 @@ def _check(options: Options) -> list[Batches]:
     if options.quant is not None:
         if options.quant not in FORMATS:
             raise UsageError(f"--quant {options.quant}: unknown; choose from {', '.join(FORMATS)}")
-        check_installed(f"--quant {options.quant}")
+        check_bitsandbytes(f"--quant {options.quant}")
     minimums = {"--layers": (options.layers, 1), "--steps": (options.steps, 1), "--warmup": (options.warmup, 0)}
     for option, (number, bound) in minimums.items():
         if number is not None and number < bound:

@@ -58,7 +58,7 @@ def _run(command: list[str], folder: Path, output: Any, timeout: float) -> int |
 
 @contextlib.contextmanager
 def _sigterm_raises() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit, so that `_stop` runs: the worker has a session of its own, and would keep running."""
+    """Turn SIGTERM into SystemExit, so that `_stop` runs. The worker has its own session and would keep running."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread can set signal handlers
         yield
         return

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from fastlora.tools.bench.step.contenders import EAGER, FASTLORA
 from fastlora.tools.bench.step.profile import with_limits
-from fastlora.tools.summary import hardware, plain, versions
+from fastlora.tools.summary import hardware, to_json_value, versions
 
 Row = dict[str, Any]
 RANKED = "ranked"
@@ -106,7 +106,7 @@ def _formatted(row: Row, name: str, form: str, factor: float = 1) -> str:
 
 def write(folder: Path, conditions: Row, rows: list[Row]) -> list[str]:
     """Write results.json, steps.csv and, if memory was measured, frontier.png; return their names."""
-    everything = plain({"conditions": conditions, "steps": rows})
+    everything = to_json_value({"conditions": conditions, "steps": rows})
     (folder / "results.json").write_text(json.dumps(everything, indent=1, allow_nan=False) + "\n")
     columns = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in _NOT_IN_CSV]
     with open(folder / "steps.csv", "w", newline="") as file:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastlora.tools.bench.step.models import MODELS
-from fastlora.tools.four_bits import four_bits
+from fastlora.tools.quantization import four_bit_config
 
 RANK, ALPHA = 16, 32
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -71,7 +71,7 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype = torch.bfloat16
     options: dict[str, Any] = {"dtype": dtype}
     quant = quantization(folder)
     if quant is not None:
-        options = {"dtype": torch.bfloat16, "quantization_config": four_bits(torch.bfloat16, quant)}
+        options = {"dtype": torch.bfloat16, "quantization_config": four_bit_config(torch.bfloat16, quant)}
     model = AutoModelForCausalLM.from_pretrained(model_folder(folder), device_map=str(device), **options)
     return model if quant is None or dtype is torch.bfloat16 else model.dequantize(dtype).to(dtype)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastlora.tools.problems import one_line
+from fastlora.tools.errors import one_line
 
 
 def save_weights(folder: Path, device: torch.device, model: str, layers: int, quant: str | None) -> dict[str, Any]:
