@@ -283,7 +283,7 @@ def step(
     timeout: Annotated[float, typer.Option(help="Seconds after which a contender is stopped.")] = 900,
     profile: Annotated[bool, typer.Option("--profile", help="Also show where each contender's GPU time goes.")] = False,
     quant: Annotated[
-        str | None, typer.Option(help="Quantise the base layers: nf4 or fp4.", show_default="16 bits")
+        str | None, typer.Option(help="Quantize the base layers: nf4 or fp4.", show_default="16 bits")
     ] = None,
 ) -> None:
     """Time a whole LoRA training step and measure its memory; compare with eager, torch.compile, Liger and Unsloth."""

@@ -90,7 +90,7 @@ def prepare(settings: Settings) -> Job:
 
 
 def _train_both(job: Job, scratch: Path, console: Console) -> tuple[Run | None, Run]:
-    """Return the eager run, or None with `--no-compare`, and the fastlora run, whose model stays in the job."""
+    """Return the eager run, or None with `--no-compare`, and the fastlora run, whose model is then `job.model`."""
     settings, eager = job.settings, None
     with show.progress_bar(console) as progress:
         if settings.compare:

@@ -1,4 +1,4 @@
-"""Loss and gradients of a step in float32, and in eager PyTorch under bfloat16 autocast, whose error is the yardstick.
+"""Loss and gradients of a step in float32, and in eager PyTorch under bfloat16 autocast, to measure errors by.
 
 Both use the same weights and run one sequence at a time with checkpointing, to save memory. All sequences have the same
 length, so the loss of the batch is the mean of their losses.
