@@ -27,7 +27,8 @@ def defer(
     """Return the deferred `linear(hidden, weight, bias)` with its adapter, computed in `base_dtype`, as `dtype`."""
     matrices = (None, None) if adapter is None else adapter[:2]
     tensors = (hidden, weight, bias, *matrices)
-    x, w, b, lora_a, lora_b = [None if t is None else t.detach() for t in tensors]
+    detached: list[Any] = [None if t is None else t.detach() for t in tensors]
+    x, w, b, lora_a, lora_b = detached
     if adapter is not None:
         adapter = adapter._replace(lora_a=lora_a, lora_b=lora_b)
     requires_grad = frozenset(n for n, t in zip(PARAMETERS, tensors, strict=True) if t is not None and t.requires_grad)

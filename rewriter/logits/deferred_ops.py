@@ -80,7 +80,8 @@ def _reshape(expr: LogitsExpr, node: OpNode, meta: torch.Tensor, result: torch.T
 
 
 def _slice(expr: LogitsExpr, node: OpNode, meta: torch.Tensor, result: torch.Tensor, args: Sequence[Any]) -> Any:
-    dim, start, stop, step = (*args, *(0, None, None, 1)[len(args) :])
+    given: list[Any] = [*args, *(0, None, None, 1)[len(args) :]]
+    dim, start, stop, step = given
     dim %= meta.dim()
     bounds = _slice_bounds(meta.shape[dim], start, stop, step)
     if dim == meta.dim() - 1:
