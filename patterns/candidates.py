@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx
 
 from fastlora.graph.canonical_ops import signature_of
-from fastlora.graph.derived import Derived
+from fastlora.graph.derived import DerivedValue
 from fastlora.graph.fake_values import meta
 from fastlora.graph.view import View
 
@@ -72,7 +72,7 @@ def writes(view: View, node: fx.Node) -> bool:
 def _origin(view: View, value: Any) -> Any:
     """Return the value at the start of the chain of operations with a single input that ends at a value."""
     node = view.producer(value)
-    if isinstance(node, Derived):
+    if isinstance(node, DerivedValue):
         (node,) = node.nodes()
     while isinstance(node, fx.Node) and len(node.all_input_nodes) == 1:
         (node,) = node.all_input_nodes

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from fastlora.compat.dispatch import is_wrapper_subclass
-from fastlora.graph.derived import Derived, transposed
+from fastlora.graph.derived import DerivedValue, transposed
 from fastlora.graph.fake_values import known_less, meta, same_shape
 from fastlora.graph.view import View
 from fastlora.kernels import ops
@@ -49,7 +49,7 @@ def low_rank(view: View, node: fx.Node) -> bool:
     """Return whether a node is the second of two consecutive products with weights of low rank, or a sum with it."""
     term = view.term(node)
     added = list(term.args.values()) if term is not None and term.op == "add" else []
-    products = (node, *(value for value in added if isinstance(value, Derived)))
+    products = (node, *(value for value in added if isinstance(value, DerivedValue)))
     return any(_pair(view, value) is not None for value in products)
 
 
@@ -83,9 +83,11 @@ def _separate_dropout(x, p):
 
 
 def _contribution(x, lora_a, lora_b, lora_bias, scaling, gain):
-    """The adapter's output, with scales anywhere on the path, but not before a bias, which they would not scale. PEFT
-    rounds it to the dtype of a quantized base layer's output before the addition, and for some layers before scaling;
-    the op rounds only the sum."""
+    """Return the pattern of the adapter's output, with scales anywhere but before a bias, which they would not scale.
+
+    PEFT rounds the output to the dtype of a quantized base layer's output before the addition, and for some layers
+    before scaling; the op rounds only the sum.
+    """
     biased = linear(linear(x, lora_a).named("inner"), lora_b, lora_bias)
     inner = linear(scaled(x, scaling, gain), lora_a).named("inner")
     plain = linear(scaled(inner, scaling, gain), lora_b)
@@ -93,11 +95,11 @@ def _contribution(x, lora_a, lora_b, lora_bias, scaling, gain):
 
 
 def _gained(name: str):
-    """For `attrs`: a captured parameter, times the scalar parameters that scale the adapter."""
+    """Return, for `attrs`, a captured parameter times the scalar parameters that scale the adapter."""
 
     def multiply(match: Match):
         value, gain = match.value(name), match.value("_gain")
-        return value if gain is None or value is None else Derived(torch.mul, (value, gain))
+        return value if gain is None or value is None else DerivedValue(torch.mul, (value, gain))
 
     return multiply
 
@@ -232,13 +234,13 @@ def _is_delta(view: View, value: Any) -> bool:
 
 
 def _merged_a(match: Match):
-    """A of the product: of left @ right.T, or of its transpose."""
+    """Return A (R, K) of the product B @ A, which is left @ right.T or the transpose of that."""
     return transposed(match.value("_left" if match.tag("delta") == "transposed" else "_right"))
 
 
 def _merged_b(match: Match):
     b, gain = match.value("_right" if match.tag("delta") == "transposed" else "_left"), match.value("_gain")
-    return b if gain is None else Derived(torch.mul, (b, gain))
+    return b if gain is None else DerivedValue(torch.mul, (b, gain))
 
 
 @rule(
@@ -262,7 +264,7 @@ def merged_lora(
     _gain: Opt,
     scaling: Scalar = 1.0,
 ):
-    """An adapter that is added to the weight at each call, `linear(x, W + s * B @ A)`. The op never makes the sum."""
+    """An adapter added to the weight in each call, `linear(x, W + s * B @ A)`; the op never computes that sum."""
     low = linear(_left, _right)
     delta = either(transposed=Op("transposed", input=scaled(low, scaling, _gain)), plain=low).named("delta")
     return cast(linear(x, weight + scaled(cast(delta), scaling, _gain), bias).named("base"))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import fx
 
-from fastlora.graph.derived import Derived
+from fastlora.graph.derived import DerivedValue
 from fastlora.graph.fake_values import known_equal, meta, same_shape
 from fastlora.graph.view import View
 from fastlora.kernels import ops
@@ -108,19 +108,21 @@ def _tables_broadcast_into_x(match):
 
 
 def _is_complex_rotation(view: View, node: fx.Node) -> bool:
-    """Return whether a node reads a product of complex numbers, one of them made of pairs of entries, as real ones."""
+    """Return whether a node is `view_as_real` of a product of two complex tensors, one of them made of pairs."""
     term = view.term(node)
     if term is None or term.op != "view_as_real":
         return False
     product = view.term(term.args["input"])
     factors = list(product.args.values()) if product is not None and product.op == "mul" else []
-    is_pairs = [each is not None and each.op == "view_as_complex" for each in map(view.term, factors)]
-    return any(is_pairs) and all(tensor is not None and tensor.is_complex() for tensor in map(meta, factors))
+    made_of_pairs = [each is not None and each.op == "view_as_complex" for each in map(view.term, factors)]
+    return any(made_of_pairs) and all(tensor is not None and tensor.is_complex() for tensor in map(meta, factors))
 
 
-def _table(part: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Match], Derived]:
-    """For `attrs`: a table of the op, each entry twice, of the complex table that the model multiplies by."""
-    return lambda match: Derived(torch.repeat_interleave, (Derived(part, (match.value("_turns"),)), 2, -1))
+def _table(part: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Match], DerivedValue]:
+    """Return, for `attrs`, the real or imaginary part of the complex table, with each entry twice."""
+    return lambda match: DerivedValue(
+        torch.repeat_interleave, (DerivedValue(part, (match.value("_rotations"),)), 2, -1)
+    )
 
 
 @rule(
@@ -136,20 +138,20 @@ def _table(part: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Match], De
         "out_dtype": dtype_of(),
     },
 )
-def complex_rotary(x, _turns):
-    """Pairs as complex numbers, which are multiplied by cos + i sin."""
+def complex_rotary(x, _rotations):
+    """Pairs as complex numbers, multiplied by cos + i sin."""
     q = widened(x).named("q")
-    turned = view_as_real(view_as_complex(reshape(q).named("pairs")) * _turns)
-    return cast(either(flattened=flatten(turned), reshaped=reshape(turned)))
+    rotated = view_as_real(view_as_complex(reshape(q).named("pairs")) * _rotations)
+    return cast(either(flattened=flatten(rotated), reshaped=reshape(rotated)))
 
 
 @complex_rotary.where
 def _pairs_are_adjacent_entries(match):
-    x, pairs, turns = match.tensor("x"), match.tensor("pairs"), match.tensor("_turns")
+    x, pairs, rotations = match.tensor("x"), match.tensor("pairs"), match.tensor("_rotations")
     shape = (*x.shape[:-1], pairs.shape[-2], 2)
     split = pairs.dim() == x.dim() + 1 and all(map(known_equal, pairs.shape, shape))
     whole = split and known_equal(2 * pairs.shape[-2], x.shape[-1]) and same_shape(match.tensor(), x)
-    fits = known_equal(turns.shape[-1], pairs.shape[-2])
+    fits = known_equal(rotations.shape[-1], pairs.shape[-2])
     return (whole and fits) or "the complex numbers are not the pairs of adjacent entries of x"
 
 

@@ -17,7 +17,7 @@ from torch import fx
 from fastlora.graph.term import Term
 
 
-class Derived:
+class DerivedValue:
     """The value of `function(*args)`, of nodes, derived values and constants.
 
     Args:
@@ -38,7 +38,7 @@ class Derived:
 
     def __eq__(self, other: object) -> bool:
         """Whether two are the same operation on the same values."""
-        return isinstance(other, Derived) and (self.function, self.args) == (other.function, other.args)
+        return isinstance(other, DerivedValue) and (self.function, self.args) == (other.function, other.args)
 
     def __hash__(self) -> int:
         return hash((self.function, self.args))
@@ -63,7 +63,7 @@ class Derived:
     def nodes(self) -> Iterator[fx.Node]:
         """Yield the nodes that the value is computed from."""
         for arg in self.args:
-            if isinstance(arg, Derived):
+            if isinstance(arg, DerivedValue):
                 yield from arg.nodes()
             elif isinstance(arg, fx.Node):
                 yield arg
@@ -74,13 +74,13 @@ class Derived:
 
     @staticmethod
     def _argument(arg: Any, value_of: Callable[[fx.Node], Any]) -> Any:
-        if isinstance(arg, Derived):
+        if isinstance(arg, DerivedValue):
             return arg.evaluate(value_of)
         return value_of(arg) if isinstance(arg, fx.Node) else arg
 
     def insert(self, graph: fx.Graph, node_of: Callable[[fx.Node], fx.Node]) -> fx.Node:
         """Insert nodes that compute the value, at the graph's insertion point; `node_of` maps nodes that it reads."""
-        args = [arg.insert(graph, node_of) if isinstance(arg, Derived) else arg for arg in self.args]
+        args = [arg.insert(graph, node_of) if isinstance(arg, DerivedValue) else arg for arg in self.args]
         given = tuple(node_of(arg) if isinstance(arg, fx.Node) else arg for arg in args)
         node = graph.call_function(self.function, given)
         node.meta["example_value"] = self.example
@@ -89,15 +89,15 @@ class Derived:
 
 def transposed(matrix: Any) -> Any:
     """Return the transpose of a matrix (rows, cols), or the matrix that a derived transpose was made of."""
-    if isinstance(matrix, Derived) and matrix.function is torch.t:
+    if isinstance(matrix, DerivedValue) and matrix.function is torch.t:
         return matrix.args[0]
-    return Derived(torch.t, (matrix,), Term("transposed", {"input": matrix}))
+    return DerivedValue(torch.t, (matrix,), Term("transposed", {"input": matrix}))
 
 
 def nodes_in(value: Any) -> list[fx.Node]:
     """Return the nodes that an argument of an op consists of, or is derived from."""
     if isinstance(value, (list, tuple)):
         return [node for item in value for node in nodes_in(item)]
-    if isinstance(value, Derived):
+    if isinstance(value, DerivedValue):
         return list(value.nodes())
     return [value] if isinstance(value, fx.Node) else []

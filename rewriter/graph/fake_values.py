@@ -9,12 +9,12 @@ from torch import fx
 
 from fastlora.compat.dynamo import is_static_input
 from fastlora.compat.tracing import statically_known_true
-from fastlora.graph.derived import Derived
+from fastlora.graph.derived import DerivedValue
 
 
 def meta(value: Any) -> torch.Tensor | None:
     """Return the fake tensor that tracing recorded for a node, or None if its value is not a tensor."""
-    if isinstance(value, Derived):
+    if isinstance(value, DerivedValue):
         return value.example
     example = value.meta.get("example_value") if isinstance(value, fx.Node) else None
     return example if isinstance(example, torch.Tensor) else None

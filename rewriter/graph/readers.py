@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fastlora.graph.derived import Derived, transposed
+from fastlora.graph.derived import DerivedValue, transposed
 from fastlora.graph.fake_values import known_equal, meta, same_shape
 from fastlora.graph.term import Term, Terms, identity
 
@@ -133,7 +133,7 @@ def matmul(terms: Terms, node: fx.Node, args: dict[str, Any]) -> Term | None:
 
 
 def linear(x: Any, weight: Any, bias: Any = None) -> Term:
-    """The term of a linear layer."""
+    """Return the term of a linear layer."""
     return Term("linear", {"input": x, "weight": weight, "bias": bias})
 
 
@@ -147,7 +147,7 @@ def addmm(terms: Terms, node: fx.Node, args: dict[str, Any]) -> Term | None:
         return linear(x, weight, added)
     if not same_shape(tensor, result):
         return None
-    product = Derived(torch.mm, (x, args["mat2"]), linear(x, weight), result)
+    product = DerivedValue(torch.mm, (x, args["mat2"]), linear(x, weight), result)
     return Term("add", {"input": added, "other": _times(product, alpha)})
 
 
@@ -166,7 +166,7 @@ def einsum(terms: Terms, node: fx.Node, args: dict[str, Any]) -> Term | None:
 
 
 def _weight(terms: Terms, matrix: Any) -> Any:
-    """The weight of the linear layer that a product with `matrix` (in, out) is, or None if it is none."""
+    """Return the weight (out, in) if a product with `matrix` (in, out) is a linear layer, or None if it is not."""
     term = terms.term(matrix)
     if term is not None and term.op == "transposed" and meta(term.args["input"]) is not None:
         return term.args["input"]
@@ -181,8 +181,12 @@ def _is_graph_input(terms: Terms, value: Any) -> bool:
 
 
 def _times(value: Any, factor: float) -> Any:
-    """A multiple of a value."""
-    return value if factor == 1 else Derived(torch.mul, (value, factor), Term("mul", {"input": value, "other": factor}))
+    """Return a multiple of a value."""
+    return (
+        value
+        if factor == 1
+        else DerivedValue(torch.mul, (value, factor), Term("mul", {"input": value, "other": factor}))
+    )
 
 
 def attribute(terms: Terms, node: fx.Node, args: dict[str, Any]) -> Term | None:

@@ -16,7 +16,7 @@ from torch import fx
 
 from fastlora.graph import readers
 from fastlora.graph.canonical_ops import operation, spelling_of
-from fastlora.graph.derived import Derived
+from fastlora.graph.derived import DerivedValue
 from fastlora.graph.effects import Mutations, modes
 from fastlora.graph.fake_values import meta
 from fastlora.graph.overwrites import replaces_its_input
@@ -101,7 +101,7 @@ class View:
 
     def term(self, value: Any) -> Term | None:
         """Return the term of the node that computes a value, or None if it has none."""
-        if isinstance(value, Derived):
+        if isinstance(value, DerivedValue):
             return value.term
         return self._terms.get(self._producers.get(value, value)) if isinstance(value, fx.Node) else None
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fastlora.graph.derived import Derived
+from fastlora.graph.derived import DerivedValue
 from fastlora.graph.fake_values import meta
 from fastlora.graph.view import View
 from fastlora.kernels.core.semantic_op import SemanticOp
@@ -30,7 +30,7 @@ class Var(Pattern):
             if same_value(view.producer(state.values[self.name]), view.producer(value)):
                 yield state
             return
-        if isinstance(value, Derived) and not value.may_be_argument:
+        if isinstance(value, DerivedValue) and not value.may_be_argument:
             return
         verdict = self.predicate(view, value) if self.predicate is not None else meta(value) is not None
         if verdict is True or (value is None and self.optional):

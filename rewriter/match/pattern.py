@@ -20,7 +20,7 @@ from typing import Any
 from torch import fx
 
 from fastlora.graph.canonical_ops import signature_of
-from fastlora.graph.derived import Derived
+from fastlora.graph.derived import DerivedValue
 from fastlora.graph.readers import POWERS
 from fastlora.graph.view import View
 from fastlora.match.state import State, Trace, describe, same_value
@@ -239,7 +239,7 @@ class Literal(Pattern):
 
 def _is_constant(value: Any, constant: Any) -> bool:
     """Return whether a value equals a constant; 1 equals 1.0, but not True."""
-    if isinstance(value, (fx.Node, Derived)) or isinstance(value, bool) != isinstance(constant, bool):
+    if isinstance(value, (fx.Node, DerivedValue)) or isinstance(value, bool) != isinstance(constant, bool):
         return False
     return bool(value == constant)
 
@@ -254,7 +254,7 @@ class ConstantCheck(Pattern):
         return {ANYTHING}
 
     def _branches(self, view: View, value: Any, state: State, trace: Trace | None) -> Iterator[State]:
-        if not isinstance(value, (fx.Node, Derived)) and self.predicate(value):
+        if not isinstance(value, (fx.Node, DerivedValue)) and self.predicate(value):
             yield state
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fastlora.graph.derived import Derived
+from fastlora.graph.derived import DerivedValue
 from fastlora.graph.fake_values import meta
 from fastlora.graph.view import View
 from fastlora.match.combinators import Var
@@ -51,7 +51,7 @@ class Scaled(Pattern):
         """Return the state with one more factor, or None if it is not a scalar or cannot be joined with the others."""
         if _is_scalar_input(view, factor):
             gain = state.values.get(self.gain.name)
-            return state.bind(self.gain.name, factor if gain is None else Derived(torch.mul, (gain, factor)))
+            return state.bind(self.gain.name, factor if gain is None else DerivedValue(torch.mul, (gain, factor)))
         if Scalar(view, factor) is not True:
             return None
         known = state.values.get(self.scaling.name, 1.0)
@@ -75,7 +75,7 @@ def _factors(view: View, value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _is_scalar_input(view: View, value: Any) -> bool:
-    """Whether a value is a parameter or a buffer with one element, which scales whatever it multiplies."""
+    """Return whether a value is a parameter or buffer without dimensions, so that it scales what it multiplies."""
     tensor, producer = meta(value), view.producer(value)
     given = isinstance(producer, fx.Node) and producer.op in ("placeholder", "get_attr")
     return given and tensor is not None and tensor.dim() == 0 and tensor.is_floating_point()

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from fastlora.graph.derived import Derived
+from fastlora.graph.derived import DerivedValue
 from fastlora.graph.view import View
 from fastlora.match.rule import Match
 from fastlora.match.seeded_dropout import Seed
@@ -34,7 +34,7 @@ def _replace(graph: fx.Graph, view: View, match: Match, replaced: dict[fx.Node, 
     def value(argument: Any) -> Any:
         if isinstance(argument, Seed):
             return _draw(graph, view, argument, insertion_point)
-        if isinstance(argument, Derived):
+        if isinstance(argument, DerivedValue):
             with graph.inserting_before(insertion_point):
                 return argument.insert(graph, lambda node: replaced.get(node, node))
         return replaced.get(argument, argument) if isinstance(argument, fx.Node) else argument

@@ -25,7 +25,7 @@ from torch import fx
 from fastlora.compat.dispatch import is_wrapper_subclass
 from fastlora.compat.tracing import FakeTensor
 from fastlora.graph.canonical_ops import operation
-from fastlora.graph.derived import Derived
+from fastlora.graph.derived import DerivedValue
 from fastlora.graph.fake_values import hint, known_equal, meta
 from fastlora.graph.view import View
 from fastlora.kernels.ops import dequantize_4bit
@@ -188,7 +188,7 @@ def _run_fake(match: Match, values: list[Any]) -> tuple[list[torch.Tensor], list
             return [example(item) for item in value]
         if isinstance(value, Seed):
             return value.example()
-        if isinstance(value, Derived):
+        if isinstance(value, DerivedValue):
             return value.example
         found = value.meta.get("example_value") if isinstance(value, fx.Node) else value
         return hint(found) if isinstance(found, torch.SymFloat) else found  # calling an op would specialize it

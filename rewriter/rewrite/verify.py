@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fastlora.graph.derived import Derived
+from fastlora.graph.derived import DerivedValue
 from fastlora.graph.fake_values import hint, meta
 from fastlora.graph.view import View
 from fastlora.kernels.core import grouped_mm
@@ -165,7 +165,7 @@ def _run_op(match: Match, inputs: dict[fx.Node, torch.Tensor], exact: bool) -> l
                 return [argument(item) for item in value]
             if isinstance(value, Seed):
                 return value.fixed(device)
-            if isinstance(value, Derived):
+            if isinstance(value, DerivedValue):
                 return value.evaluate(argument)
             if isinstance(value, fx.Node):
                 return leaves.get(value, hint(value.meta.get("example_value")))
