@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from quantized_models import Format
-from quantized_models import build as build_quantised
+from quantized_models import build as build_quantized
 from tiny_models import batch, build
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -118,7 +118,7 @@ def test_gradients_need_not_be_enabled(gated: Gated) -> None:
 
 
 def test_quantized_weights_are_compared_with_eager_only() -> None:
-    found = fastlora.check(build_quantised("llama", Format()), **batch())
+    found = fastlora.check(build_quantized("llama", Format()), **batch())
     assert found, str(found)
     assert found.loss.float64 is None
     assert "Params4bit" in found.skipped[0]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from copies import LateCopies
 from quantized_models import Format, decoded
-from quantized_models import build as quantised
+from quantized_models import build as quantized
 from tiny_models import Step, batch, build, step
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -95,7 +95,7 @@ def test_layers_over_budget_recompute_where_copies_are_slow(copies):
 
 def test_scales_of_quantized_weights_are_not_offloaded(copies):
     """They are larger than the activations of two tokens, and are inputs of the graph."""
-    over_codes = quantised("llama", Format(nested=False))
+    over_codes = quantized("llama", Format(nested=False))
     found = []
     for model in (decoded(over_codes), over_codes):
         fastlora.compile(model, memory_budget=0)

@@ -65,10 +65,10 @@ def _captures(model: nn.Module) -> int:
 def test_quantized_weights_are_read_in_place() -> None:
     """They are not copied for every replay, and layers of the same shapes have separate captures."""
     from quantized_models import Format
-    from quantized_models import build as build_quantised
+    from quantized_models import build as build_quantized
 
-    eager = build_quantised("llama", Format(), "cuda")
-    model = fastlora.compile(build_quantised("llama", Format(), "cuda"), mode="reduce-overhead")
+    eager = build_quantized("llama", Format(), "cuda")
+    model = fastlora.compile(build_quantized("llama", Format(), "cuda"), mode="reduce-overhead")
     expected, found = (train(m, [16]) for m in (eager, model))
     assert torch.allclose(torch.stack(found), torch.stack(expected), rtol=1e-4)
     assert _captures(model) >= 2

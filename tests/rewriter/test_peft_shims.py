@@ -87,10 +87,10 @@ def test_only_plain_weights_bypass_the_original_function() -> None:
     dequantize = shim_of(dequantize_module_weight)
     for weight in (nn.Parameter(torch.ones(2)), torch.ones(2)):
         assert dequantize(SimpleNamespace(weight=weight)) is weight
-    quantised = SimpleNamespace(weight=Quantized(torch.ones(2)))
-    assert torch.equal(dequantize(quantised), torch.full((2,), 3.0))
-    other = SimpleNamespace(W_q=1, weight=torch.ones(2), dequantize=lambda: "dequantised")
-    assert dequantize(other) == "dequantised"
+    quantized = SimpleNamespace(weight=Quantized(torch.ones(2)))
+    assert torch.equal(dequantize(quantized), torch.full((2,), 3.0))
+    other = SimpleNamespace(W_q=1, weight=torch.ones(2), dequantize=lambda: "dequantized")
+    assert dequantize(other) == "dequantized"
     with pytest.raises(TypeError, match=r"nn\.Parameter"):
         dequantize(SimpleNamespace(weight=1))
 
