@@ -91,7 +91,7 @@ def _is_supported(node: fx.Node) -> bool:
         dtypes = [value for value in (*node.args, *node.kwargs.values()) if isinstance(value, torch.dtype)]
         return all(dtype.is_floating_point for dtype in dtypes)  # integers have no gradient
     spelling = spelling_of(node)
-    if spelling is None or spelling.bind(node) is None:
+    if spelling is None or spelling.writes or spelling.bind(node) is None:
         return False
     if spelling.op == "getitem":
         parts = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
