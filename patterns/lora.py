@@ -15,7 +15,7 @@ from torch import fx
 
 from fastlora.compat.dispatch import is_wrapper_subclass
 from fastlora.graph.derived import DerivedValue, transposed
-from fastlora.graph.fake_values import known_less, meta, same_shape
+from fastlora.graph.fake_values import known_equal, known_less, meta, same_shape
 from fastlora.graph.view import View
 from fastlora.kernels import ops
 from fastlora.kernels.formulas.dropout import is_cheap
@@ -89,8 +89,8 @@ def _contribution(x, lora_a, lora_b, lora_bias, scaling, gain):
     before scaling; the op rounds only the sum.
     """
     biased = linear(linear(x, lora_a).named("inner"), lora_b, lora_bias)
-    inner = linear(scaled(x, scaling, gain), lora_a).named("inner")
-    plain = linear(scaled(inner, scaling, gain), lora_b)
+    inner = linear(scaled(x, scaling, gain, inside=True), lora_a).named("inner")
+    plain = linear(scaled(inner, scaling, gain, inside=True), lora_b)
     return cast(scaled(cast(either(biased=biased, plain=plain)), scaling, gain))
 
 
@@ -270,6 +270,27 @@ def merged_lora(
     return cast(linear(x, weight + scaled(cast(delta), scaling, _gain), bias).named("base"))
 
 
+@lora_linear.where
+def _weight_has_both_sizes(match: Match):
+    """A weight that broadcasts has no adapter of its own."""
+    weight, a, b = match.tensor("weight"), match.tensor("lora_a"), match.tensor("_lora_b")
+    fits = known_equal(weight.shape[0], b.shape[0]) and known_equal(weight.shape[1], a.shape[1])
+    return fits or "the base weight and the adapter differ in shape"
+
+
+@merged_lora.where
+def _merged_weight_has_both_sizes(match: Match):
+    return (
+        same_shape(match.tensor("weight"), match.tensor("delta")) or "the base weight and the adapter differ in shape"
+    )
+
+
+@merged_lora.where
+def _has_the_range_of_float32(match: Match):
+    """x @ A.T may be larger than B @ A."""
+    return match.dtype("delta") != torch.float16 or "float16 may not hold the product of x and A"
+
+
 @merged_lora.where
 def _merged_low_rank(match: Match):
     a, b = match.tensor("_left"), match.tensor("_right")
@@ -280,7 +301,10 @@ def _merged_low_rank(match: Match):
 @group(ops.lora_linear, by="x", into=ops.lora_group, benefit=2)
 def shared_input(matches: list[Match]):
     """q, k and v, or gate and up if the MLP is not fused; with dropout if each member has a seed of its own."""
-    return len({match.dtype("lora_a") for match in matches}) == 1 or "the adapters differ in dtype"
+    if any(isinstance(match.arguments["scaling"], fx.Node) for match in matches):
+        return "a scaling is a symbolic number"
+    dtypes = {tensor.dtype for match in matches if (tensor := meta(match.arguments["lora_a"])) is not None}
+    return len(dtypes) == 1 or "the adapters differ in dtype"
 
 
 RULES: list[Rule | GroupRule] = [lora_linear, lora_add, merged_lora, shared_input]

@@ -148,6 +148,10 @@ def complex_rotary(x, _rotations):
 @complex_rotary.where
 def _pairs_are_adjacent_entries(match):
     x, pairs, rotations = match.tensor("x"), match.tensor("pairs"), match.tensor("_rotations")
+    if pairs.dim() < 3 or rotations.dim() == 0:
+        return "the complex numbers are not the pairs of adjacent entries of x"
+    if rotations.dtype != torch.complex64 and match.dtype("q") != torch.float64:
+        return "the table is more exact than the computation"
     shape = (*x.shape[:-1], pairs.shape[-2], 2)
     split = pairs.dim() == x.dim() + 1 and all(map(known_equal, pairs.shape, shape))
     whole = split and known_equal(2 * pairs.shape[-2], x.shape[-1]) and same_shape(match.tensor(), x)

@@ -57,8 +57,10 @@ class DerivedValue:
         if self._recorded is not None:
             return self._recorded
         first = next(self.nodes()).meta["example_value"]
-        with first.fake_mode, torch.enable_grad(), torch.autocast(first.device.type, enabled=False):
-            return self.evaluate(lambda node: node.meta["example_value"])
+        with first.fake_mode, torch.no_grad(), torch.autocast(first.device.type, enabled=False):
+            value: torch.Tensor = self.evaluate(lambda node: node.meta["example_value"])
+        requires_grad = any(node.meta["example_value"].requires_grad for node in self.nodes())
+        return value.requires_grad_(requires_grad and (value.is_floating_point() or value.is_complex()))
 
     def nodes(self) -> Iterator[fx.Node]:
         """Yield the nodes that the value is computed from."""

@@ -17,4 +17,6 @@ def replaces_its_input(node: fx.Node, source: fx.Node, order: dict[fx.Node, floa
     earlier = [other for other in mutations.sharing(node) if order[other] < order[node]]
     if source not in earlier or not is_fresh(min(earlier, key=order.__getitem__)):
         return False
-    return all(order[user] <= order[node] for other in earlier for user in other.users)
+    users = [user for other in earlier for user in other.users if user is not node]
+    # What is not known to return a new tensor might share memory with inputs of another layout.
+    return all(order[user] < order[node] and (user in earlier or is_fresh(user)) for user in users)

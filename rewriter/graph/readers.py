@@ -121,7 +121,7 @@ def var(terms: Terms, node: fx.Node, args: dict[str, Any]) -> Term | None:
 def sum_of(terms: Terms, node: fx.Node, args: dict[str, Any]) -> Term | None:
     """Read `add(x, y, alpha=a)` as the sum of x and a * y."""
     alpha, other = args.pop("alpha"), args["other"]
-    if not _is_number(alpha) or (alpha != 1 and not isinstance(other, fx.Node)):
+    if not _is_number(alpha) or (alpha != 1 and meta(other) is None):
         return None
     return Term("add", {"input": args["input"], "other": _times(other, alpha)})
 
@@ -156,6 +156,8 @@ def einsum(terms: Terms, node: fx.Node, args: dict[str, Any]) -> Term | None:
     equation, values = args["equation"], (args["first"], args["second"])
     left, _, result = equation.replace(" ", "").partition("->") if isinstance(equation, str) else ("", "", "")
     letters = left.split(",")
+    if any(len(set(each)) < len(each) for each in letters):  # a diagonal
+        return Term("einsum", args)
     for i, weight in enumerate(values):
         if len(letters) == 2 and len(letters[i]) == 2 and _is_graph_input(terms, weight):
             x, summed = values[1 - i], letters[1 - i][-1:]

@@ -68,10 +68,10 @@ def widened(inner: Pattern) -> Pattern:
     return Cast(inner, widening=True)
 
 
-def scaled(inner: Pattern, scaling: Var, gain: Var) -> Pattern:
+def scaled(inner: Pattern, scaling: Var, gain: Var, inside: bool = False) -> Pattern:
     """Match `inner`, or a multiple of it. The product of all numbers is captured as `scaling`, and that of all scalar
     parameters and buffers as `gain`. Several parts of a pattern may share the two."""
-    return Scaled(inner, scaling, gain)
+    return Scaled(inner, scaling, gain, inside)
 
 
 def kept(name: str, shape: Pattern) -> Pattern:

@@ -26,6 +26,8 @@ class Scaled(Pattern):
     inner: Pattern
     scaling: Var
     gain: Var
+    inside: bool = False
+    """Whether the op scales later than the graph does, which may be beyond the range of float16."""
 
     def children(self) -> tuple[Pattern, ...]:
         return (self.inner, self.scaling, self.gain)
@@ -39,7 +41,10 @@ class Scaled(Pattern):
     def _branches(self, view: View, value: Any, state: State, trace: Trace | None) -> Iterator[State]:
         yield from self.inner.match(view, value, state, trace)
         inside = state.including(view.producer(value))
+        is_float16 = (tensor := meta(value)) is not None and tensor.dtype == torch.float16
         for rest, factor in _factors(view, value):
+            if is_float16 and (self.inside or _is_scalar_input(view, factor)):
+                continue
             scaled = self._times(view, factor, inside)
             if scaled is not None:
                 yield from self._branches(view, rest, scaled, trace)

@@ -1,1 +1,0 @@
-../../rewriter/__init__.py

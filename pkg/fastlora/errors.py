@@ -1,1 +1,0 @@
-../../rewriter/errors.py
