@@ -33,16 +33,24 @@ def _pair(view: View, node: fx.Node) -> tuple[Product, Product, list[fx.Node]] |
     and scalings, with which the pair is still one linear map.
     """
     outer = product(view, node)
+    inner, between = _first_product(view, outer.input) if outer is not None else (None, [])
+    if outer is None or inner is None or inner.biased:
+        return None
+    low = _is_smallest(inner.out_features, inner.in_features, outer.out_features)
+    return (outer, inner, between) if low else None
+
+
+def _first_product(view: View, value: Any) -> tuple[Product | None, list[fx.Node]]:
+    """Return the product that a value is a copy, layout or multiple of, and the nodes between the two."""
     between: list[fx.Node] = []
-    value = outer.input if outer is not None else None
-    while value is not None and (inner := product(view, value)) is None and len(between) < _REACH:
+    while value is not None and (found := product(view, value)) is None and len(between) < _REACH:
         between.append(view.producer(value))
         value = before(view, value)
-    if outer is None or value is None or inner is None or inner.biased:
-        return None
-    rank = inner.out_features
-    low = known_less(rank, inner.in_features) and known_less(rank, outer.out_features)
-    return (outer, inner, between) if low else None
+    return (found if value is not None else None), between
+
+
+def _is_smallest(rank: Any, *sizes: Any) -> bool:
+    return all(known_less(rank, size) for size in sizes)
 
 
 def low_rank(view: View, node: fx.Node) -> bool:
@@ -53,14 +61,10 @@ def low_rank(view: View, node: fx.Node) -> bool:
     return any(_pair(view, value) is not None for value in products)
 
 
-def _has_lower_rank(a, b):
-    """Return whether the rank R of A (R, K) and B (N, R) is smaller than K and N."""
-    return known_less(a.shape[0], a.shape[1]) and known_less(a.shape[0], b.shape[0])
-
-
 def has_low_rank(match: Match, b: str = "lora_b"):
     """Return whether the rank of an adapter is smaller than its input and output."""
-    return _has_lower_rank(match.tensor("lora_a"), match.tensor(b)) or "the inner dimension is not the smallest"
+    (rank, columns), rows = match.tensor("lora_a").shape, match.tensor(b).shape[0]
+    return _is_smallest(rank, columns, rows) or "the inner dimension is not the smallest"
 
 
 def is_cheap_to_recompute(view: View, dropped: fx.Node) -> bool | str:
@@ -94,28 +98,22 @@ def _contribution(x, lora_a, lora_b, lora_bias, scaling, gain):
     return cast(scaled(cast(either(biased=biased, plain=plain)), scaling, gain))
 
 
-def _gained(name: str):
-    """Return, for `attrs`, a captured parameter times the scalar parameters that scale the adapter."""
-
-    def multiply(match: Match):
-        value, gain = match.value(name), match.value("_gain")
-        return value if gain is None or value is None else DerivedValue(torch.mul, (value, gain))
-
-    return multiply
+def _times_gain(match: Match, value: Any) -> Any:
+    """Return a parameter times the scalar parameters that scale the adapter."""
+    gain = match.value("_gain")
+    return value if gain is None or value is None else DerivedValue(torch.mul, (value, gain))
 
 
-@rule(
-    ops.lora_linear,
-    anchor=low_rank,
-    benefit=2,
-    attrs={
-        "lora_b": _gained("_lora_b"),
-        "lora_bias": _gained("_lora_bias"),
-        "base_dtype": dtype_of("base"),
-        "lora_dtype": dtype_of("inner"),
-        "out_dtype": dtype_of(),
-    },
-)
+_ADAPTER = {
+    "lora_b": lambda match: _times_gain(match, match.value("_lora_b")),
+    "lora_bias": lambda match: _times_gain(match, match.value("_lora_bias")),
+    "lora_dtype": dtype_of("inner"),
+    "out_dtype": dtype_of(),
+}
+"""The `attrs` of an adapter beside a base layer."""
+
+
+@rule(ops.lora_linear, anchor=low_rank, benefit=2, attrs={**_ADAPTER, "base_dtype": dtype_of("base")})
 def lora_linear(
     x,
     weight: Param(2),
@@ -141,17 +139,7 @@ def _base_is_rounded_once(match: Match):
     return direct or "the base's input is rounded to another dtype before it is read"
 
 
-@rule(
-    ops.lora_add,
-    anchor=low_rank,
-    benefit=2,
-    attrs={
-        "lora_b": _gained("_lora_b"),
-        "lora_bias": _gained("_lora_bias"),
-        "lora_dtype": dtype_of("inner"),
-        "out_dtype": dtype_of(),
-    },
-)
+@rule(ops.lora_add, anchor=low_rank, benefit=2, attrs=_ADAPTER)
 def lora_add(
     base,
     x,
@@ -223,24 +211,15 @@ def merged_low_rank(view: View, node: fx.Node) -> bool:
 
 def _is_delta(view: View, value: Any) -> bool:
     """Return whether a value is a product of two weights of low rank, possibly scaled, cast or transposed."""
-    for _ in range(_REACH):
-        found = product(view, value) if value is not None else None
-        left = meta(found.input) if found is not None else None
-        if found is not None and left is not None:
-            low = known_less(found.in_features, found.out_features) and known_less(found.in_features, left.shape[0])
-            return low and is_given(view, found.input)
-        value = before(view, value) if value is not None else None
-    return False
+    found, _ = _first_product(view, value)
+    left = meta(found.input) if found is not None and is_given(view, found.input) else None
+    return found is not None and left is not None and _is_smallest(found.in_features, found.out_features, left.shape[0])
 
 
-def _merged_a(match: Match):
-    """Return A (R, K) of the product B @ A, which is left @ right.T or the transpose of that."""
-    return transposed(match.value("_left" if match.tag("delta") == "transposed" else "_right"))
-
-
-def _merged_b(match: Match):
-    b, gain = match.value("_right" if match.tag("delta") == "transposed" else "_left"), match.value("_gain")
-    return b if gain is None else DerivedValue(torch.mul, (b, gain))
+def _factors(match: Match) -> tuple[Any, Any]:
+    """Return A.T (K, R) and B (N, R) of the product B @ A, which is left @ right.T or the transpose of that."""
+    left, right = match.value("_left"), match.value("_right")
+    return (left, right) if match.tag("delta") == "transposed" else (right, left)
 
 
 @rule(
@@ -248,8 +227,8 @@ def _merged_b(match: Match):
     anchor=merged_low_rank,
     benefit=2,
     attrs={
-        "lora_a": _merged_a,
-        "lora_b": _merged_b,
+        "lora_a": lambda match: transposed(_factors(match)[0]),
+        "lora_b": lambda match: _times_gain(match, _factors(match)[1]),
         "base_dtype": dtype_of("base"),
         "lora_dtype": dtype_of("delta"),
         "out_dtype": dtype_of(),
@@ -280,9 +259,8 @@ def _weight_has_both_sizes(match: Match):
 
 @merged_lora.where
 def _merged_weight_has_both_sizes(match: Match):
-    return (
-        same_shape(match.tensor("weight"), match.tensor("delta")) or "the base weight and the adapter differ in shape"
-    )
+    fits = same_shape(match.tensor("weight"), match.tensor("delta"))
+    return fits or "the base weight and the adapter differ in shape"
 
 
 @merged_lora.where
@@ -293,9 +271,8 @@ def _has_the_range_of_float32(match: Match):
 
 @merged_lora.where
 def _merged_low_rank(match: Match):
-    a, b = match.tensor("_left"), match.tensor("_right")
-    low = known_less(a.shape[1], a.shape[0]) and known_less(b.shape[1], b.shape[0])
-    return low or "the inner dimension is not the smallest"
+    (rows, rank), columns = match.tensor("_left").shape, match.tensor("_right").shape[0]
+    return _is_smallest(rank, rows, columns) or "the inner dimension is not the smallest"
 
 
 @group(ops.lora_linear, by="x", into=ops.lora_group, benefit=2)

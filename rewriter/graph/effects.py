@@ -107,9 +107,7 @@ class Mutations:
     def sharing(self, node: fx.Node) -> list[fx.Node]:
         """Return the nodes whose values may share memory with that of `node`, itself included."""
         memory = self.storage(node)
-        return [node, *(other for other in self._alias if other is not node and self.storage(other) is memory)] + (
-            [memory] if memory is not node else []
-        )
+        return [other for other in dict.fromkeys((node, memory, *self._alias)) if self.storage(other) is memory]
 
     def _join(self, left: fx.Node, right: fx.Node) -> None:
         if self.storage(left) is not self.storage(right):

@@ -7,12 +7,14 @@ node itself.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from fastlora.graph.effects import Mutations, is_fresh
 
 
-def replaces_its_input(node: fx.Node, source: fx.Node, order: dict[fx.Node, float], mutations: Mutations) -> bool:
+def replaces_its_input(node: fx.Node, source: Any, order: dict[fx.Node, float], mutations: Mutations) -> bool:
     """Return whether a node that writes to `source` in place could as well make a new tensor."""
     earlier = [other for other in mutations.sharing(node) if order[other] < order[node]]
     if source not in earlier or not is_fresh(min(earlier, key=order.__getitem__)):

@@ -14,7 +14,7 @@ from torch import fx
 
 from fastlora.graph.derived import DerivedValue, transposed
 from fastlora.graph.fake_values import known_equal, meta, same_shape
-from fastlora.graph.term import Term, Terms, identity
+from fastlora.graph.term import Term, Terms, identity, is_graph_input
 
 CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as"}
 """Methods that may change the dtype; they are read by their effect."""
@@ -56,8 +56,6 @@ def copy(terms: Terms, node: fx.Node, args: dict[str, Any]) -> Term | None:
 
 def dropout(terms: Terms, node: fx.Node, args: dict[str, Any]) -> Term | None:
     """Read an inactive dropout as an identity."""
-    if args["inplace"]:
-        return None
     if args["training"] is False or args["p"] == 0.0:
         return identity(args["input"])
     return Term("dropout", {"input": args["input"], "p": args["p"]})
@@ -159,7 +157,7 @@ def einsum(terms: Terms, node: fx.Node, args: dict[str, Any]) -> Term | None:
     if any(len(set(each)) < len(each) for each in letters):  # a diagonal
         return Term("einsum", args)
     for i, weight in enumerate(values):
-        if len(letters) == 2 and len(letters[i]) == 2 and _is_graph_input(terms, weight):
+        if len(letters) == 2 and len(letters[i]) == 2 and is_graph_input(terms, weight):
             x, summed = values[1 - i], letters[1 - i][-1:]
             made = letters[i].replace(summed, "")
             if len(made) == 1 and made not in letters[1 - i] and result == letters[1 - i][:-1] + made:
@@ -173,22 +171,15 @@ def _weight(terms: Terms, matrix: Any) -> Any:
     if term is not None and term.op == "transposed" and meta(term.args["input"]) is not None:
         return term.args["input"]
     tensor = meta(matrix)
-    given = tensor is not None and tensor.dim() == 2 and _is_graph_input(terms, matrix)
+    given = tensor is not None and tensor.dim() == 2 and is_graph_input(terms, matrix)
     return transposed(matrix) if given else None
-
-
-def _is_graph_input(terms: Terms, value: Any) -> bool:
-    producer = terms.producer(value)
-    return isinstance(producer, fx.Node) and producer.op in ("placeholder", "get_attr")
 
 
 def _times(value: Any, factor: float) -> Any:
     """Return a multiple of a value."""
-    return (
-        value
-        if factor == 1
-        else DerivedValue(torch.mul, (value, factor), Term("mul", {"input": value, "other": factor}))
-    )
+    if factor == 1:
+        return value
+    return DerivedValue(torch.mul, (value, factor), Term("mul", {"input": value, "other": factor}))
 
 
 def attribute(terms: Terms, node: fx.Node, args: dict[str, Any]) -> Term | None:

@@ -31,6 +31,12 @@ Reader = Callable[[Terms, fx.Node, dict[str, Any]], "Term | None"]
 """Takes earlier terms, a call and its arguments by name; returns its term, or None if patterns must not see it."""
 
 
+def is_graph_input(terms: Terms, value: Any) -> bool:
+    """Return whether a value is an input of the graph, such as a parameter or buffer, possibly through identities."""
+    producer = terms.producer(value)
+    return isinstance(producer, fx.Node) and producer.op in ("placeholder", "get_attr")
+
+
 def identity(value: Any) -> Term:
     """Return the term of a node that only passes on a value."""
     return Term("identity", {"input": value})

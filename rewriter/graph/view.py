@@ -122,7 +122,7 @@ class View:
             return None
         writes = spelling.writes or args.get("inplace") is True
         op = operation(spelling.op)
-        if writes and not self._replaces_its_input(node, args[op.arguments.names[0]]):
+        if writes and not replaces_its_input(node, args[op.arguments.names[0]], self.order, self.mutations):
             return None
         term = op.term(self, node, args | {"inplace": False} if "inplace" in args else args)
         if writes and term is not None:
@@ -130,6 +130,3 @@ class View:
                 return None
             self.functional_writes.add(node)
         return term
-
-    def _replaces_its_input(self, node: fx.Node, source: Any) -> bool:
-        return isinstance(source, fx.Node) and replaces_its_input(node, source, self.order, self.mutations)

@@ -9,6 +9,7 @@ from torch import fx
 
 from fastlora.graph.derived import nodes_in
 from fastlora.graph.fake_values import meta
+from fastlora.graph.term import is_graph_input
 from fastlora.graph.view import View
 from fastlora.kernels.ops import dequantize_4bit
 from fastlora.match.state import Predicate, describe
@@ -32,7 +33,7 @@ def _is_input(view: View, node: fx.Node) -> bool:
     term = view.term(node)
     if term is not None and term.op == "transposed":
         node = view.producer(term.args["input"])
-    return node.op in ("placeholder", "get_attr") or node.target is dequantize_4bit.target
+    return is_graph_input(view, node) or node.target is dequantize_4bit.target
 
 
 def Scalar(view: View, value: Any) -> bool | str:

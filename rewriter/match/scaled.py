@@ -11,6 +11,7 @@ from torch import fx
 
 from fastlora.graph.derived import DerivedValue
 from fastlora.graph.fake_values import meta
+from fastlora.graph.term import is_graph_input
 from fastlora.graph.view import View
 from fastlora.match.combinators import Var
 from fastlora.match.pattern import Pattern
@@ -81,6 +82,6 @@ def _factors(view: View, value: Any) -> Iterator[tuple[Any, Any]]:
 
 def _is_scalar_input(view: View, value: Any) -> bool:
     """Return whether a value is a parameter or buffer without dimensions, so that it scales what it multiplies."""
-    tensor, producer = meta(value), view.producer(value)
-    given = isinstance(producer, fx.Node) and producer.op in ("placeholder", "get_attr")
-    return given and tensor is not None and tensor.dim() == 0 and tensor.is_floating_point()
+    tensor = meta(value)
+    is_scalar = tensor is not None and tensor.dim() == 0 and tensor.is_floating_point()
+    return is_scalar and is_graph_input(view, value)

@@ -59,16 +59,21 @@ def test_losses_and_gradients_equal_eager(family: str, kept: str) -> None:
     assert "dequantize" not in "".join(miss.reason for miss in fastlora.report(model).missed)
 
 
-@pytest.mark.parametrize("adapters", [f32, None], ids=["float32 adapters", "adapters of its dtype"])
-@pytest.mark.parametrize("kept", HALVES.values(), ids=HALVES)
-def test_half_precision_is_as_precise_as_eager(kept: Format, adapters: torch.dtype | None) -> None:
-    model = build("llama", kept, DEVICE, adapters or kept.dtype)
+def assert_as_precise_as_eager(model: Any) -> None:
+    """Compile a model, and compare the errors of a step against the dequantized model in float32."""
     truth = step(decoded(model), inputs())
     eager = step(model, inputs())
     fastlora.compile(model)
     compiled = step(model, inputs())
     assert distance(compiled, truth) <= 1.25 * distance(eager, truth)
     assert not unexplained(model)
+
+
+@pytest.mark.parametrize("adapters", [f32, None], ids=["float32 adapters", "adapters of its dtype"])
+@pytest.mark.parametrize("kept", HALVES.values(), ids=HALVES)
+def test_half_precision_is_as_precise_as_eager(kept: Format, adapters: torch.dtype | None) -> None:
+    model = build("llama", kept, DEVICE, adapters or kept.dtype)
+    assert_as_precise_as_eager(model)
     assert {"lora_group", "lora_linear", "lora_mlp"} <= {site.op for site in fastlora.report(model).fused}
 
 
@@ -112,12 +117,7 @@ def test_dora_is_fused(nested: bool, p: float) -> None:
 @pytest.mark.parametrize("kept", HALVES.values(), ids=HALVES)
 def test_dora_in_half_precision_is_as_precise_as_eager(kept: Format) -> None:
     model = build("llama", kept, DEVICE, use_dora=True)
-    truth = step(decoded(model), inputs())
-    eager = step(model, inputs())
-    fastlora.compile(model)
-    compiled = step(model, inputs())
-    assert distance(compiled, truth) <= 1.25 * distance(eager, truth)
-    assert not unexplained(model)
+    assert_as_precise_as_eager(model)
 
 
 @pytest.mark.parametrize("compute", [f32, bf16], ids=str)
