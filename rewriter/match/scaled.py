@@ -81,7 +81,10 @@ def _factors(view: View, value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _is_scalar_input(view: View, value: Any) -> bool:
-    """Return whether a value is a parameter or buffer without dimensions, so that it scales what it multiplies."""
+    """Return whether a value is a parameter or buffer without dimensions, so that it scales what it multiplies. None in
+    float16 is: a product of two may be beyond its range.
+    """
     tensor = meta(value)
-    is_scalar = tensor is not None and tensor.dim() == 0 and tensor.is_floating_point()
-    return is_scalar and is_graph_input(view, value)
+    if tensor is None or tensor.dim() != 0 or not tensor.is_floating_point() or tensor.dtype == torch.float16:
+        return False
+    return is_graph_input(view, value)

@@ -135,6 +135,18 @@ def test_a_scalar_tensor_scales_the_bias_of_b_as_well() -> None:
     assert_one_op(function, X, W, A, B, torch.tensor(2.0, requires_grad=True), randn(24, seed=7))
 
 
+def test_scalars_in_float16_are_not_multiplied() -> None:
+    """Their product may underflow where the graph, which multiplies by each in float32, does not."""
+
+    def function(x: Tensor, w: Tensor, a: Tensor, b: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        return F.linear(x, w) + low(x, a, b) * s * t
+
+    small = torch.tensor(1e-4, dtype=torch.float16)
+    outcome = analyse(function, X, W, A, B, small, small.clone())
+    assert all(float(gradient.norm()) > 0 for gradient in outcome.rewritten.tensors() if gradient is not None)
+    outcome.assert_close(3e-6)
+
+
 def test_adapters_on_one_weight_layout_are_still_grouped() -> None:
     def function(x: Tensor, w: Tensor, down: Tensor, up: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         return F.linear(x, w) + x @ down @ up, F.linear(x, w) + x @ other @ up
