@@ -5,7 +5,8 @@ each different launch is then compiled. Prints registers, local memory (spills) 
 exits with 1 if a kernel does not compile, does not fit, or spills.
 
 Of several capabilities, and of float16 and bfloat16, each kernel is compiled for a random one, and has to fit all GPUs
-on which it is launched: those of one generation differ only in the last compilation step.
+on which it is launched. Kernels with matrix products are compiled for one capability of each generation, since their
+instructions differ; other kernels differ only in the last compilation step.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -44,6 +46,9 @@ PROCESSORS = 132
 
 HALF = re.compile(r"\b(bf|fp)16\b")
 """The types of 16 bits, which differ by the instructions that convert and multiply them."""
+
+PRODUCT = "tt.dot"
+"""The operation of matrix products in Triton's IR, which is compiled to other instructions for each generation."""
 
 CACHE_HINT = "READ"
 """The parameter for the eviction policy of loads, which changes neither registers nor memory of a kernel."""
@@ -136,28 +141,59 @@ def usage(cubin: bytes) -> tuple[int, int]:
     return found[0], found[1]
 
 
+@dataclass
+class Kernel:
+    """A kernel that is launched with one specialization, on one or more GPUs."""
+
+    key: str
+    compilers: dict[tuple[int, str], Callable[[], Any]]
+    """What compiles it, by compute capability and full name."""
+
+    def check(self) -> Iterator[tuple[bool, str]]:
+        """Compile for as many GPUs as it takes, and return whether each result is good, and its description."""
+        chosen = random.Random(self.key).choice(list(self.compilers))
+        good, text, has_products = self._compile(chosen, list(self.compilers))
+        yield good, text
+        others = self._by_generation() if has_products else {}
+        for generation, names in others.items():
+            if generation != chosen[0] // 10:
+                yield self._compile(random.Random(self.key).choice(names), names)[:2]
+
+    def _by_generation(self) -> dict[int, list[tuple[int, str]]]:
+        names = dict[int, list[tuple[int, str]]]()
+        for capability, name in self.compilers:
+            names.setdefault(capability // 10, []).append((capability, name))
+        return names
+
+    def _compile(self, chosen: tuple[int, str], served: list[tuple[int, str]]) -> tuple[bool, str, bool]:
+        """Return whether it fits all GPUs in `served` without spills, the line to print, and whether it multiplies."""
+        capability, name = chosen
+        try:
+            kernel = self.compilers[chosen]()
+            registers, local = usage(kernel.asm["cubin"])
+        except Exception as problem:
+            return False, f"sm_{capability} {name}: {type(problem).__name__}: {str(problem)[-500:]}", True
+        shared = kernel.metadata.shared
+        good = local == 0 and shared <= min(SHARED_MEMORY[each] for each, _ in served) * 1024
+        used = f"sm_{capability}, {registers} registers, {local} B local, {shared} B shared"
+        return good, f"{used}: {name}", PRODUCT in kernel.asm["ttir"]
+
+
 def main(*capabilities: int) -> int:
-    failed, kernels = 0, dict[str, dict[tuple[int, str], Any]]()
+    kernels = dict[str, Kernel]()
     for capability in capabilities:
         for made in launches(capability):
             name, compile_ = compiled(made, capability)
-            kernels.setdefault(HALF.sub("16 bits", name), {})[capability, name] = compile_
-    for key, compilers in kernels.items():
-        capability, name = random.Random(key).choice(list(compilers))
-        try:
-            kernel = compilers[capability, name]()
-            registers, local = usage(kernel.asm["cubin"])
-            shared = kernel.metadata.shared
-        except Exception as problem:
-            print(f"FAILED sm_{capability} {name}: {type(problem).__name__}: {str(problem)[-500:]}")
-            failed += 1
-            continue
-        good = local == 0 and shared <= min(SHARED_MEMORY[each] for each, _ in compilers) * 1024
-        failed += not good
-        used = f"sm_{capability}, {registers} registers, {local} B local, {shared} B shared"
-        print(f"{'ok    ' if good else 'FAILED'} {used}: {name}")
-    print(f"{', '.join(f'sm_{each}' for each in capabilities)}: {len(kernels)} kernels, {failed} failed")
-    return 1 if failed or not kernels else 0
+            key = HALF.sub("16 bits", name)
+            kernels.setdefault(key, Kernel(key, {})).compilers[capability, name] = compile_
+    results = []
+    for kernel in kernels.values():
+        for good, text in kernel.check():
+            print(f"{'ok    ' if good else 'FAILED'} {text}")
+            results.append(good)
+    failed = results.count(False)
+    print(f"{', '.join(f'sm_{each}' for each in capabilities)}: {len(results)} kernels, {failed} failed")
+    return 1 if failed or not results else 0
 
 
 if __name__ == "__main__":
